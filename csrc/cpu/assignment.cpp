@@ -1,0 +1,1 @@
+#include "mudsc/assignment.hpp"

@@ -1,0 +1,121 @@
+// What every kernel source needs: scalar loads and scratch memory, in the namespace of its instruction level.
+//
+// Kernels are compiled several times with different instruction sets. A std inline function or template emitted
+// by the AVX-512 object could be the copy that the linker keeps for all, and crash an older processor; so nothing
+// of std that is not a plain type enters a kernel, and these helpers live in the level's own namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "mudsc/isa.hpp"
+#include "mudsc/types.hpp"
+
+namespace mudsc::MUDSC_ISA {
+
+// Thrown by Buffer; bindings turn it into MemoryError.
+using mudsc::OutOfMemory;
+
+// 64-byte aligned uninitialised array of a trivial type.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(std::int64_t size) : size_(size) {
+    if (size < 0 || static_cast<std::uint64_t>(size) > (SIZE_MAX / 2) / sizeof(T)) throw OutOfMemory{};
+    const std::size_t bytes = (static_cast<std::size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes == 0 ? 64 : bytes));
+    if (data_ == nullptr) throw OutOfMemory{};
+  }
+  Buffer(std::int64_t size, T value) : Buffer(size) { fill(value); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
+    other.data_ = nullptr;
+    other.size_ = 0;
+  }
+  Buffer& operator=(Buffer&& other) noexcept {
+    T* const data = data_;
+    const std::int64_t size = size_;
+    data_ = other.data_;
+    size_ = other.size_;
+    other.data_ = data;
+    other.size_ = size;
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+
+  void fill(T value) {
+    for (std::int64_t i = 0; i < size_; ++i) data_[i] = value;
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  std::int64_t size() const { return size_; }
+  T& operator[](std::int64_t i) { return data_[i]; }
+  const T& operator[](std::int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  std::int64_t size_ = 0;
+};
+
+// Storage types of the half formats, distinct so that overloads choose the conversion.
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline float bits_to_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline std::uint32_t float_to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline double widen(double value) { return value; }
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
+// Exact for every half, subnormals, infinities and NaN included: the exponent is rebased by a multiplication.
+inline float widen(Half value) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
+  std::uint32_t bits = float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000u));  // times 2^112
+  bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;                                        // inf and NaN
+  return bits_to_float(bits | sign);
+}
+
+// Round to nearest, ties to even, as torch casts.
+inline void narrow(double value, double& out) { out = value; }
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(float value, BFloat16& out) {
+  const std::uint32_t bits = float_to_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = is_nan ? static_cast<std::uint16_t>(0x7fc0u)
+                    : static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void narrow(float value, Half& out) {
+  const std::uint32_t bits = float_to_bits(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;                     // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;                     // rounds to infinity: at least 65520
+  } else if (magnitude < 0x38800000u) {
+    // Subnormal halves: adding 0.5 aligns the mantissa to multiples of 2^-24, and the addition rounds to even.
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  }
+  out.bits = static_cast<std::uint16_t>(half | sign);
+}
+
+}  // namespace mudsc::MUDSC_ISA

@@ -1,0 +1,1 @@
+#include "mudsc/zip.hpp"

@@ -1,0 +1,14 @@
+// Types shared by every contract.
+#pragma once
+
+#include <cstdint>
+
+namespace mudsc {
+
+// Values are part of the binding: python/mudsc_fast/kernels/cpu/_arguments.py names the same numbers.
+enum class ScalarType : std::int32_t { float16 = 0, bfloat16 = 1, float32 = 2, float64 = 3 };
+
+// Thrown by kernels when scratch memory cannot be had; the bindings turn it into MemoryError.
+struct OutOfMemory {};
+
+}  // namespace mudsc

@@ -1,0 +1,1 @@
+"""Kernels in C++ (csrc/cpu), called with addresses and sizes."""

@@ -1,0 +1,57 @@
+"""Checks of input that several ops share. Each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Dtypes that every op reads.
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(argument: str, value: object) -> Tensor:
+    """Return `value` if it is a tensor in memory, else raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
+    if value.is_meta:
+        raise ValueError(f"{argument} must hold data, got a tensor on the meta device")
+    return value
+
+
+def check_float(argument: str, value: Tensor) -> None:
+    """Raise TypeError unless the tensor is float16, bfloat16, float32 or float64."""
+    if value.dtype not in FLOAT_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{argument} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_finite(argument: str, value: Tensor) -> None:
+    """Raise ValueError naming the first entry that is NaN or infinite."""
+    # A sum is finite only if no entry is NaN or inf: one read, without a mask of the tensor's size.
+    if value.numel() == 0 or bool(torch.isfinite(value.sum(dtype=torch.float64))):
+        return
+    bad = (~torch.isfinite(value)).nonzero()
+    if len(bad) == 0:  # the sum overflowed, the entries are finite
+        return
+    index = tuple(bad[0].tolist())
+    raise ValueError(f"{argument} must be finite, got {value[index].item()} at {index}")
+
+
+def check_int(argument: str, value: object, least: int) -> int:
+    """Return `value` if it is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")
+    return value
+
+
+def check_number(argument: str, value: object) -> float:
+    """Return `value` as a float if it is a real number that is not NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"{argument} must be a number, got NaN")
+    return float(value)

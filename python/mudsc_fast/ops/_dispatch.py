@@ -1,0 +1,97 @@
+"""The one place that chooses a kernel: by op, device, environment and the caller's request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+
+from mudsc_fast import _core
+
+Kernel = TypeVar("Kernel")
+
+#: Which back ends serve an op on a type of device, best first. A back end that is not named does not pay there.
+#: "cpu" on another device than the CPU copies to the host and back.
+KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "assignment": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
+    "zip": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
+    "correlation": {"cpu": ("cpu", "reference"), "other": ("reference",)},
+    "permute": {"cpu": ("cpu", "reference"), "other": ("reference",)},
+}
+
+_requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=None)
+
+
+def backends() -> tuple[str, ...]:
+    """Return the names of all back ends that this build has."""
+    return tuple(sorted({name for by_device in KERNELS.values() for names in by_device.values() for name in names}))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op of the enclosed code on the named back end.
+
+    Parameters
+    ----------
+    name
+        One of :func:`backends`, e.g. ``"reference"``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such back end; an op that has no kernel of that back end raises when it is called.
+    """
+    _check_backend_name("backend", name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def backend_for(op: str, device_type: str) -> str:
+    """Return the name of the back end that would serve `op` on a device of that type now."""
+    served = KERNELS[op].get(device_type, KERNELS[op]["other"])
+    requested = _requested.get()
+    if requested is None:
+        requested = os.environ.get("MUDSC_BACKEND") or None
+        if requested is not None:
+            _check_backend_name("the environment variable MUDSC_BACKEND", requested)
+    if requested is None:
+        return served[0]
+    if requested not in served:
+        raise ValueError(
+            f"backend {requested!r} has no {op} kernel for {device_type} tensors; available: {', '.join(served)}"
+        )
+    return requested
+
+
+def choose(op: str, device: torch.device, kernels: Mapping[str, Kernel]) -> Kernel:
+    """Return the kernel of `kernels` (by back end) that serves `op` on `device`."""
+    return kernels[backend_for(op, device.type)]
+
+
+def isa_level() -> int:
+    """Return the instruction level for C++ kernels: the processor's best, capped by ``MUDSC_ISA``."""
+    cap = os.environ.get("MUDSC_ISA")
+    if not cap:
+        return _core.supported_isa
+    if cap not in _core.isa_levels:
+        raise ValueError(
+            f"the environment variable MUDSC_ISA must be one of {', '.join(_core.isa_levels)}, got {cap!r}"
+        )
+    return min(_core.supported_isa, _core.isa_levels.index(cap))
+
+
+def threads() -> int:
+    """Return how many threads a C++ kernel may use: torch's own setting."""
+    return torch.get_num_threads()
+
+
+def _check_backend_name(argument: str, name: str) -> None:
+    if name not in backends():
+        raise ValueError(f"{argument} must be one of {', '.join(backends())}, got {name!r}")

@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from mudsc_fast import _core
+
+# Examples are timed by nothing here: a first call pays for imports, and sanitizers are slow.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of tests/golden/<name>.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+@pytest.fixture(params=_core.isa_levels[: _core.supported_isa + 1])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once per instruction level that this processor has."""
+    level = str(request.param)
+    monkeypatch.setenv("MUDSC_ISA", level)
+    return level
