@@ -5,3 +5,17 @@ compiler: Final[str]
 isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
 has_cuda: Final[bool]
+
+def zip_units(
+    similarity: int,
+    type: int,
+    row_stride: int,
+    units: int,
+    num_models: int,
+    remaining: int,
+    budget: int,
+    shrink: float,
+    cluster_of_unit: int,
+    values: int,
+    isa: int,
+) -> int: ...
