@@ -8,7 +8,7 @@ has_cuda: Final[bool]
 
 def zip_units(
     similarity: int,
-    type: int,
+    scalar_type: int,
     row_stride: int,
     units: int,
     num_models: int,

@@ -24,8 +24,8 @@ class ZipResult:
     sizes
         ``[clusters]`` int64, the number of units in every cluster.
     value
-        Mean similarity over the merges, each taken when the merge was made; 0.0 if there were no merges, so that a
-        node without any leaves a mean over nodes defined.
+        Mean similarity over the merges, each taken when the merge was made; 0.0 if there were no merges, so that
+        a mean over nodes stays defined.
     """
 
     cluster_of_unit: Tensor
@@ -41,28 +41,28 @@ def zip_units(
     shrink: float = 0.5,
     budget: float = 1.0,
 ) -> ZipResult:
-    r"""Cluster the units of several models greedily by similarity.
+    """Cluster the units of several models greedily by similarity.
 
-    The pair of clusters with the largest similarity is merged, the first in row-major order where several are equal,
-    until ``int(N * C * (1 - ratio) + 1e-4)`` clusters are left. A merged cluster takes the smaller of its two parts'
-    similarities, times `shrink`. It counts as a cluster of the model that its first unit belongs to.
+    The pair of clusters with the largest similarity is merged, the first in row-major order where several are
+    equal, until ``int(N * C * (1 - ratio) + 1e-4)`` clusters are left. A merged cluster takes the smaller of its two
+    parts' similarities, times `shrink`. It counts as a cluster of the model that its first unit belongs to.
 
     Parameters
     ----------
     similarity
-        ``[N * C, N * C]``, float16, bfloat16, float32 or float64, on any device; block (i, j) compares the units of
-        model i with those of model j. It need not be symmetric; its diagonal is not used. Half types are computed in
-        float32. It is not modified.
+        ``[N * C, N * C]``, float16, bfloat16, float32 or float64, on any device; block (i, j) compares the units
+        of model i with those of model j. It need not be symmetric; its diagonal is not used, but must be finite.
+        Half types are computed in float32. It is not modified.
     num_models
         N. Unit u of the N * C belongs to model ``u // C``.
     ratio
-        Share of the units that is merged away, in [0, 1). None means ``1 - 1 / num_models``: C clusters are left.
+        Share of the units that is merged away, in [0, 1). None means ``1 - 1 / num_models``, which leaves C clusters.
     shrink
         Published as `a`. If it is not positive, a merged cluster may not merge further with clusters of the two
         models that its parts came from, and its other similarities are not multiplied.
     budget
-        Published as `b`, in [0, 1]: ``int(merges // N * budget + 1e-4)`` merges are allowed inside each model. If that
-        is 0, none is.
+        Published as `b`, in [0, 1]: ``int(merges // N * budget + 1e-4)`` merges are allowed inside each model. If
+        that number is 0, no merges are.
 
     Returns
     -------
@@ -72,19 +72,20 @@ def zip_units(
     Raises
     ------
     TypeError
-        If `similarity` is not a dense floating-point tensor or another argument is not a number.
+        If `similarity` is not a dense floating-point tensor, or another argument is not a number.
     ValueError
-        If `similarity` is not square, its size is not divisible by `num_models`, it holds NaN or inf, an argument is
-        out of range, or no legal merge is left before the clusters are few enough. The last cannot happen if `shrink`
-        is positive and either at least C clusters are asked for or `budget` is 1, unless similarities overflow.
+        If `similarity` is not square, its size is not divisible by `num_models`, it holds NaN or inf, an argument
+        is out of range, or no legal merge is left before the clusters are few enough. Unless similarities overflow,
+        the last cannot happen where `budget` is 1 and `shrink` positive, nor where C clusters or more are asked for
+        of one or two models.
 
     Notes
     -----
-    Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, with the
-    similarity of Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result is that of the
-    published procedure merge for merge, in expected O((N C)^2) time on a CPU. That takes a working copy of `similarity`
-    in float32 (float64 for float64), rows padded to whole cache lines: 1.07 GB for 16384 units. A tensor of another
-    device is copied to the CPU and the result back.
+    Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, as used in
+    Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result is that of the published
+    procedure merge for merge, in expected O((N C)^2) time on a CPU. That takes a working copy of `similarity` in
+    float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. A tensor on another
+    device is copied to the CPU, and the result back.
     """
     units = _check_similarity(similarity, num_models)
     ratio = 1.0 - 1.0 / num_models if ratio is None else _checks.check_number("ratio", ratio)
@@ -106,9 +107,9 @@ def zip_units(
     cluster_of_unit, values = kernel(similarity, num_models, remaining, model_budget, shrink)
     if len(values) < merges:
         raise ValueError(
-            f"no legal merge is left at {units - len(values)} clusters of the {remaining} that ratio={ratio} asks for: "
-            f"budget={budget} allows {model_budget} merges inside each of num_models={num_models} models, "
-            f"shrink={shrink}; lower ratio, raise budget or make shrink positive and at most 1"
+            f"ratio={ratio} asks for {remaining} clusters, but no legal merge is left at {units - len(values)}: "
+            f"budget={budget} allows {model_budget} merges inside each of num_models={num_models} models, and "
+            f"shrink is {shrink}; lower ratio, raise budget or take a shrink in (0, 1]"
         )
     return ZipResult(
         cluster_of_unit=cluster_of_unit,
@@ -142,6 +143,7 @@ def _check_shrink(shrink: float, dtype: torch.dtype) -> float:
     # A factor that rounds to 0 or inf would turn -inf and 0 into NaN.
     if shrink > 0.0 and not computed.tiny <= shrink <= computed.max:
         raise ValueError(
-            f"shrink must be in [{computed.tiny}, {computed.max}] if positive, the range of {computed.dtype}, got {shrink}"
+            f"shrink, if positive, must be in [{computed.tiny}, {computed.max}], the range of {computed.dtype}, "
+            f"got {shrink}"
         )
     return shrink

@@ -13,7 +13,7 @@ from mudsc_fast.ops import _dispatch
 def zip_units(
     similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float
 ) -> tuple[Tensor, Tensor]:
-    """Cluster units as :func:`mudsc_fast.kernels.reference.zip.zip_units` does, with the same result bit for bit."""
+    """Cluster units as the function of this name in `kernels.reference` does, with the same result bit for bit."""
     source = similarity.detach().cpu()
     if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent
         source = source.contiguous()
@@ -22,7 +22,7 @@ def zip_units(
     values = torch.empty(units - remaining, dtype=torch.float64)
     merges = _core.zip_units(
         similarity=source.data_ptr(),
-        type=SCALAR_TYPES[source.dtype],
+        scalar_type=SCALAR_TYPES[source.dtype],
         row_stride=source.stride(0),
         units=units,
         num_models=num_models,

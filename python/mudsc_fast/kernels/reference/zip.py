@@ -22,8 +22,8 @@ def zip_units(
     budget
         Number of merges allowed inside each model.
     shrink
-        Factor on a merged cluster's similarities; if it is not positive, the cluster's similarities to clusters of
-        both models become -inf instead.
+        Factor on a merged cluster's similarities; if it is not positive, the cluster's similarities to clusters
+        of both models become -inf instead.
 
     Returns
     -------
