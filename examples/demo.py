@@ -64,9 +64,7 @@ class Images:
         """Return the share of right answers of one network, per task."""
         with torch.inference_mode():
             outputs = model(self.pixels)
-        return [
-            float((task.logits(outputs).argmax(1) == task.labels(self.digits)).double().mean()) for task in tasks
-        ]
+        return [float((task.logits(outputs).argmax(1) == task.labels(self.digits)).double().mean()) for task in tasks]
 
 
 @dataclass(frozen=True)
@@ -206,9 +204,7 @@ def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
     return "\n".join(lines)
 
 
-def paired_similarities(
-    activations: mudsc_fast.ActivationSimilarity, row: Row
-) -> dict[str, tuple[Tensor, Tensor]]:
+def paired_similarities(activations: mudsc_fast.ActivationSimilarity, row: Row) -> dict[str, tuple[Tensor, Tensor]]:
     """Return for each node the similarities of equally numbered and of matched units of the two networks."""
     pairs = {}
     for node, matching in row.matching.items():
@@ -243,7 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - began
     rows = merge_all(models, spec, activations, tasks, train_images, test_images, options.quiet)
 
-    print(f"Accuracy on {len(test_images.digits)} held-out images, in percent. Each network on its own task: ", end="")
+    print(
+        f"Accuracy on {len(test_images.digits)} held-out images, in percent. Each network on its own task: ",
+        end="",
+    )
     print(", ".join(f"{task.name} {100 * value:.1f}" for task, value in zip(tasks, own, strict=True)))
     print("One merged network on both tasks:\n")
     print(table(rows, tasks))

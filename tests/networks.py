@@ -65,6 +65,4 @@ CONV_SPEC = PermutationSpec(
 def random_permutations(spec: PermutationSpec, model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Return a random order of the units of every node."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        node: torch.randperm(units, generator=generator) for node, units in spec.units(model.state_dict()).items()
-    }
+    return {node: torch.randperm(units, generator=generator) for node, units in spec.units(model.state_dict()).items()}

@@ -13,7 +13,7 @@ from mudsc_fast import _core, cli
 def test_info_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for fact in (mudsc_fast.__version__, torch.__version__, _core.compiler, "CUDA off", "threads", "devices"):
+    for fact in (mudsc_fast.__version__, torch.__version__, _core.compiler, "CUDA kernels", "threads", "devices"):
         assert fact in shown
     for op in ("assignment", "zip", "correlation", "permute"):
         assert any(line.startswith(op) and "C++" in line for line in shown.splitlines())

@@ -23,7 +23,11 @@ def test_demo_shows_what_matching_gains(tmp_path: Path, capsys: pytest.CaptureFi
     for _ in range(2):
         assert run_demo(["--epochs", "2", "--quiet", "--output", str(tmp_path)]) == 0
         outputs.append(capsys.readouterr().out)
-    rows = {line[:17].strip(): line[17:].split() for line in outputs[0].splitlines() if " align " in line or " zip " in line or line.startswith("average")}
+    rows = {
+        line[:17].strip(): line[17:].split()
+        for line in outputs[0].splitlines()
+        if " align " in line or " zip " in line or line.startswith("average")
+    }
     mean = {method: float(cells[3 if "dual" in method else 2]) for method, cells in rows.items()}
     assert len(mean) == 7
     for mode in ("align", "zip"):

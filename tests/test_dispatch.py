@@ -43,7 +43,7 @@ def test_instruction_level_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MUDSC_ISA", level)
         assert _dispatch.isa_level() == min(index, _core.supported_isa)
     monkeypatch.setenv("MUDSC_ISA", "sse9")
-    with pytest.raises(ValueError, match="MUDSC_ISA must be one of baseline.*got 'sse9'"):
+    with pytest.raises(ValueError, match=r"MUDSC_ISA must be one of baseline.*got 'sse9'"):
         mudsc_fast.zip_units(torch.eye(4), 2)
 
 

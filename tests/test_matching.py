@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import load_golden
 
+from conftest import load_golden
 from mudsc_fast.matching.node import align_units, zip_all_units
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_golden
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp, random_permutations
 from torch import Tensor, nn
 
 import mudsc_fast
+from conftest import load_golden
 from mudsc_fast import Mode, Observation, PermutationSpec, Space
+from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp, random_permutations
 
 MODES: tuple[Mode, ...] = ("align", "zip")
 SPACES: tuple[Space, ...] = ("weight", "activation", "dual")
@@ -89,9 +89,7 @@ def test_merging_with_permuted_copies_returns_the_network(
 ) -> None:
     model = make_mlp(seed=2)
     permutations = [random_permutations(MLP_SPEC, model, seed) for seed in (1, 2)]
-    copies = [
-        with_state(model, mudsc_fast.permute_state_dict(model.state_dict(), MLP_SPEC, p)) for p in permutations
-    ]
+    copies = [with_state(model, mudsc_fast.permute_state_dict(model.state_dict(), MLP_SPEC, p)) for p in permutations]
     result = mudsc_fast.merge([model, *copies], MLP_SPEC, batches(), mode=mode, space=space, weights=weights)
     for node in MLP_SPEC.nodes:
         clusters = result.matching[node].cluster_of_unit
@@ -215,7 +213,11 @@ def test_observations_of_outputs_and_keyword_arguments() -> None:
     axes = {f"body.{name}": entries for name, entries in MLP_SPEC.axes.items()}
     by_input = PermutationSpec(axes)
     by_output = PermutationSpec(
-        axes, observe={"fc1": Observation("body.relu1", "output", axis=-1), "fc2": Observation("body.relu2", "output", 1)}
+        axes,
+        observe={
+            "fc1": Observation("body.relu1", "output", axis=-1),
+            "fc2": Observation("body.relu2", "output", 1),
+        },
     )
     models = [Wrapper(0), Wrapper(1)]
     first, second = (
@@ -259,7 +261,12 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         (STATE, {}, TypeError, "models must be a sequence of modules or state dicts"),
         ([STATE, make_mlp()], {}, TypeError, "models must be all modules or all state dicts"),
         ([STATE, 3], {}, TypeError, "models must be all modules or all state dicts"),
-        ([STATE, changed(OTHER, fc1_bias=None)], {}, ValueError, r"models\[1\] must have .*: missing \['fc1.bias'\]"),
+        (
+            [STATE, changed(OTHER, fc1_bias=None)],
+            {},
+            ValueError,
+            r"models\[1\] must have .*: missing \['fc1.bias'\]",
+        ),
         ([STATE, changed(OTHER, new=torch.ones(1))], {}, ValueError, r"unexpected \['new'\]"),
         (
             [STATE, changed(OTHER, fc1_bias=torch.ones(31))],
@@ -279,8 +286,18 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             ValueError,
             r"'fc1.bias' is on device meta in models\[1\], but on cpu in models\[0\]",
         ),
-        ([STATE, changed(OTHER, fc1_bias=NOT_A_NUMBER)], {}, ValueError, r"'fc1.bias' of models\[1\] must be finite"),
-        ([STATE, {**OTHER, "fc1.bias": 3}], {}, TypeError, "'fc1.bias' must be a tensor in every model, got int"),
+        (
+            [STATE, changed(OTHER, fc1_bias=NOT_A_NUMBER)],
+            {},
+            ValueError,
+            r"'fc1.bias' of models\[1\] must be finite",
+        ),
+        (
+            [STATE, {**OTHER, "fc1.bias": 3}],
+            {},
+            TypeError,
+            "'fc1.bias' must be a tensor in every model, got int",
+        ),
         ([STATE, OTHER], {"spec": 3}, TypeError, "spec must be a PermutationSpec, got int"),
         ([STATE, OTHER], {"spec": PermutationSpec({"no": ("a",)})}, ValueError, "spec names the tensor 'no'"),
         (
@@ -296,14 +313,34 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         ([STATE, OTHER], {"balance": float("nan")}, ValueError, "balance must be a number, got NaN"),
         ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number, got str"),
         ([STATE, OTHER], {"space": "dual"}, ValueError, "data must be given to match in activation space"),
-        ([STATE, OTHER], {"data": batches()}, TypeError, "models must be modules to match in activation space"),
-        ([STATE, OTHER], {"weights": [1.0]}, ValueError, r"weights must have one entry per model \(2\), got 1"),
+        (
+            [STATE, OTHER],
+            {"data": batches()},
+            TypeError,
+            "models must be modules to match in activation space",
+        ),
+        (
+            [STATE, OTHER],
+            {"weights": [1.0]},
+            ValueError,
+            r"weights must have one entry per model \(2\), got 1",
+        ),
         ([STATE, OTHER], {"weights": [0.5, 0.6]}, ValueError, "weights must be positive and sum to 1"),
         ([STATE, OTHER], {"weights": [1.5, -0.5]}, ValueError, "weights must be positive and sum to 1"),
         ([STATE, OTHER], {"max_sweeps": 0}, ValueError, "max_sweeps must be at least 1, got 0"),
         ([STATE, OTHER], {"patience": 1.5}, TypeError, "patience must be an int, got float"),
-        ([make_mlp(), make_mlp(seed=1)], {"data": []}, ValueError, "data must yield at least one batch, got none"),
-        ([make_mlp(), make_mlp(seed=1)], {"data": [3]}, TypeError, "data must yield tensors, dicts .* got int"),
+        (
+            [make_mlp(), make_mlp(seed=1)],
+            {"data": []},
+            ValueError,
+            "data must yield at least one batch, got none",
+        ),
+        (
+            [make_mlp(), make_mlp(seed=1)],
+            {"data": [3]},
+            TypeError,
+            "data must yield tensors, dicts .* got int",
+        ),
         ([make_mlp(), make_mlp(seed=1)], {"data": [("x",)]}, TypeError, "got tuple of str"),
     ],
 )
@@ -349,7 +386,7 @@ def test_an_observed_module_that_is_not_called() -> None:
 def test_similarities_of_other_models() -> None:
     models = [make_mlp(seed=seed) for seed in range(3)]
     similarity = mudsc_fast.activation_similarity(models, MLP_SPEC, batches(), blocks="cross")
-    with pytest.raises(ValueError, match="data was computed for 3 models .* got 2 models"):
+    with pytest.raises(ValueError, match=r"data was computed for 3 models .* got 2 models"):
         mudsc_fast.merge(models[:2], MLP_SPEC, similarity)
     with pytest.raises(ValueError, match="blocks='full', got 'cross'"):
         mudsc_fast.merge(models, MLP_SPEC, similarity, mode="zip")
@@ -360,7 +397,10 @@ def test_similarities_of_other_models() -> None:
     [
         ({"fc9": torch.arange(3)}, "permutations names the node 'fc9'"),
         ({"fc1": torch.arange(31)}, r"permutations\['fc1'\] must be a permutation of 32 units"),
-        ({"fc1": torch.zeros(32, dtype=torch.long)}, r"permutations\['fc1'\] must be a permutation of 32 units"),
+        (
+            {"fc1": torch.zeros(32, dtype=torch.long)},
+            r"permutations\['fc1'\] must be a permutation of 32 units",
+        ),
     ],
 )
 def test_bad_permutations(permutations: dict[str, Tensor], message: str) -> None:

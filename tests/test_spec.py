@@ -53,7 +53,10 @@ def test_node_without_consumer_has_no_observation() -> None:
 
 def test_roles_can_be_named() -> None:
     spec = PermutationSpec({"embedding": (None, produces("s")), "transposed.weight": (consumes("s"), None)})
-    assert spec.uses("s") == (TensorAxis("embedding", 1, "produce"), TensorAxis("transposed.weight", 0, "consume"))
+    assert spec.uses("s") == (
+        TensorAxis("embedding", 1, "produce"),
+        TensorAxis("transposed.weight", 0, "consume"),
+    )
     assert spec.observation("s") == Observation("transposed")
 
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 from torch import Tensor
 
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Matcher, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.sweep import sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
 from mudsc_fast.spec import PermutationSpec
+from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 
 
 def matcher(mode: Mode) -> Matcher:
@@ -67,7 +67,7 @@ def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state:
 def test_patience_and_most_sweeps() -> None:
     similarity = torch.eye(4)[None]
     for options, expected in [({"max_sweeps": 3}, 3), ({"patience": 2}, 3), ({}, 6)]:
-        result = sweep(MLP_SPEC, lambda node, matching: similarity, align_units, {}, **options)
+        result = sweep(MLP_SPEC, lambda *_: similarity, align_units, {}, **options)
         assert len(result.objectives) == expected
 
 
@@ -81,7 +81,10 @@ def test_weight_similarity_is_the_correlation_of_weight_vectors() -> None:
         WeightSimilarity(states, MLP_SPEC, "full", [0.5, 0.5])("fc1", {}), expected, rtol=0, atol=1e-5
     )
     torch.testing.assert_close(
-        WeightSimilarity(states, MLP_SPEC, "cross", [0.5, 0.5])("fc1", {})[0], expected[:32, 32:], rtol=0, atol=1e-5
+        WeightSimilarity(states, MLP_SPEC, "cross", [0.5, 0.5])("fc1", {})[0],
+        expected[:32, 32:],
+        rtol=0,
+        atol=1e-5,
     )
 
 

@@ -232,9 +232,7 @@ def _activations(
         raise ValueError("data must be given to match in activation space, got None")
     if not all(isinstance(model, nn.Module) for model in models):
         raise TypeError("models must be modules to match in activation space, got state dicts")
-    return activation_similarity(
-        models, spec, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress
-    )
+    return activation_similarity(models, spec, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress)
 
 
 def _checked_state_dicts(models: Sequence[Any]) -> list[Mapping[str, Tensor]]:

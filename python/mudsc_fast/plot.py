@@ -60,8 +60,14 @@ def plot_merges(
             parts = right.violinplot([sample.numpy()], [index + offset], widths=0.34, showmeans=True)
             for part in (*parts["bodies"], parts["cmeans"], parts["cmins"], parts["cmaxes"], parts["cbars"]):
                 part.set_color(shades[label])
-        right.annotate(node, (index, 0), xycoords=("data", "axes fraction"), xytext=(0, -14),
-                       textcoords="offset points", ha="center")
+        right.annotate(
+            node,
+            (index, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+        )
     right.set_xticks([])
     right.set_ylabel("correlation of paired units")
     right.legend(

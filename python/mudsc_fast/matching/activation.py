@@ -129,7 +129,10 @@ def activation_similarity(
     if num_batches == 0:
         raise ValueError("data must yield at least one batch, got none")
     return ActivationSimilarity(
-        spec, len(models), blocks, {node: accumulator.finalize() for node, accumulator in accumulators.items()}
+        spec,
+        len(models),
+        blocks,
+        {node: accumulator.finalize() for node, accumulator in accumulators.items()},
     )
 
 
@@ -162,18 +165,20 @@ class _Observer:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the observed modules for the time of the enclosed code."""
+        """Observe the modules while the enclosed code runs."""
         with ExitStack() as stack:
             for node, observation in self._observations.items():
                 module = self._model.get_submodule(observation.module)
                 hook = self._hook(node, observation, _channel_axis(module, observation, node))
                 if observation.port == "input":
                     handle = module.register_forward_pre_hook(
-                        lambda _, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
+                        lambda _module, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
                     )
                 else:
                     handle = module.register_forward_hook(
-                        lambda _, args, output, hook=hook: hook(output if isinstance(output, (tuple, list)) else [output])
+                        lambda _module, _args, output, hook=hook: hook(
+                            output if isinstance(output, (tuple, list)) else [output]
+                        )
                     )
                 stack.callback(handle.remove)
             yield

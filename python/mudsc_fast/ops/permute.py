@@ -172,9 +172,7 @@ def _check_index(argument: str, value: object) -> Tensor:
     if index.dtype != torch.int64:
         raise TypeError(f"{argument} must have dtype int64, got {str(index.dtype).removeprefix('torch.')}")
     if index.ndim != 2 or index.shape[0] == 0:
-        raise ValueError(
-            f"{argument} must be [num_models, units] with num_models >= 1, got {list(index.shape)}"
-        )
+        raise ValueError(f"{argument} must be [num_models, units] with num_models >= 1, got {list(index.shape)}")
     return index
 
 
@@ -211,9 +209,7 @@ def _check_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _check_same(argument: str, tensor: Tensor, other: str, shape: Sequence[int], like: Tensor) -> None:
     if tensor.shape != torch.Size(shape):
-        raise ValueError(
-            f"{argument} must have the shape of {other}, {list(shape)}, got {list(tensor.shape)}"
-        )
+        raise ValueError(f"{argument} must have the shape of {other}, {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != like.dtype:
         raise ValueError(f"{argument} must have the dtype of {other}, {like.dtype}, got {tensor.dtype}")
     if tensor.device != like.device:
@@ -268,9 +264,7 @@ def _check_out(out: Tensor, tensors: list[Tensor], maps: Mapping[int, UnitMap]) 
         shape[axis] = unit_map.units_out
     _check_same("out", out, "the result", shape, tensors[0])
     if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "out requires a gradient, which is not implemented: pass a tensor that requires none"
-        )
+        raise ValueError("out requires a gradient, which is not implemented: pass a tensor that requires none")
     if any(stride == 0 and length > 1 for stride, length in zip(out.stride(), out.shape, strict=True)):
         raise ValueError("out must have a place in memory for every entry, got an expanded tensor")
     for i, tensor in enumerate(tensors):

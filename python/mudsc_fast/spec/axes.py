@@ -59,7 +59,9 @@ class Observation:
 
     def __post_init__(self) -> None:
         if self.port not in ("input", "output"):
-            raise ValueError(f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}")
+            raise ValueError(
+                f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}"
+            )
 
 
 def produces(node: str) -> Axis:
@@ -151,7 +153,8 @@ class PermutationSpec:
                     )
                 entries[position] = Axis(node, use[2]) if len(use) == 3 else node
         return cls(
-            {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()}, observe
+            {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()},
+            observe,
         )
 
     @property

@@ -36,9 +36,7 @@ def permute_merge(
     for axis, unit_map in maps.items():
         shape[axis] = unit_map.units_out
     result = (
-        out
-        if out is not None and out.is_contiguous()
-        else torch.empty(shape, dtype=first.dtype, device=first.device)
+        out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=first.dtype, device=first.device)
     )
     inputs = [tensor.detach().contiguous() for tensor in tensors]
     view = _view(first.shape, maps)
