@@ -19,3 +19,16 @@ def permute_merge(
     columns: tuple[int, int, int, int, int],
     out: int,
 ) -> None: ...
+def zip_units(
+    similarity: int,
+    type: int,
+    row_stride: int,
+    units: int,
+    num_models: int,
+    remaining: int,
+    budget: int,
+    shrink: float,
+    cluster_of_unit: int,
+    values: int,
+    isa: int,
+) -> int: ...

@@ -1,0 +1,36 @@
+"""Greedy zip in C++ (csrc/cpu/zip.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mudsc_fast import _core
+from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
+from mudsc_fast.ops import _dispatch
+
+
+def zip_units(
+    similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float
+) -> tuple[Tensor, Tensor]:
+    """Cluster units as :func:`mudsc_fast.kernels.reference.zip.zip_units` does, with the same result bit for bit."""
+    source = similarity.detach().cpu()
+    if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent
+        source = source.contiguous()
+    units = len(source)
+    cluster_of_unit = torch.empty(units, dtype=torch.int64)
+    values = torch.empty(units - remaining, dtype=torch.float64)
+    merges = _core.zip_units(
+        similarity=source.data_ptr(),
+        type=SCALAR_TYPES[source.dtype],
+        row_stride=source.stride(0),
+        units=units,
+        num_models=num_models,
+        remaining=remaining,
+        budget=budget,
+        shrink=shrink,
+        cluster_of_unit=cluster_of_unit.data_ptr(),
+        values=values.data_ptr(),
+        isa=_dispatch.isa_level(),
+    )
+    return cluster_of_unit.to(similarity.device), values[:merges].to(similarity.device)
