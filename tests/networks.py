@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast.spec import PermutationSpec, mlp
+from mudsc_fast.spec import PermutationSpec
 
-MLP_SPEC = mlp(["fc1", "fc2", "fc3"])
+MLP_AXES = {
+    "fc1.weight": ("fc1", None),
+    "fc1.bias": ("fc1",),
+    "fc2.weight": ("fc2", "fc1"),
+    "fc2.bias": ("fc2",),
+    "fc3.weight": (None, "fc2"),
+    "fc3.bias": (None,),
+}
+MLP_SPEC = PermutationSpec(MLP_AXES)
 
 
 def make_mlp(

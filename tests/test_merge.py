@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mudsc_fast
 from conftest import load_golden
 from mudsc_fast import Mode, Observation, PermutationSpec, Space
-from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp, random_permutations
+from networks import CONV_SPEC, MLP_AXES, MLP_SPEC, ConvNet, make_mlp, random_permutations
 
 MODES: tuple[Mode, ...] = ("align", "zip")
 SPACES: tuple[Space, ...] = ("weight", "activation", "dual")
@@ -210,12 +210,12 @@ def test_observations_of_outputs_and_keyword_arguments() -> None:
             hidden = self.body.relu1(self.body.fc1(input=x))
             return self.body.fc3(input=self.body.relu2(self.body.fc2(input=hidden)))  # type: ignore[no-any-return]
 
-    axes = {f"body.{name}": entries for name, entries in MLP_SPEC.axes.items()}
+    axes = {f"body.{name}": entries for name, entries in MLP_AXES.items()}
     by_input = PermutationSpec(axes)
     by_output = PermutationSpec(
         axes,
         observe={
-            "fc1": Observation("body.relu1", "output", axis=-1),
+            "fc1": Observation("body.relu1", "output", position=-1),
             "fc2": Observation("body.relu2", "output", 1),
         },
     )
@@ -236,7 +236,7 @@ def test_a_module_called_twice_gives_more_samples() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x) + self.body(2 * x)  # type: ignore[no-any-return]
 
-    spec = PermutationSpec({f"body.{name}": entries for name, entries in MLP_SPEC.axes.items()})
+    spec = PermutationSpec({f"body.{name}": entries for name, entries in MLP_AXES.items()})
     twice = mudsc_fast.activation_similarity([Twice(0), Twice(1)], spec, batches()).by_node
     both = [torch.cat([batch, 2 * batch]) for batch in batches()]
     once = mudsc_fast.activation_similarity([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, both).by_node
@@ -304,7 +304,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             [STATE, OTHER],
             {"spec": PermutationSpec({"fc1.weight": ("a", "a")})},
             ValueError,
-            "axis 1 of 'fc1.weight' has length 20, but node 'a' has 32 units by axis 0 of 'fc1.weight'",
+            "axis 1 of 'fc1.weight' has 20 units, but node 'a' has 32 by axis 0 of 'fc1.weight'",
         ),
         ([STATE, OTHER], {"mode": "both"}, ValueError, "mode must be one of 'align', 'zip', got 'both'"),
         ([STATE, OTHER], {"space": "outer"}, ValueError, "space must be one of .* got 'outer'"),
@@ -356,13 +356,13 @@ def test_bad_input(models: Any, options: dict[str, Any], error: type[Exception],
         ({"fc1": "fc9"}, "observes node 'fc1' at module 'fc9', which the model does not have"),
         ({"fc1": "fc1"}, r"node 'fc1' has 32 units, but the input of 'fc1' has shape \(40, 20\)"),
         ({"fc1": "relu1"}, "at 'relu1', a ReLU: say on which axis"),
-        ({"fc1": Observation("relu1", axis=7)}, "units expected on axis 7"),
+        ({"fc1": Observation("relu1", position=7)}, "32 entries expected on axis 7"),
     ],
 )
 def test_bad_observations(observe: dict[str, Any], message: str) -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(ValueError, match=message):
-        mudsc_fast.merge(models, PermutationSpec(MLP_SPEC.axes, observe=observe), batches())
+        mudsc_fast.merge(models, PermutationSpec(MLP_AXES, observe=observe), batches())
     assert all(not module._forward_pre_hooks for model in models for module in model.modules())
 
 
@@ -378,7 +378,7 @@ def test_an_observed_module_that_is_not_called() -> None:
     for model in models:
         model.add_module("aside", nn.Linear(2, 2))
         model.forward = lambda x, model=model: model.fc3(model.relu2(model.fc2(model.relu1(model.fc1(x)))))  # type: ignore[method-assign]
-    spec = PermutationSpec(MLP_SPEC.axes, observe={"fc1": "aside"})
+    spec = PermutationSpec(MLP_AXES, observe={"fc1": "aside"})
     with pytest.raises(ValueError, match="node 'fc1' is observed at 'aside', which the model did not call"):
         mudsc_fast.merge(models, spec, batches())
 

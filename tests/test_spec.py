@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mudsc_fast.spec import Axis, Observation, PermutationSpec, TensorAxis, consumes, mlp, produces
+from mudsc_fast.spec import Axis, Groups, Observation, PermutationSpec, Window, consumes, mlp, produces
 
 CHAIN = {
     "fc1.weight": ("a", None),
@@ -26,29 +26,30 @@ def chain_state(widths: tuple[int, int, int, int] = (5, 7, 6, 4)) -> dict[str, t
 def test_inverse_map_is_derived() -> None:
     spec = PermutationSpec(CHAIN)
     assert spec.nodes == ("a", "b")
-    assert spec.uses("a") == (
-        TensorAxis("fc1.weight", 0, "produce"),
-        TensorAxis("fc1.bias", 0, "produce"),
-        TensorAxis("fc2.weight", 1, "consume"),
-    )
+    assert [(use.tensor, use.position, use.axis.role) for use in spec.uses("a")] == [
+        ("fc1.weight", 0, "produce"),
+        ("fc1.bias", 0, "produce"),
+        ("fc2.weight", 1, "consume"),
+    ]
     assert spec.neighbours("a") == ("b",)
     assert spec.units(chain_state()) == {"a": 7, "b": 6}
 
 
 def test_observed_where_a_node_is_consumed_last() -> None:
     spec = PermutationSpec({**CHAIN, "head.weight": (None, "a")})
-    assert spec.observation("a") == Observation("head")
-    assert spec.observation("b") == Observation("fc3")
+    assert spec.observations("a") == (Observation("head"),)
+    assert spec.observations("b") == (Observation("fc3"),)
 
 
 def test_observe_overrides_and_may_be_a_name() -> None:
-    spec = PermutationSpec(CHAIN, observe={"a": "fc2", "b": Observation("fc2", "output")})
-    assert spec.observation("a") == Observation("fc2", "input", None)
-    assert spec.observation("b") == Observation("fc2", "output", None)
+    twice = [Observation("fc2", "output"), Observation("fc3")]
+    spec = PermutationSpec(CHAIN, observe={"a": "fc2", "b": twice})
+    assert spec.observations("a") == (Observation("fc2", "input", None),)
+    assert spec.observations("b") == tuple(twice)
 
 
 def test_node_without_consumer_has_no_observation() -> None:
-    assert PermutationSpec({"fc.weight": ("a", None)}).observation("a") is None
+    assert PermutationSpec({"fc.weight": ("a", None)}).observations("a") == ()
 
 
 def test_roles_can_be_named() -> None:
@@ -73,7 +74,7 @@ def test_from_nodes_equals_the_axes_map() -> None:
     assert PermutationSpec.from_nodes(nodes) == expected
     assert hash(PermutationSpec.from_nodes(nodes)) == hash(expected)
     with_role = PermutationSpec.from_nodes({"s": [("embedding", 1, "produce")]})
-    assert with_role.axes["embedding"] == (None, Axis("s", "produce"))
+    assert with_role == PermutationSpec({"embedding": (None, Axis("s", "produce"))})
 
 
 def test_mlp_builder() -> None:
@@ -82,7 +83,7 @@ def test_mlp_builder() -> None:
         for name, axes in CHAIN.items()
     }
     assert mlp(["fc1", "fc2", "fc3"]) == PermutationSpec(renamed)
-    assert set(mlp(["fc1", "fc2"], bias=False).axes) == {"fc1.weight", "fc2.weight"}
+    assert set(mlp(["fc1", "fc2"], bias=False).layouts) == {"fc1.weight", "fc2.weight"}
 
 
 def test_an_axis_covered_twice() -> None:
@@ -103,7 +104,7 @@ def test_missing_tensor() -> None:
 def test_axis_of_another_length() -> None:
     state = chain_state()
     state["fc2.weight"] = torch.randn(6, 8)
-    expected = r"axis 1 of 'fc2.weight' has length 8, but node 'a' has 7 units by axis 0 of 'fc1.weight'"
+    expected = r"axis 1 of 'fc2.weight' has 8 units, but node 'a' has 7 by axis 0 of 'fc1.weight'"
     with pytest.raises(ValueError, match=expected):
         PermutationSpec(CHAIN).units(state)
 
@@ -118,10 +119,21 @@ def test_too_many_axes() -> None:
     [
         (lambda: PermutationSpec({"w": (None,)}), ValueError, "at least one node"),
         (lambda: PermutationSpec({"w": "ab"}), TypeError, "sequence with an entry per axis"),
-        (lambda: PermutationSpec({"w": (3,)}), TypeError, "axis 0 of 'w' must be a node's name"),  # type: ignore[dict-item]
+        (lambda: PermutationSpec({"w": (3,)}), TypeError, "axis 0 of 'w' must be a node's name"),
         (lambda: PermutationSpec(CHAIN, observe={"z": "fc1"}), ValueError, "observe names the node 'z'"),
         (lambda: PermutationSpec.from_nodes({"a": [("w", -1)]}), ValueError, "must not be negative, got -1"),
         (lambda: Observation("fc1", "inside"), ValueError, "'input' or 'output', got 'inside'"),  # type: ignore[arg-type]
+        (lambda: PermutationSpec({"w": ([],)}), TypeError, "axis 0 of 'w' must be .* got list"),
+        (lambda: PermutationSpec({"w": ([Window("a", 0)],)}), ValueError, "width of a window must be at least 1, got 0"),
+        (lambda: Axis("a", "eat"), ValueError, "role of node 'a' must be 'produce' or 'consume', got 'eat'"),
+        (lambda: produces("a", inner=0), ValueError, "inner and outer of node 'a' must be at least 1, got 0 and 1"),
+        (lambda: PermutationSpec(CHAIN, groups={"z": 2}), ValueError, "groups names the node 'z'"),
+        (lambda: PermutationSpec(CHAIN, groups={"a": 0}), ValueError, r"groups\['a'\] must be at least 1, got 0"),
+        (
+            lambda: PermutationSpec(CHAIN, groups={"a": Groups(2, "t"), "b": Groups(3, "t")}),
+            ValueError,
+            "groups that are tied must be equally many, got {'a': 2, 'b': 3}",
+        ),
         (lambda: mlp(["fc1"]), ValueError, "at least two layers"),
         (lambda: mlp(["fc1", "fc1"]), ValueError, "distinct"),
     ],
@@ -130,3 +142,43 @@ def test_bad_specifications(build: object, error: type[Exception], message: str)
     assert callable(build)
     with pytest.raises(error, match=message):
         build()
+
+
+FUSED = PermutationSpec(
+    {
+        "qkv.weight": ([Window("qk", 8), Window("qk", 8), Window("v", 12)], "stream"),
+        "out.weight": ("stream", "v"),
+        "flat.weight": (None, consumes("stream", inner=3, outer=2)),
+    },
+    groups={"qk": Groups(2, "heads"), "v": Groups(2, "heads")},
+)
+
+
+def fused_state() -> dict[str, torch.Tensor]:
+    return {"qkv.weight": torch.randn(28, 5), "out.weight": torch.randn(5, 12), "flat.weight": torch.randn(2, 30)}
+
+
+def test_windows_groups_and_flattened_axes() -> None:
+    assert FUSED.units(fused_state()) == {"qk": 8, "v": 12, "stream": 5}
+    assert FUSED.bundles == (("qk", "v"), ("stream",))
+    assert [(use.position, use.segment.start, use.segment.width) for use in FUSED.uses("qk")] == [(0, 0, 8), (0, 8, 8)]
+    assert FUSED.neighbours("stream") == ("qk", "v")
+    assert FUSED.observations("stream") == (Observation("flat", inner=3, outer=2),)
+
+
+def test_every_problem_is_named() -> None:
+    state = fused_state()
+    state["qkv.weight"] = torch.randn(27, 5)
+    state["flat.weight"] = torch.randn(2, 31)
+    assert FUSED.problems(state) == [
+        "axis 0 of 'qkv.weight' has length 27, but its windows cover 28",
+        "axis 1 of 'flat.weight' holds 31 entries of node 'stream', not a multiple of inner * outer = 6",
+    ]
+    with pytest.raises(ValueError, match=r"windows cover 28 \(and 1 more\)"):
+        FUSED.units(state)
+
+
+def test_groups_must_divide_the_units() -> None:
+    spec = PermutationSpec(CHAIN, groups={"a": 3})
+    with pytest.raises(ValueError, match="node 'a' has 7 units, which 3 groups do not divide"):
+        spec.units(chain_state())

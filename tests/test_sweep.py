@@ -14,7 +14,9 @@ from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 
 
 def matcher(mode: Mode) -> Matcher:
-    return align_units if mode == "align" else lambda similarity: zip_all_units(similarity, 2)
+    if mode == "align":
+        return align_units
+    return lambda similarities, groups: zip_all_units(similarities, 2, groups)
 
 
 def plain_sweep(
@@ -29,7 +31,7 @@ def plain_sweep(
     while misses < 5 and len(objectives) < 100:
         for index in torch.randperm(len(spec.nodes), generator=generator).tolist():
             node = spec.nodes[index]
-            current[node] = match(similarity_of(node, current))
+            current.update(match({node: similarity_of(node, current)}, 1))
         objective = sum(current[node].similarity for node in spec.nodes) / len(spec.nodes)
         if not objectives or objective > max(objectives):
             best, misses = dict(current), 0

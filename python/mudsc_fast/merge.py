@@ -150,11 +150,11 @@ def merge(
     phases = _Phases()
     blocks = BLOCKS_OF_MODE[mode]
 
-    def match(similarity: Tensor) -> NodeMatching:
+    def match(similarities: Mapping[str, Tensor], groups: int) -> dict[str, NodeMatching]:
         with phases.timed("matching"):
             if mode == "align":
-                return align_units(similarity)
-            return zip_all_units(similarity, len(models), shrink=shrink, budget=budget)
+                return align_units(similarities, groups)
+            return zip_all_units(similarities, len(models), groups, shrink=shrink, budget=budget)
 
     activations = None
     matching: dict[str, NodeMatching] = {}
@@ -162,7 +162,9 @@ def merge(
     if space != "weight":
         with phases.timed("activations"):
             activations = _activations(models, spec, data, mode, forward, progress)
-        matching = {node: match(activations.of(node, blocks)) for node in spec.nodes}
+        for bundle in spec.bundles:
+            similarities = {node: activations.of(node, blocks) for node in bundle}
+            matching.update(match(similarities, spec.groups(bundle[0]).count))
     if space != "activation":
         weight_similarity = WeightSimilarity(state_dicts, spec, blocks, model_weights)
 
@@ -193,7 +195,7 @@ def merge(
         objectives=objectives,
         timings=phases.seconds,
         unmatched_tensors=tuple(
-            name for name, tensor in state_dicts[0].items() if tensor.is_floating_point() and name not in spec.axes
+            name for name, tensor in state_dicts[0].items() if tensor.is_floating_point() and name not in spec.layouts
         ),
     )
 
@@ -278,7 +280,7 @@ def _check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor]
 
 def _check_finite_tensors(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> None:
     for index, state_dict in enumerate(state_dicts):
-        for name in spec.axes:
+        for name in spec.layouts:
             check_finite(f"{name!r} of models[{index}]", state_dict[name])
 
 

@@ -7,6 +7,7 @@ features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, sectio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mudsc_fast.matching.node import with_first
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
 from mudsc_fast.spec.axes import Observation, PermutationSpec
 
@@ -69,8 +71,7 @@ class ActivationSimilarity:
             return similarity
         if self.blocks == "cross":
             raise ValueError("zip needs the similarities of all models: compute them with blocks='full', got 'cross'")
-        units = similarity.shape[0] // self.num_models
-        return torch.stack([similarity[:units, i * units : (i + 1) * units] for i in range(1, self.num_models)])
+        return with_first(similarity, self.num_models)
 
 
 def activation_similarity(
@@ -160,27 +161,28 @@ class _Observer:
         self._model = model
         self._units = units
         self._device = next(iter(model.state_dict().values())).device
-        self._observations = {node: _checked_observation(model, spec, node) for node in spec.nodes}
+        self._observations = {node: _checked_observations(model, spec, node) for node in spec.nodes}
         self._features: dict[str, list[_Feature]] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Observe the modules while the enclosed code runs."""
         with ExitStack() as stack:
-            for node, observation in self._observations.items():
-                module = self._model.get_submodule(observation.module)
-                hook = self._hook(node, observation, _channel_axis(module, observation, node))
-                if observation.port == "input":
-                    handle = module.register_forward_pre_hook(
-                        lambda _module, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
-                    )
-                else:
-                    handle = module.register_forward_hook(
-                        lambda _module, _args, output, hook=hook: hook(
-                            output if isinstance(output, (tuple, list)) else [output]
+            for node, observations in self._observations.items():
+                for observation in observations:
+                    module = self._model.get_submodule(observation.module)
+                    hook = self._hook(node, observation, _units_position(module, observation, node))
+                    if observation.port == "input":
+                        handle = module.register_forward_pre_hook(
+                            lambda _module, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
                         )
-                    )
-                stack.callback(handle.remove)
+                    else:
+                        handle = module.register_forward_hook(
+                            lambda _module, _args, output, hook=hook: hook(
+                                output if isinstance(output, (tuple, list)) else [output]
+                            )
+                        )
+                    stack.callback(handle.remove)
             yield
 
     def run(self, batch: Any, forward: Forward | None) -> dict[str, list[_Feature]]:
@@ -193,49 +195,58 @@ class _Observer:
             _default_forward(self._model, moved)
         for node, features in self._features.items():
             if not features:
-                raise ValueError(
-                    f"node {node!r} is observed at {self._observations[node].module!r}, which the model did not call"
-                )
+                modules = " and ".join(repr(observation.module) for observation in self._observations[node])
+                raise ValueError(f"node {node!r} is observed at {modules}, which the model did not call")
         return self._features
 
-    def _hook(self, node: str, observation: Observation, axis: int) -> Callable[[Sequence[object]], None]:
+    def _hook(self, node: str, observation: Observation, position: int) -> Callable[[Sequence[object]], None]:
+        split = (observation.outer, self._units[node], observation.inner)
+
         def observe(values: Sequence[object]) -> None:
             value = next((v for v in values if isinstance(v, Tensor)), None)
             if value is None:
                 raise ValueError(f"the {observation.port} of {observation.module!r} holds no tensor to observe")
-            if not -value.ndim <= axis < value.ndim or value.shape[axis] != self._units[node]:
+            shape = tuple(value.shape)
+            expected = math.prod(split)
+            fits = -len(shape) <= position < len(shape)
+            if fits and observation.width is not None:
+                fits = observation.start + observation.width <= shape[position]
+                value = value.narrow(position, observation.start, observation.width) if fits else value
+            if not fits or value.shape[position] != expected:
                 raise ValueError(
                     f"node {node!r} has {self._units[node]} units, but the {observation.port} of "
-                    f"{observation.module!r} has shape {tuple(value.shape)}, units expected on axis {axis}"
+                    f"{observation.module!r} has shape {shape}, {expected} entries expected on axis {position}"
                 )
-            self._features[node].append(_Feature(value, axis))
+            positive = position % len(shape)
+            self._features[node].append(_Feature(value.unflatten(positive, split), positive + 1))
 
         return observe
 
 
-def _checked_observation(model: nn.Module, spec: PermutationSpec, node: str) -> Observation:
-    observation = spec.observation(node)
-    if observation is None:
+def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) -> Sequence[Observation]:
+    observations = spec.observations(node)
+    if not observations:
         raise ValueError(f"spec does not say where node {node!r} is observed: name a module in observe")
-    try:
-        model.get_submodule(observation.module)
-    except AttributeError:
-        raise ValueError(
-            f"spec observes node {node!r} at module {observation.module!r}, which the model does not have"
-        ) from None
-    return observation
+    for observation in observations:
+        try:
+            model.get_submodule(observation.module)
+        except AttributeError:
+            raise ValueError(
+                f"spec observes node {node!r} at module {observation.module!r}, which the model does not have"
+            ) from None
+    return observations
 
 
-def _channel_axis(module: nn.Module, observation: Observation, node: str) -> int:
-    if observation.axis is not None:
-        return observation.axis
+def _units_position(module: nn.Module, observation: Observation, node: str) -> int:
+    if observation.position is not None:
+        return observation.position
     if isinstance(module, _LAST_AXIS_MODULES):
         return -1
     if isinstance(module, _SECOND_AXIS_MODULES):
         return 1
     raise ValueError(
         f"spec observes node {node!r} at {observation.module!r}, a {type(module).__name__}: "
-        "say on which axis its units are with Observation(axis=...)"
+        "say on which axis its units are with Observation(position=...)"
     )
 
 

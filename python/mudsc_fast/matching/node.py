@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mudsc_fast.ops.assignment import linear_assignment
 from mudsc_fast.ops.correlation import Blocks
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.ops.zip import zip_units
+from mudsc_fast.ops.zip import zip_within_budget
 from mudsc_fast.spec.axes import Role
 
 Mode = Literal["align", "zip"]
@@ -75,52 +75,127 @@ class NodeMatching:
         return UnitMap.clusters(self.cluster_of_unit[chosen], self.num_clusters, scale)
 
 
-#: Matches the units of a node by their similarity blocks.
-Matcher = Callable[[Tensor], NodeMatching]
+#: Matches the units of all nodes of a bundle, by the nodes' similarity blocks and the number of groups.
+Matcher = Callable[[Mapping[str, Tensor], int], dict[str, NodeMatching]]
 
 
-def align_units(blocks: Tensor) -> NodeMatching:
+def align_units(blocks: Mapping[str, Tensor], groups: int = 1) -> dict[str, NodeMatching]:
     """Give every model but the first the permutation that maximises its summed similarity with the first.
+
+    Where the units of a node come in groups, a permutation of groups is found first: by the mean similarity of their
+    units, each pair of groups matched at its best. Several nodes share one permutation of groups.
 
     Parameters
     ----------
     blocks
-        [models - 1, units, units]: similarity of model 0's units (rows) with another model's (columns).
+        For each node [models - 1, units, units]: similarity of model 0's units (rows) with another model's (columns).
+    groups
+        Number of groups, of consecutive units, that each node's units form.
     """
-    columns = linear_assignment(blocks).columns
-    units = blocks.shape[1]
-    order = torch.arange(units, device=columns.device)
-    cluster_of_unit = torch.cat([order[None], torch.argsort(columns, dim=1)])
-    matched = blocks.gather(2, columns[..., None])
-    return NodeMatching(
-        mode="align",
-        cluster_of_unit=cluster_of_unit,
-        num_clusters=units,
-        similarity_before=_mean(blocks.diagonal(dim1=1, dim2=2)),
-        similarity=_mean(matched),
-    )
+    pairs, inner = _pair_groups(blocks, groups)
+    matching = {}
+    for node, similarity in blocks.items():
+        models, units = similarity.shape[:2]
+        size = units // groups
+        chosen = inner[node].gather(2, pairs[:, :, None, None].expand(models, groups, 1, size)).squeeze(2)
+        columns = (pairs[..., None] * size + chosen).view(models, units)
+        order = torch.arange(units, device=columns.device)
+        matching[node] = NodeMatching(
+            mode="align",
+            cluster_of_unit=torch.cat([order[None], torch.argsort(columns, dim=1)]),
+            num_clusters=units,
+            similarity_before=_mean(similarity.diagonal(dim1=1, dim2=2)),
+            similarity=_mean(similarity.gather(2, columns[..., None])),
+        )
+    return matching
 
 
-def zip_all_units(similarity: Tensor, num_models: int, *, shrink: float = 0.5, budget: float = 1.0) -> NodeMatching:
+def zip_all_units(
+    similarities: Mapping[str, Tensor], num_models: int, groups: int = 1, *, shrink: float = 0.5, budget: float = 1.0
+) -> dict[str, NodeMatching]:
     """Cluster the units of all models greedily, down to the number of units that each model has.
+
+    Where the units of a node come in groups, the groups of all models are first paired with those of the first model,
+    as by :func:`align_units`; the units of each set of paired groups are then clustered by themselves.
 
     Parameters
     ----------
-    similarity
-        [models * units, models * units].
+    similarities
+        For each node [models * units, models * units].
     num_models, shrink, budget
         As in :func:`mudsc_fast.ops.zip_units`.
+    groups
+        Number of groups, of consecutive units, that each node's units form in each model.
     """
-    zipped = zip_units(similarity, num_models, shrink=shrink, budget=budget)
-    units = similarity.shape[0] // num_models
-    with_first = [similarity[:units, i * units : (i + 1) * units].diagonal() for i in range(1, num_models)]
-    return NodeMatching(
-        mode="zip",
-        cluster_of_unit=zipped.cluster_of_unit.view(num_models, units),
-        num_clusters=len(zipped.sizes),
-        similarity_before=_mean(torch.stack(with_first)),
-        similarity=zipped.value,
-    )
+    blocks = {node: with_first(similarity, num_models) for node, similarity in similarities.items()}
+    if groups == 1:
+        members = {
+            node: torch.arange(len(similarity), device=similarity.device)[None]
+            for node, similarity in similarities.items()
+        }
+    else:
+        pairs, _ = _pair_groups(blocks, groups)
+        own = torch.arange(groups, device=pairs.device)[None]
+        members = {
+            node: _units_of_sets(torch.cat([own, pairs]), len(similarity) // num_models)
+            for node, similarity in similarities.items()
+        }
+    matching = {}
+    for node, similarity in similarities.items():
+        units = len(similarity) // num_models
+        size = units // groups
+        cluster_of_unit = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
+        # The published budget of a group; for one group it is that of a model.
+        merges = len(similarity) - units
+        allowed = int(merges // num_models * budget + 1e-4) if groups == 1 else int(merges * budget // (num_models * groups) + 1e-4)
+        values = []
+        for position, rows in enumerate(members[node]):
+            within = similarity if groups == 1 else similarity[rows][:, rows]
+            zipped = zip_within_budget(within, num_models, size, allowed, shrink)
+            cluster_of_unit[rows] = zipped.cluster_of_unit + position * size
+            values.append(zipped.value)
+        matching[node] = NodeMatching(
+            mode="zip",
+            cluster_of_unit=cluster_of_unit.view(num_models, units),
+            num_clusters=units,
+            similarity_before=_mean(blocks[node].diagonal(dim1=1, dim2=2)),
+            # Every set makes as many merges, so the mean over the sets is the mean over all merges.
+            similarity=sum(values) / len(values),
+        )
+    return matching
+
+
+def with_first(similarity: Tensor, num_models: int) -> Tensor:
+    """Return [models - 1, units, units], the blocks of model 0 with every other model, of a whole similarity."""
+    units = len(similarity) // num_models
+    return torch.stack([similarity[:units, i * units : (i + 1) * units] for i in range(1, num_models)])
+
+
+def _pair_groups(blocks: Mapping[str, Tensor], groups: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return [models - 1, groups], the group paired with each of model 0's, and each node's columns within pairs.
+
+    The columns are [models - 1, groups, groups, units of a group]: for every pair of groups, paired or not, the best
+    assignment of the units of one to those of the other.
+    """
+    scores: Tensor | None = None
+    inner = {}
+    for node, similarity in blocks.items():
+        models, units = similarity.shape[:2]
+        size = units // groups
+        split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
+        inner[node] = linear_assignment(split).columns
+        matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
+        scores = matched if scores is None else scores + matched
+    assert scores is not None  # a bundle has at least one node
+    return linear_assignment(scores).columns, inner
+
+
+def _units_of_sets(group_of_set: Tensor, units: int) -> Tensor:
+    """Return [groups, models * units of a group]: the units of each set, given [models, groups] the sets' groups."""
+    models, groups = group_of_set.shape
+    size = units // groups
+    first = group_of_set.T[..., None] * size + torch.arange(models, device=group_of_set.device)[:, None] * units
+    return (first + torch.arange(size, device=group_of_set.device)).view(groups, models * size)
 
 
 def _mean(values: Tensor) -> float:

@@ -41,7 +41,8 @@ def sweep(
     that did not raise the mean of the nodes' similarities above the best so far, the best matching is restored; after
     `patience` such sweeps in a row, or `max_sweeps` in all, the search ends.
 
-    A node keeps its last result while no neighbour's matching has changed since: its similarity would be the same.
+    Nodes with tied groups are visited together. A node keeps its last result while no neighbour's matching has changed
+    since: its similarity would be the same.
     """
     generator = torch.Generator().manual_seed(random_state)
     current = dict(start)
@@ -49,16 +50,18 @@ def sweep(
     best_objective = -float("inf")
     objectives: list[float] = []
     misses = 0
-    visits: dict[str, _Visit] = {}
+    visits: dict[tuple[str, ...], _Visit] = {}
     with tqdm(total=max_sweeps, desc="sweeps", disable=not progress) as bar:
         while len(objectives) < max_sweeps and misses < patience:
-            for index in torch.randperm(len(spec.nodes), generator=generator).tolist():
-                node = spec.nodes[index]
-                seen = {other: current[other] for other in spec.neighbours(node) if other in current}
-                visit = visits.get(node)
+            for index in torch.randperm(len(spec.bundles), generator=generator).tolist():
+                bundle = spec.bundles[index]
+                around = {other for node in bundle for other in spec.neighbours(node)}
+                seen = {other: current[other] for other in around if other in current}
+                visit = visits.get(bundle)
                 if visit is None or not visit.saw(seen):
-                    visit = visits[node] = _Visit(seen, match(similarity_of(node, current)))
-                current[node] = visit.result
+                    similarities = {node: similarity_of(node, current) for node in bundle}
+                    visit = visits[bundle] = _Visit(seen, match(similarities, spec.groups(bundle[0]).count))
+                current.update(visit.result)
             objective = sum(current[node].similarity for node in spec.nodes) / len(spec.nodes)
             objectives.append(objective)
             if objective > best_objective:
@@ -72,10 +75,10 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Visit:
-    """A node's latest result and the neighbours' matchings it was computed under."""
+    """The latest result for a bundle of nodes and the neighbours' matchings it was computed under."""
 
     neighbours: Mapping[str, NodeMatching]
-    result: NodeMatching
+    result: Mapping[str, NodeMatching]
 
     def saw(self, neighbours: Mapping[str, NodeMatching]) -> bool:
         return self.neighbours.keys() == neighbours.keys() and all(

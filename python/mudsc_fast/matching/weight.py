@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
-from mudsc_fast.ops.permute import permute_merge
-from mudsc_fast.spec.axes import PermutationSpec, TensorAxis
+from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.spec.axes import Axis, PermutationSpec, Role, Segment, TensorAxis
 
 
 class WeightSimilarity:
@@ -55,24 +56,31 @@ class WeightSimilarity:
         )
         for use in uses:
             features = [self._reindexed(model, use, matching) for model in range(len(self._state_dicts))]
-            accumulator.update(*features, channel_axis=use.axis)
+            split = (use.axis.outer, self._units[node], use.axis.inner)
+            accumulator.update(
+                *(feature.unflatten(use.position, split) for feature in features), channel_axis=use.position + 1
+            )
         return accumulator.finalize()
 
     def _reindexed(self, model: int, use: TensorAxis, matching: Mapping[str, NodeMatching]) -> Tensor:
-        """Return one model's tensor with all axes but that of `use` in the order of the merged network.
+        """Return what one model's tensor holds of a node, all other axes in the order of the merged network.
 
         What the tensor consumes is averaged over a cluster's members and what it produces is summed: the published
         vectors use the two matrices of a cluster in the opposite way to the merge itself.
         """
+
+        def map_of(axis: Axis) -> UnitMap | None:
+            if axis.node not in matching:
+                return None
+            opposite: Role = "produce" if axis.role == "consume" else "consume"
+            return matching[axis.node].unit_map(opposite, self._model_weights, model)
+
         tensor = self._state_dicts[model][use.tensor].detach()
-        maps = {
-            position: matching[axis.node].unit_map(
-                "produce" if axis.role == "consume" else "consume", self._model_weights, model
-            )
-            for position, axis in enumerate(self._spec.axes[use.tensor])
-            if axis is not None and position != use.axis and axis.node in matching
-        }
-        return permute_merge([tensor], maps) if maps else tensor
+        if use.segment.width is not None:
+            tensor = tensor.narrow(use.position, use.segment.start, use.segment.width)
+        layout = list(self._spec.layouts[use.tensor])
+        layout[use.position] = (Segment(None),)
+        return reindex([tensor], layout, map_of, [1.0])
 
 
 def blend(balance: float, weight: Tensor, activation: Tensor) -> Tensor:

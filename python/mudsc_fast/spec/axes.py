@@ -19,14 +19,59 @@ Port = Literal["input", "output"]
 
 @dataclass(frozen=True)
 class Axis:
-    """One permuted axis of a tensor: the node it belongs to, and whether its units are produced or consumed there.
+    """How one axis of a tensor holds the units of a node.
 
-    The role matters where units are clustered: a cluster averages its members where they are produced and sums
-    them where they are consumed.
+    Parameters
+    ----------
+    node
+        The node's name.
+    role
+        Whether the units are produced or consumed here. It matters where units are clustered: a cluster averages its
+        members where they are produced and sums them where they are consumed.
+    inner
+        Consecutive entries that belong to one unit and keep their order: the positions of a flattened feature map, or
+        the width of an attention head that moves as a whole.
+    outer
+        How often the sequence of all units repeats along the axis: the positions of a feature map that was flattened
+        with its channels last.
     """
 
     node: str
     role: Role
+    inner: int = 1
+    outer: int = 1
+
+    def __post_init__(self) -> None:
+        if self.role not in ("produce", "consume"):
+            raise ValueError(f"role of node {self.node!r} must be 'produce' or 'consume', got {self.role!r}")
+        if self.inner < 1 or self.outer < 1:
+            raise ValueError(
+                f"inner and outer of node {self.node!r} must be at least 1, got {self.inner} and {self.outer}"
+            )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of `width` entries of a fused tensor's axis, e.g. the queries in a weight that holds queries, keys, values.
+
+    An axis is given as the sequence of its windows, which must cover it; `axis` None keeps the order of a window.
+    """
+
+    axis: Axis | str | None
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width of a window must be at least 1, got {self.width}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of one axis as the specification understands it: from `start`, `width` entries (None: the whole axis)."""
+
+    axis: Axis | None
+    start: int = 0
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,8 +79,26 @@ class TensorAxis:
     """A node's use of one axis of one tensor."""
 
     tensor: str
-    axis: int
-    role: Role
+    position: int
+    segment: Segment
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Units that move only with their group: attention heads, the groups of a GroupNorm.
+
+    Parameters
+    ----------
+    count
+        Number of groups; the units of a group are consecutive.
+    tie
+        Nodes whose groups must keep one common order name the same tie: the query-key and the value units of one
+        attention layer, whose heads belong together.
+    """
+
+    count: int
+    tie: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,30 +111,40 @@ class Observation:
         Name of a submodule, as in ``model.get_submodule``.
     port
         ``"input"`` (the first tensor that the module is called with) or ``"output"``.
-    axis
+    position
         The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
         layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).
+    start, width
+        The part of that axis that holds the units, where it holds more; by default all of it.
+    inner, outer
+        As for :class:`Axis`: what belongs to one unit counts as further samples.
     """
 
     module: str
     port: Port = "input"
-    axis: int | None = None
+    position: int | None = None
+    start: int = 0
+    width: int | None = None
+    inner: int = 1
+    outer: int = 1
 
     def __post_init__(self) -> None:
         if self.port not in ("input", "output"):
-            raise ValueError(
-                f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}"
-            )
+            raise ValueError(f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}")
 
 
-def produces(node: str) -> Axis:
+#: What may stand for one axis of a tensor in the axes map.
+Entry = str | Axis | Sequence[Window] | None
+
+
+def produces(node: str, *, inner: int = 1, outer: int = 1) -> Axis:
     """Mark an axis that produces the units of `node`, e.g. the columns of an embedding table."""
-    return Axis(node, "produce")
+    return Axis(node, "produce", inner, outer)
 
 
-def consumes(node: str) -> Axis:
+def consumes(node: str, *, inner: int = 1, outer: int = 1) -> Axis:
     """Mark an axis that consumes the units of `node`, e.g. the rows of a transposed weight."""
-    return Axis(node, "consume")
+    return Axis(node, "consume", inner, outer)
 
 
 class PermutationSpec:
@@ -80,18 +153,22 @@ class PermutationSpec:
     Parameters
     ----------
     axes
-        For each tensor (by its name in the state dict) one entry per axis: a node's name, an :class:`Axis`, or None
-        for an axis that keeps its order. Axes behind the last entry keep their order too, so a convolution's kernel
-        needs two entries. A plain name produces the node on axis 0 and consumes it on every other axis, as in
-        ``torch.nn.Linear`` and convolutions; :func:`produces` and :func:`consumes` say otherwise.
+        For each tensor (by its name in the state dict) one entry per axis: a node's name, an :class:`Axis`, the
+        :class:`Window` s of a fused axis, or None for an axis that keeps its order. Axes behind the last entry keep
+        their order too, so a convolution's kernel needs two entries. A plain name produces the node on axis 0 and
+        consumes it on every other axis, as in ``torch.nn.Linear`` and convolutions; :func:`produces` and
+        :func:`consumes` say otherwise.
     observe
-        Where a node's activations are seen, as an :class:`Observation` or a module's name (its input is then
-        observed). Without an entry it is the input of the last layer in `axes` that consumes the node.
+        Where a node's activations are seen: an :class:`Observation`, several of them (their samples are stacked), or a
+        module's name (its input is then observed). Without an entry it is the input of the last layer in `axes` that
+        consumes the node.
+    groups
+        Nodes whose units move only with their group: the number of groups, or :class:`Groups`.
 
     Raises
     ------
     ValueError
-        If no axis names a node, or `observe` names an unknown one.
+        If no axis names a node, or `observe` or `groups` name an unknown one or do not fit.
     TypeError
         If an entry is of another type.
 
@@ -107,29 +184,39 @@ class PermutationSpec:
 
     def __init__(
         self,
-        axes: Mapping[str, Sequence[str | Axis | None]],
-        observe: Mapping[str, Observation | str] | None = None,
+        axes: Mapping[str, Sequence[Entry]],
+        observe: Mapping[str, Observation | str | Sequence[Observation]] | None = None,
+        groups: Mapping[str, int | Groups] | None = None,
     ) -> None:
-        self._axes = {tensor: _parse_axes(tensor, entries) for tensor, entries in axes.items()}
+        self._layouts = {tensor: _parse_layout(tensor, entries) for tensor, entries in axes.items()}
         uses: dict[str, list[TensorAxis]] = {}
-        for tensor, entries in self._axes.items():
-            for position, entry in enumerate(entries):
-                if entry is not None:
-                    uses.setdefault(entry.node, []).append(TensorAxis(tensor, position, entry.role))
+        for tensor, layout in self._layouts.items():
+            for position, segments in enumerate(layout):
+                for segment in segments:
+                    if segment.axis is not None:
+                        use = TensorAxis(tensor, position, segment, segment.axis)
+                        uses.setdefault(segment.axis.node, []).append(use)
         if not uses:
             raise ValueError("axes must name at least one node, got none")
         self._uses = {node: tuple(where) for node, where in uses.items()}
-        self._observations = {node: _default_observation(where) for node, where in self._uses.items()}
-        for node, observation in (observe or {}).items():
-            if node not in self._uses:
-                raise ValueError(f"observe names the node {node!r}, which no axis has; nodes: {_listed(self.nodes)}")
-            self._observations[node] = Observation(observation) if isinstance(observation, str) else observation
+        self._observations = {node: _default_observations(where) for node, where in self._uses.items()}
+        for node, where in (observe or {}).items():
+            self._check_known("observe", node)
+            self._observations[node] = _parse_observations(where)
+        self._groups = dict.fromkeys(self._uses, Groups(1))
+        for node, grouped in (groups or {}).items():
+            self._check_known("groups", node)
+            self._groups[node] = grouped if isinstance(grouped, Groups) else Groups(grouped)
+            if self._groups[node].count < 1:
+                raise ValueError(f"groups[{node!r}] must be at least 1, got {self._groups[node].count}")
+        self._bundles = self._tied_nodes()
 
     @classmethod
     def from_nodes(
         cls,
         nodes: Mapping[str, Iterable[tuple[str, int] | tuple[str, int, Role]]],
-        observe: Mapping[str, Observation | str] | None = None,
+        observe: Mapping[str, Observation | str | Sequence[Observation]] | None = None,
+        groups: Mapping[str, int | Groups] | None = None,
     ) -> PermutationSpec:
         """Build a specification from the inverse map: for each node its (tensor, axis[, role]) triples.
 
@@ -152,24 +239,31 @@ class PermutationSpec:
                         f"axis {position} of {tensor!r} is covered twice: by node {other!r} and by node {node!r}"
                     )
                 entries[position] = Axis(node, use[2]) if len(use) == 3 else node
-        return cls(
-            {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()},
-            observe,
-        )
+        layouts = {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()}
+        return cls(layouts, observe, groups)
 
     @property
-    def axes(self) -> Mapping[str, tuple[Axis | None, ...]]:
-        """For each tensor its axes' nodes and roles."""
-        return self._axes
+    def layouts(self) -> Mapping[str, tuple[tuple[Segment, ...], ...]]:
+        """For each tensor and each of its axes the segments of that axis, in order."""
+        return self._layouts
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """All nodes, in the order in which the axes map names them first."""
         return tuple(self._uses)
 
+    @property
+    def bundles(self) -> tuple[tuple[str, ...], ...]:
+        """The nodes, those whose groups keep a common order together: what is matched in one step."""
+        return self._bundles
+
     def uses(self, node: str) -> tuple[TensorAxis, ...]:
-        """Return every (tensor, axis, role) of a node: the inverse of :attr:`axes`."""
+        """Return every place of a node: the inverse of :attr:`layouts`."""
         return self._uses[node]
+
+    def groups(self, node: str) -> Groups:
+        """Return the groups of a node; one group means that its units move freely."""
+        return self._groups[node]
 
     def neighbours(self, node: str) -> tuple[str, ...]:
         """Return the nodes that share a tensor with `node`: those its weight similarity depends on.
@@ -178,13 +272,14 @@ class PermutationSpec:
         """
         found: dict[str, None] = {}
         for use in self._uses[node]:
-            for position, entry in enumerate(self._axes[use.tensor]):
-                if entry is not None and position != use.axis:
-                    found[entry.node] = None
+            for position, segments in enumerate(self._layouts[use.tensor]):
+                for segment in segments:
+                    if segment.axis is not None and position != use.position:
+                        found[segment.axis.node] = None
         return tuple(found)
 
-    def observation(self, node: str) -> Observation | None:
-        """Return where the activations of a node are seen, or None if the specification does not say."""
+    def observations(self, node: str) -> tuple[Observation, ...]:
+        """Return where the activations of a node are seen; nothing if the specification does not say."""
         return self._observations[node]
 
     def units(self, state_dict: Mapping[str, Tensor]) -> dict[str, int]:
@@ -193,62 +288,141 @@ class PermutationSpec:
         Raises
         ------
         ValueError
-            If a tensor is missing, has too few axes, or is of another length on an axis than the node's first use.
+            If a tensor is missing or has too few axes, if its windows do not cover an axis, if a node has another
+            number of units there than at its first use, or if its groups do not divide them.
         """
-        units: dict[str, int] = {}
+        problems = self.problems(state_dict)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise ValueError(problems[0] + more)
+        return {node: _units_at(uses[0], state_dict) for node, uses in self._uses.items()}
+
+    def problems(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Return every way in which the specification does not fit the tensors, in words; none if it fits."""
+        problems = [
+            problem
+            for tensor, layout in self._layouts.items()
+            for problem in _layout_problems(tensor, layout, state_dict.get(tensor))
+        ]
+        if problems:
+            return problems
         for node, uses in self._uses.items():
-            for use in uses:
-                if use.tensor not in state_dict:
-                    raise ValueError(f"spec names the tensor {use.tensor!r}, which the models do not have")
-                shape = tuple(state_dict[use.tensor].shape)
-                if len(shape) < len(self._axes[use.tensor]):
-                    raise ValueError(
-                        f"spec gives {len(self._axes[use.tensor])} axes to {use.tensor!r}, "
-                        f"which has {len(shape)}: shape {shape}"
-                    )
-                first = uses[0]
-                expected = units.setdefault(node, shape[use.axis])
-                if shape[use.axis] != expected:
-                    raise ValueError(
-                        f"axis {use.axis} of {use.tensor!r} has length {shape[use.axis]}, but node {node!r} has "
-                        f"{expected} units by axis {first.axis} of {first.tensor!r}"
-                    )
-        return units
+            first = uses[0]
+            expected = _units_at(first, state_dict)
+            problems += [
+                f"{_described(use)} has {_units_at(use, state_dict)} units, but node {node!r} has {expected} by "
+                f"{_described(first)}"
+                for use in uses
+                if _units_at(use, state_dict) != expected
+            ]
+            if expected % self._groups[node].count:
+                problems.append(f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide")
+        return problems
 
     def __eq__(self, other: object) -> bool:
-        """Two specifications are equal if they map the same axes and observe the same places."""
+        """Two specifications are equal if they map the same axes, groups and places to observe."""
         if not isinstance(other, PermutationSpec):
             return NotImplemented
-        return self._axes == other._axes and self._observations == other._observations
+        return (self._layouts, self._observations, self._groups) == (
+            other._layouts,
+            other._observations,
+            other._groups,
+        )
 
     def __hash__(self) -> int:
-        return hash((tuple(self._axes.items()), tuple(self._observations.items())))
+        return hash((tuple(self._layouts.items()), tuple(self._observations.items()), tuple(self._groups.items())))
 
     def __repr__(self) -> str:
-        return f"PermutationSpec({len(self._axes)} tensors, nodes: {_listed(self.nodes)})"
+        return f"PermutationSpec({len(self._layouts)} tensors, nodes: {_listed(self.nodes)})"
+
+    def _check_known(self, argument: str, node: str) -> None:
+        if node not in self._uses:
+            raise ValueError(f"{argument} names the node {node!r}, which no axis has; nodes: {_listed(self.nodes)}")
+
+    def _tied_nodes(self) -> tuple[tuple[str, ...], ...]:
+        bundles: dict[str, list[str]] = {}
+        for node, groups in self._groups.items():
+            bundles.setdefault(f"node {node}" if groups.tie is None else f"tie {groups.tie}", []).append(node)
+        for nodes in bundles.values():
+            counts = {node: self._groups[node].count for node in nodes}
+            if len(set(counts.values())) != 1:
+                raise ValueError(f"groups that are tied must be equally many, got {counts}")
+        return tuple(map(tuple, bundles.values()))
 
 
-def _parse_axes(tensor: str, entries: Sequence[str | Axis | None]) -> tuple[Axis | None, ...]:
+def _parse_layout(tensor: str, entries: Sequence[Entry]) -> tuple[tuple[Segment, ...], ...]:
     if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise TypeError(f"axes of {tensor!r} must be a sequence with an entry per axis, got {entries!r}")
-    parsed: list[Axis | None] = []
+    layout: list[tuple[Segment, ...]] = []
     for position, entry in enumerate(entries):
-        if entry is None or isinstance(entry, Axis):
-            parsed.append(entry)
-        elif isinstance(entry, str):
-            parsed.append(Axis(entry, "produce" if position == 0 else "consume"))
+        if entry is None or isinstance(entry, (str, Axis)):
+            layout.append((Segment(_parse_axis(entry, position)),))
+        elif isinstance(entry, Sequence) and entry and all(isinstance(window, Window) for window in entry):
+            segments, start = [], 0
+            for window in entry:
+                segments.append(Segment(_parse_axis(window.axis, position), start, window.width))
+                start += window.width
+            layout.append(tuple(segments))
         else:
             raise TypeError(
-                f"axis {position} of {tensor!r} must be a node's name, an Axis or None, got {type(entry).__name__}"
+                f"axis {position} of {tensor!r} must be a node's name, an Axis, a sequence of Windows or None, "
+                f"got {type(entry).__name__}"
             )
-    return tuple(parsed)
+    return tuple(layout)
 
 
-def _default_observation(uses: Sequence[TensorAxis]) -> Observation | None:
+def _parse_axis(entry: str | Axis | None, position: int) -> Axis | None:
+    return Axis(entry, "produce" if position == 0 else "consume") if isinstance(entry, str) else entry
+
+
+def _parse_observations(where: Observation | str | Sequence[Observation]) -> tuple[Observation, ...]:
+    if isinstance(where, str):
+        return (Observation(where),)
+    return (where,) if isinstance(where, Observation) else tuple(where)
+
+
+def _default_observations(uses: Sequence[TensorAxis]) -> tuple[Observation, ...]:
     for use in reversed(uses):
-        if use.role == "consume" and "." in use.tensor:
-            return Observation(use.tensor.rpartition(".")[0])
-    return None
+        if use.axis.role == "consume" and "." in use.tensor:
+            segment, axis = use.segment, use.axis
+            module = use.tensor.rpartition(".")[0]
+            return (Observation(module, "input", None, segment.start, segment.width, axis.inner, axis.outer),)
+    return ()
+
+
+def _layout_problems(tensor: str, layout: Sequence[Sequence[Segment]], value: Tensor | None) -> list[str]:
+    if value is None:
+        return [f"spec names the tensor {tensor!r}, which the models do not have"]
+    shape = tuple(value.shape)
+    if len(shape) < len(layout):
+        return [f"spec gives {len(layout)} axes to {tensor!r}, which has {len(shape)}: shape {shape}"]
+    problems = []
+    for position, segments in enumerate(layout):
+        covered = sum(shape[position] if segment.width is None else segment.width for segment in segments)
+        if covered != shape[position]:
+            problems.append(
+                f"axis {position} of {tensor!r} has length {shape[position]}, but its windows cover {covered}"
+            )
+            continue
+        for segment in segments:
+            width = shape[position] if segment.width is None else segment.width
+            if segment.axis is not None and width % (segment.axis.inner * segment.axis.outer):
+                problems.append(
+                    f"axis {position} of {tensor!r} holds {width} entries of node {segment.axis.node!r}, not a "
+                    f"multiple of inner * outer = {segment.axis.inner * segment.axis.outer}"
+                )
+    return problems
+
+
+def _units_at(use: TensorAxis, state_dict: Mapping[str, Tensor]) -> int:
+    width = use.segment.width
+    length = int(state_dict[use.tensor].shape[use.position]) if width is None else width
+    return length // (use.axis.inner * use.axis.outer)
+
+
+def _described(use: TensorAxis) -> str:
+    window = "" if use.segment.width is None else f" (entries {use.segment.start} on)"
+    return f"axis {use.position} of {use.tensor!r}{window}"
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
