@@ -54,11 +54,11 @@ def test_node_without_consumer_has_no_observation() -> None:
 
 def test_roles_can_be_named() -> None:
     spec = PermutationSpec({"embedding": (None, produces("s")), "transposed.weight": (consumes("s"), None)})
-    assert spec.uses("s") == (
-        TensorAxis("embedding", 1, "produce"),
-        TensorAxis("transposed.weight", 0, "consume"),
-    )
-    assert spec.observation("s") == Observation("transposed")
+    assert [(use.tensor, use.position, use.axis.role) for use in spec.uses("s")] == [
+        ("embedding", 1, "produce"),
+        ("transposed.weight", 0, "consume"),
+    ]
+    assert spec.observations("s") == (Observation("transposed"),)
 
 
 def test_a_square_tensor_makes_a_node_its_own_neighbour() -> None:

@@ -268,7 +268,9 @@ def _to_device(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
+        return tuple(_to_device(item, device) for item in value)
+    if isinstance(value, list):
         return [_to_device(item, device) for item in value]
     return value
 

@@ -195,7 +195,7 @@ def _units_of_sets(group_of_set: Tensor, units: int) -> Tensor:
     models, groups = group_of_set.shape
     size = units // groups
     first = group_of_set.T[..., None] * size + torch.arange(models, device=group_of_set.device)[:, None] * units
-    return (first + torch.arange(size, device=group_of_set.device)).view(groups, models * size)
+    return (first + torch.arange(size, device=group_of_set.device)).reshape(groups, models * size)
 
 
 def _mean(values: Tensor) -> float:

@@ -321,19 +321,21 @@ class PermutationSpec:
 
     def __eq__(self, other: object) -> bool:
         """Two specifications are equal if they map the same axes, groups and places to observe."""
-        if not isinstance(other, PermutationSpec):
-            return NotImplemented
-        return (self._layouts, self._observations, self._groups) == (
-            other._layouts,
-            other._observations,
-            other._groups,
-        )
+        return self._content() == other._content() if isinstance(other, PermutationSpec) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((tuple(self._layouts.items()), tuple(self._observations.items()), tuple(self._groups.items())))
+        return hash(self._content())
 
     def __repr__(self) -> str:
         return f"PermutationSpec({len(self._layouts)} tensors, nodes: {_listed(self.nodes)})"
+
+    def _content(self) -> tuple[object, ...]:
+        # An axis that keeps its order may be listed or left out at the end.
+        layouts = []
+        for tensor, layout in self._layouts.items():
+            mapped = [i for i, segments in enumerate(layout) if any(segment.axis is not None for segment in segments)]
+            layouts.append((tensor, layout[: mapped[-1] + 1] if mapped else ()))
+        return tuple(layouts), tuple(self._observations.items()), tuple(self._groups.items())
 
     def _check_known(self, argument: str, node: str) -> None:
         if node not in self._uses:
