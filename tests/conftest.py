@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import settings
 
 from mudsc_fast import _core
 
-# Examples are timed by nothing here: a first call pays for imports, and sanitizers are slow.
-settings.register_profile("default", deadline=None, print_blob=True)
+# No deadline: a first call pays for imports. Sanitized runs are slow and try fewer examples.
+settings.register_profile(
+    "default", deadline=None, print_blob=True, max_examples=int(os.environ.get("MUDSC_TEST_EXAMPLES", "100"))
+)
 settings.load_profile("default")
 
 GOLDEN = Path(__file__).parent / "golden"

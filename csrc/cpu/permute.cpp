@@ -1,1 +1,415 @@
+// Weighted sum of tensors re-indexed along rows and columns of [outer, rows, middle, columns, inner].
+//
+// Computes  out[o, r, m, k, t] = sum_i weight_i * sum over rows s of r, columns c of k of tensor_i[o, s, m, c, t],
+// where a gather gives each output unit one input unit and clusters give it any number, times the clusters' scales.
+//
+// Memory traffic: one read of each input, one write of the output. A line (the [columns, inner] part of one row)
+// is accumulated in float32 (float64 for float64) in cache. Rows that fall into one cluster are added before the
+// columns are touched, so the indexed part runs once per line. One model with weight 1 and gathers only is a copy
+// of bits: exact for every value, NaN payloads and signed zeros included.
+//
+// Columns are indexed from a line that is in cache. Short runs (inner < 16) are expanded to one index per element;
+// longer ones are contiguous loops. Of a cluster's columns, the first is part of an indexed pass over all
+// clusters (a zero behind the line stands for "none"), the others, few in practice, follow one by one.
+//
+// Parallel shape: threads take disjoint ranges of output lines; each has its own scratch, no line is shared.
 #include "mudsc/permute.hpp"
+
+#include "kernel.hpp"
+#include "mudsc/threads.hpp"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mudsc::MUDSC_ISA {
+namespace {
+
+// Below this many contiguous elements per unit, one index per element beats a loop per unit.
+constexpr std::int64_t kShortRun = 16;
+// Elements of a line that are accumulated at a time where columns stay in place: sums remain in the L1 cache.
+constexpr std::int64_t kTile = 2048;
+// Elements read per thread that outweigh starting it.
+constexpr std::int64_t kElementsPerThread = 1 << 18;
+
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+
+// Input rows of every output row, by model: members[start[k]..start[k + 1]) in increasing order.
+class RowMembers {
+ public:
+  RowMembers(const AxisMap& map, std::int64_t num_models) : map_(map) {
+    if (map.kind != UnitMapKind::clusters) return;
+    start_ = Buffer<std::int64_t>(num_models * (map.units_out + 1), 0);
+    members_ = Buffer<std::int64_t>(num_models * map.units_in);
+    for (std::int64_t i = 0; i < num_models; ++i) sort_by_cluster(i);
+  }
+
+  // Calls visit(input_row) for each input row of output row `row`.
+  template <class Visit>
+  void each(std::int64_t model, std::int64_t row, Visit visit) const {
+    if (map_.kind == UnitMapKind::identity) {
+      visit(row);
+    } else if (map_.kind == UnitMapKind::gather) {
+      visit(map_.index[model * map_.units_out + row]);
+    } else {
+      const std::int64_t* const start = start_.data() + model * (map_.units_out + 1);
+      const std::int64_t* const members = members_.data() + model * map_.units_in;
+      for (std::int64_t e = start[row]; e < start[row + 1]; ++e) visit(members[e]);
+    }
+  }
+
+ private:
+  void sort_by_cluster(std::int64_t model) {
+    const std::int64_t* const cluster = map_.index + model * map_.units_in;
+    std::int64_t* const start = start_.data() + model * (map_.units_out + 1);
+    std::int64_t* const members = members_.data() + model * map_.units_in;
+    for (std::int64_t c = 0; c < map_.units_in; ++c) ++start[cluster[c]];
+    std::int64_t end = 0;
+    for (std::int64_t k = 0; k <= map_.units_out; ++k) start[k] = end += start[k];
+    // Placed from the back: each start moves down to where its cluster begins.
+    for (std::int64_t c = map_.units_in; c-- > 0;) members[--start[cluster[c]]] = c;
+  }
+
+  AxisMap map_;
+  Buffer<std::int64_t> start_;
+  Buffer<std::int64_t> members_;
+};
+
+// Columns in units of `run` contiguous elements: runs shorter than kShortRun are expanded to single elements.
+class ColumnIndex {
+ public:
+  ColumnIndex(const AxisMap& map, std::int64_t inner, std::int64_t num_models) {
+    const std::int64_t expansion = inner < kShortRun && map.units_in < (INT32_MAX - 1) / kShortRun ? inner : 1;
+    run_ = inner / expansion;
+    items_in_ = map.units_in * expansion;
+    items_out_ = map.units_out * expansion;
+    first_ = Buffer<std::int32_t>(num_models * items_out_, static_cast<std::int32_t>(items_in_));
+    extra_start_ = Buffer<std::int64_t>(num_models + 1, 0);
+    const std::int64_t most_extras = map.kind == UnitMapKind::clusters ? num_models * items_in_ : 0;
+    extras_ = Buffer<Extra>(most_extras);
+    for (std::int64_t i = 0; i < num_models; ++i) {
+      extra_start_[i + 1] = extra_start_[i];
+      if (map.kind == UnitMapKind::gather) {
+        add_gather(map.index + i * map.units_out, map.units_out, expansion, i);
+      } else {
+        add_clusters(map.index + i * map.units_in, map.units_in, expansion, i);
+      }
+    }
+  }
+
+  struct Extra {
+    std::int32_t from;
+    std::int32_t to;
+  };
+
+  std::int64_t run() const { return run_; }
+  std::int64_t items_in() const { return items_in_; }
+  std::int64_t items_out() const { return items_out_; }
+  // One input item for each output item, or items_in() for none.
+  const std::int32_t* first(std::int64_t model) const { return first_.data() + model * items_out_; }
+  const Extra* extras_begin(std::int64_t model) const { return extras_.data() + extra_start_[model]; }
+  const Extra* extras_end(std::int64_t model) const { return extras_.data() + extra_start_[model + 1]; }
+
+ private:
+  void add_gather(const std::int64_t* index, std::int64_t units_out, std::int64_t expansion, std::int64_t model) {
+    std::int32_t* const first = first_.data() + model * items_out_;
+    for (std::int64_t k = 0; k < units_out; ++k) {
+      for (std::int64_t t = 0; t < expansion; ++t) {
+        first[k * expansion + t] = static_cast<std::int32_t>(index[k] * expansion + t);
+      }
+    }
+  }
+
+  void add_clusters(const std::int64_t* cluster, std::int64_t units_in, std::int64_t expansion, std::int64_t model) {
+    std::int32_t* const first = first_.data() + model * items_out_;
+    for (std::int64_t c = 0; c < units_in; ++c) {
+      for (std::int64_t t = 0; t < expansion; ++t) {
+        const std::int32_t from = static_cast<std::int32_t>(c * expansion + t);
+        const std::int32_t to = static_cast<std::int32_t>(cluster[c] * expansion + t);
+        if (first[to] == items_in_) {
+          first[to] = from;
+        } else {
+          extras_[extra_start_[model + 1]++] = Extra{from, to};
+        }
+      }
+    }
+  }
+
+  std::int64_t run_ = 1;
+  std::int64_t items_in_ = 0;
+  std::int64_t items_out_ = 0;
+  Buffer<std::int32_t> first_;
+  Buffer<Extra> extras_;
+  Buffer<std::int64_t> extra_start_;
+};
+
+// ---- Loops over contiguous elements -------------------------------------------------------------------------
+
+template <class T, class Accumulator>
+void assign_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] = weight * widen(from[e]);
+}
+
+template <class T, class Accumulator>
+void add_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] += weight * widen(from[e]);
+}
+
+template <class T, class Accumulator>
+void store(T* __restrict to, const Accumulator* __restrict from, Accumulator scale, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * scale, to[e]);
+}
+
+template <class T, class Accumulator>
+void store_by_column(T* __restrict to, const Accumulator* __restrict from, const Accumulator* __restrict column_scale,
+                     Accumulator scale, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * (scale * column_scale[e]), to[e]);
+}
+
+// ---- Indexed loops ------------------------------------------------------------------------------------------
+
+template <class Accumulator>
+void add_indexed(Accumulator* __restrict to, const Accumulator* __restrict line,
+                 const std::int32_t* __restrict index, Accumulator weight, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] += weight * line[index[e]];
+}
+
+template <class Accumulator>
+void add_runs(Accumulator* to, const Accumulator* line, const ColumnIndex& columns, std::int64_t model,
+              Accumulator weight) {
+  const std::int64_t run = columns.run();
+  const std::int32_t* const first = columns.first(model);
+  for (std::int64_t k = 0; k < columns.items_out(); ++k) {
+    if (first[k] < columns.items_in()) add_scaled(to + k * run, line + first[k] * run, weight, run);
+  }
+}
+
+// Adds one model's line to the sums. For single elements, line[items_in] is a zero.
+template <class Accumulator>
+void add_line(Accumulator* to, const Accumulator* line, const ColumnIndex& columns, std::int64_t model,
+              Accumulator weight) {
+  const std::int64_t run = columns.run();
+  if (run == 1) {
+    add_indexed(to, line, columns.first(model), weight, columns.items_out());
+  } else {
+    add_runs(to, line, columns, model, weight);
+  }
+  for (const ColumnIndex::Extra* e = columns.extras_begin(model); e != columns.extras_end(model); ++e) {
+    for (std::int64_t t = 0; t < run; ++t) to[e->to * run + t] += weight * line[e->from * run + t];
+  }
+}
+
+// ---- Lines --------------------------------------------------------------------------------------------------
+
+template <class T>
+class Merge {
+ public:
+  using Accumulator = typename AccumulatorOf<T>::type;
+
+  explicit Merge(const PermuteProblem& problem) : problem_(problem), rows_(problem.rows, problem.num_models) {}
+
+  // Columns stay in place: lines are added tile by tile.
+  void run_rows() const {
+    const std::int64_t length = problem_.columns.units_in * problem_.inner;
+    auto body = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t line = begin; line < end; ++line) {
+        for (std::int64_t at = 0; at < length; at += kTile) {
+          merge_tile(line, at, length - at < kTile ? length - at : kTile);
+        }
+      }
+    };
+    parallel_for(problem_.threads, num_lines(), lines_per_thread(length), body);
+  }
+
+  void run_columns() const {
+    const ColumnIndex columns(problem_.columns, problem_.inner, problem_.num_models);
+    const std::int64_t line_in = problem_.columns.units_in * problem_.inner;
+    const std::int64_t line_out = problem_.columns.units_out * problem_.inner;
+    const Buffer<Accumulator> column_scale = expanded_scale(line_out);
+    const std::int64_t scratch_size = (line_in + 1 + line_out + 15) / 16 * 16;
+    Buffer<Accumulator> scratch(problem_.threads * scratch_size);
+    std::int64_t threads_started = 0;
+    auto body = [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t thread = __atomic_fetch_add(&threads_started, 1, __ATOMIC_RELAXED);
+      Accumulator* const sums = scratch.data() + thread * scratch_size;
+      Accumulator* const line = sums + line_out;
+      line[line_in] = 0;
+      for (std::int64_t l = begin; l < end; ++l) merge_line(l, columns, column_scale, sums, line);
+    };
+    parallel_for(problem_.threads, num_lines(), lines_per_thread(line_in), body);
+  }
+
+ private:
+  std::int64_t num_lines() const { return problem_.outer * problem_.rows.units_out * problem_.middle; }
+
+  std::int64_t lines_per_thread(std::int64_t length) const {
+    return 1 + kElementsPerThread / (1 + length * problem_.num_models);
+  }
+
+  Accumulator row_scale(std::int64_t line) const {
+    if (problem_.rows.scale == nullptr) return 1;
+    return static_cast<Accumulator>(problem_.rows.scale[line / problem_.middle % problem_.rows.units_out]);
+  }
+
+  Buffer<Accumulator> expanded_scale(std::int64_t line_out) const {
+    if (problem_.columns.scale == nullptr) return Buffer<Accumulator>();
+    Buffer<Accumulator> scale(line_out);
+    for (std::int64_t e = 0; e < line_out; ++e) {
+      scale[e] = static_cast<Accumulator>(problem_.columns.scale[e / problem_.inner]);
+    }
+    return scale;
+  }
+
+  // Calls visit(input line) for every input line of model `model` that output line `line` sums.
+  template <class Visit>
+  void each_input_line(std::int64_t model, std::int64_t line, Visit visit) const {
+    const std::int64_t m = line % problem_.middle;
+    const std::int64_t row = line / problem_.middle % problem_.rows.units_out;
+    const std::int64_t o = line / problem_.middle / problem_.rows.units_out;
+    const T* const tensor = static_cast<const T*>(problem_.tensors[model]);
+    const std::int64_t length = problem_.columns.units_in * problem_.inner;
+    rows_.each(model, row, [&](std::int64_t input_row) {
+      visit(tensor + ((o * problem_.rows.units_in + input_row) * problem_.middle + m) * length);
+    });
+  }
+
+  void merge_tile(std::int64_t line, std::int64_t at, std::int64_t count) const {
+    Accumulator sums[kTile];
+    bool empty = true;
+    for (std::int64_t i = 0; i < problem_.num_models; ++i) {
+      const Accumulator weight = static_cast<Accumulator>(problem_.weights[i]);
+      each_input_line(i, line, [&](const T* input) {
+        if (empty) {
+          assign_scaled(sums, input + at, weight, count);
+        } else {
+          add_scaled(sums, input + at, weight, count);
+        }
+        empty = false;
+      });
+    }
+    if (empty) {
+      for (std::int64_t e = 0; e < count; ++e) sums[e] = 0;
+    }
+    T* const out = static_cast<T*>(problem_.out) + line * problem_.columns.units_out * problem_.inner + at;
+    store(out, sums, row_scale(line), count);
+  }
+
+  // Returns the sum of a model's input lines, in `scratch` where it is not an input line itself; null if none.
+  const Accumulator* gathered_line(std::int64_t model, std::int64_t line, Accumulator* scratch) const {
+    const std::int64_t length = problem_.columns.units_in * problem_.inner;
+    const T* only = nullptr;
+    std::int64_t count = 0;
+    each_input_line(model, line, [&](const T* input) {
+      if (count == 0) {
+        only = input;
+      } else {
+        if (count == 1) assign_scaled(scratch, only, Accumulator(1), length);
+        add_scaled(scratch, input, Accumulator(1), length);
+      }
+      ++count;
+    });
+    if (count == 0) return nullptr;
+    if (count > 1) return scratch;
+    // The zero behind a line is needed by clusters only: gathers of float32 and float64 read the input itself.
+    if constexpr (sizeof(T) == sizeof(Accumulator)) {
+      if (problem_.columns.kind == UnitMapKind::gather) return only;
+    }
+    assign_scaled(scratch, only, Accumulator(1), length);
+    return scratch;
+  }
+
+  void merge_line(std::int64_t line, const ColumnIndex& columns, const Buffer<Accumulator>& column_scale,
+                  Accumulator* sums, Accumulator* scratch) const {
+    const std::int64_t length = problem_.columns.units_out * problem_.inner;
+    for (std::int64_t e = 0; e < length; ++e) sums[e] = 0;
+    for (std::int64_t i = 0; i < problem_.num_models; ++i) {
+      const Accumulator* const input = gathered_line(i, line, scratch);
+      if (input != nullptr) add_line(sums, input, columns, i, static_cast<Accumulator>(problem_.weights[i]));
+    }
+    T* const out = static_cast<T*>(problem_.out) + line * length;
+    if (column_scale.size() > 0) {
+      store_by_column(out, sums, column_scale.data(), row_scale(line), length);
+    } else {
+      store(out, sums, row_scale(line), length);
+    }
+  }
+
+  PermuteProblem problem_;
+  RowMembers rows_;
+};
+
+// ---- Pure gathers: copies of bits -----------------------------------------------------------------------------
+
+template <class Bits>
+void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::int32_t* __restrict index,
+                  std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] = line[index[e]];
+}
+
+template <class Bits>
+void copy_gathered(const PermuteProblem& problem) {
+  const RowMembers rows(problem.rows, 1);
+  const bool in_place = problem.columns.kind == UnitMapKind::identity;
+  const ColumnIndex columns = in_place ? ColumnIndex(AxisMap{UnitMapKind::gather, nullptr, nullptr, 0, 0}, 1, 1)
+                                       : ColumnIndex(problem.columns, problem.inner, 1);
+  const std::int64_t line_in = problem.columns.units_in * problem.inner;
+  const std::int64_t line_out = problem.columns.units_out * problem.inner;
+  const Bits* const tensor = static_cast<const Bits*>(problem.tensors[0]);
+  Bits* const out = static_cast<Bits*>(problem.out);
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t l = begin; l < end; ++l) {
+      const std::int64_t m = l % problem.middle;
+      const std::int64_t row = l / problem.middle % problem.rows.units_out;
+      const std::int64_t o = l / problem.middle / problem.rows.units_out;
+      rows.each(0, row, [&](std::int64_t input_row) {
+        const Bits* const line = tensor + ((o * problem.rows.units_in + input_row) * problem.middle + m) * line_in;
+        Bits* const to = out + l * line_out;
+        if (in_place) {
+          std::memcpy(to, line, static_cast<std::size_t>(line_out) * sizeof(Bits));
+        } else if (columns.run() == 1) {
+          copy_indexed(to, line, columns.first(0), line_out);
+        } else {
+          const std::size_t bytes = static_cast<std::size_t>(columns.run()) * sizeof(Bits);
+          for (std::int64_t k = 0; k < columns.items_out(); ++k) {
+            std::memcpy(to + k * columns.run(), line + columns.first(0)[k] * columns.run(), bytes);
+          }
+        }
+      });
+    }
+  };
+  parallel_for(problem.threads, problem.outer * problem.rows.units_out * problem.middle,
+               1 + kElementsPerThread / (1 + line_out), body);
+}
+
+template <class T, class Bits>
+void run(const PermuteProblem& problem) {
+  const bool gathers_only =
+      problem.rows.kind != UnitMapKind::clusters && problem.columns.kind != UnitMapKind::clusters;
+  if (problem.num_models == 1 && problem.weights[0] == 1.0 && gathers_only) {
+    copy_gathered<Bits>(problem);
+  } else if (problem.columns.kind == UnitMapKind::identity) {
+    Merge<T>(problem).run_rows();
+  } else {
+    Merge<T>(problem).run_columns();
+  }
+}
+
+}  // namespace
+
+void permute_merge(const PermuteProblem& problem) {
+  switch (problem.dtype) {
+    case ScalarType::float16: return run<Half, std::uint16_t>(problem);
+    case ScalarType::bfloat16: return run<BFloat16, std::uint16_t>(problem);
+    case ScalarType::float32: return run<float, std::uint32_t>(problem);
+    case ScalarType::float64: return run<double, std::uint64_t>(problem);
+  }
+}
+
+}  // namespace mudsc::MUDSC_ISA

@@ -2,4 +2,47 @@
 
 from __future__ import annotations
 
+from mudsc_fast import ops, spec
+from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
+from mudsc_fast.matching.apply import permute_state_dict
+from mudsc_fast.matching.node import Mode, NodeMatching
+from mudsc_fast.merge import MergeResult, Space, merge
+from mudsc_fast.ops import (
+    Assignment,
+    CorrelationAccumulator,
+    UnitMap,
+    ZipResult,
+    linear_assignment,
+    linear_sum_assignment,
+    permute_merge,
+    use_backend,
+    zip_units,
+)
+from mudsc_fast.spec import Observation, PermutationSpec
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ActivationSimilarity",
+    "Assignment",
+    "CorrelationAccumulator",
+    "MergeResult",
+    "Mode",
+    "NodeMatching",
+    "Observation",
+    "PermutationSpec",
+    "Space",
+    "UnitMap",
+    "ZipResult",
+    "__version__",
+    "activation_similarity",
+    "linear_assignment",
+    "linear_sum_assignment",
+    "merge",
+    "ops",
+    "permute_merge",
+    "permute_state_dict",
+    "spec",
+    "use_backend",
+    "zip_units",
+]

@@ -6,6 +6,19 @@ isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
 has_cuda: Final[bool]
 
+def permute_merge(
+    isa: int,
+    threads: int,
+    dtype: int,
+    tensors: list[int],
+    weights: list[float],
+    outer: int,
+    middle: int,
+    inner: int,
+    rows: tuple[int, int, int, int, int],
+    columns: tuple[int, int, int, int, int],
+    out: int,
+) -> None: ...
 def zip_units(
     similarity: int,
     scalar_type: int,

@@ -31,9 +31,7 @@ def correlation(units: int, samples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(samples, max(1, units // 4), generator=generator)
     mixing = torch.randn(latent.shape[1], units, generator=generator)
-    return torch.corrcoef((latent @ mixing + torch.randn(samples, units, generator=generator)).T).reshape(
-        units, units
-    )
+    return torch.corrcoef((latent @ mixing + torch.randn(samples, units, generator=generator)).T).reshape(units, units)
 
 
 def random_entries(units: int, seed: int) -> Tensor:
@@ -76,9 +74,7 @@ def assert_same(similarity: Tensor, num_models: int, remaining: int, budget: int
     """Compare kernel and reference bit for bit, merge for merge."""
     before = similarity.clone()
     clusters, values = cpu.zip_units(similarity, num_models, remaining, budget, shrink)
-    expected_clusters, expected_values = reference.zip_units(
-        similarity, num_models, remaining, budget, shrink
-    )
+    expected_clusters, expected_values = reference.zip_units(similarity, num_models, remaining, budget, shrink)
     assert values.tolist() == expected_values.tolist()
     assert clusters.tolist() == expected_clusters.tolist()
     assert torch.equal(similarity, before)
@@ -226,13 +222,9 @@ class TestByHand:
         check(zip_units(torch.full((2, 2), -3.0), 2), clusters=[0, 0], sizes=[2], value=-3.0)
 
     def test_budget_too_small_for_ratio(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"ratio=0.75 asks for 2 clusters, but no legal merge is left at 4"
-        ):
+        with pytest.raises(ValueError, match=r"no legal merge is left at 4 clusters of the 2 asked for"):
             zip_units(torch.ones(8, 8), 2, ratio=0.75, budget=0.0)
-        with pytest.raises(
-            ValueError, match=r"budget=0.5 allows 1 merges inside each of num_models=2 models"
-        ):
+        with pytest.raises(ValueError, match=r"budget allows 1 merges inside each of num_models=2 models, shrink=0.5"):
             zip_units(torch.ones(8, 8), 2, ratio=0.75, budget=0.5)
 
     def test_clusters_keep_the_bans_of_their_parts(self) -> None:
@@ -240,11 +232,11 @@ class TestByHand:
         for row, column in ((0, 2), (1, 4), (3, 5)):
             similarity[row, column] = similarity[column, row] = 0.9
         # Every two of the three pairs share a model, and no model may merge within itself.
-        with pytest.raises(ValueError, match=r"asks for 2 clusters, but no legal merge is left at 3"):
+        with pytest.raises(ValueError, match=r"no legal merge is left at 3 clusters of the 2 asked for"):
             zip_units(similarity, 3, budget=0.0)
 
     def test_severed_clusters_too_many_for_ratio(self) -> None:
-        with pytest.raises(ValueError, match=r"no legal merge is left at 2: .* shrink is -1.0"):
+        with pytest.raises(ValueError, match=r"no legal merge is left at 2 clusters of the 1 .* shrink=-1.0"):
             zip_units(torch.eye(4).flip(0), 2, ratio=0.75, shrink=-1)
 
     def test_severing_two_models_always_leaves_enough_merges(self) -> None:
@@ -342,9 +334,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("shrink", [1e-60, 1e60])
     def test_shrink_outside_the_range_of_the_computation(self, shrink: float) -> None:
-        with pytest.raises(
-            ValueError, match=r"shrink, if positive, must be in \[.*\], the range of float32, got"
-        ):
+        with pytest.raises(ValueError, match=r"shrink, if positive, must be in \[.*\], the range of float32, got"):
             zip_units(torch.ones(4, 4, dtype=torch.float16), 2, shrink=shrink)
         assert len(zip_units(torch.ones(4, 4, dtype=torch.float64), 2, shrink=shrink).sizes) == 2
 

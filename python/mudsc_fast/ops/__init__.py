@@ -1,1 +1,20 @@
 """The ops: public functions that check their input and call the kernel that `_dispatch` chooses."""
+
+from mudsc_fast.ops._dispatch import backends, use_backend
+from mudsc_fast.ops.assignment import Assignment, linear_assignment, linear_sum_assignment
+from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.ops.zip import ZipResult, zip_units
+
+__all__ = [
+    "Assignment",
+    "CorrelationAccumulator",
+    "UnitMap",
+    "ZipResult",
+    "backends",
+    "linear_assignment",
+    "linear_sum_assignment",
+    "permute_merge",
+    "use_backend",
+    "zip_units",
+]

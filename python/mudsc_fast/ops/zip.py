@@ -87,7 +87,7 @@ def zip_units(
     float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. A tensor on another
     device is copied to the CPU, and the result back.
     """
-    units = _check_similarity(similarity, num_models)
+    units = _check_shape(similarity, num_models)
     ratio = 1.0 - 1.0 / num_models if ratio is None else _checks.check_number("ratio", ratio)
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"ratio must be in [0, 1), got {ratio}")
@@ -98,27 +98,40 @@ def zip_units(
     remaining = int(units * (1.0 - ratio) + 1e-4)
     if units > 0 and remaining == 0:
         raise ValueError(f"ratio must leave at least one cluster of {units} units, got {ratio}")
-    merges = units - remaining
-    model_budget = int(merges // num_models * budget + 1e-4)
+    model_budget = int((units - remaining) // num_models * budget + 1e-4)
+    return zip_within_budget(similarity, num_models, remaining, model_budget, shrink)
 
-    kernel = _dispatch.choose(
-        "zip", similarity.device, {"cpu": cpu.zip_units, "reference": reference.zip_units}
-    )
-    cluster_of_unit, values = kernel(similarity, num_models, remaining, model_budget, shrink)
-    if len(values) < merges:
+
+def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> ZipResult:
+    """Cluster units as :func:`zip_units` does, with the numbers that it derives given and only `similarity` checked.
+
+    Parameters
+    ----------
+    similarity, num_models, shrink
+        As for :func:`zip_units`.
+    remaining
+        Number of clusters to end with.
+    budget
+        Number of merges allowed inside each model.
+    """
+    units = _check_shape(similarity, num_models)
+    _checks.check_finite("similarity", similarity)
+    kernel = _dispatch.choose("zip", similarity.device, {"cpu": cpu.zip_units, "reference": reference.zip_units})
+    cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
+    if len(values) < units - remaining:
         raise ValueError(
-            f"ratio={ratio} asks for {remaining} clusters, but no legal merge is left at {units - len(values)}: "
-            f"budget={budget} allows {model_budget} merges inside each of num_models={num_models} models, and "
-            f"shrink is {shrink}; lower ratio, raise budget or take a shrink in (0, 1]"
+            f"no legal merge is left at {units - len(values)} clusters of the {remaining} asked for: "
+            f"budget allows {budget} merges inside each of num_models={num_models} models, shrink={shrink}; "
+            "lower ratio, raise budget or make shrink positive and at most 1"
         )
     return ZipResult(
         cluster_of_unit=cluster_of_unit,
         sizes=torch.bincount(cluster_of_unit, minlength=remaining),
-        value=float(values.mean()) if merges else 0.0,
+        value=float(values.mean()) if len(values) else 0.0,
     )
 
 
-def _check_similarity(similarity: Tensor, num_models: int) -> int:
+def _check_shape(similarity: Tensor, num_models: int) -> int:
     """Return the number of units of all models together."""
     _checks.check_tensor("similarity", similarity)
     _checks.check_float("similarity", similarity)
@@ -127,10 +140,7 @@ def _check_similarity(similarity: Tensor, num_models: int) -> int:
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"similarity must be square, [N * C, N * C], got shape {shape}")
     if shape[0] % num_models != 0:
-        raise ValueError(
-            f"similarity must have a size divisible by num_models={num_models}, got shape {shape}"
-        )
-    _checks.check_finite("similarity", similarity)
+        raise ValueError(f"similarity must have a size divisible by num_models={num_models}, got shape {shape}")
     return shape[0]
 
 

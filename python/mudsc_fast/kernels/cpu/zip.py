@@ -10,9 +10,7 @@ from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.ops import _dispatch
 
 
-def zip_units(
-    similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float
-) -> tuple[Tensor, Tensor]:
+def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
     """Cluster units as the function of this name in `kernels.reference` does, with the same result bit for bit."""
     source = similarity.detach().cpu()
     if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent

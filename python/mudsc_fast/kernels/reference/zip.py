@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def zip_units(
-    similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float
-) -> tuple[Tensor, Tensor]:
+def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
     """Merge the most similar pair of clusters until `remaining` are left or no legal pair is.
 
     Parameters

@@ -1,0 +1,105 @@
+"""Weighted sum of re-indexed tensors in one read of each (csrc/cpu/permute.cpp)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mudsc_fast import _core
+from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
+from mudsc_fast.kernels.reference import permute as reference
+from mudsc_fast.ops import _dispatch
+
+if TYPE_CHECKING:
+    from mudsc_fast.ops.permute import UnitMap
+
+#: A lone mapped axis with fewer elements behind each unit is taken as columns: longer lines, fewer loops.
+_SHORT_LINE = 64
+
+
+def permute_merge(
+    tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], weights: Sequence[float], out: Tensor | None
+) -> Tensor:
+    """Return sum_i weights[i] * tensors[i] re-indexed along each axis of `maps` (non-negative axes).
+
+    The kernel takes at most two mapped axes; more are rare, and the reference does them axis by axis.
+    """
+    if len(maps) > 2:
+        return reference.permute_merge(tensors, maps, weights, out)
+    first = tensors[0]
+    shape = list(first.shape)
+    for axis, unit_map in maps.items():
+        shape[axis] = unit_map.units_out
+    result = (
+        out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=first.dtype, device=first.device)
+    )
+    inputs = [tensor.detach().contiguous() for tensor in tensors]
+    view = _view(first.shape, maps)
+    rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
+    _core.permute_merge(
+        isa=_dispatch.isa_level(),
+        threads=_dispatch.threads(),
+        dtype=SCALAR_TYPES[first.dtype],
+        tensors=[tensor.data_ptr() for tensor in inputs],
+        weights=list(weights),
+        outer=view.outer,
+        middle=view.middle,
+        inner=view.inner,
+        rows=rows.arguments(),
+        columns=columns.arguments(),
+        out=result.data_ptr(),
+    )
+    return result if out is None or out is result else out.copy_(result)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor seen as [outer, rows, middle, columns, inner]."""
+
+    outer: int
+    rows: int
+    row_map: UnitMap | None
+    middle: int
+    columns: int
+    column_map: UnitMap | None
+    inner: int
+
+
+def _view(shape: torch.Size, maps: Mapping[int, UnitMap]) -> _View:
+    axes = sorted(maps)
+    if not axes:
+        return _View(1, math.prod(shape[:1]), None, 1, math.prod(shape[1:]), None, 1)
+    a, b = axes[0], axes[-1]
+    before, after = math.prod(shape[:a]), math.prod(shape[b + 1 :])
+    if a != b:
+        return _View(before, shape[a], maps[a], math.prod(shape[a + 1 : b]), shape[b], maps[b], after)
+    if after < _SHORT_LINE:
+        return _View(1, before, None, 1, shape[a], maps[a], after)
+    return _View(before, shape[a], maps[a], 1, after, None, 1)
+
+
+class _AxisMap:
+    """One axis as the kernel reads it; holds the arrays whose addresses `arguments` gives."""
+
+    # The numbers of mudsc::UnitMapKind (csrc/include/mudsc/permute.hpp).
+    _IDENTITY, _GATHER, _CLUSTERS = 0, 1, 2
+
+    def __init__(self, length: int, unit_map: UnitMap | None) -> None:
+        self._length = length
+        self._map = unit_map
+        if unit_map is not None:
+            self._index = unit_map.index.to("cpu").contiguous()
+            self._scale = None if unit_map.scale is None else unit_map.scale.to("cpu").contiguous()
+
+    def arguments(self) -> tuple[int, int, int, int, int]:
+        """Return the kind, the addresses of index and scale, and the lengths before and after."""
+        if self._map is None:
+            return self._IDENTITY, 0, 0, self._length, self._length
+        kind = self._GATHER if self._map.is_permutation else self._CLUSTERS
+        scale = 0 if self._scale is None else self._scale.data_ptr()
+        return kind, self._index.data_ptr(), scale, self._map.units_in, self._map.units_out

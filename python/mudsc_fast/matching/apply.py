@@ -1,0 +1,140 @@
+"""Applying matchings to tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.matching.node import NodeMatching
+from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.spec.axes import Axis, PermutationSpec, Segment
+
+#: How the units of an axis are re-indexed; None leaves them as they are.
+MapOfAxis = Callable[[Axis], UnitMap | None]
+
+
+def merge_state_dicts(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    matching: Mapping[str, NodeMatching],
+    model_weights: Sequence[float],
+) -> dict[str, Tensor]:
+    """Return the weighted mean of all models after re-indexing every axis by its node's matching.
+
+    Tensors that `spec` does not name are averaged as they are; tensors of integers (counters, index tables) are
+    those of the first model.
+    """
+
+    def map_of(axis: Axis) -> UnitMap | None:
+        return matching[axis.node].unit_map(axis.role, model_weights) if axis.node in matching else None
+
+    merged: dict[str, Tensor] = {}
+    for name, first in state_dicts[0].items():
+        if first.is_floating_point():
+            tensors = [state_dict[name].detach() for state_dict in state_dicts]
+            merged[name] = reindex(tensors, spec.layouts.get(name, ()), map_of, model_weights)
+        else:
+            merged[name] = first.detach().clone()
+    return merged
+
+
+def permute_state_dict(
+    state_dict: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return a network's tensors with the units of some nodes re-ordered; the network's function stays the same.
+
+    Parameters
+    ----------
+    state_dict
+        Tensors by name; not modified.
+    spec
+        The axes map of the network.
+    permutations
+        For each node to re-order a permutation [units] int64: unit k of the result is unit ``permutation[k]``.
+
+    Raises
+    ------
+    ValueError
+        If a node is unknown, the specification does not fit, an entry is no permutation of the node's units, takes a
+        group of units apart, or orders groups otherwise than a node they are tied to.
+    """
+    units = spec.units(state_dict)
+    for node, permutation in permutations.items():
+        if node not in units:
+            raise ValueError(f"permutations names the node {node!r}, which spec does not have")
+        expected = torch.arange(units[node], device=permutation.device)
+        if permutation.shape != expected.shape or not torch.equal(permutation.sort().values, expected):
+            raise ValueError(f"permutations[{node!r}] must be a permutation of {units[node]} units")
+    _check_groups(spec, units, permutations)
+
+    def map_of(axis: Axis) -> UnitMap | None:
+        return UnitMap.permutation(permutations[axis.node][None]) if axis.node in permutations else None
+
+    return {
+        name: reindex([tensor.detach()], spec.layouts[name], map_of, [1.0])
+        if name in spec.layouts
+        else tensor.detach().clone()
+        for name, tensor in state_dict.items()
+    }
+
+
+def reindex(
+    tensors: Sequence[Tensor], layout: Sequence[Sequence[Segment]], map_of: MapOfAxis, weights: Sequence[float]
+) -> Tensor:
+    """Return the weighted sum of tensors, each re-indexed along the axes of `layout`.
+
+    Parameters
+    ----------
+    tensors
+        One tensor per model, of one shape.
+    layout
+        For each axis its segments, as in :attr:`PermutationSpec.layouts`; further axes ride along.
+    map_of
+        How the units of an axis are re-indexed.
+    weights
+        One factor per model.
+    """
+    for position, segments in enumerate(layout):
+        if len(segments) > 1:
+            parts = []
+            for segment in segments:
+                assert segment.width is not None  # only a lone segment has the width of its axis
+                windows = [tensor.narrow(position, segment.start, segment.width) for tensor in tensors]
+                whole = [*layout[:position], (Segment(segment.axis),), *layout[position + 1 :]]
+                parts.append(reindex(windows, whole, map_of, weights))
+            return torch.cat(parts, position)
+    shape = tensors[0].shape
+    factors: list[list[int]] = []
+    maps: dict[int, UnitMap] = {}
+    for position, length in enumerate(shape):
+        axis = layout[position][0].axis if position < len(layout) else None
+        unit_map = None if axis is None else map_of(axis)
+        if axis is None or unit_map is None:
+            factors.append([length])
+        else:
+            maps[sum(map(len, factors)) + 1] = unit_map
+            factors.append([axis.outer, length // (axis.outer * axis.inner), axis.inner])
+    split = [length for lengths in factors for length in lengths]
+    result = permute_merge([tensor.reshape(split) for tensor in tensors], maps, weights=weights)
+    joined, begin = [], 0
+    for lengths in factors:
+        joined.append(math.prod(result.shape[begin : begin + len(lengths)]))
+        begin += len(lengths)
+    return result.reshape(joined)
+
+
+def _check_groups(spec: PermutationSpec, units: Mapping[str, int], permutations: Mapping[str, Tensor]) -> None:
+    for nodes in spec.bundles:
+        orders = {}
+        for node in nodes:
+            size = units[node] // spec.groups(node).count
+            order = permutations[node] // size if node in permutations else torch.arange(units[node]) // size
+            order = order.view(-1, size)
+            if not torch.equal(order, order[:, :1].expand(order.shape)):
+                raise ValueError(f"permutations[{node!r}] must keep the units of a group of {size} together")
+            orders[node] = order[:, 0].tolist()
+        if any(order != orders[nodes[0]] for order in orders.values()):
+            raise ValueError(f"permutations must order the groups of {', '.join(map(repr, nodes))} alike")

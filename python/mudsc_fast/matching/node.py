@@ -1,0 +1,202 @@
+"""Matching the units of one node, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.ops.assignment import linear_assignment
+from mudsc_fast.ops.correlation import Blocks
+from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.ops.zip import zip_within_budget
+from mudsc_fast.spec.axes import Role
+
+Mode = Literal["align", "zip"]
+
+#: The similarity blocks that a mode reads: model 0 with every other model, or all with all.
+BLOCKS_OF_MODE: dict[Mode, Blocks] = {"align": "cross", "zip": "full"}
+
+
+@dataclass(frozen=True)
+class NodeMatching:
+    """How the units of all models correspond at one node.
+
+    Attributes
+    ----------
+    mode
+        ``"align"`` (a permutation per model) or ``"zip"`` (clusters of units, also of one model).
+    cluster_of_unit
+        [models, units] int64: the merged unit that each unit becomes part of.
+    num_clusters
+        Number of merged units.
+    similarity_before
+        Mean similarity of equally numbered units of model 0 and every other model.
+    similarity
+        Mean similarity of matched units. Align: over all pairs of model 0 with another model. Zip: over the merges,
+        each with the similarity its two clusters had when they were merged.
+    """
+
+    mode: Mode
+    cluster_of_unit: Tensor
+    num_clusters: int
+    similarity_before: float
+    similarity: float
+
+    @property
+    def permutations(self) -> Tensor | None:
+        """[models, units] int64 if the units were aligned: unit k of the result is unit ``permutations[i, k]``."""
+        return None if self.mode == "zip" else torch.argsort(self.cluster_of_unit, dim=1)
+
+    def same_clusters(self, other: NodeMatching) -> bool:
+        """Return whether both say the same of every unit."""
+        return self.num_clusters == other.num_clusters and torch.equal(self.cluster_of_unit, other.cluster_of_unit)
+
+    def unit_map(self, role: Role, model_weights: Sequence[float], model: int | None = None) -> UnitMap:
+        """Return how an axis is re-indexed: for all models together, or for one of them.
+
+        Where units are produced a cluster is the weighted mean of its members, where they are consumed their sum;
+        merged with weights w_i, a consumer then sees what it saw before. For equal weights the scale is
+        models / members, the published merge matrix without the 1e-5 in its denominator.
+        """
+        chosen = slice(None) if model is None else slice(model, model + 1)
+        permutations = self.permutations
+        if permutations is not None:
+            return UnitMap.permutation(permutations[chosen])
+        scale = None
+        if role == "produce":
+            share = torch.tensor(model_weights, dtype=torch.float64, device=self.cluster_of_unit.device)
+            share = share[:, None].expand(self.cluster_of_unit.shape)
+            total = share.new_zeros(self.num_clusters).index_add_(0, self.cluster_of_unit.flatten(), share.flatten())
+            scale = total.reciprocal()
+        return UnitMap.clusters(self.cluster_of_unit[chosen], self.num_clusters, scale)
+
+
+#: Matches the units of all nodes of a bundle, by the nodes' similarity blocks and the number of groups.
+Matcher = Callable[[Mapping[str, Tensor], int], dict[str, NodeMatching]]
+
+
+def align_units(blocks: Mapping[str, Tensor], groups: int = 1) -> dict[str, NodeMatching]:
+    """Give every model but the first the permutation that maximises its summed similarity with the first.
+
+    Where the units of a node come in groups, a permutation of groups is found first: by the mean similarity of their
+    units, each pair of groups matched at its best. Several nodes share one permutation of groups.
+
+    Parameters
+    ----------
+    blocks
+        For each node [models - 1, units, units]: similarity of model 0's units (rows) with another model's (columns).
+    groups
+        Number of groups, of consecutive units, that each node's units form.
+    """
+    pairs, inner = _pair_groups(blocks, groups)
+    matching = {}
+    for node, similarity in blocks.items():
+        models, units = similarity.shape[:2]
+        size = units // groups
+        chosen = inner[node].gather(2, pairs[:, :, None, None].expand(models, groups, 1, size)).squeeze(2)
+        columns = (pairs[..., None] * size + chosen).view(models, units)
+        order = torch.arange(units, device=columns.device)
+        matching[node] = NodeMatching(
+            mode="align",
+            cluster_of_unit=torch.cat([order[None], torch.argsort(columns, dim=1)]),
+            num_clusters=units,
+            similarity_before=_mean(similarity.diagonal(dim1=1, dim2=2)),
+            similarity=_mean(similarity.gather(2, columns[..., None])),
+        )
+    return matching
+
+
+def zip_all_units(
+    similarities: Mapping[str, Tensor], num_models: int, groups: int = 1, *, shrink: float = 0.5, budget: float = 1.0
+) -> dict[str, NodeMatching]:
+    """Cluster the units of all models greedily, down to the number of units that each model has.
+
+    Where the units of a node come in groups, the groups of all models are first paired with those of the first model,
+    as by :func:`align_units`; the units of each set of paired groups are then clustered by themselves.
+
+    Parameters
+    ----------
+    similarities
+        For each node [models * units, models * units].
+    num_models, shrink, budget
+        As in :func:`mudsc_fast.ops.zip_units`.
+    groups
+        Number of groups, of consecutive units, that each node's units form in each model.
+    """
+    blocks = {node: with_first(similarity, num_models) for node, similarity in similarities.items()}
+    if groups == 1:
+        members = {
+            node: torch.arange(len(similarity), device=similarity.device)[None]
+            for node, similarity in similarities.items()
+        }
+    else:
+        pairs, _ = _pair_groups(blocks, groups)
+        own = torch.arange(groups, device=pairs.device)[None]
+        members = {
+            node: _units_of_sets(torch.cat([own, pairs]), len(similarity) // num_models)
+            for node, similarity in similarities.items()
+        }
+    matching = {}
+    for node, similarity in similarities.items():
+        units = len(similarity) // num_models
+        size = units // groups
+        cluster_of_unit = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
+        # The published budget of a group; for one group it is that of a model.
+        merges = len(similarity) - units
+        allowed = int(merges // num_models * budget + 1e-4) if groups == 1 else int(merges * budget // (num_models * groups) + 1e-4)
+        values = []
+        for position, rows in enumerate(members[node]):
+            within = similarity if groups == 1 else similarity[rows][:, rows]
+            zipped = zip_within_budget(within, num_models, size, allowed, shrink)
+            cluster_of_unit[rows] = zipped.cluster_of_unit + position * size
+            values.append(zipped.value)
+        matching[node] = NodeMatching(
+            mode="zip",
+            cluster_of_unit=cluster_of_unit.view(num_models, units),
+            num_clusters=units,
+            similarity_before=_mean(blocks[node].diagonal(dim1=1, dim2=2)),
+            # Every set makes as many merges, so the mean over the sets is the mean over all merges.
+            similarity=sum(values) / len(values),
+        )
+    return matching
+
+
+def with_first(similarity: Tensor, num_models: int) -> Tensor:
+    """Return [models - 1, units, units], the blocks of model 0 with every other model, of a whole similarity."""
+    units = len(similarity) // num_models
+    return torch.stack([similarity[:units, i * units : (i + 1) * units] for i in range(1, num_models)])
+
+
+def _pair_groups(blocks: Mapping[str, Tensor], groups: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return [models - 1, groups], the group paired with each of model 0's, and each node's columns within pairs.
+
+    The columns are [models - 1, groups, groups, units of a group]: for every pair of groups, paired or not, the best
+    assignment of the units of one to those of the other.
+    """
+    scores: Tensor | None = None
+    inner = {}
+    for node, similarity in blocks.items():
+        models, units = similarity.shape[:2]
+        size = units // groups
+        split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
+        inner[node] = linear_assignment(split).columns
+        matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
+        scores = matched if scores is None else scores + matched
+    assert scores is not None  # a bundle has at least one node
+    return linear_assignment(scores).columns, inner
+
+
+def _units_of_sets(group_of_set: Tensor, units: int) -> Tensor:
+    """Return [groups, models * units of a group]: the units of each set, given [models, groups] the sets' groups."""
+    models, groups = group_of_set.shape
+    size = units // groups
+    first = group_of_set.T[..., None] * size + torch.arange(models, device=group_of_set.device)[:, None] * units
+    return (first + torch.arange(size, device=group_of_set.device)).reshape(groups, models * size)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if values.numel() else 0.0

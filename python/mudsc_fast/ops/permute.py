@@ -1,0 +1,287 @@
+"""Re-indexing of units: the weighted sum of several models' tensors, each in its own order of units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels.cpu import permute as cpu
+from mudsc_fast.kernels.reference import permute as reference
+from mudsc_fast.ops import _checks, _dispatch
+
+#: Kernels index units with 32 bits; the value behind the last unit stands for "none".
+_MOST_UNITS = 2**31 - 2
+
+
+@dataclass(frozen=True, eq=False)
+class UnitMap:
+    """How the units along one axis of N models become the units of the result.
+
+    Made by :meth:`permutation` (every output unit is one input unit) or :meth:`clusters` (every output unit is
+    a sum of input units). A map holds its own copy of the indices.
+
+    Attributes
+    ----------
+    index
+        Permutation: [N, units_out] int64, the input unit of each output unit.
+        Clusters: [N, units_in] int64, the output unit that each input unit is added to.
+    units_in, units_out
+        Length of the axis before and after.
+    is_permutation
+        Whether every output unit is one input unit. It need not be a bijection: any selection qualifies.
+    scale
+        Clusters only: [units_out] float64 factor of each sum, or None for 1.
+    """
+
+    index: Tensor
+    units_in: int
+    units_out: int
+    is_permutation: bool
+    scale: Tensor | None = None
+
+    @property
+    def num_models(self) -> int:
+        """Number N of models."""
+        return int(self.index.shape[0])
+
+    @classmethod
+    def permutation(cls, index: Tensor, *, units_in: int | None = None) -> UnitMap:
+        """Return the map under which output unit k of model i is its input unit ``index[i, k]``.
+
+        Parameters
+        ----------
+        index
+            [N, K] int64 with entries in [0, units_in); repeats and omissions are allowed.
+        units_in
+            Length of the axis that is gathered from; K where not given.
+
+        Raises
+        ------
+        TypeError
+            If `index` is not an int64 tensor or `units_in` not an int.
+        ValueError
+            If `index` is not [N, K] with N >= 1, or an entry is out of range (its value and place are named).
+        """
+        index = _check_index("index", index)
+        length = int(index.shape[1]) if units_in is None else _checks.check_int("units_in", units_in, 0)
+        _check_units("units_in", length)
+        _check_units("the number of columns of index", int(index.shape[1]))
+        _check_range("index", index, length)
+        return cls(index.clone(), length, int(index.shape[1]), True)
+
+    @classmethod
+    def clusters(cls, cluster_of_unit: Tensor, num_clusters: int, scale: Tensor | None = None) -> UnitMap:
+        """Return the map under which output unit k of model i is a scaled sum of the model's input units.
+
+        ``out[k] = scale[k] * sum of input units c with cluster_of_unit[i, c] == k``; a cluster without units
+        gives 0.
+
+        Parameters
+        ----------
+        cluster_of_unit
+            [N, C] int64 with entries in [0, num_clusters).
+        num_clusters
+            K, the length of the axis in the result.
+        scale
+            [K] finite factors of any float dtype, kept in float64; None for 1.
+
+        Raises
+        ------
+        TypeError
+            If `cluster_of_unit` is not an int64 tensor, `num_clusters` no int or `scale` not a float tensor.
+        ValueError
+            If a shape is wrong, an entry of `cluster_of_unit` is out of range (its value and place are named)
+            or `scale` is not finite.
+        """
+        cluster_of_unit = _check_index("cluster_of_unit", cluster_of_unit)
+        num_clusters = _checks.check_int("num_clusters", num_clusters, 0)
+        _check_units("num_clusters", num_clusters)
+        _check_units("the number of columns of cluster_of_unit", int(cluster_of_unit.shape[1]))
+        _check_range("cluster_of_unit", cluster_of_unit, num_clusters)
+        if scale is not None:
+            scale = _checks.check_tensor("scale", scale)
+            _checks.check_float("scale", scale)
+            if scale.shape != (num_clusters,):
+                raise ValueError(f"scale must be [num_clusters] = [{num_clusters}], got {list(scale.shape)}")
+            _checks.check_finite("scale", scale)
+            scale = scale.detach().to(torch.float64, copy=True)
+        return cls(cluster_of_unit.clone(), int(cluster_of_unit.shape[1]), num_clusters, False, scale)
+
+
+def permute_merge(
+    tensors: Sequence[Tensor],
+    maps: Mapping[int, UnitMap],
+    *,
+    weights: Sequence[float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the weighted sum of tensors, each re-indexed along every mapped axis.
+
+    ``out = sum_i weights[i] * tensors[i][maps[axis] applied along each axis]``. One tensor with
+    ``weights=[1.0]`` is how a single model is re-indexed; if its maps are permutations the result is a copy,
+    exact bit for bit.
+
+    Parameters
+    ----------
+    tensors
+        N tensors of one shape, dtype (float16, bfloat16, float32 or float64) and device, of any number of
+        axes and any strides. On the CPU, those that are not contiguous are copied first.
+    maps
+        For each re-indexed axis (negative ones count from the end) its map. Other axes ride along; no map at
+        all gives the weighted sum of the tensors. Up to two axes are done in one read of each tensor; with
+        more, each axis costs a copy.
+    weights
+        N finite factors; 1/N each where not given.
+    out
+        Written and returned if given: the result's shape, the tensors' dtype and device, and apart from every
+        tensor in memory.
+
+    Returns
+    -------
+    Tensor
+        The tensors' shape with ``units_out`` of its map on every mapped axis, in the tensors' dtype. Sums are
+        accumulated in float32, those of float64 in float64, and rounded once.
+
+    Raises
+    ------
+    TypeError
+        For arguments of another type: tensors or maps that are none, integer or complex dtypes.
+    ValueError
+        If there are no tensors; they differ (the first that does is named); an axis is out of range or mapped
+        twice; a map's number of models or length is not that of the tensors; `weights` has another length or
+        is not finite; `out` does not fit or shares memory with a tensor; or a tensor requires a gradient
+        while gradients are recorded: none are implemented, so call under ``torch.no_grad()`` or detach.
+    """
+    checked = _check_tensors(tensors)
+    by_axis = _check_maps(maps, checked)
+    factors = _check_weights(weights, len(checked))
+    if out is not None:
+        _check_out(out, checked, by_axis)
+    kernel = _dispatch.choose(
+        "permute", checked[0].device, {"cpu": cpu.permute_merge, "reference": reference.permute_merge}
+    )
+    with torch.no_grad():
+        return kernel(checked, by_axis, factors, out)
+
+
+def _check_index(argument: str, value: object) -> Tensor:
+    index = _checks.check_tensor(argument, value)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{argument} must have dtype int64, got {str(index.dtype).removeprefix('torch.')}")
+    if index.ndim != 2 or index.shape[0] == 0:
+        raise ValueError(f"{argument} must be [num_models, units] with num_models >= 1, got {list(index.shape)}")
+    return index
+
+
+def _check_units(argument: str, count: int) -> None:
+    if count > _MOST_UNITS:
+        raise ValueError(f"{argument} must be at most {_MOST_UNITS}, got {count}")
+
+
+def _check_range(argument: str, index: Tensor, length: int) -> None:
+    bad = ((index < 0) | (index >= length)).nonzero()
+    if len(bad):
+        model, unit = bad[0].tolist()
+        value = index[model, unit].item()
+        raise ValueError(f"{argument} must have entries in [0, {length}), got {value} at ({model}, {unit})")
+
+
+def _check_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
+    if len(tensors) == 0:
+        raise ValueError("tensors must hold at least one tensor, got none")
+    checked = [_checks.check_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
+    first = checked[0]
+    for i, tensor in enumerate(checked):
+        _checks.check_float(f"tensors[{i}]", tensor)
+        _check_same(f"tensors[{i}]", tensor, "tensors[0]", first.shape, first)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"tensors[{i}] requires a gradient, which is not implemented: "
+                "call under torch.no_grad() or pass tensor.detach()"
+            )
+    return checked
+
+
+def _check_same(argument: str, tensor: Tensor, other: str, shape: Sequence[int], like: Tensor) -> None:
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{argument} must have the shape of {other}, {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise ValueError(f"{argument} must have the dtype of {other}, {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{argument} must be on the device of {other}, {like.device}, got {tensor.device}")
+
+
+def _check_maps(maps: Mapping[int, UnitMap], tensors: list[Tensor]) -> dict[int, UnitMap]:
+    if not isinstance(maps, Mapping):
+        raise TypeError(f"maps must be a mapping from axis to UnitMap, got {type(maps).__name__}")
+    shape = tensors[0].shape
+    by_axis: dict[int, UnitMap] = {}
+    for axis, unit_map in maps.items():
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"the axes of maps must be ints, got {type(axis).__name__}")
+        if not isinstance(unit_map, UnitMap):
+            raise TypeError(f"maps[{axis}] must be a UnitMap, got {type(unit_map).__name__}")
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"maps has axis {axis}, but the tensors have {len(shape)} axes")
+        positive = axis % len(shape)
+        if positive in by_axis:
+            raise ValueError(f"maps has axis {positive} twice: as {positive} and as {positive - len(shape)}")
+        if unit_map.num_models != len(tensors):
+            raise ValueError(
+                f"maps[{axis}] must be of as many models as there are tensors, "
+                f"{len(tensors)}, got {unit_map.num_models}"
+            )
+        if unit_map.units_in != shape[axis]:
+            raise ValueError(
+                f"maps[{axis}] must take {shape[axis]} units, the tensors' length on axis {axis}, "
+                f"got a map of {unit_map.units_in}"
+            )
+        by_axis[positive] = unit_map
+    return by_axis
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0 / count] * count
+    if len(weights) != count:
+        raise ValueError(f"weights must have one entry per tensor, {count}, got {len(weights)}")
+    factors = [_checks.check_number(f"weights[{i}]", weight) for i, weight in enumerate(weights)]
+    for i, factor in enumerate(factors):
+        if abs(factor) == float("inf"):
+            raise ValueError(f"weights[{i}] must be finite, got {factor}")
+    return factors
+
+
+def _check_out(out: Tensor, tensors: list[Tensor], maps: Mapping[int, UnitMap]) -> None:
+    out = _checks.check_tensor("out", out)
+    shape = list(tensors[0].shape)
+    for axis, unit_map in maps.items():
+        shape[axis] = unit_map.units_out
+    _check_same("out", out, "the result", shape, tensors[0])
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out requires a gradient, which is not implemented: pass a tensor that requires none")
+    if any(stride == 0 and length > 1 for stride, length in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("out must have a place in memory for every entry, got an expanded tensor")
+    for i, tensor in enumerate(tensors):
+        if _spans_meet(out, tensor):
+            raise ValueError(f"out must not share memory with an input, got one that overlaps tensors[{i}]")
+
+
+def _spans_meet(a: Tensor, b: Tensor) -> bool:
+    """Return whether the memory from first to last entry of two tensors overlaps, gaps included."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+    a_begin, a_end = _span(a)
+    b_begin, b_end = _span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()

@@ -1,0 +1,432 @@
+"""Which axes of which tensors must be re-indexed together.
+
+A *node* is a set of tensor axes that a network ties to one another: a hidden layer's output axis, its bias, and the
+input axis of the next layer. A specification is one mapping, from each tensor to the nodes of its axes; everything
+else is derived from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Role = Literal["produce", "consume"]
+Port = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one axis of a tensor holds the units of a node.
+
+    Parameters
+    ----------
+    node
+        The node's name.
+    role
+        Whether the units are produced or consumed here. It matters where units are clustered: a cluster averages its
+        members where they are produced and sums them where they are consumed.
+    inner
+        Consecutive entries that belong to one unit and keep their order: the positions of a flattened feature map, or
+        the width of an attention head that moves as a whole.
+    outer
+        How often the sequence of all units repeats along the axis: the positions of a feature map that was flattened
+        with its channels last.
+    """
+
+    node: str
+    role: Role
+    inner: int = 1
+    outer: int = 1
+
+    def __post_init__(self) -> None:
+        if self.role not in ("produce", "consume"):
+            raise ValueError(f"role of node {self.node!r} must be 'produce' or 'consume', got {self.role!r}")
+        if self.inner < 1 or self.outer < 1:
+            raise ValueError(
+                f"inner and outer of node {self.node!r} must be at least 1, got {self.inner} and {self.outer}"
+            )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of `width` entries of a fused tensor's axis, e.g. the queries in a weight that holds queries, keys, values.
+
+    An axis is given as the sequence of its windows, which must cover it; `axis` None keeps the order of a window.
+    """
+
+    axis: Axis | str | None
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width of a window must be at least 1, got {self.width}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of one axis as the specification understands it: from `start`, `width` entries (None: the whole axis)."""
+
+    axis: Axis | None
+    start: int = 0
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """A node's use of one axis of one tensor."""
+
+    tensor: str
+    position: int
+    segment: Segment
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Units that move only with their group: attention heads, the groups of a GroupNorm.
+
+    Parameters
+    ----------
+    count
+        Number of groups; the units of a group are consecutive.
+    tie
+        Nodes whose groups must keep one common order name the same tie: the query-key and the value units of one
+        attention layer, whose heads belong together.
+    """
+
+    count: int
+    tie: str | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Where the activations of a node's units are seen.
+
+    Parameters
+    ----------
+    module
+        Name of a submodule, as in ``model.get_submodule``.
+    port
+        ``"input"`` (the first tensor that the module is called with) or ``"output"``.
+    position
+        The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
+        layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).
+    start, width
+        The part of that axis that holds the units, where it holds more; by default all of it.
+    inner, outer
+        As for :class:`Axis`: what belongs to one unit counts as further samples.
+    """
+
+    module: str
+    port: Port = "input"
+    position: int | None = None
+    start: int = 0
+    width: int | None = None
+    inner: int = 1
+    outer: int = 1
+
+    def __post_init__(self) -> None:
+        if self.port not in ("input", "output"):
+            raise ValueError(f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}")
+
+
+#: What may stand for one axis of a tensor in the axes map.
+Entry = str | Axis | Sequence[Window] | None
+
+
+def produces(node: str, *, inner: int = 1, outer: int = 1) -> Axis:
+    """Mark an axis that produces the units of `node`, e.g. the columns of an embedding table."""
+    return Axis(node, "produce", inner, outer)
+
+
+def consumes(node: str, *, inner: int = 1, outer: int = 1) -> Axis:
+    """Mark an axis that consumes the units of `node`, e.g. the rows of a transposed weight."""
+    return Axis(node, "consume", inner, outer)
+
+
+class PermutationSpec:
+    """The axes map of an architecture, with the inverse map derived.
+
+    Parameters
+    ----------
+    axes
+        For each tensor (by its name in the state dict) one entry per axis: a node's name, an :class:`Axis`, the
+        :class:`Window` s of a fused axis, or None for an axis that keeps its order. Axes behind the last entry keep
+        their order too, so a convolution's kernel needs two entries. A plain name produces the node on axis 0 and
+        consumes it on every other axis, as in ``torch.nn.Linear`` and convolutions; :func:`produces` and
+        :func:`consumes` say otherwise.
+    observe
+        Where a node's activations are seen: an :class:`Observation`, several of them (their samples are stacked), or a
+        module's name (its input is then observed). Without an entry it is the input of the last layer in `axes` that
+        consumes the node.
+    groups
+        Nodes whose units move only with their group: the number of groups, or :class:`Groups`.
+
+    Raises
+    ------
+    ValueError
+        If no axis names a node, or `observe` or `groups` name an unknown one or do not fit.
+    TypeError
+        If an entry is of another type.
+
+    Examples
+    --------
+    >>> spec = PermutationSpec({
+    ...     "fc1.weight": ("hidden", None), "fc1.bias": ("hidden",),
+    ...     "fc2.weight": (None, "hidden"), "fc2.bias": (None,),
+    ... })
+    >>> spec.nodes
+    ('hidden',)
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, Sequence[Entry]],
+        observe: Mapping[str, Observation | str | Sequence[Observation]] | None = None,
+        groups: Mapping[str, int | Groups] | None = None,
+    ) -> None:
+        self._layouts = {tensor: _parse_layout(tensor, entries) for tensor, entries in axes.items()}
+        uses: dict[str, list[TensorAxis]] = {}
+        for tensor, layout in self._layouts.items():
+            for position, segments in enumerate(layout):
+                for segment in segments:
+                    if segment.axis is not None:
+                        use = TensorAxis(tensor, position, segment, segment.axis)
+                        uses.setdefault(segment.axis.node, []).append(use)
+        if not uses:
+            raise ValueError("axes must name at least one node, got none")
+        self._uses = {node: tuple(where) for node, where in uses.items()}
+        self._observations = {node: _default_observations(where) for node, where in self._uses.items()}
+        for node, where in (observe or {}).items():
+            self._check_known("observe", node)
+            self._observations[node] = _parse_observations(where)
+        self._groups = dict.fromkeys(self._uses, Groups(1))
+        for node, grouped in (groups or {}).items():
+            self._check_known("groups", node)
+            self._groups[node] = grouped if isinstance(grouped, Groups) else Groups(grouped)
+            if self._groups[node].count < 1:
+                raise ValueError(f"groups[{node!r}] must be at least 1, got {self._groups[node].count}")
+        self._bundles = self._tied_nodes()
+
+    @classmethod
+    def from_nodes(
+        cls,
+        nodes: Mapping[str, Iterable[tuple[str, int] | tuple[str, int, Role]]],
+        observe: Mapping[str, Observation | str | Sequence[Observation]] | None = None,
+        groups: Mapping[str, int | Groups] | None = None,
+    ) -> PermutationSpec:
+        """Build a specification from the inverse map: for each node its (tensor, axis[, role]) triples.
+
+        Raises
+        ------
+        ValueError
+            If one axis of a tensor is covered twice.
+        """
+        axes: dict[str, dict[int, str | Axis]] = {}
+        for node, uses in nodes.items():
+            for use in uses:
+                tensor, position = use[0], use[1]
+                if position < 0:
+                    raise ValueError(f"axis of {tensor!r} at node {node!r} must not be negative, got {position}")
+                entries = axes.setdefault(tensor, {})
+                if position in entries:
+                    earlier = entries[position]
+                    other = earlier.node if isinstance(earlier, Axis) else earlier
+                    raise ValueError(
+                        f"axis {position} of {tensor!r} is covered twice: by node {other!r} and by node {node!r}"
+                    )
+                entries[position] = Axis(node, use[2]) if len(use) == 3 else node
+        layouts = {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()}
+        return cls(layouts, observe, groups)
+
+    @property
+    def layouts(self) -> Mapping[str, tuple[tuple[Segment, ...], ...]]:
+        """For each tensor and each of its axes the segments of that axis, in order."""
+        return self._layouts
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All nodes, in the order in which the axes map names them first."""
+        return tuple(self._uses)
+
+    @property
+    def bundles(self) -> tuple[tuple[str, ...], ...]:
+        """The nodes, those whose groups keep a common order together: what is matched in one step."""
+        return self._bundles
+
+    def uses(self, node: str) -> tuple[TensorAxis, ...]:
+        """Return every place of a node: the inverse of :attr:`layouts`."""
+        return self._uses[node]
+
+    def groups(self, node: str) -> Groups:
+        """Return the groups of a node; one group means that its units move freely."""
+        return self._groups[node]
+
+    def neighbours(self, node: str) -> tuple[str, ...]:
+        """Return the nodes that share a tensor with `node`: those its weight similarity depends on.
+
+        The node itself is among them where it has two axes of one tensor.
+        """
+        found: dict[str, None] = {}
+        for use in self._uses[node]:
+            for position, segments in enumerate(self._layouts[use.tensor]):
+                for segment in segments:
+                    if segment.axis is not None and position != use.position:
+                        found[segment.axis.node] = None
+        return tuple(found)
+
+    def observations(self, node: str) -> tuple[Observation, ...]:
+        """Return where the activations of a node are seen; nothing if the specification does not say."""
+        return self._observations[node]
+
+    def units(self, state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return the number of units of every node, having checked the specification against the tensors.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing or has too few axes, if its windows do not cover an axis, if a node has another
+            number of units there than at its first use, or if its groups do not divide them.
+        """
+        problems = self.problems(state_dict)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise ValueError(problems[0] + more)
+        return {node: _units_at(uses[0], state_dict) for node, uses in self._uses.items()}
+
+    def problems(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Return every way in which the specification does not fit the tensors, in words; none if it fits."""
+        problems = [
+            problem
+            for tensor, layout in self._layouts.items()
+            for problem in _layout_problems(tensor, layout, state_dict.get(tensor))
+        ]
+        if problems:
+            return problems
+        for node, uses in self._uses.items():
+            first = uses[0]
+            expected = _units_at(first, state_dict)
+            problems += [
+                f"{_described(use)} has {_units_at(use, state_dict)} units, but node {node!r} has {expected} by "
+                f"{_described(first)}"
+                for use in uses
+                if _units_at(use, state_dict) != expected
+            ]
+            if expected % self._groups[node].count:
+                problems.append(f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide")
+        return problems
+
+    def __eq__(self, other: object) -> bool:
+        """Two specifications are equal if they map the same axes, groups and places to observe."""
+        return self._content() == other._content() if isinstance(other, PermutationSpec) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._content())
+
+    def __repr__(self) -> str:
+        return f"PermutationSpec({len(self._layouts)} tensors, nodes: {_listed(self.nodes)})"
+
+    def _content(self) -> tuple[object, ...]:
+        # An axis that keeps its order may be listed or left out at the end.
+        layouts = []
+        for tensor, layout in self._layouts.items():
+            mapped = [i for i, segments in enumerate(layout) if any(segment.axis is not None for segment in segments)]
+            layouts.append((tensor, layout[: mapped[-1] + 1] if mapped else ()))
+        return tuple(layouts), tuple(self._observations.items()), tuple(self._groups.items())
+
+    def _check_known(self, argument: str, node: str) -> None:
+        if node not in self._uses:
+            raise ValueError(f"{argument} names the node {node!r}, which no axis has; nodes: {_listed(self.nodes)}")
+
+    def _tied_nodes(self) -> tuple[tuple[str, ...], ...]:
+        bundles: dict[str, list[str]] = {}
+        for node, groups in self._groups.items():
+            bundles.setdefault(f"node {node}" if groups.tie is None else f"tie {groups.tie}", []).append(node)
+        for nodes in bundles.values():
+            counts = {node: self._groups[node].count for node in nodes}
+            if len(set(counts.values())) != 1:
+                raise ValueError(f"groups that are tied must be equally many, got {counts}")
+        return tuple(map(tuple, bundles.values()))
+
+
+def _parse_layout(tensor: str, entries: Sequence[Entry]) -> tuple[tuple[Segment, ...], ...]:
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        raise TypeError(f"axes of {tensor!r} must be a sequence with an entry per axis, got {entries!r}")
+    layout: list[tuple[Segment, ...]] = []
+    for position, entry in enumerate(entries):
+        if entry is None or isinstance(entry, (str, Axis)):
+            layout.append((Segment(_parse_axis(entry, position)),))
+        elif isinstance(entry, Sequence) and entry and all(isinstance(window, Window) for window in entry):
+            segments, start = [], 0
+            for window in entry:
+                segments.append(Segment(_parse_axis(window.axis, position), start, window.width))
+                start += window.width
+            layout.append(tuple(segments))
+        else:
+            raise TypeError(
+                f"axis {position} of {tensor!r} must be a node's name, an Axis, a sequence of Windows or None, "
+                f"got {type(entry).__name__}"
+            )
+    return tuple(layout)
+
+
+def _parse_axis(entry: str | Axis | None, position: int) -> Axis | None:
+    return Axis(entry, "produce" if position == 0 else "consume") if isinstance(entry, str) else entry
+
+
+def _parse_observations(where: Observation | str | Sequence[Observation]) -> tuple[Observation, ...]:
+    if isinstance(where, str):
+        return (Observation(where),)
+    return (where,) if isinstance(where, Observation) else tuple(where)
+
+
+def _default_observations(uses: Sequence[TensorAxis]) -> tuple[Observation, ...]:
+    for use in reversed(uses):
+        if use.axis.role == "consume" and "." in use.tensor:
+            segment, axis = use.segment, use.axis
+            module = use.tensor.rpartition(".")[0]
+            return (Observation(module, "input", None, segment.start, segment.width, axis.inner, axis.outer),)
+    return ()
+
+
+def _layout_problems(tensor: str, layout: Sequence[Sequence[Segment]], value: Tensor | None) -> list[str]:
+    if value is None:
+        return [f"spec names the tensor {tensor!r}, which the models do not have"]
+    shape = tuple(value.shape)
+    if len(shape) < len(layout):
+        return [f"spec gives {len(layout)} axes to {tensor!r}, which has {len(shape)}: shape {shape}"]
+    problems = []
+    for position, segments in enumerate(layout):
+        covered = sum(shape[position] if segment.width is None else segment.width for segment in segments)
+        if covered != shape[position]:
+            problems.append(
+                f"axis {position} of {tensor!r} has length {shape[position]}, but its windows cover {covered}"
+            )
+            continue
+        for segment in segments:
+            width = shape[position] if segment.width is None else segment.width
+            if segment.axis is not None and width % (segment.axis.inner * segment.axis.outer):
+                problems.append(
+                    f"axis {position} of {tensor!r} holds {width} entries of node {segment.axis.node!r}, not a "
+                    f"multiple of inner * outer = {segment.axis.inner * segment.axis.outer}"
+                )
+    return problems
+
+
+def _units_at(use: TensorAxis, state_dict: Mapping[str, Tensor]) -> int:
+    width = use.segment.width
+    length = int(state_dict[use.tensor].shape[use.position]) if width is None else width
+    return length // (use.axis.inner * use.axis.outer)
+
+
+def _described(use: TensorAxis) -> str:
+    window = "" if use.segment.width is None else f" (entries {use.segment.start} on)"
+    return f"axis {use.position} of {use.tensor!r}{window}"
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"

@@ -1,0 +1,37 @@
+"""Chains of linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mudsc_fast.spec.axes import PermutationSpec
+
+
+def mlp(layers: Sequence[str], *, bias: bool = True) -> PermutationSpec:
+    """Return the specification of a chain of linear layers with elementwise functions between them.
+
+    Parameters
+    ----------
+    layers
+        Names of the ``torch.nn.Linear`` modules from input to output. Every layer but the last is a node of the same
+        name: its outputs may be re-ordered. The network's input and output keep their order.
+    bias
+        Whether the layers have biases.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two layers, or a name comes twice.
+    """
+    if len(layers) < 2:
+        raise ValueError(f"layers must name at least two layers, got {list(layers)}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers must be distinct, got {list(layers)}")
+    axes: dict[str, tuple[str | None, ...]] = {}
+    for position, layer in enumerate(layers):
+        produced = layer if position < len(layers) - 1 else None
+        consumed = layers[position - 1] if position > 0 else None
+        axes[f"{layer}.weight"] = (produced, consumed)
+        if bias:
+            axes[f"{layer}.bias"] = (produced,)
+    return PermutationSpec(axes)

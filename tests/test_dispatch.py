@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mudsc_fast
+from mudsc_fast import _core
+from mudsc_fast.ops import _dispatch
+
+
+def test_a_requested_back_end_is_used_and_then_not() -> None:
+    with mudsc_fast.use_backend("reference"):
+        assert _dispatch.backend_for("zip", "cpu") == "reference"
+        with mudsc_fast.use_backend("cpu"):
+            assert _dispatch.backend_for("zip", "cpu") == "cpu"
+        assert _dispatch.backend_for("zip", "cpu") == "reference"
+    assert _dispatch.backend_for("zip", "cpu") == "cpu"
+
+
+def test_the_environment_requests_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUDSC_BACKEND", "reference")
+    assert _dispatch.backend_for("permute", "cpu") == "reference"
+    with mudsc_fast.use_backend("cpu"):
+        assert _dispatch.backend_for("permute", "cpu") == "cpu"
+    monkeypatch.setenv("MUDSC_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="MUDSC_BACKEND must be one of cpu, reference, got 'abacus'"):
+        _dispatch.backend_for("permute", "cpu")
+
+
+def test_unknown_back_end() -> None:
+    with pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'abacus'"):
+        mudsc_fast.use_backend("abacus").__enter__()
+
+
+def test_a_requested_back_end_that_does_not_serve_a_device() -> None:
+    with mudsc_fast.use_backend("cpu"), pytest.raises(ValueError, match="no permute kernel for cuda tensors"):
+        _dispatch.backend_for("permute", "cuda")
+
+
+def test_instruction_level_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _dispatch.isa_level() == _core.supported_isa
+    for index, level in enumerate(_core.isa_levels):
+        monkeypatch.setenv("MUDSC_ISA", level)
+        assert _dispatch.isa_level() == min(index, _core.supported_isa)
+    monkeypatch.setenv("MUDSC_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"MUDSC_ISA must be one of baseline.*got 'sse9'"):
+        mudsc_fast.zip_units(torch.eye(4), 2)
+
+
+def test_versions_agree() -> None:
+    assert _core.__version__ == mudsc_fast.__version__

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import load_golden
+from mudsc_fast.matching.node import align_units, with_first, zip_all_units
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_golden_alignments(number: int) -> None:
+    golden = load_golden(f"align_{number}")
+    similarity, num_models = torch.from_numpy(golden["similarity"]), int(golden["num_models"])
+    blocks = with_first(similarity, num_models)
+    match = align_units({"node": blocks})["node"]
+    assert torch.equal(match.cluster_of_unit.flatten(), torch.from_numpy(golden["unmerge"]).argmax(1))
+    assert match.similarity == pytest.approx(float(golden["value"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_golden_zips(number: int) -> None:
+    golden = load_golden(f"zip_{number}")
+    match = zip_all_units(
+        {"node": torch.from_numpy(golden["similarity"])},
+        int(golden["num_models"]),
+        shrink=float(golden["a"]),
+        budget=float(golden["b"]),
+    )["node"]
+    assert torch.equal(match.cluster_of_unit.flatten(), torch.from_numpy(golden["unmerge"]).argmax(1))
+    assert match.similarity == pytest.approx(float(golden["value"]), abs=1e-6)
+
+
+def test_similarity_before() -> None:
+    similarity = torch.rand(12, 12)
+    blocks = torch.stack([similarity[:4, 4:8], similarity[:4, 8:]])
+    expected = float(torch.cat([blocks[0].diagonal(), blocks[1].diagonal()]).double().mean())
+    assert align_units({"node": blocks})["node"].similarity_before == pytest.approx(expected)
+    assert zip_all_units({"node": similarity}, 3)["node"].similarity_before == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_golden_group_alignments(number: int) -> None:
+    golden = load_golden(f"group_align_{number}")
+    blocks = with_first(torch.from_numpy(golden["similarity"]), int(golden["num_models"]))
+    match = align_units({"node": blocks}, int(golden["groups"]))["node"]
+    assert torch.equal(match.cluster_of_unit.flatten(), torch.from_numpy(golden["unmerge"]).argmax(1))
+    assert match.similarity == pytest.approx(float(golden["value"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_golden_group_zips(number: int) -> None:
+    golden = load_golden(f"group_zip_{number}")
+    match = zip_all_units(
+        {"node": torch.from_numpy(golden["similarity"])},
+        int(golden["num_models"]),
+        int(golden["groups"]),
+        shrink=float(golden["a"]),
+        budget=float(golden["b"]),
+    )["node"]
+    assert torch.equal(match.cluster_of_unit.flatten(), torch.from_numpy(golden["unmerge"]).argmax(1))
+    assert match.similarity == pytest.approx(float(golden["value"]), abs=1e-6)
+
+
+def test_tied_nodes_share_the_order_of_their_groups() -> None:
+    torch.manual_seed(0)
+    blocks = {"queries": torch.rand(2, 12, 12), "values": torch.rand(2, 20, 20)}
+    matching = align_units(blocks, groups=4)
+    orders = {}
+    for node, match in matching.items():
+        assert match.permutations is not None
+        size = match.num_clusters // 4
+        group = (match.permutations // size).view(3, 4, size)
+        assert torch.equal(group, group[..., :1].expand(group.shape))
+        orders[node] = group[..., 0]
+    assert torch.equal(orders["queries"], orders["values"])
+    alone = align_units({"values": blocks["values"]}, groups=4)["values"]
+    assert alone.similarity >= matching["values"].similarity
