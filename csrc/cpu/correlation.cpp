@@ -1,1 +1,244 @@
+// The passes around the matrix product of a correlation; the product itself is torch's.
+//
+// center_features: x - mean(x) in float32 (float64 where asked for), NaN as 0, with the sums in double. The features
+// are read once, in their own layout and dtype; the centred copy is written, and read and written once more from
+// cache (unit-major: a tile of units at a time) or in streams (sample-major). Threads take disjoint units.
+//
+// accumulate_comoment: one read of the product, one read and write of the double co-moments. Threads take rows.
+//
+// correlate: one read of the co-moments, one write of the result; its mirror image is written from the same tile.
+// Threads take rows of tiles.
+//
+// No sum is split between threads, so results do not depend on their number.
 #include "mudsc/correlation.hpp"
+
+#include "kernel.hpp"
+#include "mudsc/threads.hpp"
+
+namespace mudsc::MUDSC_ISA {
+namespace {
+
+// Units that are read together: neighbours share cache lines where a unit's runs are short.
+constexpr std::int64_t kUnitTile = 16;
+// Partial sums of one unit: independent, so that additions overlap and vectorise.
+constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kTile = 32;
+// Elements per thread that outweigh starting it.
+constexpr std::int64_t kElementsPerThread = 1 << 18;
+
+template <class Out, class T>
+Out or_zero(T value) {
+  const auto wide = widen(value);
+  return wide == wide ? static_cast<Out>(wide) : Out(0);
+}
+
+inline double sum_of(const double (&lanes)[kLanes]) {
+  double total = 0;
+  for (std::int64_t k = 0; k < kLanes; ++k) total += lanes[k];
+  return total;
+}
+
+template <class Out>
+double sum_of_row(const Out* row, std::int64_t count) {
+  double lanes[kLanes] = {};
+  std::int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    for (std::int64_t k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(row[e + k]);
+  }
+  for (std::int64_t k = 0; e < count; ++e, ++k) lanes[k] += static_cast<double>(row[e]);
+  return sum_of(lanes);
+}
+
+// Subtracts the mean and returns the sum of squares of what is left.
+template <class Out>
+double center_row(Out* row, double mean, std::int64_t count) {
+  double lanes[kLanes] = {};
+  std::int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    for (std::int64_t k = 0; k < kLanes; ++k) {
+      const Out value = static_cast<Out>(static_cast<double>(row[e + k]) - mean);
+      row[e + k] = value;
+      lanes[k] += static_cast<double>(value) * static_cast<double>(value);
+    }
+  }
+  for (std::int64_t k = 0; e < count; ++e, ++k) {
+    row[e] = static_cast<Out>(static_cast<double>(row[e]) - mean);
+    lanes[k] += static_cast<double>(row[e]) * static_cast<double>(row[e]);
+  }
+  return sum_of(lanes);
+}
+
+template <class T, class Out>
+void read_run(Out* __restrict to, const T* __restrict from, std::int64_t stride, std::int64_t count) {
+  if (stride == 1) {
+    for (std::int64_t e = 0; e < count; ++e) to[e] = or_zero<Out>(from[e]);
+  } else {
+    for (std::int64_t e = 0; e < count; ++e) to[e] = or_zero<Out>(from[e * stride]);
+  }
+}
+
+template <class T, class Out>
+void center_unit_major(const CenterProblem& p, std::int64_t begin, std::int64_t end) {
+  const std::int64_t samples = p.outer * p.inner;
+  const T* const features = static_cast<const T*>(p.features);
+  Out* const centered = static_cast<Out*>(p.centered);
+  for (std::int64_t first = begin; first < end; first += kUnitTile) {
+    const std::int64_t last = first + kUnitTile < end ? first + kUnitTile : end;
+    for (std::int64_t o = 0; o < p.outer; ++o) {
+      for (std::int64_t unit = first; unit < last; ++unit) {
+        read_run(centered + unit * samples + o * p.inner, features + o * p.outer_stride + unit * p.unit_stride,
+                 p.inner_stride, p.inner);
+      }
+    }
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      Out* const row = centered + unit * samples;
+      p.mean[unit] = sum_of_row(row, samples) / static_cast<double>(samples);
+      p.squares[unit] = center_row(row, p.mean[unit], samples);
+    }
+  }
+}
+
+template <class T, class Out>
+void center_sample_major(const CenterProblem& p, std::int64_t begin, std::int64_t end) {
+  const std::int64_t samples = p.outer * p.inner;
+  const T* const features = static_cast<const T*>(p.features);
+  double* const __restrict mean = p.mean;
+  double* const __restrict squares = p.squares;
+  for (std::int64_t unit = begin; unit < end; ++unit) mean[unit] = squares[unit] = 0;
+  Out* __restrict row = static_cast<Out*>(p.centered);
+  for (std::int64_t o = 0; o < p.outer; ++o) {
+    for (std::int64_t i = 0; i < p.inner; ++i, row += p.units) {
+      const T* const __restrict from = features + o * p.outer_stride + i * p.inner_stride;
+      for (std::int64_t unit = begin; unit < end; ++unit) {
+        const Out value = or_zero<Out>(from[unit]);
+        row[unit] = value;
+        mean[unit] += static_cast<double>(value);
+      }
+    }
+  }
+  for (std::int64_t unit = begin; unit < end; ++unit) mean[unit] /= static_cast<double>(samples);
+  row = static_cast<Out*>(p.centered);
+  for (std::int64_t s = 0; s < samples; ++s, row += p.units) {
+    for (std::int64_t unit = begin; unit < end; ++unit) {
+      const Out value = static_cast<Out>(static_cast<double>(row[unit]) - mean[unit]);
+      row[unit] = value;
+      squares[unit] += static_cast<double>(value) * static_cast<double>(value);
+    }
+  }
+}
+
+template <class T, class Out>
+void center(const CenterProblem& problem) {
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    if (problem.unit_major) {
+      center_unit_major<T, Out>(problem, begin, end);
+    } else {
+      center_sample_major<T, Out>(problem, begin, end);
+    }
+  };
+  const std::int64_t samples = problem.outer * problem.inner;
+  parallel_for(problem.threads, problem.units, kUnitTile + kElementsPerThread / (1 + samples), body);
+}
+
+template <class T>
+void center_to(const CenterProblem& problem) {
+  if (problem.centered_dtype == ScalarType::float64) {
+    center<T, double>(problem);
+  } else {
+    center<T, float>(problem);
+  }
+}
+
+template <class T>
+void accumulate(const AccumulateProblem& p) {
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const T* const __restrict product = static_cast<const T*>(p.product) + r * p.units;
+      double* const __restrict comoment = p.comoment + r * p.units;
+      const double* const __restrict column_shift = p.column_shift;
+      const double shift = p.row_shift[r];
+      for (std::int64_t c = 0; c < p.units; ++c) {
+        comoment[c] += static_cast<double>(product[c]) + shift * column_shift[c];
+      }
+    }
+  };
+  parallel_for(p.threads, p.units, 1 + kElementsPerThread / p.units, body);
+}
+
+// float64 results are written as they are, others by way of float32.
+inline void round_to(double value, double& out) { out = value; }
+template <class T>
+void round_to(double value, T& out) {
+  narrow(static_cast<float>(value), out);
+}
+
+// One row of a tile: quotients of columns [begin, end).
+template <class T>
+void correlate_row(const CorrelateProblem& p, std::int64_t r, std::int64_t begin, std::int64_t end, T* __restrict out) {
+  const double* const __restrict comoment = p.comoment + r * p.units;
+  const double* const __restrict column_deviation = p.column_deviation;
+  const double row_deviation = p.row_deviation[r];
+  for (std::int64_t c = begin; c < end; ++c) {
+    const double deviations = row_deviation * column_deviation[c];
+    round_to(comoment[c] / (p.count * (deviations > p.eps ? deviations : p.eps)), out[c]);
+  }
+}
+
+template <class T>
+void correlate_rows(const CorrelateProblem& p, std::int64_t begin, std::int64_t end) {
+  T* const out = static_cast<T*>(p.out);
+  T* const mirror = static_cast<T*>(p.mirror);
+  const bool symmetric = out == mirror;
+  for (std::int64_t at = symmetric ? begin : 0; at < p.units; at += kTile) {
+    const std::int64_t to = at + kTile < p.units ? at + kTile : p.units;
+    for (std::int64_t r = begin; r < end; ++r) {
+      correlate_row(p, r, symmetric && r > at ? r : at, to, out + r * p.row_stride);
+    }
+    if (mirror == nullptr) continue;
+    for (std::int64_t c = at; c < to; ++c) {
+      const std::int64_t rows = symmetric && c < end ? c : end;
+      for (std::int64_t r = begin; r < rows; ++r) mirror[c * p.row_stride + r] = out[r * p.row_stride + c];
+    }
+  }
+}
+
+template <class T>
+void correlate_all(const CorrelateProblem& p) {
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      const std::int64_t last = (tile + 1) * kTile < p.units ? (tile + 1) * kTile : p.units;
+      correlate_rows<T>(p, tile * kTile, last);
+    }
+  };
+  parallel_for(p.threads, (p.units + kTile - 1) / kTile, 1 + kElementsPerThread / (kTile * p.units), body);
+}
+
+}  // namespace
+
+void center_features(const CenterProblem& problem) {
+  switch (problem.dtype) {
+    case ScalarType::float16: return center_to<Half>(problem);
+    case ScalarType::bfloat16: return center_to<BFloat16>(problem);
+    case ScalarType::float32: return center_to<float>(problem);
+    case ScalarType::float64: return center<double, double>(problem);
+  }
+}
+
+void accumulate_comoment(const AccumulateProblem& problem) {
+  if (problem.product_dtype == ScalarType::float64) {
+    accumulate<double>(problem);
+  } else {
+    accumulate<float>(problem);
+  }
+}
+
+void correlate(const CorrelateProblem& problem) {
+  switch (problem.dtype) {
+    case ScalarType::float16: return correlate_all<Half>(problem);
+    case ScalarType::bfloat16: return correlate_all<BFloat16>(problem);
+    case ScalarType::float32: return correlate_all<float>(problem);
+    case ScalarType::float64: return correlate_all<double>(problem);
+  }
+}
+
+}  // namespace mudsc::MUDSC_ISA

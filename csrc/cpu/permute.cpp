@@ -317,10 +317,6 @@ class Merge {
     });
     if (count == 0) return nullptr;
     if (count > 1) return scratch;
-    // The zero behind a line is needed by clusters only: gathers of float32 and float64 read the input itself.
-    if constexpr (sizeof(T) == sizeof(Accumulator)) {
-      if (problem_.columns.kind == UnitMapKind::gather) return only;
-    }
     assign_scaled(scratch, only, Accumulator(1), length);
     return scratch;
   }

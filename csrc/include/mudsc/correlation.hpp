@@ -1,1 +1,59 @@
+// What surrounds the matrix product of a correlation: centring of features, sums of co-moments, the final quotient.
 #pragma once
+
+#include <cstdint>
+
+#include "mudsc/isa.hpp"
+#include "mudsc/types.hpp"
+
+namespace mudsc {
+
+// Features seen as [outer, units, inner] of any strides (in elements); a sample is a pair (outer, inner).
+struct CenterProblem {
+  ScalarType dtype;
+  const void* features;
+  std::int64_t outer;
+  std::int64_t units;
+  std::int64_t inner;
+  std::int64_t outer_stride;
+  std::int64_t unit_stride;
+  std::int64_t inner_stride;
+  ScalarType centered_dtype;  // float32, or float64; float64 features need float64
+  bool unit_major;            // whether `centered` is [units, samples] or, for unit_stride 1 only, [samples, units]
+  void* centered;
+  double* mean;     // [units]
+  double* squares;  // [units] sums of squares of `centered`
+  std::int32_t threads;
+};
+
+// comoment += product + outer(row_shift, column_shift); matrices [units, units], contiguous.
+struct AccumulateProblem {
+  ScalarType product_dtype;  // float32 or float64
+  const void* product;
+  const double* row_shift;
+  const double* column_shift;
+  std::int64_t units;
+  double* comoment;
+  std::int32_t threads;
+};
+
+// out[r, c] = comoment[r, c] / count / max(row_deviation[r] * column_deviation[c], eps)
+struct CorrelateProblem {
+  const double* comoment;  // [units, units]
+  const double* row_deviation;
+  const double* column_deviation;
+  std::int64_t units;
+  double count;
+  double eps;
+  ScalarType dtype;
+  void* out;
+  void* mirror;             // null, or where the transpose goes; `out` itself: the upper triangle is mirrored
+  std::int64_t row_stride;  // of `out` and `mirror`, in elements
+  std::int32_t threads;
+};
+
+MUDSC_DECLARE_KERNEL(void center_features(const CenterProblem& problem));
+MUDSC_DECLARE_KERNEL(void accumulate_comoment(const AccumulateProblem& problem));
+MUDSC_DECLARE_KERNEL(void correlate(const CorrelateProblem& problem));
+
+}  // namespace mudsc

@@ -20,8 +20,8 @@ _MOST_UNITS = 2**31 - 2
 class UnitMap:
     """How the units along one axis of N models become the units of the result.
 
-    Made by :meth:`permutation` (every output unit is one input unit) or :meth:`clusters` (every output unit is
-    a sum of input units). A map holds its own copy of the indices.
+    Made by :meth:`permutation` (every output unit is one input unit) or :meth:`clusters` (every output unit
+    is a sum of input units). A map holds its own copy of the indices.
 
     Attributes
     ----------

@@ -1,0 +1,86 @@
+"""The passes around the matrix product of a correlation (csrc/cpu/correlation.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mudsc_fast import _core
+from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
+from mudsc_fast.ops import _dispatch
+
+
+def center(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features [outer, C, inner] less their mean, as [C, samples] of `dtype`, with NaN as 0.
+
+    The second and third results are [C] in float64: the mean, and the sum of squares of the first. The first
+    keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
+    tensor.
+    """
+    outer, units, inner = features.shape
+    samples = outer * inner
+    unit_major = features.stride(1) != 1 or (features.stride(2) == 1 and inner > 1)
+    centered = torch.empty((units, samples) if unit_major else (samples, units), dtype=dtype)
+    mean, squares = torch.empty(units, dtype=torch.float64), torch.empty(units, dtype=torch.float64)
+    _core.center_features(
+        isa=_dispatch.isa_level(),
+        threads=_dispatch.threads(),
+        dtype=SCALAR_TYPES[features.dtype],
+        features=features.data_ptr(),
+        outer=outer,
+        units=units,
+        inner=inner,
+        outer_stride=features.stride(0),
+        unit_stride=features.stride(1),
+        inner_stride=features.stride(2),
+        centered_dtype=SCALAR_TYPES[dtype],
+        unit_major=unit_major,
+        centered=centered.data_ptr(),
+        mean=mean.data_ptr(),
+        squares=squares.data_ptr(),
+    )
+    return centered if unit_major else centered.T, mean, squares
+
+
+def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
+    """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C] float64; all contiguous."""
+    _core.accumulate_comoment(
+        isa=_dispatch.isa_level(),
+        threads=_dispatch.threads(),
+        product_dtype=SCALAR_TYPES[product.dtype],
+        product=product.data_ptr(),
+        row_shift=row_shift.data_ptr(),
+        column_shift=column_shift.data_ptr(),
+        units=comoment.shape[0],
+        comoment=comoment.data_ptr(),
+    )
+
+
+def correlate(
+    comoment: Tensor,
+    row_deviation: Tensor,
+    column_deviation: Tensor,
+    count: int,
+    eps: float,
+    out: Tensor,
+    mirror: Tensor | None,
+) -> None:
+    """Write comoment / count / max(row_deviation * column_deviation, eps) to `out`, transposed to `mirror`.
+
+    If `mirror` is `out`, the upper triangle is mirrored into the lower one. Both are blocks of one matrix:
+    rows of contiguous entries, one distance apart.
+    """
+    _core.correlate(
+        isa=_dispatch.isa_level(),
+        threads=_dispatch.threads(),
+        comoment=comoment.data_ptr(),
+        row_deviation=row_deviation.data_ptr(),
+        column_deviation=column_deviation.data_ptr(),
+        units=comoment.shape[0],
+        count=count,
+        eps=eps,
+        dtype=SCALAR_TYPES[out.dtype],
+        out=out.data_ptr(),
+        mirror=0 if mirror is None else mirror.data_ptr(),
+        row_stride=out.stride(0),
+    )

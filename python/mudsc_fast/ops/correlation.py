@@ -1,0 +1,318 @@
+"""Correlation between the units of several models, accumulated over batches of features."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.reference import correlation as reference
+from mudsc_fast.ops import _checks, _dispatch
+
+#: Samples that are centred and multiplied at a time: at least so many that the product dominates, and beyond
+#: that no more than fill this many numbers of all models.
+_LEAST_CHUNK = 4096
+_CHUNK_NUMBERS = 2**25
+
+
+class CorrelationAccumulator:
+    """Pearson correlation between units of N models, over a stream of batches.
+
+    Every position of every batch element is one sample of all units. Kept are the number of samples, each
+    unit's mean and sum of squared deviations, and the co-moments of the unit pairs asked for, in float64. Each chunk of samples is centred by its own mean, multiplied by the tensor library's matrix product in
+    float32 (float64 for float64 features) and joined by the update of Chan, Golub and LeVeque ("Updating
+    formulae and a pairwise algorithm for computing sample variances", 1979), so that nothing cancels, however
+    far the means are from zero and however they drift.
+
+    Memory: 8 bytes for each pair of units ("cross": (N-1) C^2 pairs, "full": N (N+1)/2 C^2). An update takes
+    besides one [C, C] product and the centred copies of one chunk, at most max(4096, 2^25 / (N C)) samples of
+    N C numbers, in float32 (float64 for float64 features). Features whose strides do not let the axes before
+    the units, or those behind, be seen as one are copied as a whole.
+
+    Parameters
+    ----------
+    num_models
+        N: at least 1, for "cross" at least 2.
+    units
+        C: units of each model.
+    blocks
+        "cross" for the correlations of model 0 with each other model, all that an alignment needs; "full" for
+        those between all units of all models.
+    dtype
+        Of the result: float16, bfloat16, float32 or float64.
+    device
+        Where features come from and sums are kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+    """
+
+    def __init__(
+        self,
+        num_models: int,
+        units: int,
+        *,
+        blocks: Literal["cross", "full"] = "cross",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if blocks not in ("cross", "full"):
+            raise ValueError(f"blocks must be 'cross' or 'full', got {blocks!r}")
+        if dtype not in _checks.FLOAT_DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        self._num_models = _checks.check_int("num_models", num_models, 2 if blocks == "cross" else 1)
+        self._units = _checks.check_int("units", units, 1)
+        self._blocks = blocks
+        self._dtype = dtype
+        self._num_samples = 0
+        self._mean = torch.zeros(num_models, units, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self._mean)
+        shape = (len(self._pairs()), units, units)
+        self._comoments = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples so far."""
+        return self._num_samples
+
+    @torch.no_grad()
+    def update(self, *features: Tensor, channel_axis: int = 1) -> None:
+        """Add the samples of one batch.
+
+        Parameters
+        ----------
+        *features
+            One tensor per model, all of one shape with C entries on the channel axis, e.g. [B, C],
+            [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN counts as 0.
+            Batches without samples change nothing. Gradients are not recorded.
+        channel_axis
+            The axis of the units; negative ones count from the end.
+
+        Raises
+        ------
+        TypeError
+            If a feature is no tensor or of another dtype.
+        ValueError
+            If the number of tensors is not N, a shape or device is wrong (the tensor is named), the axis is
+            out of range, or a feature is infinite. The sums are unchanged then.
+        """
+        checked = self._check_features(features, channel_axis)
+        # Axes before and behind the units are each taken together: [outer, C, inner].
+        axis = channel_axis % checked[0].ndim
+        shape = checked[0].shape
+        flat = (math.prod(shape[:axis]), self._units, math.prod(shape[axis + 1 :]))
+        views = [feature.detach().reshape(flat) for feature in checked]
+        double = any(view.dtype == torch.float64 for view in views)
+        limit = max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
+        for outer, inner in _chunks(flat[0], flat[2], limit):
+            chunk = [view[outer, :, inner] for view in views]
+            self._add_chunk(chunk, torch.float64 if double else torch.float32)
+
+    @torch.no_grad()
+    def merge(self, other: CorrelationAccumulator) -> None:
+        """Add the samples of another accumulator, as if they had been given to this one.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no CorrelationAccumulator.
+        ValueError
+            If its num_models, units or blocks differ.
+        """
+        if not isinstance(other, CorrelationAccumulator):
+            raise TypeError(f"other must be a CorrelationAccumulator, got {type(other).__name__}")
+        if self._configuration() != other._configuration():
+            raise ValueError(
+                f"other must have the configuration {self._configuration()}, got {other._configuration()}"
+            )
+        if other is self:
+            other = copy.deepcopy(other)  # sums are not written while they are read
+        device = self._mean.device
+        squares, comoments = other._squares.to(device), other._comoments.to(device)
+        self._join(other._num_samples, other._mean.to(device), squares, iter(comoments))
+
+    @torch.no_grad()
+    def finalize(self, eps: float = 1e-7) -> Tensor:
+        """Return the correlations ``cov / max(sigma_i * sigma_j, eps)``, with population covariances.
+
+        Units that do not vary, and streams of one sample, give 0. The accumulator can be updated further.
+
+        Parameters
+        ----------
+        eps
+            Least product of two standard deviations that is divided by; positive.
+
+        Returns
+        -------
+        Tensor
+            "cross": [N-1, C, C], entry [i-1, a, b] for unit a of model 0 and unit b of model i.
+            "full": [N*C, N*C], unit a of model i at i*C + a; symmetric to the last bit.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `eps` is no positive finite number, or there are no samples.
+        """
+        eps = _checks.check_number("eps", eps)
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be positive and finite, got {eps}")
+        if self._num_samples == 0:
+            raise ValueError("there are no samples: call update before finalize")
+        correlate = _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.correlate, "reference": reference.correlate}
+        )
+        deviation = (self._squares / self._num_samples).sqrt()
+        result = self._empty_result()
+        for (i, j), comoment in zip(self._pairs(), self._comoments, strict=True):
+            out, mirror = self._blocks_of(result, i, j)
+            correlate(comoment, deviation[i], deviation[j], self._num_samples, eps, out, mirror)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the configuration and the sums, for :meth:`load_state_dict`."""
+        return {
+            **self._configuration(),
+            "num_samples": self._num_samples,
+            "mean": self._mean.clone(),
+            "squares": self._squares.clone(),
+            "comoments": self._comoments.clone(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the sums by those of :meth:`state_dict`.
+
+        Raises
+        ------
+        TypeError
+            If `state` is no mapping, or an entry is of another type.
+        ValueError
+            If an entry is missing, num_models, units or blocks differ, or a tensor has another shape or
+            dtype. The sums are unchanged then.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type(state).__name__}")
+        sums = {"mean": self._mean, "squares": self._squares, "comoments": self._comoments}
+        for name in (*self._configuration(), "num_samples", *sums):
+            if name not in state:
+                raise ValueError(f"state must have the entry {name!r}, got {sorted(state)}")
+        for name, value in self._configuration().items():
+            if state[name] != value:
+                raise ValueError(f"state must have {name} {value!r}, got {state[name]!r}")
+        num_samples = _checks.check_int("state['num_samples']", state["num_samples"], 0)
+        for name, own in sums.items():
+            tensor = _checks.check_tensor(f"state[{name!r}]", state[name])
+            if tensor.shape != own.shape or tensor.dtype != own.dtype:
+                raise ValueError(
+                    f"state[{name!r}] must be {list(own.shape)} in {own.dtype}, "
+                    f"got {list(tensor.shape)} in {tensor.dtype}"
+                )
+        for name, own in sums.items():
+            own.copy_(state[name])
+        self._num_samples = num_samples
+
+    def _configuration(self) -> dict[str, Any]:
+        return {"num_models": self._num_models, "units": self._units, "blocks": self._blocks}
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Return the pairs of models whose co-moments are kept, in the order of `_comoments`."""
+        if self._blocks == "cross":
+            return [(0, j) for j in range(1, self._num_models)]
+        return [(i, j) for i in range(self._num_models) for j in range(i, self._num_models)]
+
+    def _check_features(self, features: tuple[Tensor, ...], channel_axis: int) -> list[Tensor]:
+        if len(features) != self._num_models:
+            raise ValueError(
+                f"features must be one tensor for each of {self._num_models} models, got {len(features)}"
+            )
+        checked = [_checks.check_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
+        shape = checked[0].shape
+        if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
+            raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
+        if not -len(shape) <= channel_axis < len(shape):
+            raise ValueError(f"channel_axis is {channel_axis}, but features[0] has {len(shape)} axes")
+        for i, feature in enumerate(checked):
+            _checks.check_float(f"features[{i}]", feature)
+            if feature.shape != shape:
+                raise ValueError(
+                    f"features[{i}] must have the shape of features[0], {list(shape)}, "
+                    f"got {list(feature.shape)}"
+                )
+            if feature.device != self._mean.device:
+                raise ValueError(f"features[{i}] must be on {self._mean.device}, got {feature.device}")
+        if shape[channel_axis] != self._units:
+            raise ValueError(
+                f"features must have {self._units} units on axis {channel_axis}, got shape {list(shape)}"
+            )
+        for i, feature in enumerate(checked):
+            _check_not_infinite(f"features[{i}]", feature)
+        return checked
+
+    def _add_chunk(self, chunk: list[Tensor], dtype: torch.dtype) -> None:
+        center = _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.center, "reference": reference.center}
+        )
+        centered, means, squares = zip(*(center(view, dtype) for view in chunk), strict=True)
+        # Squares that float32 cannot hold: the products are made in float64, where they fit.
+        if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
+            centered = tuple(one.to(torch.float64) for one in centered)
+        product = torch.empty_like(self._comoments[0], dtype=centered[0].dtype)
+        products = (torch.mm(centered[i], centered[j].T, out=product) for i, j in self._pairs())
+        self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+
+    def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
+        """Add the sums of `count` samples about their own mean: the update of Chan, Golub and LeVeque."""
+        if count == 0:
+            return
+        accumulate = _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
+        )
+        total = self._num_samples + count
+        shift = mean - self._mean
+        # n_a n_b / (n_a + n_b): what the distance of the two means adds to each (co-)moment.
+        weighted = shift * (self._num_samples * (count / total))
+        for (i, j), own, joined in zip(self._pairs(), self._comoments, comoments, strict=True):
+            accumulate(own, joined, weighted[i], shift[j])
+        self._squares += squares + weighted * shift
+        self._mean += shift * (count / total)
+        self._num_samples = total
+
+    def _empty_result(self) -> Tensor:
+        models, units = self._num_models, self._units
+        shape = (models - 1, units, units) if self._blocks == "cross" else (models * units, models * units)
+        return torch.empty(shape, dtype=self._dtype, device=self._mean.device)
+
+    def _blocks_of(self, result: Tensor, i: int, j: int) -> tuple[Tensor, Tensor | None]:
+        """Return the block of `result` for models i and j, and that of its transpose where there is one."""
+        if self._blocks == "cross":
+            return result[j - 1], None
+        rows = slice(i * self._units, (i + 1) * self._units)
+        columns = slice(j * self._units, (j + 1) * self._units)
+        block = result[rows, columns]
+        return block, block if i == j else result[columns, rows]
+
+
+def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Cut outer x inner samples into parts of at most `limit` samples."""
+    outer_step, inner_step = max(1, limit // max(inner, 1)), min(max(inner, 1), limit)
+    for o in range(0, outer, outer_step):
+        for i in range(0, inner, inner_step):
+            yield slice(o, min(o + outer_step, outer)), slice(i, min(i + inner_step, inner))
+
+
+def _check_not_infinite(argument: str, feature: Tensor) -> None:
+    # A finite sum rules out infinities in one read; otherwise it is NaN, infinity or an overflow of the sum.
+    dtype = torch.float64 if feature.dtype == torch.float64 else torch.float32
+    if feature.numel() == 0 or bool(torch.isfinite(feature.sum(dtype=dtype))):
+        return
+    infinite = feature.isinf().nonzero()
+    if len(infinite):
+        index = tuple(infinite[0].tolist())
+        raise ValueError(f"{argument} must not be infinite, got {feature[index].item()} at {index}")
