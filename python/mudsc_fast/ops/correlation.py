@@ -14,6 +14,9 @@ from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import _checks, _dispatch
 
+#: Which pairs of models are compared: model 0 with each other model, or all with all.
+Blocks = Literal["cross", "full"]
+
 #: Samples that are centred and multiplied at a time: at least so many that the product dominates, and beyond
 #: that no more than fill this many numbers of all models.
 _LEAST_CHUNK = 4096
@@ -24,7 +27,8 @@ class CorrelationAccumulator:
     """Pearson correlation between units of N models, over a stream of batches.
 
     Every position of every batch element is one sample of all units. Kept are the number of samples, each
-    unit's mean and sum of squared deviations, and the co-moments of the unit pairs asked for, in float64. Each chunk of samples is centred by its own mean, multiplied by the tensor library's matrix product in
+    unit's mean and sum of squared deviations, and the co-moments of the unit pairs asked for, in
+    float64. Each chunk of samples is centred by its own mean, multiplied by the tensor library's matrix product in
     float32 (float64 for float64 features) and joined by the update of Chan, Golub and LeVeque ("Updating
     formulae and a pairwise algorithm for computing sample variances", 1979), so that nothing cancels, however
     far the means are from zero and however they drift.
@@ -59,7 +63,7 @@ class CorrelationAccumulator:
         num_models: int,
         units: int,
         *,
-        blocks: Literal["cross", "full"] = "cross",
+        blocks: Blocks = "cross",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
