@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def dead_units(units: int, seed: int) -> Tensor:
 
 
 #: Families of similarity matrices by name, from the number of units and a seed.
-FAMILIES = {
+FAMILIES: dict[str, Callable[[int, int], Tensor]] = {
     "correlation": lambda units, seed: correlation(units, units + 20, seed),
     "symmetric": lambda units, seed: symmetric(random_entries(units, seed)),
     "asymmetric": random_entries,
