@@ -37,9 +37,9 @@ def plot_merges(
 
     methods = list(accuracies)
     values = [100 * accuracies[method] for method in methods]
-    colors = ["#9aa0a6" if m == "average" else "#1a73e8" if "dual" in m else "#8ab4f8" for m in methods]
+    colors = ["#9aa0a6" if m == "average" else "#1a73e8" if "dual" in m else "#669df6" for m in methods]
     bars = left.barh(methods, values, color=colors)
-    left.bar_label(bars, fmt="%.1f", padding=3)
+    left.bar_label(bars, fmt="%.1f", padding=-30, color="white", fontweight="bold")
     left.axvline(100 * reference_accuracy, color="#202124", linestyle="--", linewidth=1)
     left.annotate(
         f"unmerged networks {100 * reference_accuracy:.1f}",
@@ -51,7 +51,7 @@ def plot_merges(
         fontsize=9,
     )
     left.invert_yaxis()
-    left.set_xlim(max(0, min(values) - 10), 104)
+    left.set_xlim(min(50, *values), 101)
     left.set_xlabel("mean accuracy of the two tasks on held-out images, %")
 
     shades = {"before": "#9aa0a6", "after": "#1a73e8"}
@@ -72,7 +72,9 @@ def plot_merges(
     right.set_ylabel("correlation of paired units")
     right.legend(
         handles=[right.scatter([], [], color=color, label=f"{label} matching") for label, color in shades.items()],
-        loc="upper left",
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
         frameon=False,
     )
     for axes in (left, right):
