@@ -18,26 +18,31 @@ def run_demo(arguments: list[str]) -> int:
     return status
 
 
+def mean_accuracies(shown: str) -> dict[str, float]:
+    """Return the last accuracy of each row of the table, in percent."""
+    rows = [line for line in shown.splitlines() if line.startswith(("average", "weight", "activation", "dual"))]
+    return {row[:17].strip(): float(row[17:49].split()[-1]) for row in rows}
+
+
 def test_demo_shows_what_matching_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outputs = []
-    for _ in range(2):
-        assert run_demo(["--epochs", "2", "--quiet", "--output", str(tmp_path)]) == 0
-        outputs.append(capsys.readouterr().out)
-    rows = {
-        line[:17].strip(): line[17:].split()
-        for line in outputs[0].splitlines()
-        if " align " in line or " zip " in line or line.startswith("average")
-    }
-    mean = {method: float(cells[3 if "dual" in method else 2]) for method, cells in rows.items()}
+    assert run_demo(["--quiet", "--output", str(tmp_path)]) == 0
+    mean = mean_accuracies(capsys.readouterr().out)
     assert len(mean) == 7
     for mode in ("align", "zip"):
-        for space in ("activation", "dual"):
-            assert mean[f"{space} {mode}"] > mean["average"] + 5
-    # Accuracies are the same on every run; only the seconds differ.
-    again = [line[:48] for line in outputs[1].splitlines() if line[:17].strip() in rows]
-    assert again == [line[:48] for line in outputs[0].splitlines() if line[:17].strip() in rows]
+        # One standard deviation of an accuracy of 95 % on 1,000 images is 0.7.
+        assert mean[f"dual {mode}"] >= max(mean[f"weight {mode}"], mean[f"activation {mode}"]) - 0.7
+    for method in mean.keys() - {"average"}:
+        assert mean[method] > mean["average"] + 10
     assert (tmp_path / "merge.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["merge.png"]
+
+
+def test_demo_is_the_same_on_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracies = []
+    for _ in range(2):
+        assert run_demo(["--epochs", "1", "--quiet", "--output", str(tmp_path)]) == 0
+        accuracies.append(mean_accuracies(capsys.readouterr().out))
+    assert accuracies[0] == accuracies[1]
 
 
 def test_demo_refuses_no_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from mudsc_fast.spec import Axis, Groups, Observation, PermutationSpec, Window, consumes, mlp, produces
 
+BAD: Any = 3
 CHAIN = {
     "fc1.weight": ("a", None),
     "fc1.bias": ("a",),
@@ -119,13 +122,25 @@ def test_too_many_axes() -> None:
     [
         (lambda: PermutationSpec({"w": (None,)}), ValueError, "at least one node"),
         (lambda: PermutationSpec({"w": "ab"}), TypeError, "sequence with an entry per axis"),
-        (lambda: PermutationSpec({"w": (3,)}), TypeError, "axis 0 of 'w' must be a node's name"),
+        (
+            lambda: PermutationSpec({"w": (BAD,)}),
+            TypeError,
+            "axis 0 of 'w' must be a node's name",
+        ),
         (lambda: PermutationSpec(CHAIN, observe={"z": "fc1"}), ValueError, "observe names the node 'z'"),
         (lambda: PermutationSpec.from_nodes({"a": [("w", -1)]}), ValueError, "must not be negative, got -1"),
-        (lambda: Observation("fc1", "inside"), ValueError, "'input' or 'output', got 'inside'"),  # type: ignore[arg-type]
+        (lambda: Observation("fc1", BAD), ValueError, "'input' or 'output', got 3"),
         (lambda: PermutationSpec({"w": ([],)}), TypeError, "axis 0 of 'w' must be .* got list"),
-        (lambda: PermutationSpec({"w": ([Window("a", 0)],)}), ValueError, "width of a window must be at least 1, got 0"),
-        (lambda: Axis("a", "eat"), ValueError, "role of node 'a' must be 'produce' or 'consume', got 'eat'"),
+        (
+            lambda: PermutationSpec({"w": ([Window("a", 0)],)}),
+            ValueError,
+            "width of a window must be at least 1, got 0",
+        ),
+        (
+            lambda: Axis("a", BAD),
+            ValueError,
+            "role of node 'a' must be 'produce' or 'consume', got 3",
+        ),
         (lambda: produces("a", inner=0), ValueError, "inner and outer of node 'a' must be at least 1, got 0 and 1"),
         (lambda: PermutationSpec(CHAIN, groups={"z": 2}), ValueError, "groups names the node 'z'"),
         (lambda: PermutationSpec(CHAIN, groups={"a": 0}), ValueError, r"groups\['a'\] must be at least 1, got 0"),

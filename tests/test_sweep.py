@@ -68,8 +68,8 @@ def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state:
 
 def test_patience_and_most_sweeps() -> None:
     similarity = torch.eye(4)[None]
-    for options, expected in [({"max_sweeps": 3}, 3), ({"patience": 2}, 3), ({}, 6)]:
-        result = sweep(MLP_SPEC, lambda *_: similarity, align_units, {}, **options)
+    for max_sweeps, patience, expected in [(3, 5, 3), (100, 2, 3), (100, 5, 6)]:
+        result = sweep(MLP_SPEC, lambda *_: similarity, align_units, {}, max_sweeps=max_sweeps, patience=patience)
         assert len(result.objectives) == expected
 
 

@@ -10,7 +10,7 @@ def linear_assignment(
     *,
     isa: int,
     threads: int,
-    type: int,
+    dtype: int,
     values: int,
     batch: int,
     rows: int,
@@ -39,7 +39,7 @@ def permute_merge(
 ) -> None: ...
 def zip_units(
     similarity: int,
-    scalar_type: int,
+    dtype: int,
     row_stride: int,
     units: int,
     num_models: int,

@@ -6,12 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import load_golden
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment as scipy_assignment
 
 import mudsc_fast
+from conftest import load_golden
 from mudsc_fast import linear_assignment, linear_sum_assignment, use_backend
 
 Array = npt.NDArray[Any]
@@ -195,7 +195,9 @@ def test_warm_start_is_optimal_from_anywhere(family: str, size: int, seed: int, 
         with use_backend(backend):
             warm = linear_assignment(changed, warm_start=linear_assignment(values))
             cold = linear_assignment(changed)
-        assert float(warm.objective) == pytest.approx(float(cold.objective), rel=1e-11, abs=1e-11 * np.abs(changed).max())
+        assert float(warm.objective) == pytest.approx(
+            float(cold.objective), rel=1e-11, abs=1e-11 * np.abs(changed).max()
+        )
         assert float(warm.gap) <= 1e-11 * size * np.abs(changed).max() * (1 + 1 / max(noise, 0.01))
 
 
@@ -295,7 +297,11 @@ def test_scipy_errors(cost: Any, message: str) -> None:
         (torch.full((2, 2), -float("inf")), ValueError, "similarity is infeasible"),
         ([[1.0]], TypeError, "similarity must be a torch.Tensor, got list"),
         (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "similarity must hold real numbers, got dtype complex64"),
-        (np.zeros((2, 2), complex), TypeError, "similarity must hold real numbers of at most 64 bits, got dtype complex128"),
+        (
+            np.zeros((2, 2), complex),
+            TypeError,
+            "similarity must hold real numbers of at most 64 bits, got dtype complex128",
+        ),
         (np.array([["a"]]), TypeError, "similarity must hold real numbers"),
         (torch.zeros(2, 2, device="meta"), ValueError, "meta device"),
     ],

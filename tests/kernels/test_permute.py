@@ -75,8 +75,7 @@ def test_kernel_equals_reference(dtype: torch.dtype, shape: tuple[int, ...], num
         for axes in itertools.combinations(range(len(shape)), count):
             for chosen in itertools.permutations(kinds, count):
                 maps = {
-                    axis: random_map(kind, num_models, shape[axis])
-                    for axis, kind in zip(axes, chosen, strict=True)
+                    axis: random_map(kind, num_models, shape[axis]) for axis, kind in zip(axes, chosen, strict=True)
                 }
                 weights = torch.randn(num_models).tolist()
                 assert_as_reference(tensors, maps, weights=weights)
@@ -99,9 +98,7 @@ def test_permutation_of_one_model_keeps_every_bit(dtype: torch.dtype) -> None:
                     expected = expected.index_select(axis, unit_map.index[0])
                 result = permute_merge([bits.view(dtype)], maps, weights=[1.0])
                 assert torch.equal(result.view(integers), expected)
-                assert torch.equal(
-                    by_reference([bits.view(dtype)], maps, weights=[1.0]).view(integers), expected
-                )
+                assert torch.equal(by_reference([bits.view(dtype)], maps, weights=[1.0]).view(integers), expected)
 
 
 @pytest.mark.usefixtures("isa")
@@ -319,9 +316,7 @@ THREE = UnitMap.clusters(torch.tensor([[1, 0, 1], [0, 1, 1]]), 2)
         ([A, B], {}, {"out": torch.ones(3).expand(2, 3)}, ValueError, "got an expanded tensor"),
     ],
 )
-def test_bad_arguments(
-    tensors: Any, maps: Any, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_arguments(tensors: Any, maps: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         permute_merge(tensors, maps, **options)
 

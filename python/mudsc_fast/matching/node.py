@@ -147,7 +147,11 @@ def zip_all_units(
         cluster_of_unit = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
         # The published budget of a group; for one group it is that of a model.
         merges = len(similarity) - units
-        allowed = int(merges // num_models * budget + 1e-4) if groups == 1 else int(merges * budget // (num_models * groups) + 1e-4)
+        allowed = (
+            int(merges // num_models * budget + 1e-4)
+            if groups == 1
+            else int(merges * budget // (num_models * groups) + 1e-4)
+        )
         values = []
         for position, rows in enumerate(members[node]):
             within = similarity if groups == 1 else similarity[rows][:, rows]

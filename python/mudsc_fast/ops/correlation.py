@@ -133,9 +133,7 @@ class CorrelationAccumulator:
         if not isinstance(other, CorrelationAccumulator):
             raise TypeError(f"other must be a CorrelationAccumulator, got {type(other).__name__}")
         if self._configuration() != other._configuration():
-            raise ValueError(
-                f"other must have the configuration {self._configuration()}, got {other._configuration()}"
-            )
+            raise ValueError(f"other must have the configuration {self._configuration()}, got {other._configuration()}")
         if other is self:
             other = copy.deepcopy(other)  # sums are not written while they are read
         device = self._mean.device
@@ -233,9 +231,7 @@ class CorrelationAccumulator:
 
     def _check_features(self, features: tuple[Tensor, ...], channel_axis: int) -> list[Tensor]:
         if len(features) != self._num_models:
-            raise ValueError(
-                f"features must be one tensor for each of {self._num_models} models, got {len(features)}"
-            )
+            raise ValueError(f"features must be one tensor for each of {self._num_models} models, got {len(features)}")
         checked = [_checks.check_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
         shape = checked[0].shape
         if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
@@ -246,23 +242,18 @@ class CorrelationAccumulator:
             _checks.check_float(f"features[{i}]", feature)
             if feature.shape != shape:
                 raise ValueError(
-                    f"features[{i}] must have the shape of features[0], {list(shape)}, "
-                    f"got {list(feature.shape)}"
+                    f"features[{i}] must have the shape of features[0], {list(shape)}, got {list(feature.shape)}"
                 )
             if feature.device != self._mean.device:
                 raise ValueError(f"features[{i}] must be on {self._mean.device}, got {feature.device}")
         if shape[channel_axis] != self._units:
-            raise ValueError(
-                f"features must have {self._units} units on axis {channel_axis}, got shape {list(shape)}"
-            )
+            raise ValueError(f"features must have {self._units} units on axis {channel_axis}, got shape {list(shape)}")
         for i, feature in enumerate(checked):
             _check_not_infinite(f"features[{i}]", feature)
         return checked
 
     def _add_chunk(self, chunk: list[Tensor], dtype: torch.dtype) -> None:
-        center = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.center, "reference": reference.center}
-        )
+        center = _dispatch.choose("correlation", self._mean.device, {"cpu": cpu.center, "reference": reference.center})
         centered, means, squares = zip(*(center(view, dtype) for view in chunk), strict=True)
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):

@@ -130,7 +130,9 @@ class Observation:
 
     def __post_init__(self) -> None:
         if self.port not in ("input", "output"):
-            raise ValueError(f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}")
+            raise ValueError(
+                f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}"
+            )
 
 
 #: What may stand for one axis of a tensor in the axes map.
@@ -316,7 +318,9 @@ class PermutationSpec:
                 if _units_at(use, state_dict) != expected
             ]
             if expected % self._groups[node].count:
-                problems.append(f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide")
+                problems.append(
+                    f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide"
+                )
         return problems
 
     def __eq__(self, other: object) -> bool:
@@ -357,20 +361,24 @@ def _parse_layout(tensor: str, entries: Sequence[Entry]) -> tuple[tuple[Segment,
         raise TypeError(f"axes of {tensor!r} must be a sequence with an entry per axis, got {entries!r}")
     layout: list[tuple[Segment, ...]] = []
     for position, entry in enumerate(entries):
-        if entry is None or isinstance(entry, (str, Axis)):
+        if isinstance(entry, (list, tuple)) and entry and all(isinstance(window, Window) for window in entry):
+            layout.append(_parse_windows(entry, position))
+        elif entry is None or isinstance(entry, (str, Axis)):
             layout.append((Segment(_parse_axis(entry, position)),))
-        elif isinstance(entry, Sequence) and entry and all(isinstance(window, Window) for window in entry):
-            segments, start = [], 0
-            for window in entry:
-                segments.append(Segment(_parse_axis(window.axis, position), start, window.width))
-                start += window.width
-            layout.append(tuple(segments))
         else:
             raise TypeError(
                 f"axis {position} of {tensor!r} must be a node's name, an Axis, a sequence of Windows or None, "
                 f"got {type(entry).__name__}"
             )
     return tuple(layout)
+
+
+def _parse_windows(windows: Sequence[Window], position: int) -> tuple[Segment, ...]:
+    segments, start = [], 0
+    for window in windows:
+        segments.append(Segment(_parse_axis(window.axis, position), start, window.width))
+        start += window.width
+    return tuple(segments)
 
 
 def _parse_axis(entry: str | Axis | None, position: int) -> Axis | None:

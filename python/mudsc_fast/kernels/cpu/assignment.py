@@ -28,7 +28,7 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None) -> Solution
     _core.linear_assignment(
         isa=_dispatch.isa_level(),
         threads=_dispatch.threads(),
-        type=SCALAR_TYPES[values.dtype],
+        dtype=SCALAR_TYPES[values.dtype],
         values=values.data_ptr(),
         batch=batch,
         rows=rows,

@@ -20,7 +20,7 @@ def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, 
     values = torch.empty(units - remaining, dtype=torch.float64)
     merges = _core.zip_units(
         similarity=source.data_ptr(),
-        scalar_type=SCALAR_TYPES[source.dtype],
+        dtype=SCALAR_TYPES[source.dtype],
         row_stride=source.stride(0),
         units=units,
         num_models=num_models,
