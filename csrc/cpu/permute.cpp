@@ -400,6 +400,9 @@ void run(const PermuteProblem& problem) {
 }  // namespace
 
 void permute_merge(const PermuteProblem& problem) {
+  const bool empty = problem.outer == 0 || problem.rows.units_out == 0 || problem.middle == 0 ||
+                     problem.columns.units_out == 0 || problem.inner == 0;
+  if (empty) return;
   switch (problem.dtype) {
     case ScalarType::float16: return run<Half, std::uint16_t>(problem);
     case ScalarType::bfloat16: return run<BFloat16, std::uint16_t>(problem);

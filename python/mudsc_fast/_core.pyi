@@ -6,6 +6,24 @@ isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
 has_cuda: Final[bool]
 
+def linear_assignment(
+    *,
+    isa: int,
+    threads: int,
+    type: int,
+    values: int,
+    batch: int,
+    rows: int,
+    columns: int,
+    maximize: bool,
+    prices: int,
+    column_of_row: int,
+    row_duals: int,
+    column_duals: int,
+    objective: int,
+    gap: int,
+    status: int,
+) -> None: ...
 def permute_merge(
     isa: int,
     threads: int,

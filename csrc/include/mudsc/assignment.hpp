@@ -1,1 +1,41 @@
+// Linear assignment: pairs rows with columns at the least total cost, with dual values that prove it.
 #pragma once
+
+#include <cstdint>
+
+#include "mudsc/isa.hpp"
+#include "mudsc/types.hpp"
+
+namespace mudsc {
+
+enum class AssignmentStatus : std::int32_t {
+  optimal = 0,
+  invalid = 1,     // an entry is NaN, or infinitely good
+  infeasible = 2,  // infinite costs leave no assignment of all rows
+};
+
+// `batch` problems of [rows, columns] contiguous values, rows <= columns. An entry's cost is its value, or minus its
+// value if `maximize`; a cost of +inf forbids the pair. Arrays of results hold one problem after the other.
+struct AssignmentProblem {
+  const void* values;
+  ScalarType type;
+  std::int64_t batch;
+  std::int64_t rows;
+  std::int64_t columns;
+  bool maximize;
+  int threads;
+  const double* prices;  // [batch, columns] dual values of columns to start from, or null; used where rows == columns
+
+  std::int64_t* column_of_row;  // [batch, rows]
+  double* row_duals;            // [batch, rows]
+  double* column_duals;         // [batch, columns]; 0 for columns without a row
+  double* objective;            // [batch] sum of the chosen values
+  double* gap;                  // [batch] distance of the objective to the dual bound
+  AssignmentStatus* status;     // [batch]; results of a problem that is not optimal are undefined
+};
+
+// With duals u, v of a minimised problem: u_i + v_j <= cost_ij for all pairs, with equality for chosen ones, and
+// v_j <= 0. Maximised: u_i + v_j >= value_ij and v_j >= 0. The sum of all duals bounds every assignment.
+MUDSC_DECLARE_KERNEL(void linear_assignment(const AssignmentProblem& problem));
+
+}  // namespace mudsc

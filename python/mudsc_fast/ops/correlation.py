@@ -19,22 +19,22 @@ Blocks = Literal["cross", "full"]
 
 #: Samples that are centred and multiplied at a time: at least so many that the product dominates, and beyond
 #: that no more than fill this many numbers of all models.
-_LEAST_CHUNK = 4096
-_CHUNK_NUMBERS = 2**25
+_LEAST_CHUNK = 2048
+_CHUNK_NUMBERS = 2**23
 
 
 class CorrelationAccumulator:
     """Pearson correlation between units of N models, over a stream of batches.
 
     Every position of every batch element is one sample of all units. Kept are the number of samples, each
-    unit's mean and sum of squared deviations, and the co-moments of the unit pairs asked for, in
-    float64. Each chunk of samples is centred by its own mean, multiplied by the tensor library's matrix product in
-    float32 (float64 for float64 features) and joined by the update of Chan, Golub and LeVeque ("Updating
-    formulae and a pairwise algorithm for computing sample variances", 1979), so that nothing cancels, however
-    far the means are from zero and however they drift.
+    unit's mean and sum of squared deviations, and the co-moments of the unit pairs asked for, in float64.
+    Each chunk of samples is centred by its own mean, multiplied by torch's matrix product in float32 (float64
+    for float64 features) and joined by the update of Chan, Golub and LeVeque ("Updating formulae and a
+    pairwise algorithm for computing sample variances", 1979), so that nothing cancels, however far the means
+    are from zero and however they drift.
 
     Memory: 8 bytes for each pair of units ("cross": (N-1) C^2 pairs, "full": N (N+1)/2 C^2). An update takes
-    besides one [C, C] product and the centred copies of one chunk, at most max(4096, 2^25 / (N C)) samples of
+    besides one [C, C] product and the centred copies of one chunk, at most max(2048, 2^23 / (N C)) samples of
     N C numbers, in float32 (float64 for float64 features). Features whose strides do not let the axes before
     the units, or those behind, be seen as one are copied as a whole.
 
@@ -312,9 +312,11 @@ def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]
 
 
 def _check_not_infinite(argument: str, feature: Tensor) -> None:
-    # A finite sum rules out infinities in one read; otherwise it is NaN, infinity or an overflow of the sum.
-    dtype = torch.float64 if feature.dtype == torch.float64 else torch.float32
-    if feature.numel() == 0 or bool(torch.isfinite(feature.sum(dtype=dtype))):
+    if feature.numel() == 0:
+        return
+    # One read; only extremes that are not finite, NaN among them, need the mask of the tensor's size.
+    least, most = feature.aminmax()
+    if math.isfinite(least) and math.isfinite(most):
         return
     infinite = feature.isinf().nonzero()
     if len(infinite):

@@ -1,0 +1,206 @@
+"""Linear assignment: the best one-to-one pairing of rows and columns, with the dual values that prove it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
+from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.reference import assignment as reference
+from mudsc_fast.ops import _checks, _dispatch
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An optimal assignment and its certificate.
+
+    For a maximised problem ``row_duals[i] + column_duals[j] >= similarity[i, j]`` for all i and j, with equality for
+    pairs that are assigned; rows and columns without a partner have dual 0 and no dual of the longer side is negative.
+    The sum of all duals, ``objective + gap``, therefore bounds every assignment. Minimised, the inequalities and the
+    sign of the gap turn: the bound is ``objective - gap``. Duals are float64; float32 input is exact in it.
+
+    Attributes
+    ----------
+    columns
+        [..., n] int64: the column of each row, -1 for a row without one (only if n > m).
+    objective
+        [...] float64: sum of the assigned entries.
+    row_duals
+        [..., n] float64.
+    column_duals
+        [..., m] float64.
+    gap
+        [...] float64: distance of the objective to the dual bound; 0 up to the rounding of its sum, never negative.
+    """
+
+    columns: Tensor
+    objective: Tensor
+    row_duals: Tensor
+    column_duals: Tensor
+    gap: Tensor
+
+
+def linear_assignment(
+    similarity: Tensor | np.ndarray[Any, Any],
+    *,
+    maximize: bool = True,
+    warm_start: Assignment | None = None,
+) -> Assignment:
+    """Assign every row a column of its own (every column a row, if there are fewer) so that the sum is the largest.
+
+    Parameters
+    ----------
+    similarity
+        [..., n, m] tensor on any device, or array; a floating-point type, integers (exact below 2**53) or bool.
+        Leading axes are a batch, solved on several threads. With `maximize`, -inf forbids a pair; without, +inf.
+    maximize
+        Whether the sum is maximised or minimised.
+    warm_start
+        An earlier result for a problem of the same shape: its duals start the search, so that a similar problem is
+        solved sooner. The result is optimal whatever they are. Used for square problems.
+
+    Returns
+    -------
+    Assignment
+        On the device of `similarity`. Rows that are equal in every entry get their columns in ascending order, and of
+        columns that are equal the first are used: a constant matrix is assigned along its diagonal.
+
+    Raises
+    ------
+    TypeError
+        If `similarity` is of another type.
+    ValueError
+        If it has fewer than two axes, holds NaN or an infinity of the forbidden sign, if forbidden pairs leave no
+        assignment, or if `warm_start` is of another shape.
+
+    Notes
+    -----
+    Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE Transactions on Aerospace and Electronic Systems 52
+    (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it is not
+    contiguous, has more rows than columns, or is not on the CPU.
+    """
+    values = _as_tensor("similarity", similarity)
+    if values.ndim < 2:
+        raise ValueError(f"similarity must be [..., n, m], got shape {list(values.shape)}")
+    batch, (rows, columns) = values.shape[:-2], values.shape[-2:]
+    flat = values.reshape(batch.numel(), rows, columns)
+    transposed = rows > columns
+    solution = _solve(flat.transpose(1, 2) if transposed else flat, maximize, _prices(warm_start, values))
+    if bool((solution.status == INVALID).any()):
+        raise ValueError(f"similarity must not hold NaN or {'+inf' if maximize else '-inf'}")
+    if bool((solution.status == INFEASIBLE).any()):
+        raise ValueError("similarity is infeasible: forbidden pairs leave no assignment")
+    assigned, row_duals, column_duals = solution.columns, solution.row_duals, solution.column_duals
+    if transposed:
+        row_of_column = assigned
+        row_duals, column_duals = column_duals, row_duals
+        assigned = torch.full((len(flat), rows), -1, dtype=torch.int64, device=values.device)
+        order = torch.arange(columns, device=values.device).expand(row_of_column.shape)
+        assigned.scatter_(1, row_of_column, order)
+    return Assignment(
+        columns=assigned.reshape(*batch, rows),
+        objective=solution.objective.reshape(batch),
+        row_duals=row_duals.reshape(*batch, rows),
+        column_duals=column_duals.reshape(*batch, columns),
+        gap=solution.gap.reshape(batch),
+    )
+
+
+def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any, Any]:
+    """Solve the linear sum assignment problem: ``scipy.optimize.linear_sum_assignment``, faster.
+
+    Parameters
+    ----------
+    cost_matrix
+        [n, m] array, anything that converts to one, or a tensor on any device.
+    maximize
+        Whether to maximise the sum instead of minimising it.
+
+    Returns
+    -------
+    row_ind, col_ind
+        [min(n, m)] int64 row indices, ascending, and the columns assigned to them: tensors on the device of a tensor,
+        else arrays. Among several optimal assignments scipy may choose another.
+
+    Raises
+    ------
+    ValueError
+        As scipy: "expected a matrix (2-D array)", "matrix contains invalid numeric entries" (NaN, or an infinity that
+        is infinitely good) or "cost matrix is infeasible".
+    TypeError
+        If the entries are not real numbers.
+    """
+    if isinstance(cost_matrix, Tensor):
+        values = _as_tensor("cost_matrix", cost_matrix)
+    else:
+        array = np.asarray(cost_matrix)
+        values = _as_tensor("cost_matrix", array.astype(np.float64) if array.dtype == object else array)
+    if values.ndim != 2:
+        raise ValueError(f"expected a matrix (2-D array), got a {values.ndim} array")
+    rows, columns = values.shape
+    transposed = rows > columns
+    solution = _solve((values.T if transposed else values)[None], maximize, None)
+    if bool((solution.status == INVALID).any()):
+        raise ValueError("matrix contains invalid numeric entries")
+    if bool((solution.status == INFEASIBLE).any()):
+        raise ValueError("cost matrix is infeasible")
+    partner = solution.columns[0]
+    order = torch.arange(len(partner), device=values.device)
+    if transposed:
+        row_indices, by_row = partner.sort()
+        indices = (row_indices, order[by_row])
+    else:
+        indices = (order, partner)
+    return indices if isinstance(cost_matrix, Tensor) else (indices[0].numpy(), indices[1].numpy())
+
+
+def _solve(flat: Tensor, maximize: bool, prices: Tensor | None) -> Solution:
+    batch, rows, columns = flat.shape
+    if batch == 0 or rows == 0:
+        none = torch.zeros(batch, dtype=torch.float64, device=flat.device)
+        return Solution(
+            columns=torch.zeros(batch, rows, dtype=torch.int64, device=flat.device),
+            row_duals=none[:, None].expand(batch, rows).clone(),
+            column_duals=none[:, None].expand(batch, columns).clone(),
+            objective=none,
+            gap=none.clone(),
+            status=torch.zeros(batch, dtype=torch.int32, device=flat.device),
+        )
+    kernel = _dispatch.choose("assignment", flat.device, {"cpu": cpu.solve, "reference": reference.solve})
+    return kernel(flat, maximize, prices)
+
+
+def _as_tensor(argument: str, value: object) -> Tensor:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
+            raise TypeError(f"{argument} must hold real numbers of at most 64 bits, got dtype {value.dtype}")
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        # torch has no unsigned types beyond 8 bits; all become float64, as in scipy.
+        widened = native if native.dtype.kind == "f" else native.astype(np.float64)
+        writable = widened if widened.flags.writeable and widened.flags.c_contiguous else np.array(widened, order="C")
+        value = torch.from_numpy(writable)
+    tensor = _checks.check_tensor(argument, value)
+    if tensor.is_complex():
+        raise TypeError(f"{argument} must hold real numbers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
+    return tensor.detach() if tensor.dtype in _checks.FLOAT_DTYPES else tensor.detach().to(torch.float64)
+
+
+def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
+    if warm_start is None:
+        return None
+    if not isinstance(warm_start, Assignment):
+        raise TypeError(f"warm_start must be an Assignment, got {type(warm_start).__name__}")
+    expected = (*values.shape[:-2], values.shape[-1])
+    if warm_start.column_duals.shape != expected:
+        raise ValueError(
+            f"warm_start must be of a problem of shape {list(values.shape)}, got column duals of shape "
+            f"{list(warm_start.column_duals.shape)}"
+        )
+    if values.shape[-2] != values.shape[-1] or not bool(torch.isfinite(warm_start.column_duals).all()):
+        return None
+    return warm_start.column_duals.to(values.device).reshape(-1, values.shape[-1])

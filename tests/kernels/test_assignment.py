@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import load_golden
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment as scipy_assignment
+
+import mudsc_fast
+from mudsc_fast import linear_assignment, linear_sum_assignment, use_backend
+
+Array = npt.NDArray[Any]
+FAMILIES = ("uniform", "ties", "constant", "low rank", "zeros", "equal rows", "dominating", "halves", "huge", "tiny")
+
+
+def make(family: str, rows: int, columns: int, seed: int) -> Array:
+    random = np.random.default_rng(seed)
+    values = random.standard_normal((rows, columns))
+    if family == "ties":
+        return random.integers(-3, 4, (rows, columns)).astype(np.float32)
+    if family == "constant":
+        return np.full((rows, columns), random.standard_normal())
+    if family == "low rank":
+        return random.standard_normal((rows, 1)) @ random.standard_normal((1, columns))
+    if family == "zeros":
+        values[random.random(rows) < 0.3] = 0
+        values[:, random.random(columns) < 0.3] = 0
+    if family == "equal rows":
+        values = values[random.integers(0, max(1, rows // 3), rows)] if rows else values
+    if family == "dominating" and rows:
+        values[random.integers(rows)] *= 1e9
+    if family == "halves":
+        return values.astype(np.float16)
+    return {"huge": values * 1e20, "tiny": values * 1e-20}.get(family, values)
+
+
+def check_certificate(values: Array, result: mudsc_fast.Assignment, maximize: bool) -> None:
+    """Assert that the result is a matching, and that its duals are feasible and prove it to be the best."""
+    exact = torch.from_numpy(values.astype(np.float64))
+    rows, columns = exact.shape
+    assigned = (result.columns >= 0).nonzero().flatten()
+    partner = result.columns[assigned]
+    assert len(assigned) == min(rows, columns)
+    assert len(partner.unique()) == len(partner)
+    scale = float(exact[exact.isfinite()].abs().max()) if exact.numel() else 0.0
+    rounding = 1e-14 * scale * max(1, min(rows, columns))
+    sign = 1.0 if maximize else -1.0
+    slack = sign * (result.row_duals[:, None] + result.column_duals - exact)
+    assert slack.numel() == 0 or float(slack.min()) >= -rounding
+    if rows < columns:
+        assert float((sign * result.column_duals).min()) >= 0
+        unmatched = torch.ones(columns, dtype=torch.bool)
+        unmatched[partner] = False
+        assert not result.column_duals[unmatched].any()
+    if rows > columns:
+        assert float((sign * result.row_duals).min()) >= 0
+        assert not result.row_duals[result.columns < 0].any()
+    objective = float(exact[assigned, partner].sum())
+    assert float(result.objective) == pytest.approx(objective, abs=rounding)
+    bound = float(result.row_duals.sum() + result.column_duals.sum())
+    assert objective + sign * float(result.gap) == pytest.approx(bound, abs=10 * rounding)
+    assert 0 <= float(result.gap) <= 10 * rounding
+
+
+@given(
+    family=st.sampled_from(FAMILIES),
+    rows=st.integers(0, 24),
+    columns=st.integers(0, 24),
+    seed=st.integers(0, 2**31),
+    maximize=st.booleans(),
+)
+def test_optimal_and_proven(family: str, rows: int, columns: int, seed: int, maximize: bool) -> None:
+    values = make(family, rows, columns, seed)
+    best = values.astype(np.float64)[scipy_assignment(values.astype(np.float64), maximize)].sum()
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            result = linear_assignment(values, maximize=maximize)
+        check_certificate(values, result, maximize)
+        assert float(result.objective) == pytest.approx(best, rel=1e-12, abs=1e-12 * float(np.abs(best)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (33, 20), (64, 64), (130, 130), (65, 200)])
+def test_every_instruction_level(isa: str, family: str, shape: tuple[int, int]) -> None:
+    values = make(family, *shape, seed=3)
+    result = linear_assignment(values)
+    check_certificate(values, result, maximize=True)
+    exact = values.astype(np.float64)
+    best = exact[scipy_assignment(exact, maximize=True)].sum()
+    assert float(result.objective) == pytest.approx(best, rel=1e-12), isa
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 2**31), share=st.floats(0, 0.9))
+def test_forbidden_pairs(rows: int, columns: int, seed: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    cost = random.standard_normal((rows, columns))
+    cost[random.random(cost.shape) < share] = np.inf
+    try:
+        expected = cost[scipy_assignment(cost)].sum()
+    except ValueError:
+        for backend in ("cpu", "reference"):
+            with use_backend(backend), pytest.raises(ValueError, match="similarity is infeasible"):
+                linear_assignment(cost, maximize=False)
+        with pytest.raises(ValueError, match="cost matrix is infeasible"):
+            linear_sum_assignment(cost)
+        return
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            result = linear_assignment(cost, maximize=False)
+            check_certificate(cost, result, maximize=False)
+            assert float(result.objective) == pytest.approx(expected)
+            assert float(linear_assignment(-cost).objective) == pytest.approx(-expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_batches_and_dtypes(isa: str, dtype: torch.dtype, maximize: bool) -> None:
+    values = torch.randn(3, 5, 17, 23, generator=torch.Generator().manual_seed(0)).to(dtype)
+    result = linear_assignment(values, maximize=maximize)
+    assert result.columns.shape == (3, 5, 17)
+    assert result.row_duals.shape == (3, 5, 17)
+    assert result.column_duals.shape == (3, 5, 23)
+    assert result.objective.shape == result.gap.shape == (3, 5)
+    for index in np.ndindex(3, 5):
+        single = linear_assignment(values[index], maximize=maximize)
+        for field in ("columns", "objective", "row_duals", "column_duals", "gap"):
+            assert torch.equal(getattr(single, field), getattr(result, field)[index]), isa
+        check_certificate(values[index].double().numpy(), single, maximize)
+
+
+def test_batches_use_threads() -> None:
+    values = torch.randn(40, 300, 300)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            results.append(linear_assignment(values))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0].columns, results[1].columns)
+    assert torch.equal(results[0].row_duals, results[1].row_duals)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool])
+def test_integers(dtype: torch.dtype) -> None:
+    values = torch.randint(0, 2 if dtype == torch.bool else 100, (9, 9)).to(dtype)
+    expected = values.double().numpy()
+    best = expected[scipy_assignment(expected, maximize=True)].sum()
+    assert float(linear_assignment(values).objective) == best
+    assert float(linear_assignment(values.numpy()).objective) == best
+
+
+def test_strides_and_byte_order() -> None:
+    values = torch.randn(40, 30)
+    expected = linear_assignment(values[::2, 1::3].clone())
+    assert torch.equal(linear_assignment(values[::2, 1::3]).columns, expected.columns)
+    assert torch.equal(linear_assignment(values.T[1::3, ::2].T).columns, expected.columns)
+    array = values.numpy()[::2, 1::3]
+    swapped = array.astype(array.dtype.newbyteorder())
+    for variant in (array, swapped, array[::-1][::-1], np.asfortranarray(array)):
+        assert torch.equal(linear_assignment(variant).columns, expected.columns)
+    frozen = np.ascontiguousarray(array)
+    frozen.flags.writeable = False
+    assert torch.equal(linear_assignment(frozen).columns, expected.columns)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0), (2, 0, 3), (0, 3, 3), (2, 3, 0)])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty(shape: tuple[int, ...], backend: str) -> None:
+    with use_backend(backend):
+        result = linear_assignment(torch.zeros(shape))
+    assert result.columns.tolist() == torch.full(shape[:-1], -1).tolist()
+    assert result.row_duals.shape == shape[:-1]
+    assert result.column_duals.shape == (*shape[:-2], shape[-1])
+    assert not result.objective.any()
+    assert not result.gap.any()
+
+
+@given(
+    family=st.sampled_from(("uniform", "ties", "equal rows", "tiny")),
+    size=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+    noise=st.sampled_from([0.0, 0.01, 100.0]),
+)
+def test_warm_start_is_optimal_from_anywhere(family: str, size: int, seed: int, noise: float) -> None:
+    values = make(family, size, size, seed)
+    changed = values + noise * np.abs(values).max() * np.random.default_rng(seed + 1).standard_normal(values.shape)
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            warm = linear_assignment(changed, warm_start=linear_assignment(values))
+            cold = linear_assignment(changed)
+        assert float(warm.objective) == pytest.approx(float(cold.objective), rel=1e-11, abs=1e-11 * np.abs(changed).max())
+        assert float(warm.gap) <= 1e-11 * size * np.abs(changed).max() * (1 + 1 / max(noise, 0.01))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_ties_keep_the_order(backend: str) -> None:
+    with use_backend(backend):
+        for shape in ((5, 5), (3, 7), (7, 3)):
+            rows, columns = linear_sum_assignment(np.ones(shape))
+            assert rows.tolist() == columns.tolist() == list(range(min(shape)))
+        dead = torch.randn(12, 12, generator=torch.Generator().manual_seed(1)).abs() + 1
+        dead[[2, 5, 9]] = 0
+        dead[:, [2, 5, 9]] = 0
+        assert linear_assignment(dead).columns[[2, 5, 9]].tolist() == [2, 5, 9]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_golden(number: int, backend: str) -> None:
+    golden = load_golden(f"align_{number}")
+    num_models = int(golden["num_models"])
+    units = len(golden["similarity"]) // num_models
+    for model in range(1, num_models):
+        block = golden["similarity"][:units, model * units : (model + 1) * units]
+        expected = golden["unmerge"][model * units : (model + 1) * units].argmax(0)
+        with use_backend(backend):
+            assert linear_assignment(block).columns.tolist() == expected.tolist()
+
+
+# The cases of scipy's own documentation and tests: cost matrix and the costs along the optimal assignment.
+SCIPY_CASES: list[tuple[list[list[float]], list[float]]] = [
+    ([[400, 150, 400], [400, 450, 600], [300, 225, 300]], [150, 400, 300]),
+    ([[400, 150, 400, 1], [400, 450, 600, 2], [300, 225, 300, 3]], [150, 2, 300]),
+    ([[10, 10, 8], [9, 8, 1], [9, 7, 4]], [10, 1, 7]),
+    ([[10, 10, 8, 11], [9, 8, 1, 1], [9, 7, 4, 10]], [10, 1, 4]),
+    ([[10, float("inf"), float("inf")], [float("inf"), float("inf"), 1], [float("inf"), 7, float("inf")]], [10, 1, 7]),
+    ([[4, 1, 3], [2, 0, 5], [3, 2, 2]], [1, 2, 2]),
+    ([[]], []),
+]
+
+
+@pytest.mark.parametrize(("cost", "expected"), SCIPY_CASES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scipy_cases(cost: list[list[float]], expected: list[float], sign: int) -> None:
+    maximize = sign == -1
+    matrix = sign * np.array(cost)
+    rows, columns = linear_sum_assignment(matrix, maximize=maximize)
+    assert rows.dtype == columns.dtype == np.int64
+    assert rows.tolist() == sorted(rows)
+    assert (sign * matrix[rows, columns]).sum() == sum(expected)
+    rows, columns = linear_sum_assignment(cost_matrix=matrix.T, maximize=maximize)
+    assert rows.tolist() == sorted(rows)
+    assert (sign * matrix.T[rows, columns]).sum() == sum(expected)
+
+
+@pytest.mark.parametrize("dtype", [bool, object, np.uint32, np.uint64, np.float16])
+def test_scipy_input_types(dtype: Any) -> None:
+    matrix = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]], dtype=dtype)
+    rows, columns = linear_sum_assignment(matrix, True)
+    assert matrix[rows, columns].sum() == 3
+    assert all(isinstance(indices, np.ndarray) for indices in (rows, columns))
+    rows, columns = linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])
+    assert columns.tolist() == [1, 0, 2]
+
+
+def test_scipy_function_of_tensors() -> None:
+    cost = torch.tensor([[4.0, 1, 3], [2, 0, 5], [3, 2, 2]], requires_grad=True)
+    rows, columns = linear_sum_assignment(cost)
+    assert isinstance(rows, torch.Tensor)
+    assert columns.dtype == torch.int64
+    assert columns.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("cost", "message"),
+    [
+        ([1, 2, 3], r"expected a matrix \(2-D array\), got a 1 array"),
+        (np.zeros((2, 2, 2)), r"expected a matrix \(2-D array\), got a 3 array"),
+        ([[1, np.nan], [0, 1]], "matrix contains invalid numeric entries"),
+        ([[1, -np.inf], [0, 1]], "matrix contains invalid numeric entries"),
+        ([[np.inf, np.inf], [0, 1]], "cost matrix is infeasible"),
+        ([[np.inf, 1], [np.inf, 2]], "cost matrix is infeasible"),
+    ],
+)
+def test_scipy_errors(cost: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_sum_assignment(cost)
+    with pytest.raises(ValueError, match=message.split(",")[0]):
+        linear_sum_assignment(-np.array(cost), maximize=True)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "error", "message"),
+    [
+        (torch.zeros(3), ValueError, r"similarity must be \[..., n, m\], got shape \[3\]"),
+        (torch.full((2, 2), float("nan")), ValueError, r"similarity must not hold NaN or \+inf"),
+        (torch.full((2, 2), float("inf")), ValueError, r"similarity must not hold NaN or \+inf"),
+        (torch.full((2, 2), -float("inf")), ValueError, "similarity is infeasible"),
+        ([[1.0]], TypeError, "similarity must be a torch.Tensor, got list"),
+        (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "similarity must hold real numbers, got dtype complex64"),
+        (np.zeros((2, 2), complex), TypeError, "similarity must hold real numbers of at most 64 bits, got dtype complex128"),
+        (np.array([["a"]]), TypeError, "similarity must hold real numbers"),
+        (torch.zeros(2, 2, device="meta"), ValueError, "meta device"),
+    ],
+)
+def test_bad_input(similarity: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        linear_assignment(similarity)
+
+
+def test_bad_warm_start() -> None:
+    with pytest.raises(TypeError, match="warm_start must be an Assignment, got int"):
+        linear_assignment(torch.zeros(3, 3), warm_start=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"warm_start must be of a problem of shape \[3, 3\]"):
+        linear_assignment(torch.zeros(3, 3), warm_start=linear_assignment(torch.zeros(4, 4)))
