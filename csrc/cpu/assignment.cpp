@@ -55,7 +55,9 @@ class Solver {
         final_(columns_),
         free_rows_(rows_),
         hashes_(rows_ > columns_ ? rows_ : columns_),
-        order_(rows_ > columns_ ? rows_ : columns_) {}
+        order_(rows_ > columns_ ? rows_ : columns_),
+        open_(columns_),
+        place_(columns_) {}
 
   void solve(const AssignmentProblem& problem, std::int64_t index) {
     values_ = static_cast<const T*>(problem.values) + index * rows_ * columns_;
@@ -73,17 +75,25 @@ class Solver {
     problem.status[index] = AssignmentStatus::infeasible;
     std::int64_t free_count = 0;
     for (std::int64_t i = 0; i < rows_; ++i) free_rows_[free_count++] = i;
-    for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
+    const bool in_order = columns_ <= kMostInOrder;
+    for (int pass = 0; pass < kReductionPasses && free_count > 0 && !in_order; ++pass) {
+      free_count = reduce_rows(free_count);
+    }
     for (std::int64_t k = 0; k < free_count; ++k) {
       if (!augment(free_rows_[k])) return;
     }
-    order_equal_rows();
-    order_equal_columns();
+    if (!in_order) {
+      order_equal_rows();
+      order_equal_columns();
+    }
     certify(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
   }
 
  private:
+  // Up to this many columns rows are matched in their order by path searches alone, which is as fast, and makes every
+  // choice between equally good assignments as Crouse's algorithm does, and with it scipy.
+  static constexpr std::int64_t kMostInOrder = 128;
   static constexpr int kReductionPasses = 2;
   // A chain of displaced rows in a pass of row reduction ends after so many steps per row on average; the path search
   // takes what is left, so chains of ever smaller gains cannot go on for ever.
@@ -181,13 +191,17 @@ class Solver {
     return -1;
   }
 
-  // Grows a shortest path tree from a free row until it meets a free column, then exchanges along the path.
+  // Grows a shortest path tree from a free row until it meets a free column, then exchanges along the path. Sums are
+  // made in Crouse's order, so that what ties for him ties here.
   bool augment(std::int64_t root) {
-    // u of a free row may be stale, or never set: its distance to the tree's root must not be negative.
-    u_[root] = best_two(root).first;
-    if (u_[root] == kInfinity) return false;
+    u_[root] = 0.0;
     distance_.fill(kInfinity);
-    std::int64_t tree_size = 0, tree_columns = 0, row = root, sink = -1;
+    // Open columns, in the order that decides ties.
+    for (std::int64_t k = 0; k < columns_; ++k) {
+      open_[k] = columns_ - 1 - k;
+      place_[columns_ - 1 - k] = k;
+    }
+    std::int64_t tree_size = 0, row = root, sink = -1;
     double reached = 0.0;
     while (sink < 0) {
       tree_rows_[tree_size] = row;
@@ -198,14 +212,17 @@ class Solver {
       if (row_of_column_[column] < 0) {
         sink = column;
       } else {
-        tree_columns_[tree_columns++] = column;
-        final_[column] = reached;
-        distance_[column] = -kInfinity;  // done: no distance is less
+        tree_columns_[tree_size - 1] = column;
+        final_[tree_size - 1] = reached;
+        distance_[column] = -kInfinity;  // closed: no distance is less
+        const std::int64_t last = open_[columns_ - tree_size];
+        open_[place_[column]] = last;
+        place_[last] = place_[column];
         row = row_of_column_[column];
       }
     }
     for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += reached - tree_distances_[k];
-    for (std::int64_t k = 0; k < tree_columns; ++k) v_[tree_columns_[k]] -= reached - final_[tree_columns_[k]];
+    for (std::int64_t k = 0; k + 1 < tree_size; ++k) v_[tree_columns_[k]] -= reached - final_[k];
     for (std::int64_t column = sink;;) {
       const std::int64_t path_row = parent_[column], next = column_of_row_[path_row];
       row_of_column_[column] = path_row;
@@ -215,38 +232,39 @@ class Solver {
     }
   }
 
-  // Lowers the distances of open columns through `row` and returns the nearest, one without a row if there is a tie;
-  // -1 if none can be reached.
+  // Lowers the distances of open columns through `row` and returns the nearest; -1 if none can be reached. Of several,
+  // the last free one in the order of open_, or else the first.
   std::int64_t nearest_column(std::int64_t row, double reached) {
     load_row(row);
-    const double offset = reached - u_[row];
+    const double dual = u_[row];
     Lanes least = kInfinity - Lanes{};
-    const Lanes infinite = least, floor = reached - Lanes{};
+    const Lanes infinite = least;
     for (std::int64_t j = 0; j < width_; j += kLanes) {
-      Lanes through = lanes(costs_, j) - lanes(v_, j) + offset;
-      through = through < floor ? floor : through;  // rounding must not shorten a path
+      const Lanes through = ((reached + lanes(costs_, j)) - dual) - lanes(v_, j);
       const Lanes known = lanes(distance_, j);
       const auto nearer = through < known;
+      Lanes updated = known;
       if (any(nearer)) {
-        const Lanes updated = nearer ? through : known;
+        updated = nearer ? through : known;
         store(distance_, j, updated);
         for (std::int64_t k = 0; k < kLanes; ++k) {
           if (nearer[k]) parent_[j + k] = row;
         }
-        const Lanes open = updated == -infinite ? infinite : updated;
-        least = open < least ? open : least;
-      } else {
-        const Lanes open = known == -infinite ? infinite : known;
-        least = open < least ? open : least;
       }
+      const Lanes open = updated == -infinite ? infinite : updated;
+      least = open < least ? open : least;
     }
     const double nearest = least_lane(least);
     if (nearest == kInfinity) return -1;
     std::int64_t found = -1;
     for (std::int64_t j = 0; j < columns_; ++j) {
       if (distance_[j] != nearest) continue;
-      if (row_of_column_[j] < 0) return j;
-      if (found < 0) found = j;
+      const bool is_free = row_of_column_[j] < 0;
+      const bool found_free = found >= 0 && row_of_column_[found] < 0;
+      if (found < 0 || (is_free && (!found_free || place_[j] > place_[found])) ||
+          (!is_free && !found_free && place_[j] < place_[found])) {
+        found = j;
+      }
     }
     return found;
   }
@@ -406,7 +424,7 @@ class Solver {
   Buffer<double> final_;  // distances of the tree's columns
   Buffer<std::int64_t> free_rows_;
   Buffer<std::uint64_t> hashes_;
-  Buffer<std::int64_t> order_;
+  Buffer<std::int64_t> order_, open_, place_;
 };
 
 template <class T>

@@ -201,16 +201,36 @@ def test_warm_start_is_optimal_from_anywhere(family: str, size: int, seed: int, 
         assert float(warm.gap) <= 1e-11 * size * np.abs(changed).max() * (1 + 1 / max(noise, 0.01))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_ties_keep_the_order(backend: str) -> None:
-    with use_backend(backend):
-        for shape in ((5, 5), (3, 7), (7, 3)):
-            rows, columns = linear_sum_assignment(np.ones(shape))
-            assert rows.tolist() == columns.tolist() == list(range(min(shape)))
-        dead = torch.randn(12, 12, generator=torch.Generator().manual_seed(1)).abs() + 1
-        dead[[2, 5, 9]] = 0
-        dead[:, [2, 5, 9]] = 0
-        assert linear_assignment(dead).columns[[2, 5, 9]].tolist() == [2, 5, 9]
+@given(
+    family=st.sampled_from(FAMILIES),
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+    maximize=st.booleans(),
+)
+def test_small_problems_break_ties_as_scipy_does(
+    family: str, rows: int, columns: int, seed: int, maximize: bool
+) -> None:
+    values = make(family, rows, columns, seed).astype(np.float64)
+    expected = scipy_assignment(values, maximize)
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            found = linear_sum_assignment(values, maximize)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 7), (7, 3), (150, 150), (140, 200), (200, 140)])
+def test_constant_matrices_are_assigned_along_the_diagonal(shape: tuple[int, int]) -> None:
+    rows, columns = linear_sum_assignment(np.ones(shape))
+    assert rows.tolist() == columns.tolist() == list(range(min(shape)))
+
+
+@pytest.mark.parametrize("size", [12, 150])
+def test_dead_units_keep_their_order(size: int) -> None:
+    alive = torch.randn(size, size, generator=torch.Generator().manual_seed(1)).abs() + 1
+    alive[[2, 5, 9]] = 0
+    alive[:, [2, 5, 9]] = 0
+    assert linear_assignment(alive).columns[[2, 5, 9]].tolist() == [2, 5, 9]
 
 
 @pytest.mark.parametrize("number", range(4))
