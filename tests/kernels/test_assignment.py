@@ -225,9 +225,8 @@ def test_constant_matrices_are_assigned_along_the_diagonal(shape: tuple[int, int
     assert rows.tolist() == columns.tolist() == list(range(min(shape)))
 
 
-@pytest.mark.parametrize("size", [12, 150])
-def test_dead_units_keep_their_order(size: int) -> None:
-    alive = torch.randn(size, size, generator=torch.Generator().manual_seed(1)).abs() + 1
+def test_dead_units_keep_their_order() -> None:
+    alive = torch.randn(150, 150, generator=torch.Generator().manual_seed(1)).abs() + 1
     alive[[2, 5, 9]] = 0
     alive[:, [2, 5, 9]] = 0
     assert linear_assignment(alive).columns[[2, 5, 9]].tolist() == [2, 5, 9]
