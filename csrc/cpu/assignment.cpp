@@ -2,17 +2,32 @@
 #include "mudsc/assignment.hpp"
 
 #include "assignment_dense.hpp"
+#include "assignment_sparse.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
 
 template <class T>
+void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads) {
+  if (problem.columns < SparseSolver<T>::kLeastColumns) {
+    DenseSolver<T> dense(problem);
+    for (std::int64_t index = begin; index < end; ++index) dense.solve(problem, index);
+    return;
+  }
+  SparseSolver<T> sparse(problem);
+  for (std::int64_t index = begin; index < end; ++index) {
+    if (!sparse.solve(problem, index, threads)) DenseSolver<T>(problem).solve(problem, index);
+  }
+}
+
+template <class T>
 void solve_batch(const AssignmentProblem& problem) {
+  // One problem is shared by the threads where that helps; of several, each thread solves some.
+  if (problem.batch == 1) return solve_range<T>(problem, 0, 1, problem.threads);
   bool out_of_memory = false;
   auto body = [&](std::int64_t begin, std::int64_t end) {
     try {
-      DenseSolver<T> solver(problem);
-      for (std::int64_t index = begin; index < end; ++index) solver.solve(problem, index);
+      solve_range<T>(problem, begin, end, 1);
     } catch (const OutOfMemory&) {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
     }
