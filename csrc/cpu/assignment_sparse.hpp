@@ -17,61 +17,21 @@
 // Parallel: listing all rows and the certificate, over rows. The search is one thread's work on a few megabytes.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
+#include "assignment_scan.hpp"
 #include "assignment_state.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-typedef float FloatLanes __attribute__((vector_size(64), may_alias, aligned(4)));
-typedef double DoubleLanes __attribute__((vector_size(64), may_alias, aligned(8)));
-
 // The type that rows of T are scanned in.
 template <class T>
 struct Scanning {
   using Number = float;
-  using Vector = FloatLanes;
 };
 template <>
 struct Scanning<double> {
   using Number = double;
-  using Vector = DoubleLanes;
 };
-
-// Bit k is set if lane k is at most `bound`.
-inline std::uint32_t at_most(const FloatLanes& values, float bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(_mm512_loadu_ps(&values), _mm512_set1_ps(bound), _CMP_LE_OQ);
-#elif defined(__AVX2__)
-  const float* const from = reinterpret_cast<const float*>(&values);
-  const __m256 limit = _mm256_set1_ps(bound);
-  const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(from), limit, _CMP_LE_OQ));
-  const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(from + 8), limit, _CMP_LE_OQ));
-  return static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high) << 8;
-#else
-  std::uint32_t bits = 0;
-  for (int k = 0; k < 16; ++k) bits |= static_cast<std::uint32_t>(values[k] <= bound) << k;
-  return bits;
-#endif
-}
-inline std::uint32_t at_most(const DoubleLanes& values, double bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask(_mm512_loadu_pd(&values), _mm512_set1_pd(bound), _CMP_LE_OQ);
-#elif defined(__AVX2__)
-  const double* const from = reinterpret_cast<const double*>(&values);
-  const __m256d limit = _mm256_set1_pd(bound);
-  const int low = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(from), limit, _CMP_LE_OQ));
-  const int high = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(from + 4), limit, _CMP_LE_OQ));
-  return static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high) << 4;
-#else
-  std::uint32_t bits = 0;
-  for (int k = 0; k < 8; ++k) bits |= static_cast<std::uint32_t>(values[k] <= bound) << k;
-  return bits;
-#endif
-}
 
 // Partially sorts so that the item of rank `rank` (from 0) is returned: Hoare's selection. Items must not be NaN.
 template <class Number>
@@ -113,8 +73,6 @@ class SparseSolver : private AssignmentState<T> {
   using State::values_;
 
   using Scan = typename Scanning<T>::Number;
-  using ScanLanes = typename Scanning<T>::Vector;
-  static constexpr std::int64_t kScanLanes = 64 / static_cast<std::int64_t>(sizeof(Scan));
 
  public:
   // Below this many columns reading whole rows is as fast as keeping lists.
@@ -125,8 +83,7 @@ class SparseSolver : private AssignmentState<T> {
         lists_(rows_),
         first_columns_(rows_ * kFirstCapacity),
         first_costs_(rows_ * kFirstCapacity),
-        scan_v_(columns_ + kScanLanes, Scan(0)),
-        slack_(columns_ + kScanLanes, Scan(0)),
+        scan_v_(columns_, Scan(0)),
         row_hashes_(rows_),
         class_of_row_(rows_),
         stack_(rows_),
@@ -169,7 +126,7 @@ class SparseSolver : private AssignmentState<T> {
       State::order_rows(rows, count);
     });
     State::order_equal_columns();
-    State::certify(problem, index, threads);
+    certify(problem, index, threads);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
   }
@@ -178,6 +135,10 @@ class SparseSolver : private AssignmentState<T> {
   // Entries that a row lists at first. Fewer are read again too often, more cost time at every bid.
   static constexpr std::int64_t kWanted = 16;
   static constexpr std::int64_t kFirstCapacity = 2 * kWanted;
+  // Groups that a row is divided into for every entry wanted: then few groups hold two of them.
+  static constexpr std::int64_t kGroupsPerEntry = 16;
+  // Groups of a row for the certificate, which looks into one or two of them.
+  static constexpr std::int64_t kCertificateGroups = 128;
   // The auction is skipped where no more than one in so many rows found its best column taken.
   static constexpr std::int64_t kFewFree = 20;
   // Its epsilon, as a share of the median distance between a row's best and second best entry: large enough to end
@@ -215,17 +176,17 @@ class SparseSolver : private AssignmentState<T> {
 
   // What listing a row needs besides the row; one for each thread.
   struct Scratch {
-    explicit Scratch(std::int64_t columns) : widened(columns + kScanLanes), minima(columns + kScanLanes) {}
+    explicit Scratch(std::int64_t columns) : widened(sizeof(T) == sizeof(Scan) ? 0 : columns), scanner(columns) {}
     Buffer<Scan> widened;
-    Buffer<Scan> minima;
+    RowScanner<Scan> scanner;
   };
 
+  // Scans price a column a little too high, so that no reduced cost is less than they find, whatever they round.
   void set_v(std::int64_t column, double value) {
     v_[column] = value;
     const Scan rounded = static_cast<Scan>(value);
-    scan_v_[column] = rounded;
     const Scan magnitude = rounded < 0 ? -rounded : rounded;
-    slack_[column] = value == 0.0 ? Scan(0) : kRounding * (2 * magnitude + largest_);
+    scan_v_[column] = value == 0.0 ? Scan(0) : rounded + kRounding * (2 * magnitude + largest_);
   }
 
   void release_lists() {
@@ -260,12 +221,14 @@ class SparseSolver : private AssignmentState<T> {
         for (std::int64_t i = begin; i < end && good; ++i) {
           lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
                            kFirstCapacity, kInfinity, 0, false};
-          good = inspect(scan_values(i, scratch), most);
+          const Scan row_most = largest_magnitude(scan_values(i, scratch), columns_);
+          good = row_most < kLargest;  // false for NaN
+          most = row_most > most ? row_most : most;
           if (good) {
             list_row(i, kWanted, scratch);
             row_hashes_[i] = 0;
-            for (std::int64_t k = 0; k < kWanted && k < columns_ / kScanLanes; ++k) {
-              mix(row_hashes_[i], static_cast<double>(widen(values_[i * columns_ + k * kScanLanes])));
+            for (std::int64_t k = 0; k < kWanted && k < columns_ / RowScanner<Scan>::kBlock; ++k) {
+              mix(row_hashes_[i], static_cast<double>(widen(values_[i * columns_ + k * RowScanner<Scan>::kBlock])));
             }
           }
         }
@@ -288,7 +251,7 @@ class SparseSolver : private AssignmentState<T> {
     if (most_v > 0.0) {
       for (std::int64_t i = 0; i < rows_; ++i) lists_[i].floor -= static_cast<double>(kRounding) * largest_;
     }
-    return finite && largest < kLargest && (largest > kSmallest || largest == 0);
+    return finite && (largest > kSmallest || largest == 0);
   }
 
   // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.
@@ -300,98 +263,53 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  // Returns whether all values are finite, and raises `most` to their largest magnitude.
-  bool inspect(const Scan* values, Scan& most) const {
-    ScanLanes largest = Scan(0) - ScanLanes{}, sum = largest;
-    std::int64_t j = 0;
-    for (; j + kScanLanes <= columns_; j += kScanLanes) {
-      const ScanLanes value = *reinterpret_cast<const ScanLanes*>(values + j);
-      const ScanLanes magnitude = value < 0 ? -value : value;
-      largest = magnitude > largest ? magnitude : largest;
-      sum += value * Scan(0);  // 0, or NaN for good
-    }
-    Scan row_most = 0, nothing = 0;
-    for (std::int64_t k = 0; k < kScanLanes; ++k) {
-      row_most = largest[k] > row_most ? largest[k] : row_most;
-      nothing += sum[k];
-    }
-    for (; j < columns_; ++j) {
-      const Scan magnitude = values[j] < 0 ? -values[j] : values[j];
-      row_most = magnitude > row_most ? magnitude : row_most;
-      nothing += values[j] * Scan(0);
-    }
-    most = row_most > most ? row_most : most;
-    return nothing == 0;
-  }
-
-  // Lists about the `wanted` least reduced costs of a row: those up to the rank `wanted` among the minima of groups of
-  // entries, as many as the list has room for. The groups are a lane's entries in a block of vectors, so that no
-  // minimum is taken across lanes.
+  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for.
   void list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
     list.size = 0;
     list.floor = kInfinity;
+    const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
     if (list.capacity >= columns_) {
-      for (std::int64_t j = 0; j < columns_; ++j) append(list, j, values[j]);
+      for (std::int64_t j = 0; j < columns_; ++j) add(j);
       return;
     }
-    const std::int64_t vectors = columns_ / kScanLanes;
-    std::int64_t block = 1;
-    while (vectors * kScanLanes / (2 * block) >= 4 * wanted) block *= 2;
-    Scan* const minima = scratch.minima.data();
-    std::int64_t groups = 0;
-    for (std::int64_t begin = 0; begin < vectors; begin += block) {
-      const std::int64_t end = begin + block < vectors ? begin + block : vectors;
-      ScanLanes least, next;
-      reduce(values, begin * kScanLanes, least);
-      for (std::int64_t vector = begin + 1; vector < end; ++vector) {
-        reduce(values, vector * kScanLanes, next);
-        least = next < least ? next : least;
-      }
-      *reinterpret_cast<ScanLanes*>(minima + groups) = least;
-      groups += kScanLanes;
-    }
-    const Scan bound = select_rank(minima, groups, (wanted < groups ? wanted : groups) - 1);
-
-    Scan floor = static_cast<Scan>(kInfinity);
-    const auto collect = [&](std::int64_t begin, std::int64_t end) {
-      ScanLanes least_left = floor - ScanLanes{};
-      for (std::int64_t vector = begin; vector < end; ++vector) {
-        const std::int64_t j = vector * kScanLanes;
-        ScanLanes costs;
-        reduce(values, j, costs);
-        ScanLanes bounds = costs - *reinterpret_cast<const ScanLanes*>(slack_.data() + j);
-        std::uint32_t hits = at_most(costs, bound);
-        while (hits != 0 && list.size < list.capacity) {
-          const int k = __builtin_ctz(hits);
-          hits &= hits - 1;
-          append(list, j + k, values[j + k]);
-          bounds[k] = static_cast<Scan>(kInfinity);
-        }
-        least_left = bounds < least_left ? bounds : least_left;
-      }
-      for (std::int64_t k = 0; k < kScanLanes; ++k) floor = least_left[k] < floor ? least_left[k] : floor;
-    };
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted);
     // Rows begin at different places, so that rows full of ties do not all list the same columns.
-    const std::int64_t start = vectors * row / rows_;
-    collect(start, vectors);
-    collect(0, start);
-    for (std::int64_t j = vectors * kScanLanes; j < columns_; ++j) {
-      const Scan cost = static_cast<Scan>(sign_) * values[j] - scan_v_[j];
-      if (cost <= bound && list.size < list.capacity) {
-        append(list, j, values[j]);
-      } else {
-        floor = cost - slack_[j] < floor ? cost - slack_[j] : floor;
-      }
-    }
-    list.floor = static_cast<double>(floor);
+    const double start = static_cast<double>(row) / static_cast<double>(rows_);
+    list.floor = static_cast<double>(scratch.scanner.list_least(wanted, list.capacity, start, add));
   }
 
-  // Vectors are handed over by reference: returned ones would change the calling convention with the level.
-  void reduce(const Scan* values, std::int64_t j, ScanLanes& out) const {
-    out = *reinterpret_cast<const ScanLanes*>(values + j) * static_cast<Scan>(sign_) -
-          *reinterpret_cast<const ScanLanes*>(scan_v_.data() + j);
+  // The certificate of AssignmentState. A scan finds no entry dearer than it is: only groups in which it finds one as
+  // good as the row's pair can hold a better one, and these few entries are priced in double.
+  void certify(const AssignmentProblem& problem, std::int64_t index, int threads) {
+    double* const least_costs = problem.row_duals + index * rows_;
+    bool out_of_memory = false;
+    auto body = [&](std::int64_t begin, std::int64_t end) {
+      try {
+        Scratch scratch(columns_);
+        for (std::int64_t i = begin; i < end; ++i) least_costs[i] = least_reduced_cost(i, scratch);
+      } catch (const OutOfMemory&) {
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+      }
+    };
+    parallel_for(threads, rows_, State::kEntriesPerThread / columns_ + 1, body);
+    if (out_of_memory) throw OutOfMemory{};
+    State::conclude(problem, index);
+  }
+
+  double least_reduced_cost(std::int64_t row, Scratch& scratch) const {
+    const Scan* const values = scan_values(row, scratch);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kCertificateGroups);
+    double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
+    // Not less than `least`, whatever the conversion rounds.
+    const Scan rounded = static_cast<Scan>(least);
+    const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kSmallest * kRounding;
+    scratch.scanner.visit(bound, 0.0, [&](std::int64_t column) {
+      const double cost = sign_ * static_cast<double>(values[column]) - v_[column];
+      least = cost < least ? cost : least;
+    });
+    return least;
   }
 
   void append(List& list, std::int64_t column, Scan value) const {
@@ -648,8 +566,7 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<List> lists_;
   Buffer<std::int32_t> first_columns_;
   Buffer<Scan> first_costs_;
-  Buffer<Scan> scan_v_;  // v in the scanning type
-  Buffer<Scan> slack_;   // how much less than computed from scan_v_ a column's reduced costs can be
+  Buffer<Scan> scan_v_;  // v as scans take it
   Scan largest_ = 0;     // largest magnitude of a cost
   Buffer<std::uint64_t> row_hashes_;
   Buffer<std::int64_t> class_of_row_, stack_;

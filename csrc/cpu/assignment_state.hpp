@@ -165,6 +165,12 @@ class AssignmentState {
       for (std::int64_t i = begin; i < end; ++i) row_duals[i] = least_reduced_cost(i);
     };
     parallel_for(threads, rows_, kEntriesPerThread / columns_ + 1, body);
+    conclude(problem, index);
+  }
+
+  // Writes duals, objective and gap, from least reduced costs in place of the row duals.
+  void conclude(const AssignmentProblem& problem, std::int64_t index) {
+    double* const row_duals = problem.row_duals + index * rows_;
     double objective = 0.0, slack = 0.0;
     for (std::int64_t i = 0; i < rows_; ++i) {
       const double matched = cost(i, column_of_row_[i]);

@@ -1,0 +1,267 @@
+// Finds the least few entries of `cost - price` in a row, reading the row once.
+//
+// The entries are divided into groups, a lane's entries in a run of blocks, so that a group's least entry is found
+// without mixing lanes and nothing but these minima is stored. A bound that is passed by as many minima as entries are
+// wanted is found by bisection, and only groups whose minimum passes it are looked at again.
+// Memory traffic: the row, and the prices, which stay in cache. Blocks are 64 bytes at every instruction level, in as
+// many vectors as the level needs, so that all levels list the same entries.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "kernel.hpp"
+
+namespace mudsc::MUDSC_ISA {
+namespace {
+
+// Vectors wider than the processor's would be taken apart lane by lane, so blocks are arrays of what it has.
+#if defined(__AVX512F__)
+constexpr std::int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr std::int64_t kVectorBytes = 32;
+#else
+constexpr std::int64_t kVectorBytes = 16;
+#endif
+constexpr std::int64_t kVectorsPerBlock = 64 / kVectorBytes;
+
+template <class Number>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(kVectorBytes), may_alias, aligned(8)));
+};
+
+// Bit k is set if entry k of a block is at most `bound`.
+inline std::uint32_t at_most(const float* block, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(block), _mm512_set1_ps(bound), _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  const __m256 limit = _mm256_set1_ps(bound);
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(block), limit, _CMP_LE_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(block + 8), limit, _CMP_LE_OQ));
+  return static_cast<std::uint32_t>(low | high << 8);
+#elif defined(__SSE2__)
+  int bits = 0;
+  for (int k = 0; k < 16; k += 4) {
+    bits |= _mm_movemask_ps(_mm_cmple_ps(_mm_loadu_ps(block + k), _mm_set1_ps(bound))) << k;
+  }
+  return static_cast<std::uint32_t>(bits);
+#else
+  std::uint32_t bits = 0;
+  for (int k = 0; k < 16; ++k) bits |= static_cast<std::uint32_t>(block[k] <= bound) << k;
+  return bits;
+#endif
+}
+inline std::uint32_t at_most(const double* block, double bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask(_mm512_loadu_pd(block), _mm512_set1_pd(bound), _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  const __m256d limit = _mm256_set1_pd(bound);
+  const int low = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(block), limit, _CMP_LE_OQ));
+  const int high = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(block + 4), limit, _CMP_LE_OQ));
+  return static_cast<std::uint32_t>(low | high << 4);
+#elif defined(__SSE2__)
+  int bits = 0;
+  for (int k = 0; k < 8; k += 2) {
+    bits |= _mm_movemask_pd(_mm_cmple_pd(_mm_loadu_pd(block + k), _mm_set1_pd(bound))) << k;
+  }
+  return static_cast<std::uint32_t>(bits);
+#else
+  std::uint32_t bits = 0;
+  for (int k = 0; k < 8; ++k) bits |= static_cast<std::uint32_t>(block[k] <= bound) << k;
+  return bits;
+#endif
+}
+
+// Largest magnitude in a row; NaN if an entry is infinite or NaN.
+template <class Number>
+inline Number largest_magnitude(const Number* values, std::int64_t columns) {
+  using Vector = typename VectorOf<Number>::Type;
+  constexpr std::int64_t kBlock = 64 / static_cast<std::int64_t>(sizeof(Number)), kVectorLanes = kBlock / kVectorsPerBlock;
+  Vector largest[kVectorsPerBlock], nothing[kVectorsPerBlock];
+  for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) largest[part] = nothing[part] = Vector{};
+  std::int64_t j = 0;
+  for (; j + kBlock <= columns; j += kBlock) {
+    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+      const Vector value = *reinterpret_cast<const Vector*>(values + j + part * kVectorLanes);
+      const Vector opposite = -value;
+      const Vector magnitude = value > opposite ? value : opposite;
+      largest[part] = magnitude > largest[part] ? magnitude : largest[part];
+      nothing[part] += value * Number(0);  // 0, or NaN for good
+    }
+  }
+  Number result = 0, not_a_number = 0;
+  for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+    for (std::int64_t k = 0; k < kVectorLanes; ++k) {
+      result = largest[part][k] > result ? largest[part][k] : result;
+      not_a_number += nothing[part][k];
+    }
+  }
+  for (; j < columns; ++j) {
+    const Number magnitude = values[j] < 0 ? -values[j] : values[j];
+    result = magnitude > result ? magnitude : result;
+    not_a_number += values[j] * Number(0);
+  }
+  return result + not_a_number;
+}
+
+template <class Number>
+class RowScanner {
+  using Vector = typename VectorOf<Number>::Type;
+  static constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
+  static constexpr Number kInfinite = static_cast<Number>(__builtin_huge_val());
+
+ public:
+  static constexpr std::int64_t kBlock = 64 / static_cast<std::int64_t>(sizeof(Number));
+
+  explicit RowScanner(std::int64_t columns)
+      : columns_(columns), minima_(columns + 2 * kBlock), keys_(columns + kBlock), hits_(columns) {}
+
+  // Reads a row: cost = sign * value. There are about `groups` groups, one per entry at most.
+  void read(const Number* values, Number sign, const Number* prices, std::int64_t groups) {
+    values_ = values;
+    sign_ = sign;
+    prices_ = prices;
+    const std::int64_t blocks = columns_ / kBlock;
+    run_ = columns_ / groups > 1 ? columns_ / groups : 1;
+    group_count_ = 0;
+    for (std::int64_t begin = 0; begin < blocks; begin += run_) {
+      least_of_run(begin, begin + run_ < blocks ? begin + run_ : blocks);
+      group_count_ += kBlock;
+    }
+    if (columns_ % kBlock != 0) {
+      for (std::int64_t k = 0; k < kBlock; ++k) {
+        const std::int64_t j = blocks * kBlock + k;
+        minima_[group_count_ + k] = j < columns_ ? key(j) : kInfinite;
+      }
+      group_count_ += kBlock;
+    }
+  }
+
+  // Lists about `wanted` of the row's least entries, `room` at most, by calling list(column). Returns a number that no
+  // unlisted entry is less than. Of entries that tie for the last place any may be listed: the search begins at
+  // `start`, a share of the row.
+  template <class List>
+  Number list_least(std::int64_t wanted, std::int64_t room, double start, const List& list) {
+    const Number bound = bound_of_rank(minima_.data(), group_count_, wanted);
+    std::int64_t hit_count = 0;
+    Number rest = kInfinite;
+    const auto hit = [&](std::int64_t column) {
+      const Number entry = key(column);
+      if (entry <= bound) {
+        hits_[hit_count] = static_cast<std::int32_t>(column);
+        keys_[hit_count++] = entry;
+      } else {
+        rest = entry < rest ? entry : rest;
+      }
+    };
+    visit(bound, start, hit);
+    for (std::int64_t g = 0; g < group_count_; ++g) {
+      const Number least = minima_[g] <= bound ? kInfinite : minima_[g];
+      rest = least < rest ? least : rest;
+    }
+    Number cut = bound;
+    if (hit_count > room) {
+      // Several entries of a group passed, or many tie.
+      std::int64_t padded_count = hit_count;
+      for (; padded_count % kBlock != 0; ++padded_count) keys_[padded_count] = kInfinite;
+      cut = bound_of_rank(keys_.data(), padded_count, wanted < room ? wanted : room);
+    }
+    std::int64_t listed = 0;
+    for (std::int64_t k = 0; k < hit_count; ++k) {
+      if (keys_[k] <= cut && listed < room) {
+        list(static_cast<std::int64_t>(hits_[k]));
+        ++listed;
+      } else {
+        rest = keys_[k] < rest ? keys_[k] : rest;
+      }
+    }
+    return rest;
+  }
+
+  // Calls visit(column) for every entry of the groups whose least entry is at most `bound`.
+  template <class Visit>
+  void visit(Number bound, double start, const Visit& visit) const {
+    const std::int64_t body = columns_ / kBlock * kBlock, run = run_ * kBlock, runs = group_count_ / kBlock;
+    const std::int64_t first = static_cast<std::int64_t>(start * static_cast<double>(runs));
+    for (std::int64_t turn = 0; turn < runs; ++turn) {
+      const std::int64_t at = first + turn < runs ? first + turn : first + turn - runs;
+      std::uint32_t bits = at_most(minima_.data() + at * kBlock, bound);
+      // The last run is the rest of the columns, less than a block, if there is one.
+      const std::int64_t begin = at * run < body ? at * run : body;
+      const std::int64_t end = begin == body ? columns_ : begin + run < body ? begin + run : body;
+      for (; bits != 0; bits &= bits - 1) {
+        for (std::int64_t j = begin + __builtin_ctz(bits); j < end; j += kBlock) visit(j);
+      }
+    }
+  }
+
+ private:
+  Number key(std::int64_t column) const { return sign_ * values_[column] - prices_[column]; }
+
+  void least_of_run(std::int64_t begin, std::int64_t end) {
+    Vector least[kVectorsPerBlock];
+    for (Vector& part : least) part = kInfinite - Vector{};
+    for (std::int64_t block = begin; block < end; ++block) {
+      // The next row, which is most often the next one read, comes while this one is worked on.
+      __builtin_prefetch(values_ + columns_ + block * kBlock);
+      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+        const std::int64_t j = block * kBlock + part * kVectorLanes;
+        const Vector entries = *reinterpret_cast<const Vector*>(values_ + j) * sign_ -
+                               *reinterpret_cast<const Vector*>(prices_ + j);
+        least[part] = entries < least[part] ? entries : least[part];
+      }
+    }
+    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+      *reinterpret_cast<Vector*>(minima_.data() + group_count_ + part * kVectorLanes) = least[part];
+    }
+  }
+
+  static std::int64_t count_at_most(const Number* items, std::int64_t count, Number bound) {
+    std::int64_t passed = 0;
+    for (std::int64_t k = 0; k < count; k += kBlock) passed += __builtin_popcount(at_most(items + k, bound));
+    return passed;
+  }
+
+  // A number that `wanted` items pass, and not half as many more unless they tie or bisection is not fine enough.
+  // `count` is a multiple of kBlock; infinite items do not count.
+  static Number bound_of_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
+    Number low = kInfinite, high = -kInfinite;
+    for (std::int64_t k = 0; k < count; ++k) {
+      low = items[k] < low ? items[k] : low;
+      high = items[k] > high && items[k] < kInfinite ? items[k] : high;
+    }
+    if (count_at_most(items, count, low) >= wanted) return low;
+    for (int step = 0; step < kBisections; ++step) {
+      const Number middle = low + (high - low) / 2;
+      if (!(middle > low && middle < high)) break;
+      const std::int64_t passed = count_at_most(items, count, middle);
+      if (passed < wanted) {
+        low = middle;
+      } else {
+        high = middle;
+        if (passed <= wanted + wanted / 2) break;
+      }
+    }
+    return high;
+  }
+
+  // Enough to tell numbers of very different size apart; what is left passes, which is never wrong.
+  static constexpr int kBisections = 40;
+
+  std::int64_t columns_, run_ = 1, group_count_ = 0;
+  const Number* values_ = nullptr;
+  const Number* prices_ = nullptr;
+  Number sign_ = 1;
+  Buffer<Number> minima_, keys_;
+  Buffer<std::int32_t> hits_;
+};
+
+}  // namespace
+}  // namespace mudsc::MUDSC_ISA
