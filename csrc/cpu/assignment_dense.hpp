@@ -57,9 +57,7 @@ class DenseSolver : private AssignmentState<T> {
       if (!augment(free_rows_[k])) return;
     }
     if (!in_order) {
-      State::for_equal_rows(row_hashes_, [this](const std::int64_t* rows, std::int64_t count) {
-        State::order_rows(rows, count);
-      });
+      State::order_equal_rows(row_hashes_);
       State::order_equal_columns();
     }
     State::certify(problem, index, 1);
@@ -90,8 +88,7 @@ class DenseSolver : private AssignmentState<T> {
       // False for NaN and for -inf.
       for (std::int64_t j = 0; j < columns_; ++j) bad |= !(costs_[j] > -kInfinity);
       if (bad) return false;
-      row_hashes_[i] = 0;
-      for (std::int64_t j = 0; j < columns_; j += columns_ / State::kSamples + 1) mix(row_hashes_[i], costs_[j]);
+      row_hashes_[i] = State::sampled_hash(i);
     }
     return true;
   }

@@ -110,21 +110,21 @@ class SparseSolver : private AssignmentState<T> {
     State::begin(problem, index);
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
     if (!list_all_rows(threads)) return false;
-    find_classes();
     std::int64_t free_count = match_tight();
     if (rows_ == columns_ && free_count > rows_ / kFewFree) {
       auction();
       free_count = match_tight();
     }
     for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
-    stamp_ = 0;
-    seen_.fill(0);
-    closed_.fill(0);
-    class_seen_.fill(0);
+    if (free_count > 0) {
+      find_classes();
+      stamp_ = 0;
+      seen_.fill(0);
+      closed_.fill(0);
+      class_seen_.fill(0);
+    }
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
-    State::for_equal_rows(row_hashes_, [this](const std::int64_t* rows, std::int64_t count) {
-      State::order_rows(rows, count);
-    });
+    State::order_equal_rows(row_hashes_);
     State::order_equal_columns();
     certify(problem, index, threads);
     problem.status[index] = AssignmentStatus::optimal;
@@ -143,10 +143,10 @@ class SparseSolver : private AssignmentState<T> {
   static constexpr std::int64_t kFewFree = 20;
   // Its epsilon, as a share of the median distance between a row's best and second best entry: large enough to end
   // soon, small enough that most rows then are where they belong.
-  static constexpr double kEpsilonShare = 0.3;
+  static constexpr double kEpsilonShare = 0.2;
   static constexpr std::int64_t kBidsPerRow = 100;
   static constexpr int kReductionPasses = 2;
-  static constexpr std::int64_t kStepsPerRow = 60;
+  static constexpr std::int64_t kStepsPerRow = 4;
   // How far rounding can move a reduced cost of type Scan, relative to the numbers it is made of: two roundings.
   static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
 
@@ -226,10 +226,7 @@ class SparseSolver : private AssignmentState<T> {
           most = row_most > most ? row_most : most;
           if (good) {
             list_row(i, kWanted, scratch);
-            row_hashes_[i] = 0;
-            for (std::int64_t k = 0; k < kWanted && k < columns_ / RowScanner<Scan>::kBlock; ++k) {
-              mix(row_hashes_[i], static_cast<double>(widen(values_[i * columns_ + k * RowScanner<Scan>::kBlock])));
-            }
+            row_hashes_[i] = State::sampled_hash(i);
           }
         }
         if (!good) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
@@ -370,7 +367,8 @@ class SparseSolver : private AssignmentState<T> {
   // Numbers the rows that have equals by their first equal; -1 for the others.
   void find_classes() {
     class_of_row_.fill(-1);
-    State::for_equal_rows(row_hashes_, [this](const std::int64_t* rows, std::int64_t count) {
+    const auto none = [](const std::int64_t*, std::int64_t) { return false; };
+    State::for_equal_rows(row_hashes_, none, [this](const std::int64_t* rows, std::int64_t count) {
       for (std::int64_t k = 0; k < count; ++k) class_of_row_[rows[k]] = rows[0];
     });
   }

@@ -78,6 +78,7 @@ class AssignmentState {
         u_(rows_, 0.0),
         row_of_column_(columns_),
         hashes_(columns_),
+        refined_(columns_),
         order_(columns_),
         members_(columns_) {}
 
@@ -110,25 +111,55 @@ class AssignmentState {
     row_of_column_[column] = row;
   }
 
-  // Calls visit(members, count) for every group of equal rows, members ascending. `hashes` tell most rows apart.
-  template <class Visit>
-  void for_equal_rows(const Buffer<std::uint64_t>& hashes, const Visit& visit) {
-    const auto equal = [this](std::int64_t a, std::int64_t b) {
-      const T *const left = values_ + a * columns_, *const right = values_ + b * columns_;
-      for (std::int64_t j = 0; j < columns_; ++j) {
-        if (widen(left[j]) != widen(right[j])) return false;
+  // Hash of a few entries of a row, to tell most rows apart.
+  std::uint64_t sampled_hash(std::int64_t row) const {
+    std::uint64_t hash = 0;
+    for (std::int64_t j = 0; j < columns_; j += columns_ / kSamples + 1) {
+      mix(hash, static_cast<double>(widen(values_[row * columns_ + j])));
+    }
+    return hash;
+  }
+
+  // Calls visit(members, count) for groups of rows that are equal in every entry, members ascending. `hashes` are the
+  // rows' sampled hashes; groups of like hashes for which skip(members, count) holds are left out unread.
+  template <class Skip, class Visit>
+  void for_equal_rows(const Buffer<std::uint64_t>& hashes, const Skip& skip, const Visit& visit) {
+    const auto refine = [this](const std::int64_t* rows, std::int64_t count) {
+      for (std::int64_t k = 0; k < count; ++k) {
+        const T* const values = values_ + rows[k] * columns_;
+        std::uint32_t hash = 0;
+        for (std::int64_t j = 0; j < columns_; ++j) hash += bits_of(values[j]) * weight(j);
+        refined_[rows[k]] = hash;
       }
-      return true;
     };
-    for_equal_groups(rows_, hashes, equal, visit);
+    const auto keep_equal = [this](std::int64_t* rows, std::int64_t count) {
+      std::int64_t kept = 1;
+      const T* const first = values_ + rows[0] * columns_;
+      for (std::int64_t k = 1; k < count; ++k) {
+        const T* const other = values_ + rows[k] * columns_;
+        bool equal = true;
+        for (std::int64_t j = 0; j < columns_ && equal; ++j) equal = widen(first[j]) == widen(other[j]);
+        if (equal) rows[kept++] = rows[k];
+      }
+      return kept;
+    };
+    for_equal_groups(rows_, hashes, skip, refine, keep_equal, visit);
   }
 
   // Rows that are equal in every entry may exchange their columns: they take them in ascending order, so that ties
   // between them do not depend on the way of the search, and equal problems keep their order.
-  void order_rows(const std::int64_t* rows, std::int64_t count) {
-    for (std::int64_t k = 0; k < count; ++k) members_[k] = column_of_row_[rows[k]];
-    sort_ascending(members_.data(), count);
-    for (std::int64_t k = 0; k < count; ++k) assign(rows[k], members_[k]);
+  void order_equal_rows(const Buffer<std::uint64_t>& hashes) {
+    const auto in_order = [this](const std::int64_t* rows, std::int64_t count) {
+      for (std::int64_t k = 1; k < count; ++k) {
+        if (column_of_row_[rows[k]] < column_of_row_[rows[k - 1]]) return false;
+      }
+      return true;
+    };
+    for_equal_rows(hashes, in_order, [this](const std::int64_t* rows, std::int64_t count) {
+      for (std::int64_t k = 0; k < count; ++k) members_[k] = column_of_row_[rows[k]];
+      sort_ascending(members_.data(), count);
+      for (std::int64_t k = 0; k < count; ++k) assign(rows[k], members_[k]);
+    });
   }
 
   // The same for columns: of columns that are equal in every entry the first ones get a row, in ascending order.
@@ -140,21 +171,47 @@ class AssignmentState {
         mix(hashes_[j], static_cast<double>(widen(values_[i * columns_ + j])));
       }
     }
-    const auto equal = [this](std::int64_t a, std::int64_t b) {
-      for (std::int64_t i = 0; i < rows_; ++i) {
-        if (widen(values_[i * columns_ + a]) != widen(values_[i * columns_ + b])) return false;
+    const auto in_order = [this](const std::int64_t* columns, std::int64_t count) {
+      for (std::int64_t k = 1; k < count; ++k) {
+        const std::int64_t row = row_of_column_[columns[k]], before = row_of_column_[columns[k - 1]];
+        if (row >= 0 && (before < 0 || row < before)) return false;
       }
       return true;
     };
-    for_equal_groups(columns_, hashes_, equal, [this](const std::int64_t* columns, std::int64_t size) {
-      std::int64_t count = 0;
-      for (std::int64_t k = 0; k < size; ++k) {
-        if (row_of_column_[columns[k]] >= 0) members_[count++] = row_of_column_[columns[k]];
-        row_of_column_[columns[k]] = -1;
+    bool refined = false;
+    const auto refine = [&](const std::int64_t*, std::int64_t) {
+      if (refined) return;  // all columns at once: a column alone is a cache line an entry
+      refined = true;
+      for (std::int64_t j = 0; j < columns_; ++j) refined_[j] = 0;
+      for (std::int64_t i = 0; i < rows_; ++i) {
+        const std::uint32_t row_weight = weight(i);
+        const T* const values = values_ + i * columns_;
+        for (std::int64_t j = 0; j < columns_; ++j) refined_[j] += bits_of(values[j]) * row_weight;
       }
-      sort_ascending(members_.data(), count);
-      for (std::int64_t k = 0; k < count; ++k) assign(members_[k], columns[k]);
-    });
+    };
+    const auto keep_equal = [this](std::int64_t* columns, std::int64_t count) {
+      for (std::int64_t i = 0; i < rows_ && count > 1; ++i) {
+        const T* const values = values_ + i * columns_;
+        std::int64_t kept = 1;
+        for (std::int64_t k = 1; k < count; ++k) {
+          columns[kept] = columns[k];
+          kept += widen(values[columns[k]]) == widen(values[columns[0]]);
+        }
+        count = kept;
+      }
+      return count;
+    };
+    for_equal_groups(columns_, hashes_, in_order, refine, keep_equal,
+                     [this](const std::int64_t* columns, std::int64_t size) {
+                       std::int64_t count = 0;
+                       for (std::int64_t k = 0; k < size; ++k) {
+                         const std::int64_t row = row_of_column_[columns[k]];
+                         if (row >= 0) members_[count++] = row;
+                         row_of_column_[columns[k]] = -1;
+                       }
+                       sort_ascending(members_.data(), count);
+                       for (std::int64_t k = 0; k < count; ++k) assign(members_[k], columns[k]);
+                     });
   }
 
   // Recomputes the row duals from the column duals over every entry, so that feasibility does not rest on the search,
@@ -225,22 +282,51 @@ class AssignmentState {
     return result;
   }
 
-  template <class Equal, class Visit>
-  void for_equal_groups(std::int64_t count, const Buffer<std::uint64_t>& hashes, const Equal& equal,
-                        const Visit& visit) {
+  // An odd number that is another one for every position.
+  static std::uint32_t weight(std::int64_t position) {
+    const std::uint32_t mixed = (static_cast<std::uint32_t>(position) + 1u) * 0x9e3779b9u;
+    return (mixed ^ (mixed >> 15)) | 1u;
+  }
+
+  // The bits of an entry, equal for 0 and -0.
+  static std::uint32_t bits_of(T value) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      const double wide = widen(value) + 0.0;
+      std::uint64_t bits;
+      std::memcpy(&bits, &wide, sizeof bits);
+      return static_cast<std::uint32_t>(bits ^ (bits >> 32));
+    } else {
+      return float_to_bits(widen(value) + 0.0f);
+    }
+  }
+
+  // Visits groups of equal items in [0, count). `hashes` are compared first; refine(members, count) then writes
+  // refined_ for a group, and keep_equal(members, count) leaves those that equal the first at the front.
+  template <class Skip, class Refine, class KeepEqual, class Visit>
+  void for_equal_groups(std::int64_t count, const Buffer<std::uint64_t>& hashes, const Skip& skip,
+                        const Refine& refine, const KeepEqual& keep_equal, const Visit& visit) {
     std::int64_t* const order = order_.data();
     for (std::int64_t k = 0; k < count; ++k) order[k] = k;
     sort(order, count,
          [&](std::int64_t a, std::int64_t b) { return hashes[a] != hashes[b] ? hashes[a] < hashes[b] : a < b; });
-    for (std::int64_t begin = 0; begin < count;) {
-      std::int64_t end = begin + 1;
-      while (end < count && hashes[order[end]] == hashes[order[begin]] && equal(order[begin], order[end])) ++end;
-      if (end - begin > 1) visit(order + begin, end - begin);
-      begin = end;
+    for (std::int64_t begin = 0, end; begin < count; begin = end) {
+      for (end = begin + 1; end < count && hashes[order[end]] == hashes[order[begin]];) ++end;
+      if (end - begin == 1 || skip(order + begin, end - begin)) continue;
+      refine(order + begin, end - begin);
+      sort(order + begin, end - begin, [&](std::int64_t a, std::int64_t b) {
+        return refined_[a] != refined_[b] ? refined_[a] < refined_[b] : a < b;
+      });
+      for (std::int64_t first = begin, last; first < end; first = last) {
+        for (last = first + 1; last < end && refined_[order[last]] == refined_[order[first]];) ++last;
+        if (last - first == 1 || skip(order + first, last - first)) continue;
+        const std::int64_t equal = keep_equal(order + first, last - first);
+        if (equal > 1) visit(order + first, equal);
+      }
     }
   }
 
   Buffer<std::uint64_t> hashes_;
+  Buffer<std::uint32_t> refined_;
   Buffer<std::int64_t> order_, members_;
 };
 
