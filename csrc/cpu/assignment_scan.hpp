@@ -149,29 +149,29 @@ class RowScanner {
   // `start`, a share of the row.
   template <class List>
   Number list_least(std::int64_t wanted, std::int64_t room, double start, const List& list) {
-    const Number bound = bound_of_rank(minima_.data(), group_count_, wanted);
+    const Rank rank = find_rank(minima_.data(), group_count_, wanted);
+    Number floor = kInfinite;
+    for (std::int64_t g = 0; g < group_count_; ++g) {
+      const Number least = minima_[g] > rank.bound ? minima_[g] : kInfinite;
+      floor = least < floor ? least : floor;
+    }
+    if (rank.passed > 2 * room) return list_tied(rank, room, start, floor, list);
     std::int64_t hit_count = 0;
-    Number rest = kInfinite;
-    const auto hit = [&](std::int64_t column) {
+    visit(rank.bound, start, [&](std::int64_t column) {
       const Number entry = key(column);
-      if (entry <= bound) {
+      if (entry <= rank.bound) {
         hits_[hit_count] = static_cast<std::int32_t>(column);
         keys_[hit_count++] = entry;
       } else {
-        rest = entry < rest ? entry : rest;
+        floor = entry < floor ? entry : floor;
       }
-    };
-    visit(bound, start, hit);
-    for (std::int64_t g = 0; g < group_count_; ++g) {
-      const Number least = minima_[g] <= bound ? kInfinite : minima_[g];
-      rest = least < rest ? least : rest;
-    }
-    Number cut = bound;
+      return true;
+    });
+    Number cut = rank.bound;
     if (hit_count > room) {
-      // Several entries of a group passed, or many tie.
       std::int64_t padded_count = hit_count;
       for (; padded_count % kBlock != 0; ++padded_count) keys_[padded_count] = kInfinite;
-      cut = bound_of_rank(keys_.data(), padded_count, wanted < room ? wanted : room);
+      cut = find_rank(keys_.data(), padded_count, wanted < room ? wanted : room).bound;
     }
     std::int64_t listed = 0;
     for (std::int64_t k = 0; k < hit_count; ++k) {
@@ -179,13 +179,13 @@ class RowScanner {
         list(static_cast<std::int64_t>(hits_[k]));
         ++listed;
       } else {
-        rest = keys_[k] < rest ? keys_[k] : rest;
+        floor = keys_[k] < floor ? keys_[k] : floor;
       }
     }
-    return rest;
+    return floor;
   }
 
-  // Calls visit(column) for every entry of the groups whose least entry is at most `bound`.
+  // Calls visit(column) for the entries of the groups whose least entry is at most `bound`, until it returns false.
   template <class Visit>
   void visit(Number bound, double start, const Visit& visit) const {
     const std::int64_t body = columns_ / kBlock * kBlock, run = run_ * kBlock, runs = group_count_ / kBlock;
@@ -197,7 +197,9 @@ class RowScanner {
       const std::int64_t begin = at * run < body ? at * run : body;
       const std::int64_t end = begin == body ? columns_ : begin + run < body ? begin + run : body;
       for (; bits != 0; bits &= bits - 1) {
-        for (std::int64_t j = begin + __builtin_ctz(bits); j < end; j += kBlock) visit(j);
+        for (std::int64_t j = begin + __builtin_ctz(bits); j < end; j += kBlock) {
+          if (!visit(j)) return;
+        }
       }
     }
   }
@@ -229,31 +231,81 @@ class RowScanner {
     return passed;
   }
 
-  // A number that `wanted` items pass, and not half as many more unless they tie or bisection is not fine enough.
-  // `count` is a multiple of kBlock; infinite items do not count.
-  static Number bound_of_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
-    Number low = kInfinite, high = -kInfinite;
+  // A bound that at least `wanted` of some items pass, and a number below it that fewer pass.
+  struct Rank {
+    Number bound;
+    Number below;
+    std::int64_t passed;
+  };
+
+  // The bound lets through half as many again as are wanted, or more if they tie. `count` is a multiple of kBlock;
+  // infinite items do not count.
+  static Rank find_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
+    Number least = kInfinite, most = -kInfinite;
     for (std::int64_t k = 0; k < count; ++k) {
-      low = items[k] < low ? items[k] : low;
-      high = items[k] > high && items[k] < kInfinite ? items[k] : high;
+      least = items[k] < least ? items[k] : least;
+      most = items[k] > most && items[k] < kInfinite ? items[k] : most;
     }
-    if (count_at_most(items, count, low) >= wanted) return low;
-    for (int step = 0; step < kBisections; ++step) {
-      const Number middle = low + (high - low) / 2;
-      if (!(middle > low && middle < high)) break;
+    Rank rank{least, -kInfinite, count_at_most(items, count, least)};
+    if (rank.passed >= wanted) return rank;
+    rank = Rank{most, least, count_at_most(items, count, most)};
+    for (int step = 0; step < kBisections && rank.passed > wanted + wanted / 2; ++step) {
+      // Halves of the range tell items apart soon, unless they tie: then the next item is the bound.
+      const bool halve = step < kHalvings;
+      const Number middle = halve ? rank.below + (rank.bound - rank.below) / 2 : least_above(items, count, rank.below);
+      if (!(middle > rank.below && middle <= rank.bound)) break;
       const std::int64_t passed = count_at_most(items, count, middle);
       if (passed < wanted) {
-        low = middle;
+        rank.below = middle;
       } else {
-        high = middle;
-        if (passed <= wanted + wanted / 2) break;
+        rank.bound = middle;
+        rank.passed = passed;
+        if (!halve) break;
       }
     }
-    return high;
+    return rank;
   }
 
-  // Enough to tell numbers of very different size apart; what is left passes, which is never wrong.
-  static constexpr int kBisections = 40;
+  static Number least_above(const Number* items, std::int64_t count, Number bound) {
+    Number least = kInfinite;
+    for (std::int64_t k = 0; k < count; ++k) {
+      const Number item = items[k] > bound ? items[k] : kInfinite;
+      least = item < least ? item : least;
+    }
+    return least;
+  }
+
+  // As list_least, where many entries tie for the last places: does not look at all of them. `floor` is the least of
+  // the groups that do not pass.
+  template <class List>
+  Number list_tied(const Rank& rank, std::int64_t room, double start, Number floor, const List& list) {
+    std::int64_t listed = 0;
+    const auto list_between = [&](Number above, Number bound, std::int64_t column) {
+      const Number entry = key(column);
+      if (entry <= above) return;
+      if (entry <= bound && listed < room) {
+        list(column);
+        ++listed;
+      } else {
+        floor = entry < floor ? entry : floor;
+      }
+    };
+    visit(rank.below, start, [&](std::int64_t column) {
+      list_between(-kInfinite, rank.below, column);
+      return true;
+    });
+    visit(rank.bound, start, [&](std::int64_t column) {
+      list_between(rank.below, rank.bound, column);
+      return listed < room;
+    });
+    // Whatever was not looked at is above rank.below, and in its group's minimum or greater.
+    const Number unseen = least_above(minima_.data(), group_count_, rank.below);
+    return unseen < floor ? unseen : floor;
+  }
+
+  // Bisections by halves, and in all: what is left then passes, which is never wrong.
+  static constexpr int kHalvings = 8;
+  static constexpr int kBisections = 32;
 
   std::int64_t columns_, run_ = 1, group_count_ = 0;
   const Number* values_ = nullptr;

@@ -111,6 +111,7 @@ class SparseSolver : private AssignmentState<T> {
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
     if (!list_all_rows(threads)) return false;
     std::int64_t free_count = match_tight();
+    if (free_count == 0) return conclude_at_once(problem, index);
     if (rows_ == columns_ && free_count > rows_ / kFewFree) {
       auction();
       free_count = match_tight();
@@ -277,6 +278,18 @@ class SparseSolver : private AssignmentState<T> {
     list.floor = static_cast<double>(scratch.scanner.list_least(wanted, list.capacity, start, add));
   }
 
+  // Every row has a best column of its own: the lists hold each row's least reduced cost, which proves it.
+  bool conclude_at_once(const AssignmentProblem& problem, std::int64_t index) {
+    if (any_tie_) {
+      State::order_equal_rows(row_hashes_);
+      State::order_equal_columns();
+    }
+    for (std::int64_t i = 0; i < rows_; ++i) problem.row_duals[index * rows_ + i] = u_[i];
+    State::conclude(problem, index);
+    problem.status[index] = AssignmentStatus::optimal;
+    return true;
+  }
+
   // The certificate of AssignmentState. A scan finds no entry dearer than it is: only groups in which it finds one as
   // good as the row's pair can hold a better one, and these few entries are priced in double.
   void certify(const AssignmentProblem& problem, std::int64_t index, int threads) {
@@ -305,6 +318,7 @@ class SparseSolver : private AssignmentState<T> {
     scratch.scanner.visit(bound, 0.0, [&](std::int64_t column) {
       const double cost = sign_ * static_cast<double>(values[column]) - v_[column];
       least = cost < least ? cost : least;
+      return true;
     });
     return least;
   }
@@ -378,9 +392,11 @@ class SparseSolver : private AssignmentState<T> {
     for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
     row_of_column_.fill(-1);
     std::int64_t free_count = 0;
+    any_tie_ = false;
     for (std::int64_t i = 0; i < rows_; ++i) {
       const BestTwo best = best_two(i);
       u_[i] = best.first;
+      any_tie_ |= best.first == best.second;
       std::int64_t column = best.column;
       if (row_of_column_[column] >= 0) column = best.second == best.first ? free_column_at(i, best.first) : -1;
       if (column >= 0) {
@@ -569,6 +585,7 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<std::uint64_t> row_hashes_;
   Buffer<std::int64_t> class_of_row_, stack_;
   Buffer<double> gaps_;
+  bool any_tie_ = false;  // whether a row had two best columns when it was matched
   // The search: stamps tell what belongs to the path being searched.
   std::int64_t stamp_ = 0;
   Buffer<double> distance_;
