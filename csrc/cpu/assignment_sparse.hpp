@@ -108,6 +108,7 @@ class SparseSolver : private AssignmentState<T> {
   // scanning type could leave its range: that is the dense solver's work.
   bool solve(const AssignmentProblem& problem, std::int64_t index, int threads) {
     State::begin(problem, index);
+    if (rows_are_constant()) return conclude_diagonal(problem, index);
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
     if (!list_all_rows(threads)) return false;
     std::int64_t free_count = match_tight();
@@ -276,6 +277,28 @@ class SparseSolver : private AssignmentState<T> {
     // Rows begin at different places, so that rows full of ties do not all list the same columns.
     const double start = static_cast<double>(row) / static_cast<double>(rows_);
     list.floor = static_cast<double>(scratch.scanner.list_least(wanted, list.capacity, start, add));
+  }
+
+  // Whether every row is one finite number, over and over: a look at the first row unless it is.
+  bool rows_are_constant() const {
+    const std::size_t overlap = static_cast<std::size_t>(columns_ - 1) * sizeof(T);
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const T* const values = values_ + i * columns_;
+      if (std::memcmp(values, values + 1, overlap) != 0 || State::cost(i, 0) - State::cost(i, 0) != 0.0) return false;
+    }
+    return true;
+  }
+
+  // All assignments are equally good.
+  bool conclude_diagonal(const AssignmentProblem& problem, std::int64_t index) {
+    v_.fill(0.0);
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      State::assign(i, i);
+      problem.row_duals[index * rows_ + i] = State::cost(i, 0);
+    }
+    State::conclude(problem, index);
+    problem.status[index] = AssignmentStatus::optimal;
+    return true;
   }
 
   // Every row has a best column of its own: the lists hold each row's least reduced cost, which proves it.
