@@ -46,14 +46,15 @@ def independent(n: int, random: Generator, samples: int = SAMPLES) -> Matrix:
 
 
 def planted(n: int, random: Generator) -> Matrix:
-    """Features of the second model are those of the first in another order, at a correlation of 0.5."""
+    """Make the second model of the first one's features, in another order, at a correlation of 0.5."""
     first, noise = (random.standard_normal((n, SAMPLES), dtype=np.float32) for _ in range(2))
     second = 0.5 * first[random.permutation(n)] + np.float32(0.75**0.5) * noise
     return correlation(torch.from_numpy(first), torch.from_numpy(second))
 
 
 def uniform(n: int, random: Generator) -> Matrix:
-    return random.random((n, n), dtype=np.float32)
+    similarity: Matrix = random.random((n, n), dtype=np.float32)
+    return similarity
 
 
 def gaussian(n: int, random: Generator) -> Matrix:
@@ -80,7 +81,7 @@ def low_rank(n: int, random: Generator) -> Matrix:
 
 
 def block_diagonal(n: int, random: Generator) -> Matrix:
-    """Groups of units that resemble only each other, in unknown order."""
+    """Make groups of units that resemble only each other, in unknown order."""
     similarity = np.zeros((n, n), np.float32)
     for start in range(0, n, BLOCK):
         width = min(BLOCK, n - start)
@@ -89,7 +90,7 @@ def block_diagonal(n: int, random: Generator) -> Matrix:
 
 
 def sparse_with_noise(n: int, random: Generator) -> Matrix:
-    """A few large entries in each row over faint noise."""
+    """Hide a few large entries in each row over faint noise."""
     similarity = 0.01 * gaussian(n, random)
     strong = random.integers(0, n, (n, NEIGHBOURS))
     np.put_along_axis(similarity, strong, random.random((n, NEIGHBOURS), dtype=np.float32) / 2 + 0.5, axis=1)
