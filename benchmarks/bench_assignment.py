@@ -321,7 +321,7 @@ def test_batch(benchmark: Benchmark, threads: int) -> None:
     row = Row(f"threads = {threads}", own_seconds, streaming_read(similarity), times)
     record(benchmark, row, versions)
     print(
-        f"\nbatch, {threads} threads: {own_seconds * 1e3:.1f} ms, x scipy loop {row.times_scipy:.2f}, "
+        f"\nbatch, threads = {threads}: {own_seconds * 1e3:.1f} ms, x scipy loop {row.times_scipy:.2f}, "
         f"x best {row.times_best:.2f} ({row.best_peer})"
     )
 

@@ -53,8 +53,7 @@ def planted(n: int, random: Generator) -> Matrix:
 
 
 def uniform(n: int, random: Generator) -> Matrix:
-    similarity: Matrix = random.random((n, n), dtype=np.float32)
-    return similarity
+    return random.random((n, n), dtype=np.float32)
 
 
 def gaussian(n: int, random: Generator) -> Matrix:
@@ -77,7 +76,8 @@ def dead_units(n: int, random: Generator) -> Matrix:
 
 def low_rank(n: int, random: Generator) -> Matrix:
     first, second = (random.standard_normal((n, LATENT), dtype=np.float32) for _ in range(2))
-    return first @ second.T
+    similarity: Matrix = first @ second.T
+    return similarity
 
 
 def block_diagonal(n: int, random: Generator) -> Matrix:
