@@ -133,14 +133,6 @@ class Table:
         return "\n".join([*lines, f"{label:<50}{scipy:9.2f}{best_ratio:8.2f}{reads:8.1f}"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"n={size}")
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """Collect the rows of one size and print them when all its families have run."""
