@@ -1,15 +1,17 @@
 """Other solvers of the assignment problem, as far as they are installed, behind one signature: cost to columns.
 
-Two distributions, lap and lapx, share the module name `lap`; whichever is installed is measured under its own name.
+Two distributions, lap and lapx, share the module name `lap`; whichever was installed last is measured, under its own
+name.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,14 @@ def _batch_solvers() -> dict[str, dict[str, Callable[[Any], Callable[[Cost, int]
     }
 
 
+def _distribution(module: ModuleType, distributions: Mapping[str, list[str]]) -> tuple[str, str]:
+    """Return name and version of the distribution of a module: of several, the one whose version the module bears."""
+    package = module.__name__.partition(".")[0]
+    versions = {name: metadata.version(name) for name in distributions[package]}
+    own_version = getattr(module, "__version__", None)
+    return next((item for item in versions.items() if item[1] == own_version), next(iter(versions.items())))
+
+
 def _found(solvers: dict[str, dict[str, Callable[[Any], Any]]]) -> list[tuple[str, str, Any]]:
     """Return name, version and solver of what can be imported."""
     distributions = metadata.packages_distributions()
@@ -105,9 +115,7 @@ def _found(solvers: dict[str, dict[str, Callable[[Any], Any]]]) -> list[tuple[st
             module = importlib.import_module(module_name)
         except ImportError:
             continue
-        package = module_name.partition(".")[0]
-        distribution = distributions.get(package, [package])[0]
-        version = metadata.version(distribution)
+        distribution, version = _distribution(module, distributions)
         for function, wrap in functions.items():
             if hasattr(module, function):
                 name = distribution if len(functions) == 1 else f"{distribution}.{function}"
