@@ -114,7 +114,11 @@ class SparseSolver : private AssignmentState<T> {
     std::int64_t free_count = match_tight();
     if (free_count == 0) return conclude_at_once(problem, index);
     if (rows_ == columns_ && free_count > rows_ / kFewFree) {
-      auction();
+      if (auction() && within(problem.tolerance)) {
+        certify(problem, index, threads);
+        problem.status[index] = AssignmentStatus::optimal;
+        return true;
+      }
       free_count = match_tight();
     }
     for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
@@ -432,14 +436,14 @@ class SparseSolver : private AssignmentState<T> {
   }
 
   // One phase of Bertsekas' auction: a free row bids its best column's dual down until the second best is better by
-  // epsilon. Only the duals are kept.
-  void auction() {
+  // epsilon. Returns whether all rows then have columns.
+  bool auction() {
     std::int64_t count = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
       const BestTwo best = best_two(i);
       if (best.second > best.first) gaps_[count++] = best.second - best.first;
     }
-    if (count == 0) return;
+    if (count == 0) return false;
     const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
     for (std::int64_t i = 0; i < rows_; ++i) {
       column_of_row_[i] = -1;
@@ -455,6 +459,19 @@ class SparseSolver : private AssignmentState<T> {
       State::assign(row, best.column);
       if (displaced >= 0) stack_[free_count++] = displaced;
     }
+    return free_count == 0;
+  }
+
+  // Whether the pairs of now lack no more to the dual bound than this share of their sum. Never for a share of 0.
+  bool within(double share) {
+    if (share <= 0.0) return false;
+    double total = 0.0, slack = 0.0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const double matched = State::cost(i, column_of_row_[i]);
+      total += matched;
+      slack += matched - v_[column_of_row_[i]] - best_two(i).first;
+    }
+    return slack <= share * (total < 0.0 ? -total : total);
   }
 
   // As in the dense solver, on lists.

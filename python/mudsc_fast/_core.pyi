@@ -16,6 +16,7 @@ def linear_assignment(
     rows: int,
     columns: int,
     maximize: bool,
+    tolerance: float,
     prices: int,
     column_of_row: int,
     row_duals: int,

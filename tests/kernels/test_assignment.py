@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -372,6 +373,109 @@ def test_scipy_errors(cost: Any, message: str) -> None:
 def test_bad_input(similarity: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         linear_assignment(similarity)
+
+
+def make_large(family: str, size: int) -> Array:
+    random = np.random.default_rng(7)
+    if family == "constant rows":
+        return np.repeat(random.standard_normal((size, 1)), size, axis=1)
+    if family == "constant columns":
+        return np.repeat(random.standard_normal((1, size)), size, axis=0)
+    if family == "identity":
+        return np.eye(size)
+    if family == "permutation":
+        return np.eye(size)[random.permutation(size)] + 0.1 * random.standard_normal((size, size))
+    if family == "blocks":
+        block = np.kron(np.eye(4), np.ones((size // 4, size // 4)))
+        return block * random.random((size, size))
+    if family == "sparse":
+        return (random.random((size, size)) < 0.02) * random.random((size, size))
+    if family == "equal prices":
+        return np.add.outer(random.integers(0, 3, size), random.integers(0, 3, size)) + np.eye(size) * 1e-9
+    return random.integers(0, 100, (size, size)).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "constant rows",
+        "constant columns",
+        "identity",
+        "permutation",
+        "blocks",
+        "sparse",
+        "equal prices",
+        "integers",
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_families_that_settle_early_or_tie(isa: str, family: str, dtype: Any) -> None:
+    values = make_large(family, 320).astype(dtype)
+    exact = values.astype(np.float64)
+    for maximize in (True, False):
+        result = linear_assignment(values, maximize=maximize)
+        check_certificate(values, result, maximize)
+        best = exact[scipy_assignment(exact, maximize)].sum()
+        assert float(result.objective) == pytest.approx(best, rel=1e-12, abs=1e-12), isa
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_bad_entry_among_constant_rows(value: float) -> None:
+    values = np.zeros((300, 300))
+    values[7] = value
+    with pytest.raises(ValueError, match="similarity must not hold NaN"):
+        linear_assignment(values)
+    values[7] = 0
+    values[299, 299] = value
+    with pytest.raises(ValueError, match="similarity must not hold NaN"):
+        linear_assignment(values)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_warm_start(isa: str, noise: float, dtype: Any) -> None:
+    random = np.random.default_rng(2)
+    values = random.standard_normal((320, 320)).astype(dtype)
+    changed = (values + noise * random.standard_normal(values.shape)).astype(dtype)
+    exact = changed.astype(np.float64)
+    best = exact[scipy_assignment(exact, maximize=True)].sum()
+    start = linear_assignment(values)
+    far = dataclasses.replace(start, column_duals=1e6 * torch.randn(320, dtype=torch.float64))
+    assert float(linear_assignment(changed, warm_start=start).objective) == pytest.approx(best, rel=1e-12), isa
+    assert float(linear_assignment(changed, warm_start=far).objective) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("tolerance", [0, 1e-4, 1e-2, 1.0, 1e300])
+@pytest.mark.parametrize("shape", [(20, 20), (300, 300), (300, 310)])
+def test_tolerance_bounds_the_gap(tolerance: float, shape: tuple[int, int]) -> None:
+    values = torch.rand(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    result = linear_assignment(values, tolerance=tolerance)
+    best = float(linear_assignment(values).objective)
+    assert result.columns.unique().numel() == shape[0]
+    slack = result.row_duals[:, None] + result.column_duals - values
+    assert float(slack.min()) >= -1e-13
+    bound = float(result.row_duals.sum() + result.column_duals.sum())
+    assert float(result.objective + result.gap) == pytest.approx(bound, rel=1e-12)
+    assert float(result.gap) <= max(tolerance, 1e-12) * abs(float(result.objective))
+    assert best * (1 - 1e-12) <= bound
+
+
+def test_a_loose_tolerance_ends_sooner() -> None:
+    values = torch.rand(600, 600, generator=torch.Generator().manual_seed(3))
+    assert float(linear_assignment(values, tolerance=0.1).gap) > 0
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "error", "message"),
+    [
+        (-1.0, ValueError, "tolerance must be at least 0, got -1.0"),
+        (float("nan"), ValueError, "tolerance must be a number, got NaN"),
+        ("tight", TypeError, "tolerance must be a number, got str"),
+    ],
+)
+def test_bad_tolerance(tolerance: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        linear_assignment(torch.zeros(3, 3), tolerance=tolerance)
 
 
 def test_bad_warm_start() -> None:

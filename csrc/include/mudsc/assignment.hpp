@@ -23,6 +23,7 @@ struct AssignmentProblem {
   std::int64_t rows;
   std::int64_t columns;
   bool maximize;
+  double tolerance;  // the gap may be this share of the objective's magnitude
   int threads;
   const double* prices;  // [batch, columns] dual values of columns to start from, or null; used where rows == columns
 

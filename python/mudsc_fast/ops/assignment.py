@@ -50,6 +50,7 @@ def linear_assignment(
     *,
     maximize: bool = True,
     warm_start: Assignment | None = None,
+    tolerance: float = 0.0,
 ) -> Assignment:
     """Assign every row a column of its own (every column a row, if there are fewer) so that the sum is the largest.
 
@@ -63,6 +64,9 @@ def linear_assignment(
     warm_start
         An earlier result for a problem of the same shape: its duals start the search, so that a similar problem is
         solved sooner. The result is optimal whatever they are. Used for square problems.
+    tolerance
+        0 for an optimal assignment. Else the search may end as soon as `gap` is proven to be at most this share of the
+        magnitude of `objective`; used for square problems of many rows, others are solved to the end.
 
     Returns
     -------
@@ -76,8 +80,8 @@ def linear_assignment(
     TypeError
         If `similarity` is of another type.
     ValueError
-        If it has fewer than two axes, holds NaN or an infinity of the forbidden sign, if forbidden pairs leave no
-        assignment, or if `warm_start` is of another shape.
+        If `similarity` has fewer than two axes, holds NaN or an infinity of the forbidden sign, if forbidden pairs
+        leave no assignment, if `warm_start` is of another shape, or if `tolerance` is negative or NaN.
 
     Notes
     -----
@@ -91,7 +95,10 @@ def linear_assignment(
     batch, (rows, columns) = values.shape[:-2], values.shape[-2:]
     flat = values.reshape(batch.numel(), rows, columns)
     transposed = rows > columns
-    solution = _solve(flat.transpose(1, 2) if transposed else flat, maximize, _prices(warm_start, values))
+    share = _checks.check_number("tolerance", tolerance)
+    if share < 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    solution = _solve(flat.transpose(1, 2) if transposed else flat, maximize, _prices(warm_start, values), share)
     if bool((solution.status == INVALID).any()):
         raise ValueError(f"similarity must not hold NaN or {'+inf' if maximize else '-inf'}")
     if bool((solution.status == INFEASIBLE).any()):
@@ -146,7 +153,7 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
         raise ValueError(f"expected a matrix (2-D array), got a {values.ndim} array")
     rows, columns = values.shape
     transposed = rows > columns
-    solution = _solve((values.T if transposed else values)[None], maximize, None)
+    solution = _solve((values.T if transposed else values)[None], maximize, None, 0.0)
     if bool((solution.status == INVALID).any()):
         raise ValueError("matrix contains invalid numeric entries")
     if bool((solution.status == INFEASIBLE).any()):
@@ -161,7 +168,7 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     return indices if isinstance(cost_matrix, Tensor) else (indices[0].numpy(), indices[1].numpy())
 
 
-def _solve(flat: Tensor, maximize: bool, prices: Tensor | None) -> Solution:
+def _solve(flat: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
     batch, rows, columns = flat.shape
     if batch == 0 or rows == 0:
         none = torch.zeros(batch, dtype=torch.float64, device=flat.device)
@@ -174,7 +181,7 @@ def _solve(flat: Tensor, maximize: bool, prices: Tensor | None) -> Solution:
             status=torch.zeros(batch, dtype=torch.int32, device=flat.device),
         )
     kernel = _dispatch.choose("assignment", flat.device, {"cpu": cpu.solve, "reference": reference.solve})
-    return kernel(flat, maximize, prices)
+    return kernel(flat, maximize, prices, tolerance)
 
 
 def _as_tensor(argument: str, value: object) -> Tensor:

@@ -11,7 +11,7 @@ from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.ops import _dispatch
 
 
-def solve(similarity: Tensor, maximize: bool, prices: Tensor | None) -> Solution:
+def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
     """Solve [batch, n, m] problems with 0 < n <= m; tensors of other devices are copied to the host and back."""
     batch, rows, columns = similarity.shape
     device = similarity.device
@@ -34,6 +34,7 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None) -> Solution
         rows=rows,
         columns=columns,
         maximize=maximize,
+        tolerance=tolerance,
         prices=0 if start is None else start.data_ptr(),
         column_of_row=solution.columns.data_ptr(),
         row_duals=solution.row_duals.data_ptr(),

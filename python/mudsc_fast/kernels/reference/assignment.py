@@ -12,8 +12,8 @@ from torch import Tensor
 from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, OPTIMAL, Solution
 
 
-def solve(similarity: Tensor, maximize: bool, prices: Tensor | None) -> Solution:
-    """Solve [batch, n, m] problems with 0 < n <= m."""
+def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:  # noqa: ARG001
+    """Solve [batch, n, m] problems with 0 < n <= m, exactly whatever the tolerance."""
     sign = -1.0 if maximize else 1.0
     solved = [
         _solve_one(sign * problem.to(torch.float64), None if prices is None else sign * prices[index])
