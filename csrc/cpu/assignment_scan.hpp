@@ -26,15 +26,18 @@ constexpr std::int64_t kVectorBytes = 16;
 #endif
 constexpr std::int64_t kVectorsPerBlock = 64 / kVectorBytes;
 
+// In memory vectors lie where entries may lie.
 template <class Number>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
-  typedef float Type __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+  typedef float Type __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
 };
 template <>
 struct VectorOf<double> {
-  typedef double Type __attribute__((vector_size(kVectorBytes), may_alias, aligned(8)));
+  typedef double Type __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(8)));
 };
 
 // Bit k is set if entry k of a block is at most `bound`.
@@ -83,13 +86,14 @@ inline std::uint32_t at_most(const double* block, double bound) {
 template <class Number>
 inline Number largest_magnitude(const Number* values, std::int64_t columns) {
   using Vector = typename VectorOf<Number>::Type;
+  using Unaligned = typename VectorOf<Number>::Unaligned;
   constexpr std::int64_t kBlock = 64 / static_cast<std::int64_t>(sizeof(Number)), kVectorLanes = kBlock / kVectorsPerBlock;
   Vector largest[kVectorsPerBlock], nothing[kVectorsPerBlock];
   for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) largest[part] = nothing[part] = Vector{};
   std::int64_t j = 0;
   for (; j + kBlock <= columns; j += kBlock) {
     for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-      const Vector value = *reinterpret_cast<const Vector*>(values + j + part * kVectorLanes);
+      const Vector value = *reinterpret_cast<const Unaligned*>(values + j + part * kVectorLanes);
       const Vector opposite = -value;
       const Vector magnitude = value > opposite ? value : opposite;
       largest[part] = magnitude > largest[part] ? magnitude : largest[part];
@@ -114,6 +118,7 @@ inline Number largest_magnitude(const Number* values, std::int64_t columns) {
 template <class Number>
 class RowScanner {
   using Vector = typename VectorOf<Number>::Type;
+  using Unaligned = typename VectorOf<Number>::Unaligned;
   static constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
   static constexpr Number kInfinite = static_cast<Number>(__builtin_huge_val());
 
@@ -215,13 +220,13 @@ class RowScanner {
       __builtin_prefetch(values_ + columns_ + block * kBlock);
       for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
         const std::int64_t j = block * kBlock + part * kVectorLanes;
-        const Vector entries = *reinterpret_cast<const Vector*>(values_ + j) * sign_ -
-                               *reinterpret_cast<const Vector*>(prices_ + j);
+        const Vector entries = *reinterpret_cast<const Unaligned*>(values_ + j) * sign_ -
+                               *reinterpret_cast<const Unaligned*>(prices_ + j);
         least[part] = entries < least[part] ? entries : least[part];
       }
     }
     for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-      *reinterpret_cast<Vector*>(minima_.data() + group_count_ + part * kVectorLanes) = least[part];
+      *reinterpret_cast<Unaligned*>(minima_.data() + group_count_ + part * kVectorLanes) = least[part];
     }
   }
 
