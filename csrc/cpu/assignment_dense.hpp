@@ -10,6 +10,7 @@
 // the rows of its tree. A row is widened into a buffer of doubles that stays in cache. One thread.
 #pragma once
 
+#include "assignment_scan.hpp"
 #include "assignment_state.hpp"
 
 namespace mudsc::MUDSC_ISA {
@@ -26,6 +27,8 @@ class DenseSolver : private AssignmentState<T> {
   using State::v_;
   using State::values_;
   using State::width_;
+
+  typedef std::int64_t Indices __attribute__((vector_size(kLanes * sizeof(std::int64_t)), may_alias));
 
  public:
   explicit DenseSolver(const AssignmentProblem& problem)
@@ -209,41 +212,35 @@ class DenseSolver : private AssignmentState<T> {
     const double dual = u_[row];
     Lanes least = kInfinity - Lanes{};
     const Lanes infinite = least;
+    const Indices through_row = row - Indices{};
     for (std::int64_t j = 0; j < width_; j += kLanes) {
       const Lanes through = ((reached + lanes(costs_, j)) - dual) - lanes(v_, j);
       const Lanes known = lanes(distance_, j);
       const auto nearer = through < known;
-      Lanes updated = known;
-      if (any(nearer)) {
-        updated = nearer ? through : known;
-        store(distance_, j, updated);
-        for (std::int64_t k = 0; k < kLanes; ++k) {
-          if (nearer[k]) parent_[j + k] = row;
-        }
-      }
+      const Lanes updated = nearer ? through : known;
+      store(distance_, j, updated);
+      Indices& parents = *reinterpret_cast<Indices*>(parent_.data() + j);
+      parents = nearer ? through_row : parents;
       const Lanes open = updated == -infinite ? infinite : updated;
       least = open < least ? open : least;
     }
     const double nearest = least_lane(least);
     if (nearest == kInfinity) return -1;
     std::int64_t found = -1;
-    for (std::int64_t j = 0; j < columns_; ++j) {
-      if (distance_[j] != nearest) continue;
-      const bool is_free = row_of_column_[j] < 0;
-      const bool found_free = found >= 0 && row_of_column_[found] < 0;
-      if (found < 0 || (is_free && (!found_free || place_[j] > place_[found])) ||
-          (!is_free && !found_free && place_[j] < place_[found])) {
-        found = j;
+    for (std::int64_t begin = 0; begin < width_; begin += kPadding) {
+      const double* const distances = distance_.data() + begin;
+      std::uint32_t ties = at_most(distances, nearest) & ~at_most(distances, -kInfinity);
+      for (; ties != 0; ties &= ties - 1) {
+        const std::int64_t j = begin + __builtin_ctz(ties);
+        const bool is_free = row_of_column_[j] < 0;
+        const bool found_free = found >= 0 && row_of_column_[found] < 0;
+        if (found < 0 || (is_free && (!found_free || place_[j] > place_[found])) ||
+            (!is_free && !found_free && place_[j] < place_[found])) {
+          found = j;
+        }
       }
     }
     return found;
-  }
-
-  template <class Mask>
-  static bool any(const Mask& mask) {
-    std::int64_t found = 0;
-    for (std::int64_t k = 0; k < kLanes; ++k) found |= mask[k];
-    return found != 0;
   }
 
   Buffer<double> costs_, distance_;  // padded with infinity to whole vectors

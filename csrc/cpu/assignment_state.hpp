@@ -2,6 +2,7 @@
 // columns, and the certificate.
 #pragma once
 
+#include "assignment_scan.hpp"
 #include "kernel.hpp"
 #include "mudsc/assignment.hpp"
 #include "mudsc/threads.hpp"
@@ -10,10 +11,12 @@ namespace mudsc::MUDSC_ISA {
 namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
-constexpr std::int64_t kLanes = 8;
+constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(double));
+// Buffers of doubles are padded alike at every instruction level.
+constexpr std::int64_t kPadding = 64 / static_cast<std::int64_t>(sizeof(double));
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), may_alias));
 
-inline std::int64_t padded(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+inline std::int64_t padded(std::int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 
 // Buffers are aligned to 64 bytes and padded to whole vectors.
 inline const Lanes& lanes(const Buffer<double>& buffer, std::int64_t at) {
