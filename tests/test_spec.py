@@ -121,6 +121,11 @@ def test_too_many_axes() -> None:
     ("build", "error", "message"),
     [
         (lambda: PermutationSpec({"w": (None,)}), ValueError, "at least one node"),
+        (
+            lambda: PermutationSpec({"w": (Axis("a", "produce", compared=False),)}),
+            ValueError,
+            "axes must name node 'a' on an axis that is compared, got none",
+        ),
         (lambda: PermutationSpec({"w": "ab"}), TypeError, "sequence with an entry per axis"),
         (
             lambda: PermutationSpec({"w": (BAD,)}),

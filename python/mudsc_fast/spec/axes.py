@@ -34,12 +34,16 @@ class Axis:
     outer
         How often the sequence of all units repeats along the axis: the positions of a feature map that was flattened
         with its channels last.
+    compared
+        Whether the tensor counts in the units' weight similarity. The running statistics of a norm and a tensor that
+        is tied to another do not: they follow the units only.
     """
 
     node: str
     role: Role
     inner: int = 1
     outer: int = 1
+    compared: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ("produce", "consume"):
@@ -201,6 +205,9 @@ class PermutationSpec:
         if not uses:
             raise ValueError("axes must name at least one node, got none")
         self._uses = {node: tuple(where) for node, where in uses.items()}
+        for node, places in self._uses.items():
+            if not any(use.axis.compared for use in places):
+                raise ValueError(f"axes must name node {node!r} on an axis that is compared, got none")
         self._observations = {node: _default_observations(where) for node, where in self._uses.items()}
         for node, where in (observe or {}).items():
             self._check_known("observe", node)
