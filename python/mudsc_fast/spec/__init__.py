@@ -11,7 +11,12 @@ from mudsc_fast.spec.axes import (
     consumes,
     produces,
 )
+from mudsc_fast.spec.bert import bert
+from mudsc_fast.spec.gpt2 import gpt2
+from mudsc_fast.spec.llama import llama
 from mudsc_fast.spec.mlp import mlp
+from mudsc_fast.spec.resnet import resnet
+from mudsc_fast.spec.vit import vit, vit_huggingface
 
 __all__ = [
     "Axis",
@@ -21,7 +26,13 @@ __all__ = [
     "Segment",
     "TensorAxis",
     "Window",
+    "bert",
     "consumes",
+    "gpt2",
+    "llama",
     "mlp",
     "produces",
+    "resnet",
+    "vit",
+    "vit_huggingface",
 ]

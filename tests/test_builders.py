@@ -1,0 +1,183 @@
+"""Every builder: a permuted network computes the same, and merging with a permuted copy finds the permutation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import mudsc_fast
+from architectures import ResNet, VisionTransformer, calibrate, randomize
+from mudsc_fast import PermutationSpec, Space
+from mudsc_fast.spec import bert, gpt2, llama, resnet, vit, vit_huggingface
+
+transformers.utils.logging.set_verbosity_error()
+
+SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+TEXT: dict[str, Any] = {
+    "vocab_size": 60,
+    "max_position_embeddings": 12,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its specification and how to make its input from a seed."""
+
+    build: Callable[[], nn.Module]
+    spec: PermutationSpec
+    inputs: Callable[[int], Any]
+
+
+def images(size: int) -> Callable[[int], Tensor]:
+    return lambda seed: torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(seed: int) -> dict[str, Tensor]:
+    return {"pixel_values": images(8)(seed)}
+
+
+def tokens(seed: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(60, (8, 12), generator=torch.Generator().manual_seed(seed))}
+
+
+def causal(kind: str, kv_heads: int, **options: Any) -> Callable[[], nn.Module]:
+    """Return a maker of a causal language model of a LLaMA-like family, its norms computing in the model's dtype."""
+
+    def build() -> nn.Module:
+        config = getattr(transformers, f"{kind}Config")(num_key_value_heads=kv_heads, **SHAPE, **TEXT, **options)
+        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, nn.RMSNorm(32, eps=1e-6))
+        return model
+
+    return build
+
+
+def gpt2_model(**options: Any) -> Callable[[], nn.Module]:
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 12, "vocab_size": 60}
+    return lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None, **options)
+    )
+
+
+CASES = {
+    "resnet cifar": Case(lambda: ResNet((2, 1), (8, 16)), resnet((2, 1), names="cifar"), images(8)),
+    "resnet group norm": Case(
+        lambda: ResNet((1, 2), (8, 16), norm_groups=4), resnet((1, 2), names="cifar", norm_groups=4), images(8)
+    ),
+    "resnet torchvision": Case(
+        lambda: ResNet((1, 2), (8, 16), shortcut="downsample", head="fc"), resnet((1, 2)), images(8)
+    ),
+    "resnet bottleneck": Case(
+        lambda: ResNet((2, 1), (8, 10), shortcut="downsample", head="fc", bottleneck=True),
+        resnet((2, 1), bottleneck=True),
+        images(8),
+    ),
+    "vit": Case(VisionTransformer, vit(2, 3, 24), images(8)),
+    "gpt2": Case(gpt2_model(), gpt2(2, 4, 32), tokens),
+    "gpt2 separate head": Case(gpt2_model(tie_word_embeddings=False), gpt2(2, 4, 32, head="separate"), tokens),
+    "llama": Case(causal("Llama", 4), llama(2, 4, 4, 8), tokens),
+    "llama grouped": Case(causal("Llama", 2), llama(2, 4, 2, 8), tokens),
+    "mistral": Case(causal("Mistral", 2, head_dim=6), llama(2, 4, 2, 6), tokens),
+    "qwen2": Case(causal("Qwen2", 2, tie_word_embeddings=True), llama(2, 4, 2, 8, qkv_bias=True, head="tied"), tokens),
+    "bert classifier": Case(
+        lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE, **TEXT, num_labels=4)),
+        bert(2, 4),
+        tokens,
+    ),
+    "bert masked": Case(
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE, **TEXT)),
+        bert(2, 4, head="masked_lm"),
+        tokens,
+    ),
+    "vit huggingface": Case(
+        lambda: transformers.ViTForImageClassification(
+            transformers.ViTConfig(**SHAPE, image_size=8, patch_size=4, num_labels=4)
+        ),
+        vit_huggingface(2, 4),
+        pixels,
+    ),
+}
+
+
+def outputs(model: nn.Module, inputs: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    inputs = inputs if isinstance(inputs, dict) else {"images": inputs}
+    with torch.no_grad():
+        result = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    return result if isinstance(result, Tensor) else result["logits"]
+
+
+def random_permutations(spec: PermutationSpec, units: dict[str, int], seed: int) -> dict[str, Tensor]:
+    """Return a random order of every node: of its groups, alike where they are tied, and of the units in each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_order(count: int) -> Tensor:
+        order = torch.randperm(count, generator=generator)
+        return order if count == 1 or not torch.equal(order, order.sort().values) else random_order(count)
+
+    permutations = {}
+    for nodes in spec.bundles:
+        order = random_order(spec.groups(nodes[0]).count)
+        for node in nodes:
+            size = units[node] // len(order)
+            within = torch.stack([random_order(size) for _ in order])
+            permutations[node] = (order[:, None] * size + within).flatten()
+    return permutations
+
+
+def make_model(case: Case) -> nn.Module:
+    model = randomize(case.build(), seed=1)
+    if isinstance(model, ResNet):
+        calibrate(model, case.inputs(0))
+    return model
+
+
+def permuted_copy(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    state = model.state_dict()
+    permutations = random_permutations(case.spec, case.spec.units(state), seed)
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(mudsc_fast.permute_state_dict(state, case.spec, permutations))
+    return copied, permutations
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_a_permuted_network_computes_the_same(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = CASES[name]
+    model = make_model(case).to(dtype)
+    copied, permutations = permuted_copy(case, model, seed=2)
+    assert all(not torch.equal(order, order.sort().values) for order in permutations.values())
+    inputs = case.inputs(3)
+    expected = outputs(model, inputs, dtype)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(outputs(copied, inputs, dtype), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("space", ["weight", "activation", "dual"])
+def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Space) -> None:
+    case = CASES[name]
+    model = make_model(case)
+    copied, permutations = permuted_copy(case, model, seed=2)
+    result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], space=space)
+    for node, permutation in permutations.items():
+        clusters = result.matching[node].cluster_of_unit
+        # Unit k of the copy is unit permutation[k] of the network.
+        assert torch.equal(clusters[1], clusters[0][permutation]), node
+    assert result.model is not None
+    inputs = case.inputs(5)
+    torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
+    # What is averaged in its own order must be what the network's input and output order fixes.
+    assert all(name.endswith("bias") for name in result.unmatched_tensors)
