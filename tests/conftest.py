@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from mudsc_fast import _core
@@ -24,6 +26,15 @@ def load_golden(name: str) -> dict[str, np.ndarray]:
     """Return the arrays of tests/golden/<name>.npz."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: file[key] for key in file.files}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run the test on one thread: on small networks more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=_core.isa_levels[: _core.supported_isa + 1])

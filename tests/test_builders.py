@@ -13,10 +13,23 @@ import transformers
 from torch import Tensor, nn
 
 import mudsc_fast
-from architectures import ResNet, VisionTransformer, calibrate, randomize
+from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, calibrate, randomize
 from mudsc_fast import PermutationSpec, Space
-from mudsc_fast.spec import bert, gpt2, llama, resnet, vit, vit_huggingface
+from mudsc_fast.spec import (
+    Tower,
+    bert,
+    clip_huggingface,
+    clip_openai,
+    gpt2,
+    llama,
+    resnet,
+    swin,
+    vgg,
+    vit,
+    vit_huggingface,
+)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.utils.logging.set_verbosity_error()
 
 SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
@@ -39,7 +52,7 @@ class Case:
 
 
 def images(size: int) -> Callable[[int], Tensor]:
-    return lambda seed: torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return lambda seed: torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def pixels(seed: int) -> dict[str, Tensor]:
@@ -47,7 +60,7 @@ def pixels(seed: int) -> dict[str, Tensor]:
 
 
 def tokens(seed: int) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(60, (8, 12), generator=torch.Generator().manual_seed(seed))}
+    return {"input_ids": torch.randint(60, (16, 12), generator=torch.Generator().manual_seed(seed))}
 
 
 def causal(kind: str, kv_heads: int, **options: Any) -> Callable[[], nn.Module]:
@@ -109,6 +122,33 @@ CASES = {
         vit_huggingface(2, 4),
         pixels,
     ),
+    "clip openai": Case(
+        lambda: Clip((2, 3, 24), (2, 4, 32)),
+        clip_openai(Tower(2, 3, 24), Tower(2, 4, 32)),
+        lambda seed: {"images": images(8)(seed), "texts": tokens(seed)["input_ids"]},
+    ),
+    "clip huggingface": Case(
+        lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**SHAPE, **TEXT, "eos_token_id": 2},  # the texts are read at their largest token
+                vision_config={**SHAPE, "image_size": 8, "patch_size": 4},
+                projection_dim=10,
+            )
+        ),
+        clip_huggingface(Tower(2, 4, 32), Tower(2, 4, 32)),
+        lambda seed: pixels(seed) | tokens(seed),
+    ),
+    "vgg": Case(
+        lambda: Vgg([(8,), (12, 10)], 8, (24,), batch_norms=False),
+        vgg((1, 2), positions=4, classifier=("classifier.0", "classifier.3")),
+        images(8),
+    ),
+    "vgg batch norm": Case(
+        lambda: Vgg([(8, 8), (12,)], 12, (24, 20), batch_norms=True),
+        vgg((2, 1), batch_norms=True, positions=9),
+        images(12),
+    ),
+    "swin": Case(lambda: Swin((1, 2), (2, 4), 16), swin((1, 2), (2, 4), 16), images(16)),
 }
 
 
@@ -116,7 +156,10 @@ def outputs(model: nn.Module, inputs: Any, dtype: torch.dtype = torch.float32) -
     inputs = inputs if isinstance(inputs, dict) else {"images": inputs}
     with torch.no_grad():
         result = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
-    return result if isinstance(result, Tensor) else result["logits"]
+    if isinstance(result, Tensor):
+        return result
+    scores: Tensor = result["logits_per_image" if "logits_per_image" in result else "logits"]
+    return scores
 
 
 def random_permutations(spec: PermutationSpec, units: dict[str, int], seed: int) -> dict[str, Tensor]:
@@ -139,7 +182,7 @@ def random_permutations(spec: PermutationSpec, units: dict[str, int], seed: int)
 
 def make_model(case: Case) -> nn.Module:
     model = randomize(case.build(), seed=1)
-    if isinstance(model, ResNet):
+    if isinstance(model, (ResNet, Vgg)):
         calibrate(model, case.inputs(0))
     return model
 
@@ -179,5 +222,19 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
-    # What is averaged in its own order must be what the network's input and output order fixes.
-    assert all(name.endswith("bias") for name in result.unmatched_tensors)
+    # All that the specification does not name is a number for each class or for all of them.
+    assert all(name.endswith(("bias", "logit_scale")) for name in result.unmatched_tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
+    case = CASES[name]
+    model = make_model(case)
+    copied, permutations = permuted_copy(case, model, seed=2)
+    result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], mode="zip")
+    for node, permutation in permutations.items():
+        clusters = result.matching[node].cluster_of_unit
+        assert torch.equal(clusters[1], clusters[0][permutation]), node
+    assert result.model is not None
+    inputs = case.inputs(5)
+    torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)

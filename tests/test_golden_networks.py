@@ -12,6 +12,8 @@ from conftest import load_golden
 from mudsc_fast import Mode, PermutationSpec, Space
 from mudsc_fast.spec import resnet, vit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def network(family: str) -> nn.Module:
     if family == "vit":

@@ -134,7 +134,7 @@ def test_too_many_axes() -> None:
         ),
         (lambda: PermutationSpec(CHAIN, observe={"z": "fc1"}), ValueError, "observe names the node 'z'"),
         (lambda: PermutationSpec.from_nodes({"a": [("w", -1)]}), ValueError, "must not be negative, got -1"),
-        (lambda: Observation("fc1", BAD), ValueError, "'input' or 'output', got 3"),
+        (lambda: Observation("fc1", BAD), ValueError, "'input', 'output' or 'projection', got 3"),
         (lambda: PermutationSpec({"w": ([],)}), TypeError, "axis 0 of 'w' must be .* got list"),
         (
             lambda: PermutationSpec({"w": ([Window("a", 0)],)}),

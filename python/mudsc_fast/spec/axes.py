@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 Role = Literal["produce", "consume"]
-Port = Literal["input", "output"]
+Port = Literal["input", "output", "projection"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ class Observation:
     module
         Name of a submodule, as in ``model.get_submodule``.
     port
-        ``"input"`` (the first tensor that the module is called with) or ``"output"``.
+        ``"input"`` (the first tensor that the module is called with), ``"output"``, or ``"projection"`` (of
+        ``torch.nn.MultiheadAttention``: what it projects that tensor to, queries, keys and values one behind the
+        other; it has no submodule that does so).
     position
         The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
         layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).
@@ -133,9 +135,10 @@ class Observation:
     outer: int = 1
 
     def __post_init__(self) -> None:
-        if self.port not in ("input", "output"):
+        if self.port not in get_args(Port):
             raise ValueError(
-                f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}"
+                f"port of the observation of {self.module!r} must be 'input', 'output' or 'projection', "
+                f"got {self.port!r}"
             )
 
 

@@ -139,6 +139,19 @@ def fused_attention(
     )
 
 
+def packed_attention(name: str, module: str, stream: str, heads: int, width: int) -> Part:
+    """Return the part of a ``torch.nn.MultiheadAttention``; its nodes are those of :func:`attention`."""
+    scores, values = f"{name}.qk", f"{name}.v"
+    windows = [Window(scores, width), Window(scores, width), Window(values, width)]
+    queries, keys, mixed = (Observation(module, "projection", -1, place * width, width) for place in range(3))
+    return (
+        Part({f"{module}.in_proj_weight": (windows, stream), f"{module}.in_proj_bias": (windows,)})
+        + linear(f"{module}.out_proj", stream, values)
+        + Part(observe={scores: (queries, keys), values: (mixed,)})
+        + heads_of(name, heads, scores, values)
+    )
+
+
 def rotary_attention(
     name: str, module: str, stream: str, heads: int, kv_heads: int, head_width: int, *, bias: bool = False
 ) -> Part:
