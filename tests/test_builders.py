@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
 
 import mudsc_fast
 from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, calibrate, randomize
-from mudsc_fast import PermutationSpec, Space
+from mudsc_fast import Observation, PermutationSpec, Space
 from mudsc_fast.spec import (
+    Groups,
     Tower,
     bert,
     clip_huggingface,
@@ -28,10 +31,12 @@ from mudsc_fast.spec import (
     vit,
     vit_huggingface,
 )
+from networks import make_mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.utils.logging.set_verbosity_error()
 
+BAD: Any = "timm"
 SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
 TEXT: dict[str, Any] = {
     "vocab_size": 60,
@@ -238,3 +243,102 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: resnet(()), "blocks must name the blocks of at least one stage, got none"),
+        (lambda: resnet((2, 0)), r"blocks\[1\] must be at least 1, got 0"),
+        (lambda: resnet((2,), norm_groups=0), "norm_groups must be at least 1, got 0"),
+        (lambda: resnet((2,), names=BAD), "names must be one of 'torchvision', 'cifar', got 'timm'"),
+        (lambda: vit(0, 3, 24), "num_blocks must be at least 1, got 0"),
+        (lambda: vit(2, 5, 24), "width must be a multiple of num_heads, got 24 and 5"),
+        (lambda: vit_huggingface(2, 0), "num_heads must be at least 1, got 0"),
+        (lambda: gpt2(2, 0, 24), "width must be a multiple of num_heads, got 24 and 0"),
+        (lambda: gpt2(2, 3, 24, head=BAD), "head must be one of 'separate', 'tied', 'absent', got 'timm'"),
+        (lambda: llama(2, 4, 3, 8), "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        (lambda: llama(2, 4, 2, 0), "head_width must be at least 1, got 0"),
+        (lambda: bert(0, 4), "num_layers must be at least 1, got 0"),
+        (lambda: bert(2, 4, head=BAD), "head must be one of 'classifier', 'masked_lm', got 'timm'"),
+        (lambda: Tower(2, 5, 24), "width must be a multiple of num_heads, got 24 and 5"),
+        (lambda: clip_openai(), "vision or text must be given, got None for both"),
+        (lambda: clip_huggingface(), "vision or text must be given, got None for both"),
+        (lambda: vgg(()), r"convolutions and classifier must not be empty, got \[\]"),
+        (lambda: vgg((1,), positions=0), "positions must be at least 1, got 0"),
+        (lambda: swin((2, 2), (4,), 16), r"blocks and heads must name as many stages, got \[2, 2\] and \[4\]"),
+        (lambda: swin((2, 2), (4, 6), 16), r"the width of stage 1 must be a multiple of heads\[1\], got 32 and 6"),
+    ],
+)
+def test_inconsistent_numbers(build: Callable[[], PermutationSpec], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("resnet cifar", resnet((2, 1)), "the tensor 'layer2.0.downsample.0.weight', which the models do not have"),
+        (
+            "resnet cifar",
+            resnet((1, 1), names="cifar", norm_groups=3),
+            "node 'stem' has 8 units, which 3 groups do not",
+        ),
+        ("vit", vit(2, 4, 32), "axis 0 of 'blocks.0.attn.qkv.weight' has length 72, but its windows cover 96"),
+        ("bert classifier", bert(2, 5), "node 'layer.0.attention.qk' has 32 units, which 5 groups do not divide"),
+        ("llama grouped", llama(2, 4, 4, 8), "axis 0 of 'model.layers.0.self_attn.k_proj.weight' has 2 units"),
+        ("vgg", vgg((1, 2), classifier=("classifier.0", "classifier.3")), "not a multiple of inner"),
+    ],
+)
+def test_a_specification_of_another_network(name: str, spec: PermutationSpec, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec.units(CASES[name].build().state_dict())
+
+
+def test_files_without_a_tied_head() -> None:
+    state = gpt2_model()().state_dict()
+    del state["lm_head.weight"]
+    spec = gpt2(2, 4, 32, head="absent")
+    permuted = mudsc_fast.permute_state_dict(state, spec, random_permutations(spec, spec.units(state), seed=1))
+    result = mudsc_fast.merge([state, permuted], spec)
+    assert result.unmatched_tensors == ()
+    for name, tensor in result.state_dict.items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_published_files(tmp_path: Path) -> None:
+    model = CASES["vit huggingface"].build()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    named = vit_huggingface(2, 4, checkpoint_names=True)
+    assert named.units(state) == vit_huggingface(2, 4).units(model.state_dict())
+    assert set(state) == set(named.layouts)
+
+
+def test_options_of_vision_transformers() -> None:
+    plain = vit(2, 3, 24, class_token=False, qkv_bias=False)
+    assert set(vit(2, 3, 24).layouts) - set(plain.layouts) == {
+        "cls_token",
+        "blocks.0.attn.qkv.bias",
+        "blocks.1.attn.qkv.bias",
+    }
+    heads = Groups(3, tie="blocks.0.attn")
+    assert [vit(2, 3, 24).groups(f"blocks.0.attn.{node}") for node in ("qk", "v")] == [heads, heads]
+    published = vit(2, 3, 24, published=True)
+    assert published.groups("blocks.0.attn.qk") == published.groups("blocks.0.attn.v") == Groups(3)
+    assert len(published.bundles) == len(published.nodes) == 7
+    assert published.observations("blocks.0.attn.qk") == (Observation("blocks.0.attn.qkv", "output", -1, 24, 24),)
+
+
+def test_one_tower_of_clip() -> None:
+    case = CASES["clip openai"]
+    vision, text = clip_openai(vision=Tower(2, 3, 24)), clip_openai(text=Tower(2, 4, 32))
+    assert vision.nodes + text.nodes == case.spec.nodes
+    assert set(vision.layouts) | set(text.layouts) == set(case.spec.layouts)
+
+
+def test_projections_are_those_of_packed_attention() -> None:
+    spec = PermutationSpec({"fc1.weight": ("a", None)}, observe={"a": Observation("fc1", "projection", -1)})
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    with pytest.raises(ValueError, match=r"projection of 'fc1', which must be a MultiheadAttention .* got Linear"):
+        mudsc_fast.merge(models, spec, [torch.randn(4, 20)])
