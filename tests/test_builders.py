@@ -20,6 +20,7 @@ from mudsc_fast import Observation, PermutationSpec, Space
 from mudsc_fast.spec import (
     Groups,
     Tower,
+    Window,
     bert,
     clip_huggingface,
     clip_openai,
@@ -342,3 +343,48 @@ def test_projections_are_those_of_packed_attention() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(ValueError, match=r"projection of 'fc1', which must be a MultiheadAttention .* got Linear"):
         mudsc_fast.merge(models, spec, [torch.randn(4, 20)])
+
+
+def test_projections_of_attention_called_with_keywords() -> None:
+    class Layer(nn.Module):
+        def __init__(self, keywords: bool) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.keywords = keywords
+
+        def forward(self, x: Tensor) -> Tensor:
+            output, _ = self.attn(query=x, key=x, value=x) if self.keywords else self.attn(x, x, x)
+            return output  # type: ignore[no-any-return]
+
+    windows = [Window("qk", 8), Window("qk", 8), Window("v", 8)]
+    places = [Observation("attn", "projection", -1, start, 8) for start in (0, 8, 16)]
+    spec = PermutationSpec({"attn.in_proj_weight": (windows, None)}, {"qk": places[:2], "v": places[2]})
+    models = [[randomize(Layer(keywords), seed) for seed in (0, 1)] for keywords in (False, True)]
+    data = [torch.randn(4, 5, 8)]
+    positional, named = (mudsc_fast.activation_similarity(pair, spec, data).by_node for pair in models)
+    for node in spec.nodes:
+        assert torch.equal(positional[node], named[node])
+
+
+def test_a_tied_head_stays_tied() -> None:
+    models = [randomize(gpt2_model()(), seed) for seed in (1, 2)]
+    state = mudsc_fast.merge(models, gpt2(2, 4, 32), [tokens(3)], mode="zip").state_dict
+    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "spec"),
+    [
+        ("GPT2LMHeadModel", transformers.GPT2Config(), gpt2(12, 12, 768)),
+        ("BertForMaskedLM", transformers.BertConfig(), bert(12, 12, head="masked_lm")),
+        ("ViTForImageClassification", transformers.ViTConfig(), vit_huggingface(12, 12)),
+        ("CLIPModel", transformers.CLIPConfig(), clip_huggingface(Tower(12, 12, 768), Tower(12, 8, 512))),
+        ("LlamaForCausalLM", transformers.LlamaConfig(), llama(32, 32, 32, 128)),
+        ("MistralForCausalLM", transformers.MistralConfig(), llama(32, 32, 8, 128)),
+    ],
+)
+def test_published_sizes(kind: str, config: Any, spec: PermutationSpec) -> None:
+    with torch.device("meta"):
+        state = getattr(transformers, kind)(config).state_dict()
+    assert spec.problems(state) == []
+    assert all(name.endswith(("bias", "logit_scale")) for name in set(state) - set(spec.layouts))

@@ -202,3 +202,12 @@ def test_groups_must_divide_the_units() -> None:
     spec = PermutationSpec(CHAIN, groups={"a": 3})
     with pytest.raises(ValueError, match="node 'a' has 7 units, which 3 groups do not divide"):
         spec.units(chain_state())
+
+
+def test_description() -> None:
+    assert FUSED.describe().splitlines() == [
+        "node    groups  tied to  places  the first",
+        "qk      2       v        2       axis 0 of 'qkv.weight' (entries 0 on)",
+        "v       2       qk       2       axis 0 of 'qkv.weight' (entries 16 on)",
+        "stream  1                3       axis 1 of 'qkv.weight'",
+    ]

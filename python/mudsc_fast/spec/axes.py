@@ -333,6 +333,17 @@ class PermutationSpec:
                 )
         return problems
 
+    def describe(self) -> str:
+        """Return a table of the nodes: their groups, the nodes whose groups keep the same order, and their places."""
+        rows = [("node", "groups", "tied to", "places", "the first")]
+        for bundle in self._bundles:
+            for node in bundle:
+                others = ", ".join(other for other in bundle if other != node)
+                uses = self._uses[node]
+                rows.append((node, str(self._groups[node].count), others, str(len(uses)), _described(uses[0])))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
     def __eq__(self, other: object) -> bool:
         """Two specifications are equal if they map the same axes, groups and places to observe."""
         return self._content() == other._content() if isinstance(other, PermutationSpec) else NotImplemented
