@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -31,14 +31,6 @@ LEAST_SPEEDUP = {512: 100.0}
 
 Result = TypeVar("Result")
 Benchmark = Any  # pytest-benchmark declares no types
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def correlation(units: int) -> Tensor:

@@ -255,6 +255,7 @@ def changed(state: dict[str, Tensor], **tensors: Tensor | None) -> dict[str, Ten
 
 STATE = make_mlp(seed=0).state_dict()
 OTHER = make_mlp(seed=1).state_dict()
+META = {name: tensor.to("meta") for name, tensor in STATE.items()}
 NOT_A_NUMBER = torch.full((32,), float("nan"))
 
 
@@ -296,6 +297,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             ValueError,
             r"'fc1.bias' of models\[1\] must be finite",
         ),
+        ([META, META], {}, ValueError, r"'fc1.weight' of models\[0\] must hold data, got a tensor on the meta device"),
         (
             [STATE, {**OTHER, "fc1.bias": 3}],
             {},

@@ -16,7 +16,7 @@ from mudsc_fast.matching.apply import merge_state_dicts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.sweep import sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
-from mudsc_fast.ops._checks import check_finite, check_int, check_number
+from mudsc_fast.ops._checks import check_finite, check_int, check_number, check_tensor
 from mudsc_fast.spec.axes import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
@@ -281,7 +281,7 @@ def _check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor]
 def _check_finite_tensors(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> None:
     for index, state_dict in enumerate(state_dicts):
         for name in spec.layouts:
-            check_finite(f"{name!r} of models[{index}]", state_dict[name])
+            check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))
 
 
 def _checked_weights(weights: Sequence[float] | None, num_models: int) -> list[float]:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment as scipy_assignment
 
@@ -85,7 +85,7 @@ def test_optimal_and_proven(family: str, rows: int, columns: int, seed: int, max
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (33, 20), (64, 64), (130, 130), (65, 200)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (33, 20), (130, 130), (65, 200), (300, 300), (257, 411)])
 def test_every_instruction_level(isa: str, family: str, shape: tuple[int, int]) -> None:
     values = make(family, *shape, seed=3)
     result = linear_assignment(values)
@@ -93,6 +93,48 @@ def test_every_instruction_level(isa: str, family: str, shape: tuple[int, int]) 
     exact = values.astype(np.float64)
     best = exact[scipy_assignment(exact, maximize=True)].sum()
     assert float(result.objective) == pytest.approx(best, rel=1e-12), isa
+
+
+@settings(max_examples=60)
+@given(
+    family=st.sampled_from(FAMILIES),
+    rows=st.integers(150, 400),
+    columns=st.integers(256, 400),
+    seed=st.integers(0, 2**31),
+    maximize=st.booleans(),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+)
+def test_large_problems_are_optimal_and_proven(
+    family: str, rows: int, columns: int, seed: int, maximize: bool, dtype: Any
+) -> None:
+    with np.errstate(over="ignore"):
+        values = make(family, rows, columns, seed).astype(dtype)
+    values = np.nan_to_num(values, posinf=6e4, neginf=-6e4)
+    for matrix in (values, values.T):
+        exact = matrix.astype(np.float64)
+        best = exact[scipy_assignment(exact, maximize)].sum()
+        result = linear_assignment(matrix, maximize=maximize)
+        check_certificate(matrix, result, maximize)
+        assert float(result.objective) == pytest.approx(best, rel=1e-12, abs=1e-12 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("value", [1e-35, 1e-30, 3e38, 1e-300, 1e300])
+def test_costs_near_the_ends_of_their_type(value: float) -> None:
+    dtype = np.float32 if 1e-40 < value < 1e39 else np.float64
+    values = (value * np.random.default_rng(0).uniform(-1, 1, (270, 270))).astype(dtype)
+    result = linear_assignment(values)
+    exact = values.astype(np.float64)
+    assert float(result.objective) == pytest.approx(exact[scipy_assignment(exact, True)].sum(), rel=1e-12)
+    check_certificate(values, result, maximize=True)
+
+
+def test_rows_full_of_ties_are_listed_again_until_they_fit() -> None:
+    # Every row likes the same few columns, so that lists run out again and again.
+    random = np.random.default_rng(0)
+    values = np.sort(random.integers(0, 40, 600))[None] + random.integers(0, 2, (600, 600)) * 1.0
+    result = linear_assignment(values)
+    assert float(result.objective) == values[scipy_assignment(values, True)].sum()
+    check_certificate(values, result, maximize=True)
 
 
 @given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 2**31), share=st.floats(0, 0.9))
@@ -135,16 +177,18 @@ def test_batches_and_dtypes(isa: str, dtype: torch.dtype, maximize: bool) -> Non
 
 def test_batches_use_threads() -> None:
     values = torch.randn(40, 300, 300)
+    large = torch.randn(2100, 2100)
     before = torch.get_num_threads()
     try:
         results = []
         for count in (1, 4):
             torch.set_num_threads(count)
-            results.append(linear_assignment(values))
+            results.append([linear_assignment(values), linear_assignment(large)])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0].columns, results[1].columns)
-    assert torch.equal(results[0].row_duals, results[1].row_duals)
+    for one, several in zip(*results, strict=True):
+        assert torch.equal(one.columns, several.columns)
+        assert torch.equal(one.row_duals, several.row_duals)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool])
@@ -201,16 +245,35 @@ def test_warm_start_is_optimal_from_anywhere(family: str, size: int, seed: int, 
         assert float(warm.gap) <= 1e-11 * size * np.abs(changed).max() * (1 + 1 / max(noise, 0.01))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_ties_keep_the_order(backend: str) -> None:
-    with use_backend(backend):
-        for shape in ((5, 5), (3, 7), (7, 3)):
-            rows, columns = linear_sum_assignment(np.ones(shape))
-            assert rows.tolist() == columns.tolist() == list(range(min(shape)))
-        dead = torch.randn(12, 12, generator=torch.Generator().manual_seed(1)).abs() + 1
-        dead[[2, 5, 9]] = 0
-        dead[:, [2, 5, 9]] = 0
-        assert linear_assignment(dead).columns[[2, 5, 9]].tolist() == [2, 5, 9]
+@given(
+    family=st.sampled_from(FAMILIES),
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+    maximize=st.booleans(),
+)
+def test_small_problems_break_ties_as_scipy_does(
+    family: str, rows: int, columns: int, seed: int, maximize: bool
+) -> None:
+    values = make(family, rows, columns, seed).astype(np.float64)
+    expected = scipy_assignment(values, maximize)
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            found = linear_sum_assignment(values, maximize)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 7), (7, 3), (150, 150), (140, 200), (200, 140)])
+def test_constant_matrices_are_assigned_along_the_diagonal(shape: tuple[int, int]) -> None:
+    rows, columns = linear_sum_assignment(np.ones(shape))
+    assert rows.tolist() == columns.tolist() == list(range(min(shape)))
+
+
+def test_dead_units_keep_their_order() -> None:
+    alive = torch.randn(150, 150, generator=torch.Generator().manual_seed(1)).abs() + 1
+    alive[[2, 5, 9]] = 0
+    alive[:, [2, 5, 9]] = 0
+    assert linear_assignment(alive).columns[[2, 5, 9]].tolist() == [2, 5, 9]
 
 
 @pytest.mark.parametrize("number", range(4))

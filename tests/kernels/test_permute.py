@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,15 +17,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Kernel and reference round sums in another order: a few units in the last place of the accumulator, and at
 # most one of the result.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-14}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Keep torch from splitting tiny tensors: on a busy machine its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_permutation(num_models: int, units: int) -> UnitMap:

@@ -67,8 +67,9 @@ def linear_assignment(
     Returns
     -------
     Assignment
-        On the device of `similarity`. Rows that are equal in every entry get their columns in ascending order, and of
-        columns that are equal the first are used: a constant matrix is assigned along its diagonal.
+        On the device of `similarity`. Of several optimal assignments, that of scipy's function for up to 128 rows or
+        columns; beyond, rows that are equal in every entry get their columns in ascending order, and of columns that
+        are equal the first are used. A constant matrix is assigned along its diagonal.
 
     Raises
     ------
@@ -125,7 +126,8 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     -------
     row_ind, col_ind
         [min(n, m)] int64 row indices, ascending, and the columns assigned to them: tensors on the device of a tensor,
-        else arrays. Among several optimal assignments scipy may choose another.
+        else arrays. Of several optimal assignments the one that scipy chooses for up to 128 rows
+        or columns; beyond, perhaps another.
 
     Raises
     ------

@@ -1,4 +1,8 @@
-"""Exact assignment in PyTorch: one shortest augmenting path per row, over the dense matrix."""
+"""Exact assignment in PyTorch: one shortest augmenting path per row, over the dense matrix.
+
+D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE Transactions on Aerospace and Electronic
+Systems 52 (2016), with its choices between equally good assignments.
+"""
 
 from __future__ import annotations
 
@@ -27,45 +31,56 @@ def _solve_one(cost: Tensor, prices: Tensor | None) -> tuple[Tensor, Tensor, Ten
     rows, columns = cost.shape
     column_of_row = torch.full((rows,), -1, device=cost.device)
     row_of_column = torch.full((columns,), -1, device=cost.device)
+    u = cost.new_zeros(rows)
     v = cost.new_zeros(columns) if prices is None or rows < columns else prices.clone()
     status = OPTIMAL if bool((cost > -torch.inf).all()) else INVALID
     for row in range(rows if status == OPTIMAL else 0):
-        if not _augment(cost, row, column_of_row, row_of_column, v):
+        if not _augment(cost, row, column_of_row, row_of_column, u, v):
             status = INFEASIBLE
             break
-    if status == OPTIMAL:
-        _order_equal(cost, column_of_row, row_of_column)
-    u = (cost - v).amin(1)
-    return column_of_row.clamp_min(0), u, v, torch.tensor(status, dtype=torch.int32, device=cost.device)
+    return (
+        column_of_row.clamp_min(0),
+        (cost - v).amin(1),
+        v,
+        torch.tensor(status, dtype=torch.int32, device=cost.device),
+    )
 
 
-def _augment(cost: Tensor, root: int, column_of_row: Tensor, row_of_column: Tensor, v: Tensor) -> bool:
-    """Match `root` along a shortest path in reduced costs, by Dijkstra's search; False if there is none."""
+def _augment(cost: Tensor, root: int, column_of_row: Tensor, row_of_column: Tensor, u: Tensor, v: Tensor) -> bool:
+    """Match `root` along a shortest path in reduced costs, by Dijkstra's search; False if there is none.
+
+    Of several nearest columns the last without a row is taken, or else the first, in the order of `open_columns`: from
+    the last to the first, a closed one replaced by the one at the end.
+    """
     distance = torch.full_like(v, torch.inf)
     parent = torch.full_like(row_of_column, -1)
-    done = torch.zeros_like(v, dtype=torch.bool)
-    row, reached, sink = root, 0.0, -1
+    open_columns = list(range(len(v) - 1, -1, -1))
+    tree: list[int] = []
+    u[root], row, reached, sink = 0.0, root, 0.0, -1
     while sink < 0:
-        # Tight rows make the row's own dual the reduced cost of its column; the root's is its least.
-        u = (cost[row] - v).min() if row == root else cost[row, column_of_row[row]] - v[column_of_row[row]]
-        if bool(u == torch.inf):
-            return False
-        through = (cost[row] - v - u).clamp_min(0.0) + reached
-        nearer = (through < distance) & ~done
-        distance[nearer], parent[nearer] = through[nearer], row
-        candidates = torch.where(done, torch.inf, distance)
-        reached = float(candidates.min())
+        tree.append(row)
+        columns = torch.tensor(open_columns, device=cost.device)
+        through = reached + cost[row, columns] - u[row] - v[columns]
+        nearer = columns[through < distance[columns]]
+        distance[nearer], parent[nearer] = through[through < distance[columns]], row
+        reached = float(distance[columns].min())
         if reached == torch.inf:
             return False
-        ties = (candidates == reached).nonzero().flatten()
-        unmatched = ties[row_of_column[ties] < 0]
-        column = int(unmatched[0] if len(unmatched) else ties[0])
-        done[column] = True
+        ties = (distance[columns] == reached).nonzero().flatten()
+        unmatched = ties[row_of_column[columns[ties]] < 0]
+        place = int(unmatched[-1] if len(unmatched) else ties[0])
+        column = open_columns[place]
+        open_columns[place] = open_columns[-1]
+        open_columns.pop()
         if row_of_column[column] < 0:
             sink = column
         else:
             row = int(row_of_column[column])
-    v[done] -= reached - distance[done]
+    u[root] += reached
+    for row in tree[1:]:
+        column = int(column_of_row[row])
+        u[row] += reached - distance[column]
+        v[column] -= reached - distance[column]
     column = sink
     while True:
         row = int(parent[column])
@@ -74,17 +89,3 @@ def _augment(cost: Tensor, root: int, column_of_row: Tensor, row_of_column: Tens
         if row == root:
             return True
         column = next_column
-
-
-def _order_equal(cost: Tensor, column_of_row: Tensor, row_of_column: Tensor) -> None:
-    """Let equal rows take their columns in ascending order, and equal columns their rows; the first columns first."""
-    _, group = torch.unique(cost, dim=0, return_inverse=True)
-    for members in (torch.nonzero(group == g).flatten() for g in range(int(group.max()) + 1)):
-        column_of_row[members] = column_of_row[members].sort().values
-    row_of_column.fill_(-1)
-    row_of_column[column_of_row] = torch.arange(len(cost), device=cost.device)
-    _, group = torch.unique(cost, dim=1, return_inverse=True)
-    for members in (torch.nonzero(group == g).flatten() for g in range(int(group.max()) + 1)):
-        matched = row_of_column[members]
-        matched = matched[matched >= 0].sort().values
-        column_of_row[matched] = members[: len(matched)]

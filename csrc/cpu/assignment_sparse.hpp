@@ -1,0 +1,671 @@
+// Exact assignment of a dense matrix through short lists of each row's best entries.
+//
+// An optimal assignment uses only the best few entries of each row. Every row lists some of its least reduced costs,
+// and keeps a floor that no unlisted one is below. Column duals only fall, so reduced costs only rise and a floor stays
+// valid; a row is read again only when the search reaches its floor. The steps:
+//   1. list all rows at duals 0 (or those given): the only time the whole matrix is read, but for the certificate;
+//   2. match each row to its best column where that is free; if many rows are left, one auction on the lists at a fixed
+//      epsilon spreads the duals, and rows are matched again at what they are then;
+//   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987);
+//   4. shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
+//      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice.
+// It is related to the look-back auction of Bus and Tvrdik ("Towards auction algorithms for large dense assignment
+// problems", Computational Optimization and Applications 43, 2009).
+//
+// Lists hold costs as they are; sums and duals are double. Scans work in the type of the costs (float for the halves)
+// and lower the floor by what rounding can have done. Every cost must be finite.
+// Parallel: listing all rows and the certificate, over rows. The search is one thread's work on a few megabytes.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "assignment_state.hpp"
+
+namespace mudsc::MUDSC_ISA {
+namespace {
+
+typedef float FloatLanes __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef double DoubleLanes __attribute__((vector_size(64), may_alias, aligned(8)));
+
+// The type that rows of T are scanned in.
+template <class T>
+struct Scanning {
+  using Number = float;
+  using Vector = FloatLanes;
+};
+template <>
+struct Scanning<double> {
+  using Number = double;
+  using Vector = DoubleLanes;
+};
+
+// Bit k is set if lane k is at most `bound`.
+inline std::uint32_t at_most(const FloatLanes& values, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(&values), _mm512_set1_ps(bound), _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  const float* const from = reinterpret_cast<const float*>(&values);
+  const __m256 limit = _mm256_set1_ps(bound);
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(from), limit, _CMP_LE_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(from + 8), limit, _CMP_LE_OQ));
+  return static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high) << 8;
+#else
+  std::uint32_t bits = 0;
+  for (int k = 0; k < 16; ++k) bits |= static_cast<std::uint32_t>(values[k] <= bound) << k;
+  return bits;
+#endif
+}
+inline std::uint32_t at_most(const DoubleLanes& values, double bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask(_mm512_loadu_pd(&values), _mm512_set1_pd(bound), _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  const double* const from = reinterpret_cast<const double*>(&values);
+  const __m256d limit = _mm256_set1_pd(bound);
+  const int low = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(from), limit, _CMP_LE_OQ));
+  const int high = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(from + 4), limit, _CMP_LE_OQ));
+  return static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high) << 4;
+#else
+  std::uint32_t bits = 0;
+  for (int k = 0; k < 8; ++k) bits |= static_cast<std::uint32_t>(values[k] <= bound) << k;
+  return bits;
+#endif
+}
+
+// Partially sorts so that the item of rank `rank` (from 0) is returned: Hoare's selection. Items must not be NaN.
+template <class Number>
+inline Number select_rank(Number* items, std::int64_t count, std::int64_t rank) {
+  std::int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const Number pivot = items[low + (high - low) / 2];
+    std::int64_t i = low, j = high;
+    while (i <= j) {
+      while (items[i] < pivot) ++i;
+      while (pivot < items[j]) --j;
+      if (i <= j) {
+        const Number item = items[i];
+        items[i++] = items[j];
+        items[j--] = item;
+      }
+    }
+    if (rank <= j) {
+      high = j;
+    } else if (rank >= i) {
+      low = i;
+    } else {
+      break;
+    }
+  }
+  return items[rank];
+}
+
+template <class T>
+class SparseSolver : private AssignmentState<T> {
+  using State = AssignmentState<T>;
+  using State::column_of_row_;
+  using State::columns_;
+  using State::row_of_column_;
+  using State::rows_;
+  using State::sign_;
+  using State::u_;
+  using State::v_;
+  using State::values_;
+
+  using Scan = typename Scanning<T>::Number;
+  using ScanLanes = typename Scanning<T>::Vector;
+  static constexpr std::int64_t kScanLanes = 64 / static_cast<std::int64_t>(sizeof(Scan));
+
+ public:
+  // Below this many columns reading whole rows is as fast as keeping lists.
+  static constexpr std::int64_t kLeastColumns = 256;
+
+  explicit SparseSolver(const AssignmentProblem& problem)
+      : State(problem),
+        lists_(rows_),
+        first_columns_(rows_ * kFirstCapacity),
+        first_costs_(rows_ * kFirstCapacity),
+        scan_v_(columns_ + kScanLanes, Scan(0)),
+        slack_(columns_ + kScanLanes, Scan(0)),
+        row_hashes_(rows_),
+        class_of_row_(rows_),
+        stack_(rows_),
+        gaps_(rows_),
+        distance_(columns_),
+        parent_(columns_),
+        seen_(columns_),
+        closed_(columns_),
+        class_seen_(rows_),
+        row_distance_(rows_),
+        tree_rows_(rows_),
+        tree_columns_(columns_),
+        heap_(4 * columns_),
+        scratch_(columns_) {
+    for (std::int64_t i = 0; i < rows_; ++i) lists_[i] = List{};
+  }
+  SparseSolver(const SparseSolver&) = delete;
+  SparseSolver& operator=(const SparseSolver&) = delete;
+  ~SparseSolver() { release_lists(); }
+
+  // Returns false, with nothing written, if an entry is not finite, or costs are so large or small that sums of the
+  // scanning type could leave its range: that is the dense solver's work.
+  bool solve(const AssignmentProblem& problem, std::int64_t index, int threads) {
+    State::begin(problem, index);
+    for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
+    if (!list_all_rows(threads)) return false;
+    std::int64_t free_count = match_tight();
+    if (rows_ == columns_ && free_count > rows_ / kFewFree) {
+      auction();
+      free_count = match_tight();
+    }
+    for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
+    if (free_count > 0) {
+      find_classes();
+      stamp_ = 0;
+      seen_.fill(0);
+      closed_.fill(0);
+      class_seen_.fill(0);
+    }
+    for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
+    State::order_equal_rows(row_hashes_);
+    State::order_equal_columns();
+    State::certify(problem, index, threads);
+    problem.status[index] = AssignmentStatus::optimal;
+    return true;
+  }
+
+ private:
+  // Entries that a row lists at first. Fewer are read again too often, more cost time at every bid.
+  static constexpr std::int64_t kWanted = 16;
+  static constexpr std::int64_t kFirstCapacity = 2 * kWanted;
+  // The auction is skipped where no more than one in so many rows found its best column taken.
+  static constexpr std::int64_t kFewFree = 20;
+  // Its epsilon, as a share of the median distance between a row's best and second best entry: large enough to end
+  // soon, small enough that most rows then are where they belong.
+  static constexpr double kEpsilonShare = 0.2;
+  static constexpr std::int64_t kBidsPerRow = 100;
+  static constexpr int kReductionPasses = 2;
+  static constexpr std::int64_t kStepsPerRow = 4;
+  // How far rounding can move a reduced cost of type Scan, relative to the numbers it is made of: two roundings.
+  static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
+
+  static constexpr Scan kLargest = sizeof(Scan) == 4 ? Scan(1e35) : Scan(1e300);
+  static constexpr Scan kSmallest = sizeof(Scan) == 4 ? Scan(1e-28) : Scan(1e-280);
+
+  struct List {
+    std::int32_t* columns;
+    Scan* costs;
+    std::int64_t size;
+    std::int64_t capacity;
+    double floor;         // no unlisted reduced cost is less, now or later
+    std::int64_t search;  // the path search that listed the row last
+    bool own_block;       // whether the arrays were allocated for this list alone
+  };
+
+  struct BestTwo {
+    double first;
+    double second;
+    std::int64_t column;
+  };
+
+  struct Event {
+    double distance;
+    std::int64_t what;  // a column, or columns_ + a row that is to be listed again
+  };
+
+  // What listing a row needs besides the row; one for each thread.
+  struct Scratch {
+    explicit Scratch(std::int64_t columns) : widened(columns + kScanLanes), minima(columns + kScanLanes) {}
+    Buffer<Scan> widened;
+    Buffer<Scan> minima;
+  };
+
+  void set_v(std::int64_t column, double value) {
+    v_[column] = value;
+    const Scan rounded = static_cast<Scan>(value);
+    scan_v_[column] = rounded;
+    const Scan magnitude = rounded < 0 ? -rounded : rounded;
+    slack_[column] = value == 0.0 ? Scan(0) : kRounding * (2 * magnitude + largest_);
+  }
+
+  void release_lists() {
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (lists_[i].own_block) std::free(lists_[i].columns);
+      lists_[i] = List{};
+    }
+  }
+
+  // A row's values in the scanning type.
+  const Scan* scan_values(std::int64_t row, Scratch& scratch) const {
+    const T* const values = values_ + row * columns_;
+    if constexpr (sizeof(T) == sizeof(Scan)) {
+      return reinterpret_cast<const Scan*>(values);
+    } else {
+      Scan* const out = scratch.widened.data();
+      for (std::int64_t j = 0; j < columns_; ++j) out[j] = widen(values[j]);
+      return out;
+    }
+  }
+
+  bool list_all_rows(int threads) {
+    release_lists();
+    largest_ = 0;
+    bool finite = true, out_of_memory = false;
+    Scan largest = 0;
+    auto inspect_and_list = [&](std::int64_t begin, std::int64_t end) {
+      try {
+        Scratch scratch(columns_);
+        Scan most = 0;
+        bool good = true;
+        for (std::int64_t i = begin; i < end && good; ++i) {
+          lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
+                           kFirstCapacity, kInfinity, 0, false};
+          good = inspect(scan_values(i, scratch), most);
+          if (good) {
+            list_row(i, kWanted, scratch);
+            row_hashes_[i] = State::sampled_hash(i);
+          }
+        }
+        if (!good) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+        raise(largest, most);
+      } catch (const OutOfMemory&) {
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+      }
+    };
+    parallel_for(threads, rows_, State::kEntriesPerThread / columns_ + 1, inspect_and_list);
+    if (out_of_memory) throw OutOfMemory{};
+    largest_ = largest;
+    // The slack of given duals was set before the size of the costs was known: the floors lack as much.
+    double most_v = 0.0;
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      set_v(j, v_[j]);
+      const double magnitude = v_[j] < 0 ? -v_[j] : v_[j];
+      most_v = magnitude > most_v ? magnitude : most_v;
+    }
+    if (most_v > 0.0) {
+      for (std::int64_t i = 0; i < rows_; ++i) lists_[i].floor -= static_cast<double>(kRounding) * largest_;
+    }
+    return finite && largest < kLargest && (largest > kSmallest || largest == 0);
+  }
+
+  // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.
+  static void raise(Scan& value, Scan candidate) {
+    Scan known;
+    __atomic_load(&value, &known, __ATOMIC_RELAXED);
+    while (candidate > known && !__atomic_compare_exchange(&value, &known, &candidate, false, __ATOMIC_RELAXED,
+                                                           __ATOMIC_RELAXED)) {
+    }
+  }
+
+  // Returns whether all values are finite, and raises `most` to their largest magnitude.
+  bool inspect(const Scan* values, Scan& most) const {
+    ScanLanes largest = Scan(0) - ScanLanes{}, sum = largest;
+    std::int64_t j = 0;
+    for (; j + kScanLanes <= columns_; j += kScanLanes) {
+      const ScanLanes value = *reinterpret_cast<const ScanLanes*>(values + j);
+      const ScanLanes magnitude = value < 0 ? -value : value;
+      largest = magnitude > largest ? magnitude : largest;
+      sum += value * Scan(0);  // 0, or NaN for good
+    }
+    Scan row_most = 0, nothing = 0;
+    for (std::int64_t k = 0; k < kScanLanes; ++k) {
+      row_most = largest[k] > row_most ? largest[k] : row_most;
+      nothing += sum[k];
+    }
+    for (; j < columns_; ++j) {
+      const Scan magnitude = values[j] < 0 ? -values[j] : values[j];
+      row_most = magnitude > row_most ? magnitude : row_most;
+      nothing += values[j] * Scan(0);
+    }
+    most = row_most > most ? row_most : most;
+    return nothing == 0;
+  }
+
+  // Lists about the `wanted` least reduced costs of a row: those up to the rank `wanted` among the minima of groups of
+  // entries, as many as the list has room for. The groups are a lane's entries in a block of vectors, so that no
+  // minimum is taken across lanes.
+  void list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
+    List& list = lists_[row];
+    const Scan* const values = scan_values(row, scratch);
+    list.size = 0;
+    list.floor = kInfinity;
+    if (list.capacity >= columns_) {
+      for (std::int64_t j = 0; j < columns_; ++j) append(list, j, values[j]);
+      return;
+    }
+    const std::int64_t vectors = columns_ / kScanLanes;
+    std::int64_t block = 1;
+    while (vectors * kScanLanes / (2 * block) >= 4 * wanted) block *= 2;
+    Scan* const minima = scratch.minima.data();
+    std::int64_t groups = 0;
+    for (std::int64_t begin = 0; begin < vectors; begin += block) {
+      const std::int64_t end = begin + block < vectors ? begin + block : vectors;
+      ScanLanes least, next;
+      reduce(values, begin * kScanLanes, least);
+      for (std::int64_t vector = begin + 1; vector < end; ++vector) {
+        // The next row, which is most often the next one listed, comes while this one is worked on.
+        __builtin_prefetch(values + columns_ + vector * kScanLanes);
+        reduce(values, vector * kScanLanes, next);
+        least = next < least ? next : least;
+      }
+      *reinterpret_cast<ScanLanes*>(minima + groups) = least;
+      groups += kScanLanes;
+    }
+    const Scan bound = select_rank(minima, groups, (wanted < groups ? wanted : groups) - 1);
+
+    Scan floor = static_cast<Scan>(kInfinity);
+    const auto collect = [&](std::int64_t begin, std::int64_t end) {
+      ScanLanes least_left = floor - ScanLanes{};
+      for (std::int64_t vector = begin; vector < end; ++vector) {
+        const std::int64_t j = vector * kScanLanes;
+        ScanLanes costs;
+        reduce(values, j, costs);
+        ScanLanes bounds = costs - *reinterpret_cast<const ScanLanes*>(slack_.data() + j);
+        std::uint32_t hits = at_most(costs, bound);
+        while (hits != 0 && list.size < list.capacity) {
+          const int k = __builtin_ctz(hits);
+          hits &= hits - 1;
+          append(list, j + k, values[j + k]);
+          bounds[k] = static_cast<Scan>(kInfinity);
+        }
+        least_left = bounds < least_left ? bounds : least_left;
+      }
+      for (std::int64_t k = 0; k < kScanLanes; ++k) floor = least_left[k] < floor ? least_left[k] : floor;
+    };
+    // Rows begin at different places, so that rows full of ties do not all list the same columns.
+    const std::int64_t start = vectors * row / rows_;
+    collect(start, vectors);
+    collect(0, start);
+    for (std::int64_t j = vectors * kScanLanes; j < columns_; ++j) {
+      const Scan cost = static_cast<Scan>(sign_) * values[j] - scan_v_[j];
+      if (cost <= bound && list.size < list.capacity) {
+        append(list, j, values[j]);
+      } else {
+        floor = cost - slack_[j] < floor ? cost - slack_[j] : floor;
+      }
+    }
+    list.floor = static_cast<double>(floor);
+  }
+
+  // Vectors are handed over by reference: returned ones would change the calling convention with the level.
+  void reduce(const Scan* values, std::int64_t j, ScanLanes& out) const {
+    out = *reinterpret_cast<const ScanLanes*>(values + j) * static_cast<Scan>(sign_) -
+          *reinterpret_cast<const ScanLanes*>(scan_v_.data() + j);
+  }
+
+  void append(List& list, std::int64_t column, Scan value) const {
+    list.columns[list.size] = static_cast<std::int32_t>(column);
+    list.costs[list.size++] = static_cast<Scan>(sign_) * value;
+  }
+
+  // Lists a row again at the duals of now, with room for `wanted` entries at least.
+  void relist(std::int64_t row, std::int64_t wanted) {
+    List& list = lists_[row];
+    const std::int64_t room = 4 * wanted >= columns_ ? columns_ : 2 * wanted;
+    if (room > list.capacity) {
+      // Costs lie behind the columns, an even number of these so that costs are aligned.
+      const std::int64_t aligned_room = room + (room & 1);
+      void* const block =
+          std::malloc(static_cast<std::size_t>(aligned_room) * (sizeof(std::int32_t) + sizeof(Scan)));
+      if (block == nullptr) throw OutOfMemory{};
+      if (list.own_block) std::free(list.columns);
+      list.columns = static_cast<std::int32_t*>(block);
+      list.costs = reinterpret_cast<Scan*>(list.columns + aligned_room);
+      list.capacity = room;
+      list.own_block = true;
+    }
+    list_row(row, wanted, scratch_);
+  }
+
+  BestTwo best_two(std::int64_t row) {
+    for (std::int64_t wanted = kWanted;; wanted *= 4) {
+      const List& list = lists_[row];
+      BestTwo best{kInfinity, kInfinity, -1};
+      for (std::int64_t k = 0; k < list.size; ++k) {
+        const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
+        if (cost < best.second) {
+          if (cost < best.first) {
+            best.second = best.first;
+            best.first = cost;
+            best.column = list.columns[k];
+          } else {
+            best.second = cost;
+          }
+        }
+      }
+      if (best.second <= list.floor || list.size == columns_) return best;
+      relist(row, wanted);
+    }
+  }
+
+  // A listed free column of a row at this reduced cost; -1 if there is none.
+  std::int64_t free_column_at(std::int64_t row, double reduced_cost) const {
+    const List& list = lists_[row];
+    for (std::int64_t k = 0; k < list.size; ++k) {
+      const std::int64_t column = list.columns[k];
+      if (row_of_column_[column] < 0 && static_cast<double>(list.costs[k]) - v_[column] == reduced_cost) return column;
+    }
+    return -1;
+  }
+
+  // Numbers the rows that have equals by their first equal; -1 for the others.
+  void find_classes() {
+    class_of_row_.fill(-1);
+    const auto none = [](const std::int64_t*, std::int64_t) { return false; };
+    State::for_equal_rows(row_hashes_, none, [this](const std::int64_t* rows, std::int64_t count) {
+      for (std::int64_t k = 0; k < count; ++k) class_of_row_[rows[k]] = rows[0];
+    });
+  }
+
+  // Matches every row to a best column while there are free ones; returns how many rows are left, listed in stack_.
+  std::int64_t match_tight() {
+    for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
+    row_of_column_.fill(-1);
+    std::int64_t free_count = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const BestTwo best = best_two(i);
+      u_[i] = best.first;
+      std::int64_t column = best.column;
+      if (row_of_column_[column] >= 0) column = best.second == best.first ? free_column_at(i, best.first) : -1;
+      if (column >= 0) {
+        State::assign(i, column);
+      } else {
+        stack_[free_count++] = i;
+      }
+    }
+    return free_count;
+  }
+
+  // One phase of Bertsekas' auction: a free row bids its best column's dual down until the second best is better by
+  // epsilon. Only the duals are kept.
+  void auction() {
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const BestTwo best = best_two(i);
+      if (best.second > best.first) gaps_[count++] = best.second - best.first;
+    }
+    if (count == 0) return;
+    const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      column_of_row_[i] = -1;
+      stack_[i] = rows_ - 1 - i;
+    }
+    row_of_column_.fill(-1);
+    std::int64_t free_count = rows_;
+    for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0; --bids) {
+      const std::int64_t row = stack_[--free_count];
+      const BestTwo best = best_two(row);
+      set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon);
+      const std::int64_t displaced = row_of_column_[best.column];
+      State::assign(row, best.column);
+      if (displaced >= 0) stack_[free_count++] = displaced;
+    }
+  }
+
+  // As in the dense solver, on lists.
+  std::int64_t reduce_rows(std::int64_t free_count) {
+    std::int64_t steps = kStepsPerRow * rows_, kept = 0;
+    for (std::int64_t k = 0; k < free_count; ++k) {
+      std::int64_t row = stack_[k];
+      for (;;) {
+        const BestTwo best = best_two(row);
+        const bool lowers = best.first < best.second;
+        std::int64_t column = best.column;
+        if (!lowers && row_of_column_[column] >= 0) column = free_column_at(row, best.first);
+        u_[row] = lowers ? best.second : best.first;
+        if (column < 0 || --steps < 0) {
+          stack_[kept++] = row;
+          break;
+        }
+        if (lowers) set_v(column, v_[column] - (best.second - best.first));
+        const std::int64_t displaced = row_of_column_[column];
+        State::assign(row, column);
+        // The dual as the pair has it, so that the pair is tight to the last bit.
+        u_[row] = State::cost(row, column) - v_[column];
+        if (displaced < 0) break;
+        column_of_row_[displaced] = -1;
+        row = displaced;
+      }
+    }
+    return kept;
+  }
+
+  void push(double distance, std::int64_t what) {
+    if (heap_size_ == heap_.size()) {
+      Buffer<Event> larger(2 * heap_size_);
+      for (std::int64_t k = 0; k < heap_size_; ++k) larger[k] = heap_[k];
+      heap_ = static_cast<Buffer<Event>&&>(larger);
+    }
+    std::int64_t at = heap_size_++;
+    for (; at > 0; at = (at - 1) / 2) {
+      const Event& above = heap_[(at - 1) / 2];
+      if (above.distance <= distance) break;
+      heap_[at] = above;
+    }
+    heap_[at] = Event{distance, what};
+  }
+
+  Event pop() {
+    const Event top = heap_[0], last = heap_[--heap_size_];
+    std::int64_t at = 0;
+    for (;;) {
+      std::int64_t child = 2 * at + 1;
+      if (child >= heap_size_) break;
+      if (child + 1 < heap_size_ && heap_[child + 1].distance < heap_[child].distance) ++child;
+      if (heap_[child].distance >= last.distance) break;
+      heap_[at] = heap_[child];
+      at = child;
+    }
+    heap_[at] = last;
+    return top;
+  }
+
+  // Distance at which an unlisted entry of a tree row could lower the distance of a column.
+  double relist_distance(std::int64_t row) const {
+    const double above = lists_[row].floor - u_[row];
+    return row_distance_[row] + (above > 0.0 ? above : 0.0);
+  }
+
+  // Lowers distances through a tree row. Of equal rows only the first one that a search reaches can lower any.
+  void relax(std::int64_t row, bool listed_again) {
+    const std::int64_t row_class = class_of_row_[row];
+    if (row_class >= 0 && !listed_again) {
+      if (class_seen_[row_class] == stamp_) return;
+      class_seen_[row_class] = stamp_;
+    }
+    const List& list = lists_[row];
+    const double reached = row_distance_[row], offset = reached - u_[row];
+    for (std::int64_t k = 0; k < list.size; ++k) {
+      const std::int64_t column = list.columns[k];
+      double distance = offset + (static_cast<double>(list.costs[k]) - v_[column]);
+      if (distance < reached) distance = reached;  // rounding must not shorten a path
+      if (distance >= sink_distance_) continue;
+      if (seen_[column] == stamp_) {
+        if (closed_[column] == stamp_ || distance >= distance_[column]) continue;
+      }
+      seen_[column] = stamp_;
+      distance_[column] = distance;
+      parent_[column] = row;
+      if (row_of_column_[column] < 0) {
+        sink_distance_ = distance;
+        sink_ = column;
+      } else {
+        push(distance, column);
+      }
+    }
+    if (list.size < columns_) {
+      const double again = relist_distance(row);
+      if (again < sink_distance_) push(again, columns_ + row);
+    }
+  }
+
+  // Matches `root` along a shortest path in reduced costs (Dijkstra) and moves the duals along.
+  void augment(std::int64_t root) {
+    ++stamp_;
+    heap_size_ = 0;
+    sink_ = -1;
+    sink_distance_ = kInfinity;
+    u_[root] = best_two(root).first;
+    std::int64_t tree_size = 0, closed_count = 0;
+    row_distance_[root] = 0.0;
+    tree_rows_[tree_size++] = root;
+    relax(root, false);
+    while (heap_size_ > 0 && heap_[0].distance < sink_distance_) {
+      const Event event = pop();
+      if (event.what >= columns_) {
+        const std::int64_t row = event.what - columns_;
+        if (relist_distance(row) > event.distance) continue;  // has been listed again since
+        // Listing a row twice in one search must show more of it.
+        const List& list = lists_[row];
+        relist(row, list.search == stamp_ ? 2 * list.size : list.size);
+        lists_[row].search = stamp_;
+        relax(row, true);
+        continue;
+      }
+      const std::int64_t column = event.what;
+      if (closed_[column] == stamp_ || event.distance > distance_[column]) continue;
+      closed_[column] = stamp_;
+      tree_columns_[closed_count++] = column;
+      const std::int64_t row = row_of_column_[column];
+      row_distance_[row] = event.distance;
+      tree_rows_[tree_size++] = row;
+      relax(row, false);
+    }
+    for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += sink_distance_ - row_distance_[tree_rows_[k]];
+    for (std::int64_t k = 0; k < closed_count; ++k) {
+      const std::int64_t column = tree_columns_[k];
+      set_v(column, v_[column] - (sink_distance_ - distance_[column]));
+    }
+    for (std::int64_t column = sink_;;) {
+      const std::int64_t row = parent_[column], next = column_of_row_[row];
+      State::assign(row, column);
+      u_[row] = State::cost(row, column) - v_[column];
+      if (row == root) return;
+      column = next;
+    }
+  }
+
+  Buffer<List> lists_;
+  Buffer<std::int32_t> first_columns_;
+  Buffer<Scan> first_costs_;
+  Buffer<Scan> scan_v_;  // v in the scanning type
+  Buffer<Scan> slack_;   // how much less than computed from scan_v_ a column's reduced costs can be
+  Scan largest_ = 0;     // largest magnitude of a cost
+  Buffer<std::uint64_t> row_hashes_;
+  Buffer<std::int64_t> class_of_row_, stack_;
+  Buffer<double> gaps_;
+  // The search: stamps tell what belongs to the path being searched.
+  std::int64_t stamp_ = 0;
+  Buffer<double> distance_;
+  Buffer<std::int64_t> parent_, seen_, closed_, class_seen_;
+  Buffer<double> row_distance_;
+  Buffer<std::int64_t> tree_rows_, tree_columns_;
+  Buffer<Event> heap_;
+  std::int64_t heap_size_ = 0;
+  std::int64_t sink_ = -1;
+  double sink_distance_ = kInfinity;
+  Scratch scratch_;
+};
+
+}  // namespace
+}  // namespace mudsc::MUDSC_ISA
