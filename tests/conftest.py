@@ -28,15 +28,6 @@ def load_golden(name: str) -> dict[str, np.ndarray]:
         return {key: file[key] for key in file.files}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Run the test on one thread: on small networks more of them only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=_core.isa_levels[: _core.supported_isa + 1])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test once per instruction level that this processor has."""

@@ -34,7 +34,6 @@ from mudsc_fast.spec import (
 )
 from networks import make_mlp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 transformers.utils.logging.set_verbosity_error()
 
 BAD: Any = "timm"
