@@ -72,7 +72,8 @@ def causal(kind: str, kv_heads: int, **options: Any) -> Callable[[], nn.Module]:
     """Return a maker of a causal language model of a LLaMA-like family, its norms computing in the model's dtype."""
 
     def build() -> nn.Module:
-        config = getattr(transformers, f"{kind}Config")(num_key_value_heads=kv_heads, **SHAPE, **TEXT, **options)
+        shape = {**SHAPE, "num_attention_heads": 8, "num_key_value_heads": kv_heads}
+        config = getattr(transformers, f"{kind}Config")(**shape, **TEXT, **options)
         model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
         for name, module in list(model.named_modules()):
             if type(module).__name__.endswith("RMSNorm"):
@@ -106,10 +107,10 @@ CASES = {
     "vit": Case(VisionTransformer, vit(2, 3, 24), images(8)),
     "gpt2": Case(gpt2_model(), gpt2(2, 4, 32), tokens),
     "gpt2 separate head": Case(gpt2_model(tie_word_embeddings=False), gpt2(2, 4, 32, head="separate"), tokens),
-    "llama": Case(causal("Llama", 4), llama(2, 4, 4, 8), tokens),
-    "llama grouped": Case(causal("Llama", 2), llama(2, 4, 2, 8), tokens),
-    "mistral": Case(causal("Mistral", 2, head_dim=6), llama(2, 4, 2, 6), tokens),
-    "qwen2": Case(causal("Qwen2", 2, tie_word_embeddings=True), llama(2, 4, 2, 8, qkv_bias=True, head="tied"), tokens),
+    "llama": Case(causal("Llama", 8), llama(2, 8, 8, 4), tokens),
+    "llama grouped": Case(causal("Llama", 4), llama(2, 8, 4, 4), tokens),
+    "mistral": Case(causal("Mistral", 2, head_dim=6), llama(2, 8, 2, 6), tokens),
+    "qwen2": Case(causal("Qwen2", 4, tie_word_embeddings=True), llama(2, 8, 4, 4, qkv_bias=True, head="tied"), tokens),
     "bert classifier": Case(
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE, **TEXT, num_labels=4)),
         bert(2, 4),
@@ -286,7 +287,7 @@ def test_inconsistent_numbers(build: Callable[[], PermutationSpec], message: str
         ),
         ("vit", vit(2, 4, 32), "axis 0 of 'blocks.0.attn.qkv.weight' has length 72, but its windows cover 96"),
         ("bert classifier", bert(2, 5), "node 'layer.0.attention.qk' has 32 units, which 5 groups do not divide"),
-        ("llama grouped", llama(2, 4, 4, 8), "axis 0 of 'model.layers.0.self_attn.k_proj.weight' has 2 units"),
+        ("llama grouped", llama(2, 8, 8, 4), "axis 0 of 'model.layers.0.self_attn.k_proj.weight' has 4 units"),
         ("vgg", vgg((1, 2), classifier=("classifier.0", "classifier.3")), "not a multiple of inner"),
     ],
 )
@@ -328,6 +329,14 @@ def test_options_of_vision_transformers() -> None:
     assert published.groups("blocks.0.attn.qk") == published.groups("blocks.0.attn.v") == Groups(3)
     assert len(published.bundles) == len(published.nodes) == 7
     assert published.observations("blocks.0.attn.qk") == (Observation("blocks.0.attn.qkv", "output", -1, 24, 24),)
+
+
+def test_heads_of_the_published_specification_come_apart() -> None:
+    case = CASES["vit"]
+    published = Case(case.build, vit(2, 3, 24, published=True), case.inputs)
+    model = make_model(case)
+    copied, _ = permuted_copy(published, model, seed=2)
+    assert (outputs(copied, case.inputs(3)) - outputs(model, case.inputs(3))).abs().max() > 0.1
 
 
 def test_one_tower_of_clip() -> None:
