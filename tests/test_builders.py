@@ -188,6 +188,7 @@ def random_permutations(spec: PermutationSpec, units: dict[str, int], seed: int)
 
 def make_model(case: Case) -> nn.Module:
     model = randomize(case.build(), seed=1)
+    case.spec.validate(model)
     if isinstance(model, (ResNet, Vgg)):
         calibrate(model, case.inputs(0))
     return model

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mudsc_fast.spec import Axis, Groups, Observation, PermutationSpec, Window, consumes, mlp, produces
+from networks import make_mlp
 
 BAD: Any = 3
 CHAIN = {
@@ -210,4 +211,18 @@ def test_description() -> None:
         "qk      2       v        2       axis 0 of 'qkv.weight' (entries 0 on)",
         "v       2       qk       2       axis 0 of 'qkv.weight' (entries 16 on)",
         "stream  1                3       axis 1 of 'qkv.weight'",
+    ]
+
+
+def test_validation_names_everything_that_does_not_fit() -> None:
+    model = make_mlp((5, 7, 6, 4))
+    PermutationSpec(CHAIN).validate(model)
+    spec = PermutationSpec({**CHAIN, "fc9.weight": ("a",), "fc3.bias": (None, "b")}, observe={"b": "fc8"})
+    with pytest.raises(ValueError, match="spec does not fit") as caught:
+        spec.validate(model)
+    assert str(caught.value).splitlines() == [
+        "spec does not fit the model in 3 places:",
+        "spec gives 2 axes to 'fc3.bias', which has 1: shape (4,)",
+        "spec names the tensor 'fc9.weight', which the models do not have",
+        "node 'b' is observed at module 'fc8', which the model does not have",
     ]

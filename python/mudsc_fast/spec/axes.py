@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Role = Literal["produce", "consume"]
 Port = Literal["input", "output", "projection"]
@@ -332,6 +332,25 @@ class PermutationSpec:
                     f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide"
                 )
         return problems
+
+    def validate(self, model: nn.Module) -> None:
+        """Check the specification against a model: its tensors, and the modules at which nodes are observed.
+
+        Raises
+        ------
+        ValueError
+            If the specification does not fit, with a line for each way in which it does not.
+        """
+        problems = self.problems(model.state_dict())
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        problems += [
+            f"node {node!r} is observed at module {observation.module!r}, which the model does not have"
+            for node, observations in self._observations.items()
+            for observation in observations
+            if observation.module not in modules
+        ]
+        if problems:
+            raise ValueError("\n".join([f"spec does not fit the model in {len(problems)} places:", *problems]))
 
     def describe(self) -> str:
         """Return a table of the nodes: their groups, the nodes whose groups keep the same order, and their places."""
