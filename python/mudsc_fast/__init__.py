@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mudsc_fast import ops, spec
+from mudsc_fast.batch_norm import reset_batch_norm
 from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
@@ -42,6 +43,7 @@ __all__ = [
     "ops",
     "permute_merge",
     "permute_state_dict",
+    "reset_batch_norm",
     "spec",
     "use_backend",
     "zip_units",

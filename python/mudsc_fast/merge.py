@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from mudsc_fast.matching.activation import ActivationSimilarity, Forward, activation_similarity
+from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
 from mudsc_fast.matching.apply import merge_state_dicts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
+from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
 from mudsc_fast.ops._checks import check_finite, check_int, check_number, check_tensor
@@ -29,7 +30,8 @@ class MergeResult:
     Attributes
     ----------
     model
-        A new module with the merged parameters and buffers, or None where only state dicts were given.
+        A new module with the merged parameters and buffers, or None where only state dicts were given. Where it has
+        BatchNorm layers, :func:`mudsc_fast.reset_batch_norm` gives it statistics of its own.
     state_dict
         The merged tensors by name.
     matching

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mudsc_fast.matching.node import with_first
+from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
 from mudsc_fast.spec.axes import Observation, PermutationSpec
-
-#: Runs a model on one batch, e.g. ``lambda model, batch: model(batch["pixels"])``.
-Forward = Callable[[nn.Module, Any], object]
 
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
 _SECOND_AXIS_MODULES = (
@@ -120,7 +118,8 @@ def activation_similarity(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for model, observer in zip(models, observers, strict=True):
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(modes_restored(model))
+            model.eval()
             stack.enter_context(observer.attached())
         for batch in tqdm(data, desc="activations", disable=not progress):
             num_batches += 1
@@ -193,11 +192,7 @@ class _Observer:
     def run(self, batch: Any, forward: Forward | None) -> dict[str, list[_Feature]]:
         """Run the model on a batch and return what was seen at each node."""
         self._features = {node: [] for node in self._observations}
-        moved = _to_device(batch, self._device)
-        if forward is not None:
-            forward(self._model, moved)
-        else:
-            _default_forward(self._model, moved)
+        run_on_batch(self._model, batch, self._device, forward)
         for node, features in self._features.items():
             if not features:
                 modules = " and ".join(repr(observation.module) for observation in self._observations[node])
@@ -264,40 +259,3 @@ def _units_position(module: nn.Module, observation: Observation, node: str) -> i
         f"spec observes node {node!r} at {observation.module!r}, a {type(module).__name__}: "
         "say on which axis its units are with Observation(position=...)"
     )
-
-
-def _default_forward(model: nn.Module, batch: Any) -> None:
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    elif isinstance(inputs, Tensor):
-        model(inputs)
-    else:
-        raise TypeError(
-            "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, "
-            f"got {type(batch).__name__}" + (f" of {type(inputs).__name__}" if inputs is not batch else "")
-        )
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
-    if isinstance(value, list):
-        return [_to_device(item, device) for item in value]
-    return value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode and give each its own mode back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -1,0 +1,63 @@
+"""Running a model on the batches of a user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Runs a model on one batch, e.g. ``lambda model, batch: model(batch["pixels"])``.
+Forward = Callable[[nn.Module, Any], object]
+
+
+def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None) -> None:
+    """Run a model on one batch, moved to `device`.
+
+    Without `forward` a tensor is the model's only argument, a dict its keyword arguments, and of a tuple or list the
+    first entry counts.
+
+    Raises
+    ------
+    TypeError
+        If there is no `forward` and the batch is neither.
+    """
+    moved = _to_device(batch, device)
+    if forward is not None:
+        forward(model, moved)
+        return
+    inputs = moved[0] if isinstance(moved, (tuple, list)) and moved else moved
+    if isinstance(inputs, Mapping):
+        model(**inputs)
+    elif isinstance(inputs, Tensor):
+        model(inputs)
+    else:
+        raise TypeError(
+            "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, "
+            f"got {type(batch).__name__}" + (f" of {type(inputs).__name__}" if inputs is not moved else "")
+        )
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give every submodule its own mode, training or evaluation, back after the enclosed code."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_to_device(item, device) for item in value)
+    if isinstance(value, list):
+        return [_to_device(item, device) for item in value]
+    return value

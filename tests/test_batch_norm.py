@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mudsc_fast
+from networks import CONV_SPEC, ConvNet, make_mlp
+
+
+def images(count: int = 4) -> list[torch.Tensor]:
+    return list(torch.randn(count, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1)
+
+
+def test_statistics_are_those_of_the_data() -> None:
+    model = ConvNet()
+    model.bn1.momentum = 0.3
+    weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    assert mudsc_fast.reset_batch_norm(model, [(batch, 0) for batch in images()]) == 1
+    with torch.no_grad():
+        seen = [model.conv1(batch).transpose(0, 1).flatten(1) for batch in images()]
+    mean = torch.stack([values.mean(1) for values in seen]).mean(0)
+    variance = torch.stack([values.var(1) for values in seen]).mean(0)
+    torch.testing.assert_close(model.bn1.running_mean, mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.bn1.running_var, variance, rtol=1e-5, atol=1e-5)
+    assert model.bn1.momentum == 0.3
+    assert model.training
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_a_merged_network_keeps_its_modes() -> None:
+    models = [ConvNet(seed).eval() for seed in (0, 1)]
+    merged = mudsc_fast.merge(models, CONV_SPEC, images()).model
+    assert merged is not None
+    merged.get_submodule("conv2").train()
+    mudsc_fast.reset_batch_norm(merged, images())
+    assert not merged.training
+    assert merged.get_submodule("conv2").training
+
+
+def test_without_layers_the_data_is_not_read() -> None:
+    data = iter(images())
+    assert mudsc_fast.reset_batch_norm(make_mlp(), data) == 0
+    assert len(list(data)) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], ValueError, "data must yield at least one batch, got none"),
+        ([torch.randn(2, 3, 8, 8), "x"], TypeError, "data must yield tensors, dicts .* got str"),
+        ([torch.randn(2, 5, 8, 8)], RuntimeError, "channels"),
+    ],
+)
+def test_after_an_error_everything_is_as_before(data: list[object], error: type[Exception], message: str) -> None:
+    model = ConvNet()
+    model(images()[0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        mudsc_fast.reset_batch_norm(model, data)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert model.bn1.momentum == 0.1
+    assert model.bn1.training
