@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import mudsc_fast
 from conftest import load_golden
 from mudsc_fast.matching.node import align_units, with_first, zip_all_units
+from mudsc_fast.matching.weight import WeightSimilarity
+from mudsc_fast.spec import Axis, PermutationSpec
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -75,3 +78,15 @@ def test_tied_nodes_share_the_order_of_their_groups() -> None:
     assert torch.equal(orders["queries"], orders["values"])
     alone = align_units({"values": blocks["values"]}, groups=4)["values"]
     assert alone.similarity >= matching["values"].similarity
+
+
+def test_running_statistics_follow_and_are_not_compared() -> None:
+    statistics = Axis("units", "produce", compared=False)
+    alone = PermutationSpec({"fc.weight": ("units", None)})
+    normalized = PermutationSpec({"fc.weight": ("units", None), "bn.running_mean": (statistics,)})
+    states = [{"fc.weight": torch.randn(6, 5), "bn.running_mean": torch.randn(6)} for _ in range(2)]
+    expected = WeightSimilarity(states, alone, "full", [0.5, 0.5])("units", {})
+    assert torch.equal(WeightSimilarity(states, normalized, "full", [0.5, 0.5])("units", {}), expected)
+    order = torch.tensor([3, 0, 1, 5, 2, 4])
+    permuted = mudsc_fast.permute_state_dict(states[0], normalized, {"units": order})
+    assert torch.equal(permuted["bn.running_mean"], states[0]["bn.running_mean"][order])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mudsc_fast.spec import Axis, Groups, Observation, PermutationSpec, Window, consumes, mlp, produces
+from networks import make_mlp
 
 BAD: Any = 3
 CHAIN = {
@@ -121,6 +122,11 @@ def test_too_many_axes() -> None:
     ("build", "error", "message"),
     [
         (lambda: PermutationSpec({"w": (None,)}), ValueError, "at least one node"),
+        (
+            lambda: PermutationSpec({"w": (Axis("a", "produce", compared=False),)}),
+            ValueError,
+            "axes must name node 'a' on an axis that is compared, got none",
+        ),
         (lambda: PermutationSpec({"w": "ab"}), TypeError, "sequence with an entry per axis"),
         (
             lambda: PermutationSpec({"w": (BAD,)}),
@@ -129,7 +135,7 @@ def test_too_many_axes() -> None:
         ),
         (lambda: PermutationSpec(CHAIN, observe={"z": "fc1"}), ValueError, "observe names the node 'z'"),
         (lambda: PermutationSpec.from_nodes({"a": [("w", -1)]}), ValueError, "must not be negative, got -1"),
-        (lambda: Observation("fc1", BAD), ValueError, "'input' or 'output', got 3"),
+        (lambda: Observation("fc1", BAD), ValueError, "'input', 'output' or 'projection', got 3"),
         (lambda: PermutationSpec({"w": ([],)}), TypeError, "axis 0 of 'w' must be .* got list"),
         (
             lambda: PermutationSpec({"w": ([Window("a", 0)],)}),
@@ -197,3 +203,26 @@ def test_groups_must_divide_the_units() -> None:
     spec = PermutationSpec(CHAIN, groups={"a": 3})
     with pytest.raises(ValueError, match="node 'a' has 7 units, which 3 groups do not divide"):
         spec.units(chain_state())
+
+
+def test_description() -> None:
+    assert FUSED.describe().splitlines() == [
+        "node    groups  tied to  places  the first",
+        "qk      2       v        2       axis 0 of 'qkv.weight' (entries 0 on)",
+        "v       2       qk       2       axis 0 of 'qkv.weight' (entries 16 on)",
+        "stream  1                3       axis 1 of 'qkv.weight'",
+    ]
+
+
+def test_validation_names_everything_that_does_not_fit() -> None:
+    model = make_mlp((5, 7, 6, 4))
+    PermutationSpec(CHAIN).validate(model)
+    spec = PermutationSpec({**CHAIN, "fc9.weight": ("a",), "fc3.bias": (None, "b")}, observe={"b": "fc8"})
+    with pytest.raises(ValueError, match="spec does not fit") as caught:
+        spec.validate(model)
+    assert str(caught.value).splitlines() == [
+        "spec does not fit the model in 3 places:",
+        "spec gives 2 axes to 'fc3.bias', which has 1: shape (4,)",
+        "spec names the tensor 'fc9.weight', which the models do not have",
+        "node 'b' is observed at module 'fc8', which the model does not have",
+    ]

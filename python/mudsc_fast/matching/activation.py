@@ -175,6 +175,11 @@ class _Observer:
                         handle = module.register_forward_pre_hook(
                             lambda _module, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
                         )
+                    elif observation.port == "projection":
+                        handle = module.register_forward_pre_hook(
+                            lambda module, args, kwargs, hook=hook: hook([_projection(module, args, kwargs)]),
+                            with_kwargs=True,
+                        )
                     else:
                         handle = module.register_forward_hook(
                             lambda _module, _args, output, hook=hook: hook(
@@ -224,12 +229,23 @@ def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) ->
         raise ValueError(f"spec does not say where node {node!r} is observed: name a module in observe")
     for observation in observations:
         try:
-            model.get_submodule(observation.module)
+            module = model.get_submodule(observation.module)
         except AttributeError:
             raise ValueError(
                 f"spec observes node {node!r} at module {observation.module!r}, which the model does not have"
             ) from None
+        if observation.port == "projection" and getattr(module, "in_proj_weight", None) is None:
+            raise ValueError(
+                f"spec observes node {node!r} at the projection of {observation.module!r}, which must be a "
+                f"MultiheadAttention with one weight for queries, keys and values, got {type(module).__name__}"
+            )
     return observations
+
+
+def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the queries, keys and values that self-attention computes of its input."""
+    query = args[0] if args else kwargs["query"]
+    return nn.functional.linear(query, attention.in_proj_weight, attention.in_proj_bias)
 
 
 def _units_position(module: nn.Module, observation: Observation, node: str) -> int:

@@ -49,7 +49,7 @@ class WeightSimilarity:
 
     def __call__(self, node: str, matching: Mapping[str, NodeMatching]) -> Tensor:
         """Return the similarity blocks of a node; nodes without a matching are taken in their own order."""
-        uses = self._spec.uses(node)
+        uses = [use for use in self._spec.uses(node) if use.axis.compared]
         device = self._state_dicts[0][uses[0].tensor].device
         accumulator = CorrelationAccumulator(
             len(self._state_dicts), self._units[node], blocks=self._blocks, device=device

@@ -11,7 +11,15 @@ from mudsc_fast.spec.axes import (
     consumes,
     produces,
 )
+from mudsc_fast.spec.bert import bert
+from mudsc_fast.spec.clip import Tower, clip_huggingface, clip_openai
+from mudsc_fast.spec.gpt2 import gpt2
+from mudsc_fast.spec.llama import llama
 from mudsc_fast.spec.mlp import mlp
+from mudsc_fast.spec.resnet import resnet
+from mudsc_fast.spec.swin import swin
+from mudsc_fast.spec.vgg import vgg
+from mudsc_fast.spec.vit import vit, vit_huggingface
 
 __all__ = [
     "Axis",
@@ -20,8 +28,19 @@ __all__ = [
     "PermutationSpec",
     "Segment",
     "TensorAxis",
+    "Tower",
     "Window",
+    "bert",
+    "clip_huggingface",
+    "clip_openai",
     "consumes",
+    "gpt2",
+    "llama",
     "mlp",
     "produces",
+    "resnet",
+    "swin",
+    "vgg",
+    "vit",
+    "vit_huggingface",
 ]

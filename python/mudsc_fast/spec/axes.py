@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Role = Literal["produce", "consume"]
-Port = Literal["input", "output"]
+Port = Literal["input", "output", "projection"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class Axis:
     outer
         How often the sequence of all units repeats along the axis: the positions of a feature map that was flattened
         with its channels last.
+    compared
+        Whether the tensor counts in the units' weight similarity. The running statistics of a norm and a tensor that
+        is tied to another do not: they follow the units only.
     """
 
     node: str
     role: Role
     inner: int = 1
     outer: int = 1
+    compared: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ("produce", "consume"):
@@ -110,7 +114,9 @@ class Observation:
     module
         Name of a submodule, as in ``model.get_submodule``.
     port
-        ``"input"`` (the first tensor that the module is called with) or ``"output"``.
+        ``"input"`` (the first tensor that the module is called with), ``"output"``, or ``"projection"`` (of
+        ``torch.nn.MultiheadAttention``: what it projects that tensor to, queries, keys and values one behind the
+        other; it has no submodule that does so).
     position
         The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
         layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).
@@ -129,9 +135,10 @@ class Observation:
     outer: int = 1
 
     def __post_init__(self) -> None:
-        if self.port not in ("input", "output"):
+        if self.port not in get_args(Port):
             raise ValueError(
-                f"port of the observation of {self.module!r} must be 'input' or 'output', got {self.port!r}"
+                f"port of the observation of {self.module!r} must be 'input', 'output' or 'projection', "
+                f"got {self.port!r}"
             )
 
 
@@ -201,6 +208,9 @@ class PermutationSpec:
         if not uses:
             raise ValueError("axes must name at least one node, got none")
         self._uses = {node: tuple(where) for node, where in uses.items()}
+        for node, places in self._uses.items():
+            if not any(use.axis.compared for use in places):
+                raise ValueError(f"axes must name node {node!r} on an axis that is compared, got none")
         self._observations = {node: _default_observations(where) for node, where in self._uses.items()}
         for node, where in (observe or {}).items():
             self._check_known("observe", node)
@@ -322,6 +332,36 @@ class PermutationSpec:
                     f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide"
                 )
         return problems
+
+    def validate(self, model: nn.Module) -> None:
+        """Check the specification against a model: its tensors, and the modules at which nodes are observed.
+
+        Raises
+        ------
+        ValueError
+            If the specification does not fit, with a line for each way in which it does not.
+        """
+        problems = self.problems(model.state_dict())
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        problems += [
+            f"node {node!r} is observed at module {observation.module!r}, which the model does not have"
+            for node, observations in self._observations.items()
+            for observation in observations
+            if observation.module not in modules
+        ]
+        if problems:
+            raise ValueError("\n".join([f"spec does not fit the model in {len(problems)} places:", *problems]))
+
+    def describe(self) -> str:
+        """Return a table of the nodes: their groups, the nodes whose groups keep the same order, and their places."""
+        rows = [("node", "groups", "tied to", "places", "the first")]
+        for bundle in self._bundles:
+            for node in bundle:
+                others = ", ".join(other for other in bundle if other != node)
+                uses = self._uses[node]
+                rows.append((node, str(self._groups[node].count), others, str(len(uses)), _described(uses[0])))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def __eq__(self, other: object) -> bool:
         """Two specifications are equal if they map the same axes, groups and places to observe."""

@@ -1,0 +1,78 @@
+"""Residual convolutional networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mudsc_fast.spec.axes import Groups, Observation, PermutationSpec
+from mudsc_fast.spec.layers import Part, batch_norm, check_choice, check_positive, linear, norm
+
+#: The modules of a down-sampling shortcut and of the last layer.
+_NAMES = {"torchvision": ("downsample", "fc"), "cifar": ("shortcut", "linear")}
+
+
+def resnet(
+    blocks: Sequence[int],
+    *,
+    bottleneck: bool = False,
+    names: Literal["torchvision", "cifar"] = "torchvision",
+    norm_groups: int | None = None,
+) -> PermutationSpec:
+    """Return the specification of a ResNet.
+
+    Nodes are ``stem`` (also the stream of the first stage where that has no shortcut of its own), ``layer2``, ... (the
+    streams of the others) and ``layer1.0.conv1``, ... (what a block's convolution writes for the next one in it).
+
+    Parameters
+    ----------
+    blocks
+        Number of blocks in each stage, e.g. ``(2, 2, 2, 2)`` for ResNet-18 and ``(3, 4, 6, 3)`` for ResNet-50.
+    bottleneck
+        Whether blocks have three convolutions, as from ResNet-50 on, instead of two.
+    names
+        Modules are named as in torchvision (``downsample.0``, ``fc``) or as usual for CIFAR networks (``shortcut.0``,
+        ``linear``). Both begin with ``conv1`` and ``bn1`` and have blocks ``layer1.0`` and so on.
+    norm_groups
+        Number of groups of every GroupNorm; by default the norms are BatchNorms.
+
+    Raises
+    ------
+    ValueError
+        If there are no stages, a number is below 1, or `names` is unknown.
+    """
+    if not blocks:
+        raise ValueError("blocks must name the blocks of at least one stage, got none")
+    check_positive(**{f"blocks[{stage}]": count for stage, count in enumerate(blocks)})
+    check_choice("names", names, tuple(_NAMES))
+    if norm_groups is not None:
+        check_positive(norm_groups=norm_groups)
+    shortcut, head = _NAMES[names]
+
+    def convolution(conv: str, norm_name: str, writes: str, reads: str | None) -> Part:
+        normalized = batch_norm(norm_name, writes) if norm_groups is None else norm(norm_name, writes)
+        return linear(conv, writes, reads, bias=False) + normalized
+
+    stream = "stem"
+    network = convolution("conv1", "bn1", stream, None)
+    for stage, count in enumerate(blocks, start=1):
+        for index in range(count):
+            block = f"layer{stage}.{index}"
+            entered = stream
+            if index == 0 and (stage > 1 or bottleneck):
+                stream = f"layer{stage}"
+            reads = entered
+            for number in range(1, 3 if bottleneck else 2):
+                network += convolution(f"{block}.conv{number}", f"{block}.bn{number}", f"{block}.conv{number}", reads)
+                reads = f"{block}.conv{number}"
+            last = 3 if bottleneck else 2
+            network += convolution(f"{block}.conv{last}", f"{block}.bn{last}", stream, reads)
+            if stream != entered:
+                network += convolution(f"{block}.{shortcut}.0", f"{block}.{shortcut}.1", stream, entered)
+    # Before the pooling: every position of the last stage's map is a sample, not only their mean.
+    last_stage = Observation(f"layer{len(blocks)}", "output", 1)
+    network += linear(head, None, stream) + Part(observe={stream: (last_stage,)})
+    spec = network.spec()
+    if norm_groups is None:
+        return spec
+    return (network + Part(groups={node: Groups(norm_groups) for node in spec.nodes})).spec()
