@@ -113,6 +113,7 @@ class SparseSolver : private AssignmentState<T> {
     if (!list_all_rows(threads)) return false;
     std::int64_t free_count = match_tight();
     if (free_count == 0) return conclude_at_once(problem, index);
+    find_classes();
     if (rows_ == columns_ && free_count > rows_ / kFewFree) {
       if (auction() && within(problem.tolerance)) {
         certify(problem, index, threads);
@@ -122,13 +123,10 @@ class SparseSolver : private AssignmentState<T> {
       free_count = match_tight();
     }
     for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
-    if (free_count > 0) {
-      find_classes();
-      stamp_ = 0;
-      seen_.fill(0);
-      closed_.fill(0);
-      class_seen_.fill(0);
-    }
+    stamp_ = 0;
+    seen_.fill(0);
+    closed_.fill(0);
+    class_seen_.fill(0);
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
     State::order_equal_rows(row_hashes_);
     State::order_equal_columns();
@@ -436,7 +434,8 @@ class SparseSolver : private AssignmentState<T> {
   }
 
   // One phase of Bertsekas' auction: a free row bids its best column's dual down until the second best is better by
-  // epsilon. Returns whether all rows then have columns.
+  // epsilon. Of equal rows only the first takes part: they would outbid one another without end, and a path search finds
+  // columns for all of them at once. Returns whether all rows then have columns.
   bool auction() {
     std::int64_t count = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
@@ -445,12 +444,13 @@ class SparseSolver : private AssignmentState<T> {
     }
     if (count == 0) return false;
     const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      column_of_row_[i] = -1;
-      stack_[i] = rows_ - 1 - i;
-    }
     row_of_column_.fill(-1);
-    std::int64_t free_count = rows_;
+    std::int64_t free_count = 0;
+    for (std::int64_t i = rows_; i-- > 0;) {
+      column_of_row_[i] = -1;
+      if (class_of_row_[i] < 0 || class_of_row_[i] == i) stack_[free_count++] = i;
+    }
+    const bool all_bid = free_count == rows_;
     for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0; --bids) {
       const std::int64_t row = stack_[--free_count];
       const BestTwo best = best_two(row);
@@ -459,7 +459,7 @@ class SparseSolver : private AssignmentState<T> {
       State::assign(row, best.column);
       if (displaced >= 0) stack_[free_count++] = displaced;
     }
-    return free_count == 0;
+    return all_bid && free_count == 0;
   }
 
   // Whether the pairs of now lack no more to the dual bound than this share of their sum. Never for a share of 0.
