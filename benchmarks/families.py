@@ -245,5 +245,6 @@ def _write(path: Path, similarity: NDArray[Any]) -> None:
 
 def load(family: str, n: int) -> Matrix:
     """Return a family's [n, n] float32 matrix, contiguous."""
-    similarity: Matrix = np.load(path_of(family, n))
+    # Made by indexing columns, a matrix may have been kept column by column.
+    similarity: Matrix = np.ascontiguousarray(np.load(path_of(family, n)))
     return similarity
