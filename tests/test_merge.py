@@ -333,6 +333,10 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         ),
         ([STATE, OTHER], {"weights": [0.5, 0.6]}, ValueError, "weights must be positive and sum to 1"),
         ([STATE, OTHER], {"weights": [1.5, -0.5]}, ValueError, "weights must be positive and sum to 1"),
+        ([STATE, OTHER], {"mode": "zip", "budget": 1.5}, ValueError, r"budget must be in \[0, 1\], got 1.5"),
+        ([STATE, OTHER], {"mode": "zip", "budget": "all"}, TypeError, "budget must be a number, got str"),
+        ([STATE, OTHER], {"mode": "zip", "shrink": float("inf")}, ValueError, "shrink must be finite, got inf"),
+        ([STATE, OTHER], {"mode": "zip", "shrink": float("nan")}, ValueError, "shrink must be a number, got NaN"),
         ([STATE, OTHER], {"max_sweeps": 0}, ValueError, "max_sweeps must be at least 1, got 0"),
         ([STATE, OTHER], {"patience": 1.5}, TypeError, "patience must be an int, got float"),
         (

@@ -12,7 +12,7 @@ from torch import Tensor
 from mudsc_fast.ops.assignment import linear_assignment
 from mudsc_fast.ops.correlation import Blocks
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.ops.zip import zip_within_budget
+from mudsc_fast.ops.zip import merges_inside, zip_within_budget
 from mudsc_fast.spec.axes import Role
 
 Mode = Literal["align", "zip"]
@@ -127,13 +127,13 @@ def zip_all_units(
     groups
         Number of groups, of consecutive units, that each node's units form in each model.
     """
-    blocks = {node: with_first(similarity, num_models) for node, similarity in similarities.items()}
     if groups == 1:
         members = {
             node: torch.arange(len(similarity), device=similarity.device)[None]
             for node, similarity in similarities.items()
         }
     else:
+        blocks = {node: with_first(similarity, num_models) for node, similarity in similarities.items()}
         pairs, _ = _pair_groups(blocks, groups)
         own = torch.arange(groups, device=pairs.device)[None]
         members = {
@@ -145,13 +145,7 @@ def zip_all_units(
         units = len(similarity) // num_models
         size = units // groups
         cluster_of_unit = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
-        # The published budget of a group; for one group it is that of a model.
-        merges = len(similarity) - units
-        allowed = (
-            int(merges // num_models * budget + 1e-4)
-            if groups == 1
-            else int(merges * budget // (num_models * groups) + 1e-4)
-        )
+        allowed = merges_inside(len(similarity) - units, num_models, budget, groups)
         values = []
         for position, rows in enumerate(members[node]):
             within = similarity if groups == 1 else similarity[rows][:, rows]
@@ -162,7 +156,9 @@ def zip_all_units(
             mode="zip",
             cluster_of_unit=cluster_of_unit.view(num_models, units),
             num_clusters=units,
-            similarity_before=_mean(blocks[node].diagonal(dim1=1, dim2=2)),
+            similarity_before=_mean(
+                torch.stack([similarity.diagonal(i * units)[:units] for i in range(1, num_models)])
+            ),
             # Every set makes as many merges, so the mean over the sets is the mean over all merges.
             similarity=sum(values) / len(values),
         )

@@ -91,19 +91,35 @@ def zip_units(
     ratio = 1.0 - 1.0 / num_models if ratio is None else _checks.check_number("ratio", ratio)
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"ratio must be in [0, 1), got {ratio}")
-    budget = _checks.check_number("budget", budget)
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget must be in [0, 1], got {budget}")
-    shrink = _check_shrink(shrink, similarity.dtype)
     remaining = int(units * (1.0 - ratio) + 1e-4)
     if units > 0 and remaining == 0:
         raise ValueError(f"ratio must leave at least one cluster of {units} units, got {ratio}")
-    model_budget = int((units - remaining) // num_models * budget + 1e-4)
-    return zip_within_budget(similarity, num_models, remaining, model_budget, shrink)
+    allowed = merges_inside(units - remaining, num_models, budget)
+    return zip_within_budget(similarity, num_models, remaining, allowed, shrink)
+
+
+def merges_inside(merges: int, num_models: int, budget: float, groups: int = 1) -> int:
+    """Return how many of the merges may be made inside each model, or inside each of its groups of units.
+
+    The published program rounds the two differently.
+
+    Raises
+    ------
+    TypeError
+        If `budget` is not a number.
+    ValueError
+        If it is not in [0, 1].
+    """
+    budget = _checks.check_number("budget", budget)
+    if not 0.0 <= budget <= 1.0:
+        raise ValueError(f"budget must be in [0, 1], got {budget}")
+    if groups == 1:
+        return int(merges // num_models * budget + 1e-4)
+    return int(merges * budget // (num_models * groups) + 1e-4)
 
 
 def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> ZipResult:
-    """Cluster units as :func:`zip_units` does, with the numbers that it derives given and only `similarity` checked.
+    """Cluster units as :func:`zip_units` does, given the numbers that it derives from `ratio` and `budget`.
 
     Parameters
     ----------
@@ -115,6 +131,7 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
         Number of merges allowed inside each model.
     """
     units = _check_shape(similarity, num_models)
+    shrink = _check_shrink(shrink, similarity.dtype)
     _checks.check_finite("similarity", similarity)
     kernel = _dispatch.choose("zip", similarity.device, {"cpu": cpu.zip_units, "reference": reference.zip_units})
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
