@@ -23,16 +23,6 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// The type that rows of T are scanned in.
-template <class T>
-struct Scanning {
-  using Number = float;
-};
-template <>
-struct Scanning<double> {
-  using Number = double;
-};
-
 // Partially sorts so that the item of rank `rank` (from 0) is returned: Hoare's selection. Items must not be NaN.
 template <class Number>
 inline Number select_rank(Number* items, std::int64_t count, std::int64_t rank) {
@@ -72,7 +62,7 @@ class SparseSolver : private AssignmentState<T> {
   using State::v_;
   using State::values_;
 
-  using Scan = typename Scanning<T>::Number;
+  using Scan = typename ArithmeticOf<T>::type;  // that rows are scanned in
 
  public:
   // Below this many columns reading whole rows is as fast as keeping lists.

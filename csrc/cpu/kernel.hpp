@@ -93,6 +93,16 @@ inline std::uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// The type that numbers of storage type T are computed in.
+template <class T>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+
 inline double widen(double value) { return value; }
 inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }

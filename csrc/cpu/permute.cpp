@@ -32,15 +32,6 @@ constexpr std::int64_t kTile = 2048;
 // Elements read per thread that outweigh starting it.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
 
-template <class T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-
 // Input rows of every output row, by model: members[start[k]..start[k + 1]) in increasing order.
 class RowMembers {
  public:
@@ -211,7 +202,7 @@ void add_line(Accumulator* to, const Accumulator* line, const ColumnIndex& colum
 template <class T>
 class Merge {
  public:
-  using Accumulator = typename AccumulatorOf<T>::type;
+  using Accumulator = typename ArithmeticOf<T>::type;
 
   explicit Merge(const PermuteProblem& problem) : problem_(problem), rows_(problem.rows, problem.num_models) {}
 

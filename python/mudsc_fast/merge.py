@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from mudsc_fast._checks import check_choice, check_finite, check_int, check_number, check_tensor
 from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
 from mudsc_fast.matching.apply import merge_state_dicts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
-from mudsc_fast.ops._checks import check_finite, check_int, check_number, check_tensor
 from mudsc_fast.spec.axes import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
@@ -134,9 +134,9 @@ def merge(
     TypeError
         If an argument is of the wrong type, the models' dtypes differ, or activations are asked of state dicts.
     """
-    _check_choice("mode", mode, get_args(Mode))
+    check_choice("mode", mode, get_args(Mode))
     space = ("weight" if data is None else "dual") if space is None else space
-    _check_choice("space", space, get_args(Space))
+    check_choice("space", space, get_args(Space))
     if not isinstance(spec, PermutationSpec):
         raise TypeError(f"spec must be a PermutationSpec, got {type(spec).__name__}")
     balance = check_number("balance", balance)
@@ -295,11 +295,6 @@ def _checked_weights(weights: Sequence[float] | None, num_models: int) -> list[f
     if min(checked) <= 0 or abs(sum(checked) - 1) > 1e-6:
         raise ValueError(f"weights must be positive and sum to 1, got {checked}")
     return checked
-
-
-def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _with_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:

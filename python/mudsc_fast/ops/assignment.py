@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mudsc_fast import _checks
 from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.reference import assignment as reference
-from mudsc_fast.ops import _checks, _dispatch
+from mudsc_fast.ops import _dispatch
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _checks, _dispatch
+from mudsc_fast.ops import _dispatch
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import permute as cpu
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.ops import _checks, _dispatch
+from mudsc_fast.ops import _dispatch
 
 #: Kernels index units with 32 bits; the value behind the last unit stands for "none".
 _MOST_UNITS = 2**31 - 2

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import zip as cpu
 from mudsc_fast.kernels.reference import zip as reference
-from mudsc_fast.ops import _checks, _dispatch
+from mudsc_fast.ops import _dispatch
 
 
 @dataclass(frozen=True)

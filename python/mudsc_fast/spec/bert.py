@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mudsc_fast._checks import check_choice
 from mudsc_fast.spec.axes import PermutationSpec
 from mudsc_fast.spec.layers import (
     attention,
-    check_choice,
     check_positive,
     embedding,
     feed_forward,

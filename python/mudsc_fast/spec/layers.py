@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from mudsc_fast._checks import check_choice
 from mudsc_fast.spec.axes import Axis, Entry, Groups, Observation, PermutationSpec, Role, Window, consumes, produces
 
 #: How a language model's output layer stands to its embedding table.
@@ -201,12 +202,6 @@ def check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-
-
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _in_role(entry: Entry, role: Role) -> Entry:

@@ -1,6 +1,8 @@
-"""Checks of input that several ops share. Each names the argument, what was expected and what came."""
+"""Checks of input that several functions share. Each names the argument, what was expected and what came."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +55,9 @@ def check_number(argument: str, value: object) -> float:
     if value != value:
         raise ValueError(f"{argument} must be a number, got NaN")
     return float(value)
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
