@@ -8,10 +8,10 @@ else is derived from it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -255,6 +255,47 @@ class PermutationSpec:
                 entries[position] = Axis(node, use[2]) if len(use) == 3 else node
         layouts = {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()}
         return cls(layouts, observe, groups)
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, example_inputs: Any, *, outputs: Callable[[Any], Any] | None = None
+    ) -> PermutationSpec:
+        """Derive the specification of a model from what it computes.
+
+        The model is exported (``torch.export``, on tensors without data, so that no memory of the weights' size is
+        needed; its parameters may be on the meta device) and the axes of all tensors are followed through its
+        operators. Units may move if nothing depends on their order; inputs and outputs keep theirs. Operators that are
+        not known keep all that they read in order, and are named in a warning of the logger
+        ``mudsc_fast.spec.trace``; ``mudsc_fast.spec.trace.derive`` returns them with the specification.
+
+        Parameters
+        ----------
+        model
+            Left as it is.
+        example_inputs
+            What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            Only shapes and dtypes count.
+        outputs
+            Chooses among what the model returns that whose order counts. By default all tensors; of what the models
+            of Hugging Face return, neither caches, hidden states nor attention, and the last features only where
+            there is nothing else.
+
+        Raises
+        ------
+        TypeError
+            If `model` is no module or `example_inputs` of another type.
+        ValueError
+            If the model cannot be exported, or if none of its units may move.
+
+        Examples
+        --------
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> PermutationSpec.from_model(model, torch.randn(1, 4))
+        PermutationSpec(3 tensors, nodes: 0)
+        """
+        from mudsc_fast.spec import trace  # it is built on this module
+
+        return trace.derive(model, example_inputs, outputs=outputs).spec
 
     @property
     def layouts(self) -> Mapping[str, tuple[tuple[Segment, ...], ...]]:
