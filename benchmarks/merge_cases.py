@@ -7,6 +7,7 @@ pair is kept between runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -144,9 +145,7 @@ class _ResNet20(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = nn.Sequential(*(_Block(width, width, 1) for _ in range(3)))
         self.layer2 = nn.Sequential(*(_Block(width * (1 if i == 0 else 2), width * 2, 2 - (i > 0)) for i in range(3)))
-        self.layer3 = nn.Sequential(
-            *(_Block(width * (2 if i == 0 else 4), width * 4, 2 - (i > 0)) for i in range(3))
-        )
+        self.layer3 = nn.Sequential(*(_Block(width * (2 if i == 0 else 4), width * 4, 2 - (i > 0)) for i in range(3)))
         self.linear = nn.Linear(width * 4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def mlp(widths: Sequence[int], seed: int) -> nn.Sequential:
     """Return a network of linear layers ``fc1``, ``fc2``, ... with rectifiers between."""
     torch.manual_seed(seed)
     model = nn.Sequential()
-    for layer, (width_in, width_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for layer, (width_in, width_out) in enumerate(itertools.pairwise(widths), start=1):
         if layer > 1:
             model.add_module(f"relu{layer - 1}", nn.ReLU())
         model.add_module(f"fc{layer}", nn.Linear(width_in, width_out))

@@ -91,10 +91,17 @@ class Published:
             for node in self.spec.nodes:
                 (observation,) = self.spec.observations(node)
 
-                def keep(_module: nn.Module, args: tuple[Tensor, ...], key: tuple[int, str] = (index, node)) -> None:
-                    seen[key] = args[0].movedim(1 if args[0].ndim == 4 else -1, 0).flatten(1)
+                def keep(
+                    _module: nn.Module,
+                    args: tuple[Tensor, ...],
+                    output: Tensor,
+                    key: tuple[int, str] = (index, node),
+                    port: str = observation.port,
+                ) -> None:
+                    features = output if port == "output" else args[0]
+                    seen[key] = features.movedim(1 if features.ndim == 4 else -1, 0).flatten(1)
 
-                handles.append(model.get_submodule(observation.module).register_forward_pre_hook(keep))
+                handles.append(model.get_submodule(observation.module).register_forward_hook(keep))
         with torch.inference_mode():
             for batch in batches:
                 for model in self.models:
@@ -121,7 +128,7 @@ class Published:
         for use in self.spec.uses(node):
             if use.axis.compared:
                 tensor = self._transformed(state[use.tensor], use.tensor, model, use.position)
-                slices.append(tensor.movedim(use.position, 0).flatten(1))
+                slices.append(tensor.movedim(use.position, 0).reshape(tensor.shape[use.position], -1))
         return torch.cat(slices, 1)
 
     def _transformed(self, tensor: Tensor, name: str, model: int, skip: int | None) -> Tensor:
@@ -154,7 +161,9 @@ class Published:
                 total += float(block[torch.arange(units), columns].double().mean())
             self.merges[node] = self.unmerges[node] = torch.cat(blocks)
             return total / (num_models - 1)
-        clusters, values = reference.zip_units(similarity, num_models, units, units * (num_models - 1) // num_models, shrink=0.5)
+        clusters, values = reference.zip_units(
+            similarity, num_models, units, units * (num_models - 1) // num_models, shrink=0.5
+        )
         matrix = torch.zeros(len(similarity), units)
         matrix[torch.arange(len(similarity)), clusters] = 1.0
         self.unmerges[node] = matrix
@@ -180,7 +189,9 @@ def _assigned_in_groups(similarity: Tensor, groups: int) -> Tensor:
 
 def _along(tensor: Tensor, position: int, axis: Axis, matrix: Tensor) -> Tensor:
     split = tensor.unflatten(position, (axis.outer, -1, axis.inner))
-    return torch.movedim(split, position + 1, -1).matmul(matrix).movedim(-1, position + 1).flatten(position, position + 2)
+    return (
+        torch.movedim(split, position + 1, -1).matmul(matrix).movedim(-1, position + 1).flatten(position, position + 2)
+    )
 
 
 def _correlation(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mudsc_fast import ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
-from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
 from mudsc_fast.merge import MergeResult, Space, merge
@@ -24,9 +24,9 @@ from mudsc_fast.spec import Observation, PermutationSpec
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationSimilarity",
     "Assignment",
     "CorrelationAccumulator",
+    "MatchingStatistics",
     "MergeResult",
     "Mode",
     "NodeMatching",
@@ -36,7 +36,7 @@ __all__ = [
     "UnitMap",
     "ZipResult",
     "__version__",
-    "activation_similarity",
+    "collect_statistics",
     "linear_assignment",
     "linear_sum_assignment",
     "merge",

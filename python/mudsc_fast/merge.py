@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_finite, check_int, check_number, check_tensor
-from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import merge_state_dicts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
@@ -71,7 +71,7 @@ class MergeResult:
 def merge(
     models: Sequence[nn.Module] | Sequence[Mapping[str, Tensor]],
     spec: PermutationSpec,
-    data: Iterable[Any] | ActivationSimilarity | None = None,
+    data: Iterable[Any] | MatchingStatistics | None = None,
     *,
     mode: Mode = "align",
     balance: float = 0.5,
@@ -99,7 +99,7 @@ def merge(
     spec
         Which axes of which tensors belong together.
     data
-        Batches to run the models on, as for :func:`mudsc_fast.activation_similarity`, or what that function returned
+        Batches to run the models on, as for :func:`mudsc_fast.collect_statistics`, or what that function returned
         for these models and this `spec`. Not read where `space` is ``"weight"``.
     mode
         ``"align"``: each model gets a permutation onto the first. ``"zip"``: units of all models, also of one model,
@@ -165,7 +165,7 @@ def merge(
         with phases.timed("activations"):
             activations = _activations(models, spec, data, mode, forward, progress)
         for bundle in spec.bundles:
-            similarities = {node: activations.of(node, blocks) for node in bundle}
+            similarities = {node: activations.similarity(node, blocks) for node in bundle}
             matching.update(match(similarities, spec.groups(bundle[0]).count))
     if space != "activation":
         weight_similarity = WeightSimilarity(state_dicts, spec, blocks, model_weights)
@@ -173,7 +173,11 @@ def merge(
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
                 similarity = weight_similarity(node, current)
-                return similarity if activations is None else blend(balance, similarity, activations.of(node, blocks))
+                return (
+                    similarity
+                    if activations is None
+                    else blend(balance, similarity, activations.similarity(node, blocks))
+                )
 
         swept = sweep(
             spec,
@@ -220,12 +224,12 @@ class _Phases:
 def _activations(
     models: Sequence[Any],
     spec: PermutationSpec,
-    data: Iterable[Any] | ActivationSimilarity | None,
+    data: Iterable[Any] | MatchingStatistics | None,
     mode: Mode,
     forward: Forward | None,
     progress: bool,
-) -> ActivationSimilarity:
-    if isinstance(data, ActivationSimilarity):
+) -> MatchingStatistics:
+    if isinstance(data, MatchingStatistics):
         if data.spec != spec or data.num_models != len(models):
             raise ValueError(
                 f"data was computed for {data.num_models} models with {data.spec!r}, "
@@ -236,7 +240,7 @@ def _activations(
         raise ValueError("data must be given to match in activation space, got None")
     if not all(isinstance(model, nn.Module) for model in models):
         raise TypeError("models must be modules to match in activation space, got state dicts")
-    return activation_similarity(models, spec, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress)
+    return collect_statistics(models, spec, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress)
 
 
 def _checked_state_dicts(models: Sequence[Any]) -> list[Mapping[str, Tensor]]:

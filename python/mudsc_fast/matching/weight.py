@@ -278,8 +278,12 @@ def _change(
         changed = [torch.arange(units), torch.arange(units)]
     if len(changed[0]) == 0:
         return None
-    selections = [_selection(node, m, num_models, units, c) for m, c in zip((old, new), changed, strict=True)]
-    return _Change(*selections, share=len(changed[0]) / units, first_stays="zip" not in modes)
+    return _Change(
+        old=_selection(node, old, num_models, units, changed[0]),
+        new=_selection(node, new, num_models, units, changed[1]),
+        share=len(changed[0]) / units,
+        first_stays="zip" not in modes,
+    )
 
 
 def _order(matching: NodeMatching | None, num_models: int, units: int) -> Tensor:
@@ -316,6 +320,4 @@ def _selection(node: str, matching: NodeMatching | None, num_models: int, units:
     place[merged] = torch.arange(len(merged), device=merged.device)
     places = [place[clusters] for clusters in matching.cluster_of_unit]
     members = [(chosen >= 0).nonzero().squeeze(1) for chosen in places]
-    return _Selection(
-        node, members, merged, [chosen[units] for chosen, units in zip(places, members, strict=True)]
-    )
+    return _Selection(node, members, merged, [chosen[units] for chosen, units in zip(places, members, strict=True)])

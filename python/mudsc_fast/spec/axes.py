@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from mudsc_fast._files import written_aside
+
 Role = Literal["produce", "consume"]
 Port = Literal["input", "output", "projection"]
 
@@ -426,13 +428,8 @@ class PermutationSpec:
         OSError
             If the file cannot be written.
         """
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with written_aside(path) as aside:
             aside.write_text(self.to_json(), encoding="utf-8")
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
