@@ -146,7 +146,8 @@ class WeightSimilarity:
             return unit_map if only is None or axis.node != only.node else only.map_of(model, unit_map)
 
         layout = [(Segment(axis),) for axis in part.layout]
-        return reindex([tensor], layout, map_of, [1.0]).unflatten(part.position, part.split)
+        whole = reindex([tensor], layout, map_of, [1.0])
+        return whole.unflatten(part.position, part.split)  # type: ignore[no-any-return]
 
 
 def blend(balance: float, weight: Tensor, activation: Tensor) -> Tensor:

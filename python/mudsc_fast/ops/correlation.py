@@ -368,7 +368,8 @@ def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
