@@ -54,6 +54,8 @@ class MergeResult:
         Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"``.
     unmatched_tensors
         Names of the tensors that the specification does not name; they were averaged in their own order.
+    repaired_layers
+        Names of the layers that :func:`mudsc_fast.repair` rescaled.
     """
 
     model: nn.Module | None
@@ -66,6 +68,7 @@ class MergeResult:
     objectives: list[float]
     timings: dict[str, float]
     unmatched_tensors: tuple[str, ...]
+    repaired_layers: tuple[str, ...] = ()
 
     @property
     def num_shared(self) -> int:
@@ -93,6 +96,8 @@ class MergeResult:
             lines.append(f"{len(self.objectives)} sweeps, best mean similarity {max(self.objectives):.4f}")
         if any(self.num_per_task):
             lines.append(f"entries shared: {self.num_shared}; per task: " + ", ".join(map(str, self.num_per_task)))
+        if self.repaired_layers:
+            lines.append("rescaled: " + ", ".join(self.repaired_layers))
         lines.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
         if self.unmatched_tensors:
             lines.append("averaged without matching: " + ", ".join(self.unmatched_tensors))
