@@ -13,7 +13,7 @@ import mudsc_fast
 from architectures import ResNet, VisionTransformer, randomize
 from mudsc_fast import Mode, PermutationSpec, Space
 from mudsc_fast.spec import Window, resnet, vit
-from mudsc_fast.spec.layers import attention, linear
+from mudsc_fast.spec.layers import attention, embedding, linear, tied_head
 from networks import CONV_SPEC, MLP_AXES, MLP_SPEC, ConvNet, make_mlp
 from test_builders import random_permutations as group_permutations
 
@@ -194,6 +194,32 @@ def test_stops_inside_residual_networks(family: str, stop: str, mode: Mode) -> N
     assert_same_functions(result, models, images[0])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_models", [3, 4])
+@pytest.mark.parametrize("family", ["resnet", "resnet_gn", "vit"])
+def test_several_distinct_networks(family: str, num_models: int, mode: Mode) -> None:
+    networks = [network(family) for _ in range(num_models)]
+    spec, head = networks[0][1], "head" if family == "vit" else "linear"
+    models = [
+        with_head(randomize(model, seed), head, 3 + seed, seed).eval() for seed, (model, _) in enumerate(networks)
+    ]
+    images = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    stop = "blocks.0.mlp" if family == "vit" else "layer2.0.conv1"
+    for chosen in ((), stop):
+        result = mudsc_fast.merge(models, spec, images, mode=mode, stop=chosen)
+        repaired = mudsc_fast.repair(result, models, images, missing_bias="add")
+        assert result.model is None
+        assert {f"{head}.weight", f"{head}.bias"} <= set(own_names(result))
+        assert len(set(result.num_per_task)) == num_models
+        assert repaired.repaired_layers
+        with torch.no_grad():
+            for task in (result, repaired):
+                for seed, model in enumerate(task.task_models):
+                    scores = model.eval()(images[0])
+                    assert scores.shape == (6, 3 + seed)
+                    assert scores.isfinite().all()
+
+
 class SeparateAttention(nn.Module):
     """Attention of three layers, a residual stream around it."""
 
@@ -254,6 +280,44 @@ def test_a_stop_in_each_of_two_towers() -> None:
         ]
         assert list(result.state_dict) == shared
         assert_same_functions(result, models, inputs()[0])
+
+
+class TiedNetwork(nn.Module):
+    """An embedding table that is the output layer too, and two layers on a residual stream."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table, self.first, self.second = nn.Embedding(30, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.output = nn.Linear(12, 30, bias=False)
+        self.output.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.table(tokens)
+        scores: Tensor = self.output(stream + self.second(torch.relu(self.first(stream))))
+        return scores
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tensor_under_two_names_stays_one(mode: Mode) -> None:
+    layers = (
+        embedding("table", "stream")
+        + linear("first", "inner", "stream")
+        + linear("second", "stream", "inner")
+        + tied_head("output", "stream")
+    )
+    spec = PermutationSpec(layers.axes)
+    tokens = torch.arange(30).view(5, 6)
+    models = permuted_copies(TiedNetwork(0), spec, 2)
+    result = mudsc_fast.merge(models, spec, mode=mode, stop="inner")
+    assert own_names(result) == ["second.weight", "second.bias"]
+    assert_same_functions(result, models, tokens)
+    distinct = mudsc_fast.merge([TiedNetwork(0), TiedNetwork(1)], spec, mode=mode, stop="inner")
+    for index, model in enumerate(distinct.task_models):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, distinct.task_state_dicts[index][name])
+    with pytest.raises(ValueError, match=r"heads must name all of 'table\.weight', 'output\.weight' or none"):
+        mudsc_fast.merge(models, spec, heads="output")
 
 
 def test_integers_of_the_tail_are_the_models_own() -> None:

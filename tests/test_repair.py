@@ -250,23 +250,26 @@ class Repeated(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.first, self.second = Conv1D(20, 16), Conv1D(16, 4)
+        self.scales = [1, 2]
 
     def forward(self, values: Tensor) -> Tensor:
-        return sum((self.second(torch.relu(self.first(scale * values))) for scale in (1, 2)), torch.zeros(()))
+        return sum((self.second(torch.relu(self.first(scale * values))) for scale in self.scales), torch.zeros(()))
+
+
+REPEATED_SPEC = PermutationSpec(
+    {
+        "first.weight": (None, produces("hidden")),
+        "first.bias": ("hidden",),
+        "second.weight": (consumes("hidden"), None),
+    },
+    observe={"hidden": mudsc_fast.Observation("second", "input", -1)},
+)
 
 
 def test_transposed_weights_and_layers_called_twice() -> None:
-    spec = PermutationSpec(
-        {
-            "first.weight": (None, produces("hidden")),
-            "first.bias": ("hidden",),
-            "second.weight": (consumes("hidden"), None),
-        },
-        observe={"hidden": mudsc_fast.Observation("second", "input", -1)},
-    )
     models = [Repeated(seed) for seed in (0, 1)]
     data = batches(100, 20)
-    result = mudsc_fast.merge(models, spec, data)
+    result = mudsc_fast.merge(models, REPEATED_SPEC, data)
     repaired = mudsc_fast.repair(result, models, data)
     assert repaired.repaired_layers == ("first",)
     both = torch.cat([data[0], 2 * data[0]])
@@ -275,6 +278,20 @@ def test_transposed_weights_and_layers_called_twice() -> None:
     mean, deviation = targets(result, seen[:2], "hidden")
     torch.testing.assert_close(seen[2].mean(0), mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(seen[2].std(0, correction=0), deviation, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_that_call_a_layer_differently_often() -> None:
+    models = [Repeated(seed) for seed in (0, 1)]
+    data = batches(100, 20)
+    result = mudsc_fast.merge(models, REPEATED_SPEC, data)
+    only(result.model).scales = [1, 2, 3]  # type: ignore[assignment]
+    with pytest.raises(
+        ValueError, match="layer 'first' was called more often by the merged network than by the models"
+    ):
+        mudsc_fast.repair(result, models, data)
+    models[1].scales = [1]
+    with pytest.raises(ValueError, match=r"layer 'first' was called \[2, 1\] times by the models on one batch"):
+        mudsc_fast.repair(result, models, data)
 
 
 class Shared(nn.Module):

@@ -157,7 +157,8 @@ def merge(
         module). Tensors up to and with these, in the order of the axes map, are merged into one trunk; of those behind
         every task keeps its own. A node's last tensors are those of the last layer that produces it: with a residual
         stream, of the last block that writes to it. Where parts of a network share no node, as two towers, each can be
-        given a stop; parts without one are merged as a whole. Matching is that of the whole network.
+        given a stop; parts without one are merged as a whole. A tensor with two names (an embedding table that is the
+        output layer too) is merged if one of them is. Matching is that of the whole network.
     heads
         Tensors to keep per task besides, by their name or its beginning up to a dot. They do not count in the
         similarity. Output layers that differ in size between the models are found without being named.

@@ -80,7 +80,8 @@ def repair(
     ------
     ValueError
         If the data yields nothing, the models are not as many as were merged, there is no layer to rescale, or one
-        without a bias and `missing_bias` is ``"error"``.
+        without a bias and `missing_bias` is ``"error"``; if a layer's outputs are not finite, or the networks do not
+        call it equally often.
     TypeError
         If the merge was one of state dicts.
     """
@@ -229,9 +230,10 @@ class _Observer:
             self._run_hooked(model, keep, batch, forward)
         targets: dict[str, list[_Moments]] = {}
         for name in self._layers:
-            by_call = list(zip(*(seen[name] for seen in calls), strict=False))
-            if len({len(seen[name]) for seen in calls}) != 1:
-                raise ValueError(f"layer {name!r} was called {[len(seen[name]) for seen in calls]} times by the models")
+            times = [len(seen[name]) for seen in calls]
+            if len(set(times)) != 1:
+                raise ValueError(f"layer {name!r} was called {times} times by the models on one batch")
+            by_call = list(zip(*(seen[name] for seen in calls), strict=True))
             for of_call in by_call:
                 before = self.of_models.get(name, [None] * len(of_call))
                 self.of_models[name] = [m.joined(b) for m, b in zip(of_call, before, strict=True)]

@@ -46,14 +46,15 @@ def divide(
     stop
         Nodes, or tensors by their name or its beginning up to a dot: the last that are merged. Of the tensors that
         nodes link to a stop, in the order of the axes map, those up to it are shared. Where no stop is given, and in
-        parts that no node links to one, all are. A tensor without a node goes with the one before it.
+        parts that no node links to one, all are. A tensor without a node goes with the one before it, one under several
+        names with the first of them that is shared.
     heads
         Tensors to keep per task, by their name or its beginning up to a dot.
 
     Raises
     ------
     ValueError
-        If an entry of `stop` or `heads` names nothing, or no node is left to match.
+        If an entry of `stop` or `heads` names nothing, `heads` a part of a tensor's names, or no node is left to match.
     """
     names = tuple(state_dicts[0])
     for head in heads:
@@ -63,12 +64,17 @@ def divide(
     comparable = spec.without(own) if own else spec
     trunk = _trunk(spec, stop)
     in_trunk = True
-    shared = []
+    merged = set()
     for name in names:
         in_trunk = trunk.get(name, in_trunk)
         if in_trunk and name not in own:
-            shared.append(name)
-    merged = set(shared)
+            merged.add(name)
+    for tied in _tied_tensors(state_dicts[0]) if len(merged) < len(names) else ():
+        if own.intersection(tied) and not own.issuperset(tied):
+            raise ValueError(f"heads must name all of {', '.join(map(repr, tied))} or none: they are one tensor")
+        if merged.intersection(tied):
+            merged.update(tied)
+    shared = [name for name in names if name in merged]
     return Division(frozenset(own), comparable, tuple(shared), tuple(name for name in names if name not in merged))
 
 
@@ -136,6 +142,17 @@ def _linked_parts(spec: PermutationSpec) -> dict[str, str]:
         part_of.update(dict.fromkeys(tensors, first))
         part_of.update({name: first for name, part in part_of.items() if part in joined})
     return part_of
+
+
+def _tied_tensors(state_dict: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Return the names of each tensor that has several: an embedding table that is the output layer too."""
+    tensors = dict(state_dict)  # all held at once, so that no two that are read from a file get one address
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            names.setdefault(place, []).append(name)
+    return [tuple(tied) for tied in names.values() if len(tied) > 1]
 
 
 def _begins(name: str, beginning: str) -> bool:
