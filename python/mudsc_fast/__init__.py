@@ -19,6 +19,7 @@ from mudsc_fast.ops import (
     use_backend,
     zip_units,
 )
+from mudsc_fast.repair import repair
 from mudsc_fast.spec import Observation, PermutationSpec
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "ops",
     "permute_merge",
     "permute_state_dict",
+    "repair",
     "reset_batch_norm",
     "spec",
     "use_backend",
