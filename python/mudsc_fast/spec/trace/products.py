@@ -97,6 +97,18 @@ def _convolution(record: Record, call: Call) -> View:
     return _with_bias(record, record.result([batch, written, *spatial]), call.get("bias"), channel=1)
 
 
+@rule("_grouped_mm transformers::grouped_mm_fallback")
+def _grouped_matmul(record: Record, call: Call) -> View:
+    """Each row is multiplied by the matrix of its own expert: rows and experts keep their order."""
+    rows, matrices = (value for value in call.arguments.values() if isinstance(value, View) and len(value.axes) > 1)
+    if len(rows.axes) != 2 or len(matrices.axes) != 3:
+        raise NotAViewError
+    record.freeze(call, rows, [0])
+    experts, *_ = record.read(matrices, [1])
+    freeze(experts)
+    return record.contract([(rows, ["row", "in"]), (views.select(matrices, 0, 0), ["in", "out"])], ["row", "out"])
+
+
 @rule("glu")
 def _glu(record: Record, call: Call) -> View:
     value: View = call["self"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mudsc_fast.spec.trace.factors import Factor, freeze, split, unify
 from mudsc_fast.spec.trace.record import Call, Record
 from mudsc_fast.spec.trace.table import axes_of, per_channel, rule
-from mudsc_fast.spec.trace.views import NotAViewError, View
+from mudsc_fast.spec.trace.views import NotAViewError, View, factors_of_view
 
 
 @rule("layer_norm rms_norm")
@@ -47,6 +47,17 @@ def _prelu(record: Record, call: Call) -> View:
     value: View = call["self"]
     slopes: View = call["weight"]
     return record.elementwise([value, slopes if slopes.shape == (1,) else per_channel(slopes, value)], value.shape)
+
+
+@rule("_weight_norm")
+def _weight_norm(record: Record, call: Call) -> View:
+    """Return ``v * g / norm(v)``, which has the axes of `v`, so that later uses of it are uses of `v`."""
+    direction: View = call["v"]
+    for factor, scale in zip(factors_of_view(direction), record.read(call["g"]), strict=True):
+        if scale.size != 1:
+            unify(factor, scale)
+            record.occurrences.append((factor,))
+    return direction
 
 
 @rule("softmax _softmax log_softmax _log_softmax")
