@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 import mudsc_fast
 from architectures import FeedForward, ResNet, Vgg, VisionTransformer, calibrate, randomize
 from mudsc_fast import Observation, PermutationSpec, Space
-from mudsc_fast.spec import Axis, Groups, mlp
-from mudsc_fast.spec.trace import derive
+from mudsc_fast.spec import Axis, Groups, llama, mlp
+from mudsc_fast.spec.trace import derive, graph
 from test_builders import CASES, SHAPE, TEXT, Case, causal, images, outputs, permuted_copy, tokens
 
+PAGE = Path(__file__).parent.parent / "docs" / "derivation.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 BAD: Any = 3
 Place = tuple[str, int, int, int, int, str, bool]
 
@@ -276,6 +280,103 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # PyTorch's own
+@pytest.mark.parametrize("name", ["resnet cifar", "resnet group norm", "vit", "swin", "llama grouped"])
+def test_graphs_of_fewer_operators_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = graph._export
+    monkeypatch.setattr(graph, "_export", lambda *arguments: export(*arguments).run_decompositions())
+    case = CASES[name]
+    assert content(PermutationSpec.from_model(case.build(), case.inputs(0))) == content(case.spec)
+
+
+#: Architectures of Hugging Face for which only the truth of the derived specification is tested.
+FURTHER: dict[str, tuple[str, dict[str, Any], Callable[[int], Any]]] = {
+    "Bart": (
+        "BartForConditionalGeneration",
+        {
+            "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "vocab_size": 60,
+            "max_position_embeddings": 20,
+        },
+        lambda seed: {**tokens(seed), "decoder_input_ids": tokens(seed + 1)["input_ids"]},
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60},
+        lambda seed: {**tokens(seed), "decoder_input_ids": tokens(seed + 1)["input_ids"]},
+    ),
+    "DebertaV2": (
+        "DebertaV2ForSequenceClassification",
+        {**SHAPE, **TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        tokens,
+    ),
+    "GPTJ": (
+        "GPTJForCausalLM",
+        {
+            "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 60, "n_positions": 12,
+            "bos_token_id": None, "eos_token_id": None,
+        },
+        tokens,
+    ),
+    "Bloom": (
+        "BloomForCausalLM",
+        {
+            "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": None,
+            "eos_token_id": None, "pad_token_id": None,
+        },
+        tokens,
+    ),
+    "Swin": (
+        "SwinForImageClassification",
+        {
+            "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 4], "image_size": 32, "patch_size": 4,
+            "window_size": 4,
+        },
+        features,
+    ),
+    "Segformer": (
+        "SegformerForImageClassification",
+        {
+            "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2],
+            "decoder_hidden_size": 16,
+        },
+        features,
+    ),
+    "MobileNetV2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35}, features),
+    "Wav2Vec2": (
+        "Wav2Vec2ForCTC",
+        {
+            **SHAPE, "vocab_size": 20, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3],
+            "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+        },
+        lambda seed: {"input_values": vectors(2, 2000)(seed)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_the_function_of_further_architectures(name: str) -> None:
+    kind, options, inputs = FURTHER[name]
+    model = randomize(huggingface(kind, name, **options)(), seed=1)
+    spec = PermutationSpec.from_model(model, inputs(0))
+    spec.validate(model)
+    copied, _ = permuted_copy(Case(lambda: model, spec, inputs), model, seed=2)
+    expected = outputs(model, inputs(3))
+    assert expected.std() > 0.01
+    assert len(spec.nodes) >= 3
+    torch.testing.assert_close(outputs(copied, inputs(3)), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+
+
+def test_norms_per_head_leave_the_specification_of_their_family() -> None:
+    assert content(derived("qwen3")[0].spec) == content(llama(2, 8, 4, 6))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_of_the_page_runs_as_written(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(PAGE), "exec"), {})
+
+
 def test_a_slice_of_a_hidden_layer_is_a_node_of_its_own() -> None:
     spec = derived("sliced")[0].spec
     before, behind = spec.layouts["first.weight"][0]
@@ -376,7 +477,7 @@ def test_models_on_the_meta_device() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) > 7e8
     spec = PermutationSpec.from_model(model, tokens(0))
     assert spec.units(model.state_dict())["model.layers.1.self_attn.k_proj"] == 8
-    assert content(spec) == content(mudsc_fast.spec.llama(2, 32, 8, 128))
+    assert content(spec) == content(llama(2, 32, 8, 128))
 
 
 def test_inputs_in_every_form() -> None:

@@ -220,7 +220,7 @@ class _Reader:
         keywords: Any = fx.node.map_arg(node.kwargs, lambda n: values[n])
         if node.target is operator.getitem:
             container, index = arguments
-            return container[index] if isinstance(container, list) else container
+            return container[index] if isinstance(container, list) and index < len(container) else None
         shapes = _shapes(node)
         if getattr(node.target, "__name__", "") in _WRAPPERS:
             place = next(i for i, value in enumerate(arguments) if isinstance(value, fx.GraphModule))
@@ -240,13 +240,15 @@ class _Reader:
             return operators.opaque(self._record, call)
         if solid:
             return self._record.result([Factor(length) for length in shapes[0]])
-        if any(0 in shape for shape in shapes):
+        if all(0 in shape for shape in shapes):
             return [views.frozen(shape) for shape in shapes] if len(shapes) > 1 else views.frozen(shapes[0])
         result = operators.apply(
             self._record, call, name if space == "aten" else schema.name, _is_pointwise(node.target)
         )
         if isinstance(result, View) and isinstance(node.meta["val"], (list, tuple)):
-            return [result]
+            # Of a norm's or an attention's results only the first is followed; the others are for training.
+            alone = all(user.args[1] == 0 for user in node.users if user.target is operator.getitem and user.users)
+            return [result] if alone else operators.opaque(self._record, call)
         return result
 
     def _follow_modules(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:

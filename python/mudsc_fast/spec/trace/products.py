@@ -57,7 +57,9 @@ def _einsum(record: Record, call: Call) -> View:
     return record.contract(operands, _einsum_labels(output, rank))
 
 
-@rule("scaled_dot_product_attention")
+@rule(
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention"
+)
 def _attention(record: Record, call: Call) -> View:
     query, key, value = call["query"], call["key"], call["value"]
     if call.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
@@ -66,8 +68,9 @@ def _attention(record: Record, call: Call) -> View:
     scores = record.contract([(query, [*batch, "l", "d"]), (key, [*batch, "s", "d"])], [*batch, "l", "s"])
     if call.get("is_causal"):
         record.freeze(call, scores, [len(batch), len(batch) + 1])
-    if call.get("attn_mask") is not None:
-        scores = record.elementwise([scores, call["attn_mask"]], scores.shape)
+    mask = call.get("attn_mask") if call.get("attn_mask") is not None else call.get("attn_bias")
+    if mask is not None:
+        scores = record.elementwise([scores, mask], scores.shape)
     return record.contract([(scores, [*batch, "l", "s"]), (value, [*batch, "s", "e"])], [*batch, "l", "e"])
 
 
