@@ -8,12 +8,14 @@ else is derived from it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+
+from mudsc_fast._files import written_aside
 
 Role = Literal["produce", "consume"]
 Port = Literal["input", "output", "projection"]
@@ -320,6 +322,26 @@ class PermutationSpec:
         """Return the groups of a node; one group means that its units move freely."""
         return self._groups[node]
 
+    def without(self, tensors: Container[str]) -> PermutationSpec:
+        """Return the specification that does not name some tensors; all else stays, also where nodes are observed.
+
+        Raises
+        ------
+        ValueError
+            If no node is left, or one only on axes that are not compared.
+        """
+        axes = {
+            tensor: [_entry(segments) for segments in layout]
+            for tensor, layout in self._layouts.items()
+            if tensor not in tensors
+        }
+        nodes = [node for node, uses in self._uses.items() if any(use.tensor not in tensors for use in uses)]
+        return PermutationSpec(
+            axes,
+            {node: self._observations[node] for node in nodes},
+            {node: self._groups[node] for node in nodes},
+        )
+
     def neighbours(self, node: str) -> tuple[str, ...]:
         """Return the nodes that share a tensor with `node`: those its weight similarity depends on.
 
@@ -426,13 +448,8 @@ class PermutationSpec:
         OSError
             If the file cannot be written.
         """
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with written_aside(path) as aside:
             aside.write_text(self.to_json(), encoding="utf-8")
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
@@ -517,6 +534,12 @@ def _parse_windows(windows: Sequence[Window], position: int) -> tuple[Segment, .
         segments.append(Segment(_parse_axis(window.axis, position), start, window.width))
         start += window.width
     return tuple(segments)
+
+
+def _entry(segments: Sequence[Segment]) -> Entry:
+    """Return what stands for an axis of these segments in an axes map."""
+    windows = [Window(segment.axis, segment.width) for segment in segments if segment.width is not None]
+    return windows or segments[0].axis
 
 
 def _parse_axis(entry: str | Axis | None, position: int) -> Axis | None:
