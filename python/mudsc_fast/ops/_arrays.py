@@ -60,7 +60,7 @@ def as_tensor(argument: str, value: object) -> Tensor:
 def _from_dlpack(argument: str, value: Any) -> Tensor:
     try:
         tensor: Tensor = torch.utils.dlpack.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError) as error:
         if hasattr(value, "__array__"):
             return _from_numpy(argument, np.asarray(value))
         raise TypeError(f"{argument} must be an array that torch can read by __dlpack__: {error}") from error
