@@ -228,7 +228,8 @@ class WeightFusion:
                 if node not in visits or not _same_matching(visits[node][0], seen):
                     similarity = self._weight_similarity(node)
                     if node in activations:
-                        similarity = similarity * self.fix_rate + activations[node] * (1 - self.fix_rate)
+                        of_activations = activations[node][: len(similarity)]
+                        similarity = similarity * self.fix_rate + of_activations * (1 - self.fix_rate)
                     visits[node] = (seen, self._match(node, similarity))
                 self._matching[node] = visits[node][1]
             value = sum(match.value for match in self._matching.values()) / len(nodes)
@@ -266,13 +267,16 @@ class WeightFusion:
         if self.use_cos:
             directions = functional.normalize(torch.cat(joined), dim=1, eps=1e-8)
             return directions @ directions.T
+        if self.use_permute:
+            return _correlation_with_first(joined)
         metric = CovarianceMetric()
         metric.update(1, *joined)
         return compute_correlation(metric.finalize(1))
 
     def _match(self, node: Hashable, similarity: Tensor) -> _Match:
+        """Match a node's units by [models * units, models * units], or the first model's rows of it to permute."""
         num_models, groups = len(self.params), self._network.nodes[node].groups
-        units = len(similarity) // num_models
+        units = similarity.shape[1] // num_models
         if units % groups:
             raise ValueError(f"perm[{node!r}] has {units} units, which {groups} groups do not divide")
         if self.no_fusion:
@@ -358,12 +362,21 @@ def _same_matching(first: Mapping[Hashable, _Match], second: Mapping[Hashable, _
     )
 
 
+def _correlation_with_first(vectors: Sequence[Tensor]) -> Tensor:
+    """Return [units, models * units]: the correlation of the first model's weight vectors with all models'."""
+    rows = torch.nan_to_num(torch.cat(list(vectors)), 0, 0, 0)
+    first, mean = rows[: len(vectors[0])], rows.mean(1)
+    deviation = (rows.square().mean(1) - mean.square()).clamp(min=0).sqrt()
+    covariance = torch.addr(first @ rows.T / rows.shape[1], mean[: len(first)], mean, alpha=-1)
+    return covariance / torch.outer(deviation[: len(first)], deviation).clamp(min=1e-7)
+
+
 def _aligned(similarity: Tensor, num_models: int, groups: int) -> tuple[Tensor, Tensor, float]:
     """Return the units [models - 1, units] and groups [models, groups] matched with the first model's, and the value.
 
     Of every pair of groups the units are assigned first; their mean similarities are what groups are assigned by.
     """
-    units = len(similarity) // num_models
+    units = similarity.shape[1] // num_models
     size = units // groups
     blocks = similarity[:units].view(groups, size, num_models, groups, size).permute(2, 0, 3, 1, 4)[1:]
     inner = linear_assignment(blocks).columns
