@@ -13,7 +13,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
@@ -91,14 +91,15 @@ class CorrelationAccumulator:
         return self._num_samples
 
     @torch.no_grad()
-    def update(self, *features: Tensor, channel_axis: int = 1) -> None:
+    def update(self, *features: _arrays.Array, channel_axis: int = 1) -> None:
         """Add the samples of one batch.
 
         Parameters
         ----------
         *features
-            One tensor per model, all of one shape with C entries on the channel axis, e.g. [B, C],
-            [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN counts as 0.
+            One tensor (or array of another library) per model, all of one shape with C entries on the channel
+            axis, e.g. [B, C], [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN
+            counts as 0.
             Batches without samples change nothing. Gradients are not recorded.
         channel_axis
             The axis of the units; negative ones count from the end.
@@ -275,10 +276,10 @@ class CorrelationAccumulator:
             return [(0, j) for j in range(1, self._num_models)]
         return [(i, j) for i in range(self._num_models) for j in range(i, self._num_models)]
 
-    def _check_features(self, features: tuple[Tensor, ...], channel_axis: int) -> list[Tensor]:
+    def _check_features(self, features: tuple[_arrays.Array, ...], channel_axis: int) -> list[Tensor]:
         if len(features) != self._num_models:
             raise ValueError(f"features must be one tensor for each of {self._num_models} models, got {len(features)}")
-        checked = [_checks.check_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
+        checked = [_arrays.as_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
         shape = checked[0].shape
         if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
             raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
