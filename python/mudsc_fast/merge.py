@@ -19,6 +19,7 @@ from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_u
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import SweepResult, sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.spec.axes import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
@@ -135,6 +136,7 @@ def merge(
     max_sweeps: int = 100,
     patience: int = 5,
     forward: Forward | None = None,
+    precision: Precision = "float32",
     progress: bool = False,
 ) -> MergeResult:
     """Merge networks of one architecture into one of the same size, without training.
@@ -187,6 +189,9 @@ def merge(
         End of the sweeps: at most so many, or so many in a row without improvement.
     forward
         Runs a model on a batch, where batches are neither tensors nor dicts nor tuples that begin with one.
+    precision
+        ``"bfloat16"`` for faster and coarser products of similarities where the processor has instructions for them;
+        see :class:`mudsc_fast.ops.CorrelationAccumulator`. Merged weights are averaged in full precision all the same.
     progress
         Whether to show progress bars.
 
@@ -233,11 +238,11 @@ def merge(
     start: dict[str, NodeMatching] = {}
     if space != "weight":
         with phases.timed("activations"):
-            activations = _activations(models, spec, comparable, data, mode, forward, progress)
+            activations = _activations(models, spec, comparable, data, mode, forward, precision, progress)
         for bundle in comparable.bundles:
             similarities = {node: activations.similarity(node, blocks) for node in bundle}
             start.update(match(similarities, comparable.groups(bundle[0]).count))
-    weight_similarity = WeightSimilarity(state_dicts, comparable, blocks, model_weights)
+    weight_similarity = WeightSimilarity(state_dicts, comparable, blocks, model_weights, precision=precision)
 
     def swept(share: float) -> SweepResult:
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
@@ -326,6 +331,7 @@ def _activations(
     data: Iterable[Any] | MatchingStatistics | None,
     mode: Mode,
     forward: Forward | None,
+    precision: Precision,
     progress: bool,
 ) -> MatchingStatistics:
     if isinstance(data, MatchingStatistics):
@@ -339,7 +345,15 @@ def _activations(
         raise ValueError("data must be given to match in activation space, got None")
     if not all(isinstance(model, nn.Module) for model in models):
         raise TypeError("models must be modules to match in activation space, got state dicts")
-    return collect_statistics(models, comparable, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress)
+    return collect_statistics(
+        models,
+        comparable,
+        data,
+        blocks=BLOCKS_OF_MODE[mode],
+        forward=forward,
+        precision=precision,
+        progress=progress,
+    )
 
 
 def _checked_state_dicts(models: Sequence[Any]) -> list[Mapping[str, Tensor]]:

@@ -346,6 +346,21 @@ def test_products_with_itself_by_blocks(units: int) -> None:
     torch.testing.assert_close(accumulated(features), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+def test_products_in_bfloat16(blocks: Any) -> None:
+    torch.manual_seed(13)
+    features = [5 + one for one in features_of(2, 4000, 256)]
+    exact, rounded = (accumulated(features, blocks, precision=name) for name in ("float32", "bfloat16"))
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=5e-3)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
+
+
+def test_bfloat16_on_a_torch_that_has_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correlation, "_product_settings", lambda: None)
+    with pytest.raises(ValueError, match="precision 'bfloat16' needs a newer torch"):
+        CorrelationAccumulator(2, 4, precision="bfloat16")
+
+
 def test_state_survives_saving(tmp_path: Any) -> None:
     torch.manual_seed(10)
     one = CorrelationAccumulator(2, 6, blocks="full")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mudsc_fast._files import written_aside
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
 from mudsc_fast.spec.axes import Observation, PermutationSpec
 
 _FORMAT = "mudsc_fast statistics 1"
@@ -53,6 +53,8 @@ class MatchingStatistics:
         ``"full"`` (all models with all; serves both modes) or ``"cross"`` (model 0 with every other; serves align).
     device
         Where the sums are kept.
+    precision
+        Of the products, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     """
 
     def __init__(
@@ -63,13 +65,14 @@ class MatchingStatistics:
         *,
         blocks: Blocks = "full",
         device: torch.device | str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         self.spec = spec
         self.units = {node: units[node] for node in spec.nodes}
         self.num_models = num_models
         self.blocks: Blocks = blocks
         self._sums = {
-            node: CorrelationAccumulator(num_models, count, blocks=blocks, device=device)
+            node: CorrelationAccumulator(num_models, count, blocks=blocks, device=device, precision=precision)
             for node, count in self.units.items()
         }
         self._similarities: dict[str, Tensor] = {}
@@ -180,6 +183,7 @@ def collect_statistics(
     blocks: Blocks = "full",
     forward: Forward | None = None,
     autocast: torch.dtype | None = None,
+    precision: Precision = "float32",
     progress: bool = False,
 ) -> MatchingStatistics:
     """Run all models over the data and gather what the correlation of their units needs, node by node.
@@ -204,6 +208,8 @@ def collect_statistics(
     autocast
         Run the models under ``torch.autocast`` in this dtype, e.g. ``torch.bfloat16``. Where features are then of that
         dtype, they are still centred and summed in float32 and float64.
+    precision
+        Of the products of features, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     progress
         Whether to show a progress bar.
 
@@ -218,7 +224,7 @@ def collect_statistics(
         raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
     device = next(iter(models[0].state_dict().values())).device
     units = spec.units(models[0].state_dict())
-    statistics = MatchingStatistics(spec, units, len(models), blocks=blocks, device=device)
+    statistics = MatchingStatistics(spec, units, len(models), blocks=blocks, device=device, precision=precision)
     observers = [_Observer(model, spec, units) for model in models]
     num_batches = 0
     with ExitStack() as stack:

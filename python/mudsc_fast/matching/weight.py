@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import NodeMatching
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, PermutationSpec, Role, Segment
 
@@ -43,6 +43,8 @@ class WeightSimilarity:
         Which similarity blocks to compute, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     model_weights
         The weights with which the models will be averaged.
+    precision
+        Of the products, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     keep
         Whether to keep sums at all.
     """
@@ -54,11 +56,13 @@ class WeightSimilarity:
         blocks: Blocks,
         model_weights: Sequence[float],
         *,
+        precision: Precision = "float32",
         keep: bool = True,
     ) -> None:
         self._state_dicts = state_dicts
         self._spec = spec
         self._blocks = blocks
+        self._precision: Precision = precision
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
         self._parts = {node: list(_parts(spec, self._units, state_dicts[0], node)) for node in spec.nodes}
@@ -79,7 +83,9 @@ class WeightSimilarity:
 
     def _computed(self, node: str, around: Mapping[str, NodeMatching | None]) -> CorrelationAccumulator:
         device = self._state_dicts[0][self._parts[node][0].tensor].device
-        sums = CorrelationAccumulator(len(self._state_dicts), self._units[node], blocks=self._blocks, device=device)
+        sums = CorrelationAccumulator(
+            len(self._state_dicts), self._units[node], blocks=self._blocks, device=device, precision=self._precision
+        )
         short: list[list[Tensor]] = []
         for part in self._parts[node]:
             features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]

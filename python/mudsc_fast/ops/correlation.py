@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from mudsc_fast.ops import _arrays, _dispatch
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
+
+#: What operands of the matrix products are rounded to.
+Precision = Literal["float32", "bfloat16"]
 
 #: Samples that are centred and multiplied at a time: at least so many that the product dominates, and beyond
 #: that no more than fill this many numbers of all models.
@@ -55,6 +59,10 @@ class CorrelationAccumulator:
         Of the result: float16, bfloat16, float32 or float64.
     device
         Where features come from and sums are kept.
+    precision
+        ``"bfloat16"`` rounds what float32 products multiply (centred features) to bfloat16 and adds in float32, several
+        times faster on processors with instructions for it and the same as ``"float32"`` on others. Means and variances
+        stay exact. The correlations then err by some 1e-3.
 
     Raises
     ------
@@ -70,15 +78,22 @@ class CorrelationAccumulator:
         blocks: Blocks = "cross",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         if blocks not in ("cross", "full"):
             raise ValueError(f"blocks must be 'cross' or 'full', got {blocks!r}")
+        _checks.check_choice("precision", precision, get_args(Precision))
+        if precision != "float32" and _product_settings() is None:
+            raise ValueError(
+                f"precision {precision!r} needs a newer torch, whose products can be set, got {torch.__version__}"
+            )
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         self._num_models = _checks.check_int("num_models", num_models, 2 if blocks == "cross" else 1)
         self._units = _checks.check_int("units", units, 1)
         self._blocks = blocks
         self._dtype = dtype
+        self._precision = precision
         self._num_samples = 0
         self._mean = torch.zeros(num_models, units, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._mean)
@@ -307,7 +322,8 @@ class CorrelationAccumulator:
             centered = tuple(one.to(torch.float64) for one in centered)
         product = torch.empty_like(self._comoments[0], dtype=centered[0].dtype)
         products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
-        self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+        with _products_in(self._precision):
+            self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
 
     def _exchange(
         self,
@@ -325,10 +341,11 @@ class CorrelationAccumulator:
         none = torch.zeros_like(self._mean[0])
         product = torch.empty_like(self._comoments[0], dtype=dtype)
         for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
-            if stays[i]:
-                torch.mm(after[i], (after[j] - before[j]).T, out=product)
-            else:
-                _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
+            with _products_in(self._precision):
+                if stays[i]:
+                    torch.mm(after[i], (after[j] - before[j]).T, out=product)
+                else:
+                    _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
             accumulate(own, product, none, none)
         if changes is not None:
             for i, (o, n) in enumerate(zip(before, after, strict=True)):
@@ -396,6 +413,26 @@ def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
 def _sum_of_squares(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square()
+
+
+def _product_settings() -> Any:
+    """Return torch's settings of products on the CPU; None where this torch has none."""
+    return getattr(torch.backends.mkldnn, "matmul", None)
+
+
+@contextmanager
+def _products_in(precision: Precision) -> Iterator[None]:
+    """Let torch's float32 products on the CPU round their operands while the enclosed code runs."""
+    if precision == "float32":
+        yield
+        return
+    settings = _product_settings()
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
