@@ -31,9 +31,10 @@ def plain_sweep(
     objectives: list[float] = []
     misses = 0
     while misses < 5 and len(objectives) < 100:
-        for index in torch.randperm(len(spec.nodes), generator=generator).tolist():
-            node = spec.nodes[index]
-            current.update(match({node: similarity_of(node, current)}, 1))
+        for index in torch.randperm(len(spec.bundles), generator=generator).tolist():
+            bundle = spec.bundles[index]
+            similarities = {node: similarity_of(node, current) for node in bundle}
+            current.update(match(similarities, spec.groups(bundle[0]).count))
         objective = sum(current[node].similarity for node in spec.nodes) / len(spec.nodes)
         if not objectives or objective > max(objectives):
             best, misses = dict(current), 0
@@ -43,14 +44,19 @@ def plain_sweep(
     return best, objectives
 
 
+def spec_and_states(network: str) -> tuple[PermutationSpec, list[dict[str, Tensor]]]:
+    if network == "mlp":
+        return MLP_SPEC, [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
+    if network == "convolutional":
+        return CONV_SPEC, [ConvNet(seed).state_dict() for seed in (0, 1)]
+    return vit(2, 3, 24), [randomize(VisionTransformer(), seed).state_dict() for seed in (0, 1)]
+
+
 @pytest.mark.parametrize("mode", ["align", "zip"])
-@pytest.mark.parametrize("network", ["mlp", "convolutional"])
+@pytest.mark.parametrize("network", ["mlp", "convolutional", "vit"])
 @pytest.mark.parametrize("random_state", [0, 7])
 def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state: int) -> None:
-    if network == "mlp":
-        spec, states = MLP_SPEC, [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
-    else:
-        spec, states = CONV_SPEC, [dict(ConvNet(seed).state_dict()) for seed in (0, 1)]
+    spec, states = spec_and_states(network)
     similarity_of = WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.5, 0.5])
     calls = 0
 
@@ -129,13 +135,7 @@ def random_matching(
 @pytest.mark.parametrize("mode", ["align", "zip"])
 @pytest.mark.parametrize("network", ["mlp", "convolutional", "vit"])
 def test_sums_follow_the_neighbours(network: str, mode: Mode) -> None:
-    if network == "mlp":
-        spec, states = MLP_SPEC, [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
-    elif network == "convolutional":
-        spec, states = CONV_SPEC, [dict(ConvNet(seed).state_dict()) for seed in (0, 1)]
-    else:
-        spec = vit(2, 3, 24)
-        states = [randomize(VisionTransformer(), seed).state_dict() for seed in (0, 1)]
+    spec, states = spec_and_states(network)
     units = spec.units(states[0])
     followed, anew = (
         WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.3, 0.7], keep=keep) for keep in (True, False)
