@@ -101,7 +101,8 @@ def patch(only: Sequence[str] | None = None) -> Patch:
     Parameters
     ----------
     only
-        Names of modules or packages to patch, e.g. ``["rebasin"]``; by default all, ``scipy.optimize`` among them.
+        Names of modules or packages to patch, e.g. ``["rebasin"]``; by default all, ``scipy.optimize`` among them. Add
+        that one where a package looks the function up there at each call.
 
     Raises
     ------
