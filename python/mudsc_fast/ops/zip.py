@@ -112,9 +112,7 @@ def merges_inside(merges: int, num_models: int, budget: float, groups: int = 1) 
     ValueError
         If it is not in [0, 1].
     """
-    budget = _checks.check_number("budget", budget)
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget must be in [0, 1], got {budget}")
+    budget = _checks.check_share("budget", budget)
     if groups == 1:
         return int(merges // num_models * budget + 1e-4)
     return int(merges * budget // (num_models * groups) + 1e-4)
