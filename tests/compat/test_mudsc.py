@@ -333,3 +333,19 @@ def test_errors_of_the_other_arguments() -> None:
         mudsc.get_swin_perm((2,), (3,))
     with pytest.raises(ValueError, match=r"reduce changes the size of 'weight', a Holder, which is not supported"):
         fusion.transform([Holder({"weight": torch.randn(4, 3)}) for _ in range(3)], {0: [[0, "weight"]]})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("permute", [False, True])
+def test_networks_on_a_gpu_stay_there(permute: bool) -> None:
+    matrices = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        models = [make_mlp(seed=seed).to(device) for seed in range(2)]
+        fusion = WeightFusion(use_permute=permute, fix_sims=True, verbose=False)
+        loader = [torch.randn(200, 20)]
+        merged = fusion.transform(models, MLP_PERM, act_loader=loader, in_weight_space=True)
+        assert {tensor.device.type for tensor in merged.state_dict().values()} == {device}
+        matrices.append({node: unmerge.cpu() for node, (_, unmerge) in fusion.perm_mats.items()})
+    for node, unmerge in matrices[0].items():
+        assert torch.equal(unmerge, matrices[1][node])

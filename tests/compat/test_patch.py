@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -144,10 +146,10 @@ def test_modules_imported_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "user_late.solve" in patched.patched
         assert late.__spec__ is not None
         assert late.__loader__ is late.__spec__.loader
-        assert "exec_module" not in vars(late.__loader__)
         importlib.reload(late)
         assert late.solve is not KEPT.original
     assert late.solve is KEPT.original
+    assert "exec_module" not in vars(late.__loader__)
 
 
 def test_a_module_found_meanwhile_and_imported_later_is_not_patched(
@@ -163,6 +165,40 @@ def test_a_module_found_meanwhile_and_imported_later_is_not_patched(
     late = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(late)
     assert late.solve is KEPT.original
+
+
+def test_a_loader_that_serves_several_modules_is_followed_and_restored() -> None:
+    class Loader:
+        """Makes modules that bind the function, as a hook of pytest or of a packager makes all of its own."""
+
+        def __init__(self) -> None:
+            self.exec_module = self.execute
+
+        def create_module(self, _spec: ModuleSpec) -> None:
+            return None
+
+        def execute(self, module: ModuleType) -> None:
+            module.__dict__["solve"] = KEPT.original
+            if module.__name__ == "user_late":
+                importlib.import_module("user_late_too")
+
+    class Finder:
+        def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+            del path, target
+            return ModuleSpec(fullname, loader) if fullname.startswith("user_late") else None  # type: ignore[arg-type]
+
+    loader, finder = Loader(), Finder()
+    own = loader.exec_module
+    sys.meta_path.insert(0, finder)
+    try:
+        with mudsc_fast.patch(only=["user_late", "user_late_too"]) as patched:
+            importlib.import_module("user_late")
+            assert patched.patched == ("user_late_too.solve", "user_late.solve")
+        assert loader.exec_module is own
+        assert sys.modules["user_late"].solve is sys.modules["user_late_too"].solve is KEPT.original
+    finally:
+        sys.meta_path.remove(finder)
+        del sys.modules["user_late_too"]
 
 
 def test_scipy_may_be_imported_after_the_patch() -> None:

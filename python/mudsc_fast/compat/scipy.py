@@ -101,7 +101,8 @@ def patch(only: Sequence[str] | None = None) -> Patch:
     Parameters
     ----------
     only
-        Names of modules or packages to patch, e.g. ``["rebasin"]``; by default all, ``scipy.optimize`` among them.
+        Names of modules or packages to patch, e.g. ``["rebasin"]``; by default all, ``scipy.optimize`` among them. Add
+        that one where a package looks the function up there at each call.
 
     Raises
     ------
@@ -128,6 +129,7 @@ class _Switch(MetaPathFinder):
         self._active: list[Patch] = []
         self._original: Callable[..., Any] | None = None
         self._replaced: dict[tuple[int, str], tuple[str, dict[str, Any]]] = {}
+        self._followed: dict[int, tuple[Any, Any]] = {}  # loaders by id, with an `exec_module` of their own if any
         self._searching = threading.local()
 
     def holds(self, patch: Patch) -> bool:
@@ -160,6 +162,7 @@ class _Switch(MetaPathFinder):
                         names[key[1]] = self._original
             if not self._active:
                 sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+                self._unfollow()
                 self._original = None
 
     def imported(self, module: ModuleType) -> None:
@@ -191,16 +194,27 @@ class _Switch(MetaPathFinder):
         return spec
 
     def _follow(self, loader: Any) -> None:
-        execute = loader.exec_module
+        """Have the modules that a loader executes patched, until the last patch ends."""
+        with self._lock:
+            if not self._active or id(loader) in self._followed or not hasattr(loader, "__dict__"):
+                return
+            execute = loader.exec_module
 
-        def execute_and_patch(module: ModuleType) -> None:
-            loader.__dict__.pop("exec_module", None)
-            execute(module)
-            self.imported(module)
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                self.imported(module)
 
-        # On the loader itself, not around it: others compare loaders and ask them for sources and resources.
-        if hasattr(loader, "__dict__"):
+            self._followed[id(loader)] = (loader, loader.__dict__.get("exec_module"))
+            # On the loader itself, not around it: others compare loaders and ask them for sources and resources.
             loader.__dict__["exec_module"] = execute_and_patch
+
+    def _unfollow(self) -> None:
+        for loader, own in self._followed.values():
+            if own is None:
+                del loader.__dict__["exec_module"]
+            else:
+                loader.__dict__["exec_module"] = own
+        self._followed.clear()
 
     def _find_original(self) -> None:
         home = sys.modules.get(_HOME)
