@@ -184,6 +184,91 @@ def merge(
     TypeError
         If an argument is of the wrong type, the models' dtypes differ, or activations are asked of state dicts.
     """
+    found = find_matching(
+        models,
+        spec,
+        data,
+        mode=mode,
+        balance=balance,
+        space=space,
+        weights=weights,
+        shrink=shrink,
+        budget=budget,
+        stop=stop,
+        heads=heads,
+        random_state=random_state,
+        max_sweeps=max_sweeps,
+        patience=patience,
+        forward=forward,
+        progress=progress,
+    )
+    began = time.perf_counter()
+    state_dicts, division, matching = found.state_dicts, found.division, found.matching
+    merged = merge_state_dicts(state_dicts, spec, matching, found.weights, division.shared)
+    tasks = _task_state_dicts(state_dicts, spec, matching, division, merged)
+    task_models = _task_models(models, tasks, division)
+    return MergeResult(
+        model=None if division.per_task or not task_models else task_models[0],
+        state_dict=merged,
+        task_models=task_models,
+        task_state_dicts=tasks,
+        spec=spec,
+        weights=tuple(found.weights),
+        matching=matching,
+        objectives=found.objectives,
+        timings={**found.timings, "merging": time.perf_counter() - began},
+        unmatched_tensors=tuple(
+            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class FoundMatching:
+    """How the units of networks correspond, before anything is merged.
+
+    Attributes
+    ----------
+    state_dicts
+        The models' tensors.
+    division
+        Which tensors are to be merged.
+    weights, matching, objectives, timings
+        As in :class:`MergeResult`.
+    """
+
+    state_dicts: Sequence[Mapping[str, Tensor]]
+    division: Division
+    weights: Sequence[float]
+    matching: dict[str, NodeMatching]
+    objectives: list[float]
+    timings: dict[str, float]
+
+
+def find_matching(
+    models: Sequence[nn.Module] | Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    data: Iterable[Any] | MatchingStatistics | None = None,
+    *,
+    mode: Mode = "align",
+    balance: float = 0.5,
+    space: Space | None = None,
+    weights: Sequence[float] | None = None,
+    shrink: float = 0.5,
+    budget: float = 1.0,
+    stop: str | Sequence[str] = (),
+    heads: str | Sequence[str] = (),
+    random_state: int = 0,
+    max_sweeps: int = 100,
+    patience: int = 5,
+    forward: Forward | None = None,
+    progress: bool = False,
+) -> FoundMatching:
+    """Match the units of networks as :func:`merge` does, and merge nothing.
+
+    Arguments and errors are those of :func:`merge`. State dicts may make a tensor when it is asked for, as those of
+    files do: each is asked for again and again, and kept no longer than it is needed.
+    """
     check_choice("mode", mode, get_args(Mode))
     space = ("weight" if data is None else "dual") if space is None else space
     check_choice("space", space, get_args(Space))
@@ -245,23 +330,13 @@ def merge(
         )
         matching, objectives = swept.matching, swept.objectives
 
-    with phases.timed("merging"):
-        merged = merge_state_dicts(state_dicts, spec, matching, model_weights, division.shared)
-        tasks = _task_state_dicts(state_dicts, spec, matching, division, merged)
-        task_models = _task_models(models, tasks, division)
-    return MergeResult(
-        model=None if division.per_task or not task_models else task_models[0],
-        state_dict=merged,
-        task_models=task_models,
-        task_state_dicts=tasks,
-        spec=spec,
-        weights=tuple(model_weights),
+    return FoundMatching(
+        state_dicts=state_dicts,
+        division=division,
+        weights=model_weights,
         matching={node: matching[node] for node in comparable.nodes},
         objectives=objectives,
         timings=phases.seconds,
-        unmatched_tensors=tuple(
-            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
-        ),
     )
 
 
