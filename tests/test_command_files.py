@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 import mudsc_fast
 from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, randomize
 from mudsc_fast import cli
-from mudsc_fast.io import CheckpointError, choose_spec, merge_checkpoints, open_checkpoint
+from mudsc_fast.io import CheckpointError, choose_spec, open_checkpoint
 from mudsc_fast.spec import bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
 from networks import make_mlp
 
