@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 import mudsc_fast
+from mudsc_fast._checks import check_choice, check_share
 from mudsc_fast.io import models as loading
 from mudsc_fast.io.checkpoint import FORMAT_OF_SUFFIX, Checkpoint, CheckpointError, Format, open_checkpoint, read_json
 from mudsc_fast.io.recognition import choose_spec
@@ -28,7 +29,7 @@ from mudsc_fast.io.writing import (
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import merge_state_dicts, reindex
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching
-from mudsc_fast.merge import FoundMatching, Space, find_matching
+from mudsc_fast.merge import Space, prepare_matching
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, PermutationSpec
 
@@ -330,6 +331,16 @@ class _Output:
         return cls(path, by_name, None)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """How the units of all networks correspond, and their shares in the result."""
+
+    matching: Mapping[str, NodeMatching]
+    objectives: Sequence[float]
+    weights: Sequence[float]
+    timings: Mapping[str, float]
+
+
 def _match(
     checkpoints: Sequence[Checkpoint],
     spec: PermutationSpec | str,
@@ -338,12 +349,15 @@ def _match(
     *,
     mode: Mode,
     space: Space | None,
+    balance: float,
     progress: bool,
     **arguments: Any,
-) -> tuple[FoundMatching, PermutationSpec]:
+) -> tuple[_Found, PermutationSpec]:
+    check_choice("mode", mode, get_args(Mode))
+    space = ("weight" if data is None else "dual") if space is None else space
+    check_choice("space", space, get_args(Space))
     _check_together(checkpoints)
     chosen = _spec_of_all(checkpoints, spec)
-    space = ("weight" if data is None else "dual") if space is None else space
     activations = None
     timings: dict[str, float] = {}
     if space != "weight":
@@ -352,7 +366,7 @@ def _match(
         began = time.perf_counter()
         activations = _activations(checkpoints, spec, chosen, data, build, mode, progress)
         timings["activations"] = time.perf_counter() - began
-    found = find_matching(
+    prepared = prepare_matching(
         [checkpoint.tensors for checkpoint in checkpoints],
         chosen,
         activations,
@@ -361,7 +375,11 @@ def _match(
         progress=progress,
         **arguments,
     )
-    return replace(found, timings={**found.timings, **timings}), chosen
+    result = prepared.at(check_share("balance", balance))
+    timings |= prepared.phases.seconds
+    return _Found(
+        {node: result.matching[node] for node in chosen.nodes}, result.objectives, prepared.weights, timings
+    ), chosen
 
 
 def _activations(
@@ -492,7 +510,7 @@ def _result(
     plan: _Output,
     checkpoints: Sequence[Checkpoint],
     spec: PermutationSpec,
-    found: FoundMatching,
+    found: _Found,
     written: Written,
     dtype: torch.dtype | None,
     timings: Mapping[str, float],

@@ -40,7 +40,7 @@ _SAFETENSORS_NAMES = {
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 #: Directories' files that hold weights or belong to them, or describe one network only.
-_NOT_COPIED = (*FORMAT_OF_SUFFIX, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".md", ".gitattributes")
+_NOT_COPIED = (*FORMAT_OF_SUFFIX, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".md")
 
 
 @dataclass(frozen=True)
