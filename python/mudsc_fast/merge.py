@@ -214,6 +214,98 @@ def merge(
     if not isinstance(spec, PermutationSpec):
         raise TypeError(f"spec must be a PermutationSpec, got {type(spec).__name__}")
     candidates = _checked_balances(balance, balances, score, space)
+    prepared = prepare_matching(
+        models,
+        spec,
+        data,
+        mode=mode,
+        space=space,
+        weights=weights,
+        shrink=shrink,
+        budget=budget,
+        stop=stop,
+        heads=heads,
+        random_state=random_state,
+        max_sweeps=max_sweeps,
+        patience=patience,
+        forward=forward,
+        progress=progress,
+    )
+    state_dicts, division, phases = prepared.state_dicts, prepared.division, prepared.phases
+
+    def merged(share: float) -> MergeResult:
+        found = prepared.at(share)
+        with phases.timed("merging"):
+            tensors = merge_state_dicts(state_dicts, spec, found.matching, prepared.weights, division.shared)
+            tasks = _task_state_dicts(state_dicts, spec, found.matching, division, tensors)
+            task_models = _task_models(models, tasks, division)
+        return MergeResult(
+            model=None if division.per_task or not task_models else task_models[0],
+            state_dict=tensors,
+            task_models=task_models,
+            task_state_dicts=tasks,
+            spec=spec,
+            weights=tuple(prepared.weights),
+            matching={node: found.matching[node] for node in division.comparable.nodes},
+            objectives=found.objectives,
+            timings=phases.seconds,
+            unmatched_tensors=tuple(
+                name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in spec.layouts
+            ),
+            balance=share if space == "dual" else None,
+        )
+
+    return merged(candidates[0]) if score is None else _best(merged, candidates, score, phases)
+
+
+@dataclass(frozen=True)
+class PreparedMatching:
+    """All that matching needs but for the balance.
+
+    Attributes
+    ----------
+    state_dicts
+        The models' tensors.
+    division
+        Which of them are merged.
+    weights
+        The models' shares in the result.
+    phases
+        Seconds by phase so far.
+    at
+        Matches all nodes at a balance; called once for each.
+    """
+
+    state_dicts: Sequence[Mapping[str, Tensor]]
+    division: Division
+    weights: Sequence[float]
+    phases: Phases
+    at: Callable[[float], SweepResult]
+
+
+def prepare_matching(
+    models: Sequence[nn.Module] | Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    data: Iterable[Any] | MatchingStatistics | None = None,
+    *,
+    mode: Mode = "align",
+    space: Space,
+    weights: Sequence[float] | None = None,
+    shrink: float = 0.5,
+    budget: float = 1.0,
+    stop: str | Sequence[str] = (),
+    heads: str | Sequence[str] = (),
+    random_state: int = 0,
+    max_sweeps: int = 100,
+    patience: int = 5,
+    forward: Forward | None = None,
+    progress: bool = False,
+) -> PreparedMatching:
+    """Check what is to be merged and compute what does not depend on the balance; arguments are those of :func:`merge`.
+
+    State dicts may make a tensor when it is asked for, as those of files do: each is asked for again and again, and
+    kept no longer than it is needed.
+    """
     check_int("max_sweeps", max_sweeps, 1)
     check_int("patience", patience, 1)
     state_dicts = _checked_state_dicts(models)
@@ -225,7 +317,7 @@ def merge(
     model_weights = _checked_weights(weights, len(models))
 
     comparable = division.comparable
-    phases = _Phases()
+    phases = Phases()
     blocks = BLOCKS_OF_MODE[mode]
 
     def match(similarities: Mapping[str, Tensor], groups: int) -> dict[str, NodeMatching]:
@@ -244,7 +336,10 @@ def merge(
             start.update(match(similarities, comparable.groups(bundle[0]).count))
     weight_similarity = WeightSimilarity(state_dicts, comparable, blocks, model_weights, precision=precision)
 
-    def swept(share: float) -> SweepResult:
+    def at(share: float) -> SweepResult:
+        if space == "activation":
+            return SweepResult(start, [])
+
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
                 similarity = weight_similarity(node, current)
@@ -265,36 +360,14 @@ def merge(
             progress=progress,
         )
 
-    def merged(share: float) -> MergeResult:
-        found = SweepResult(start, []) if space == "activation" else swept(share)
-        with phases.timed("merging"):
-            tensors = merge_state_dicts(state_dicts, spec, found.matching, model_weights, division.shared)
-            tasks = _task_state_dicts(state_dicts, spec, found.matching, division, tensors)
-            task_models = _task_models(models, tasks, division)
-        return MergeResult(
-            model=None if division.per_task or not task_models else task_models[0],
-            state_dict=tensors,
-            task_models=task_models,
-            task_state_dicts=tasks,
-            spec=spec,
-            weights=tuple(model_weights),
-            matching={node: found.matching[node] for node in comparable.nodes},
-            objectives=found.objectives,
-            timings=phases.seconds,
-            unmatched_tensors=tuple(
-                name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in spec.layouts
-            ),
-            balance=share if space == "dual" else None,
-        )
-
-    return merged(candidates[0]) if score is None else _best(merged, candidates, score, phases)
+    return PreparedMatching(state_dicts, division, model_weights, phases, at)
 
 
 def _best(
     merged: Callable[[float], MergeResult],
     balances: Sequence[float],
     score: Callable[[MergeResult], float],
-    phases: _Phases,
+    phases: Phases,
 ) -> MergeResult:
     """Return the merge of the highest score, the first of several, with the scores of all."""
     best: MergeResult | None = None
@@ -309,7 +382,7 @@ def _best(
     return replace(best, scores=scores)
 
 
-class _Phases:
+class Phases:
     """Seconds by phase, in the order in which the phases began."""
 
     def __init__(self) -> None:
@@ -317,6 +390,7 @@ class _Phases:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Add the time that the enclosed code takes."""
         began = time.perf_counter()
         try:
             yield

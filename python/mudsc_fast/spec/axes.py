@@ -342,6 +342,17 @@ class PermutationSpec:
             {node: self._groups[node] for node in nodes},
         )
 
+    def renamed(self, names: Mapping[str, str]) -> PermutationSpec:
+        """Return the specification of the same nodes in which some tensors, the keys of `names`, have other names."""
+        return PermutationSpec(
+            {
+                names.get(tensor, tensor): [_entry(segments) for segments in layout]
+                for tensor, layout in self._layouts.items()
+            },
+            self._observations,
+            self._groups,
+        )
+
     def neighbours(self, node: str) -> tuple[str, ...]:
         """Return the nodes that share a tensor with `node`: those its weight similarity depends on.
 
