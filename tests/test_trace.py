@@ -565,6 +565,22 @@ def test_what_a_tensor_of_ones_becomes_when_written_to() -> None:
     torch.testing.assert_close(copied(value), model(value))
 
 
+def test_groups_of_a_norm_that_cut_repeated_channels_apart() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(10, 2)
+            self.norm = nn.GroupNorm(2, 10)
+
+        def forward(self, value: Tensor) -> Tensor:
+            twice = self.second(torch.relu(self.first(value))).repeat_interleave(2, 1)
+            result: Tensor = self.last(self.norm(twice))
+            return result
+
+    spec = PermutationSpec.from_model(Repeated(), torch.randn(3, 5))
+    assert spec.nodes == ("first",)  # the fifth of the repeated channels is half in the one group, half in the other
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
         PermutationSpec.from_model(BAD, torch.randn(3, 5))
