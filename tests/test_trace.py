@@ -137,6 +137,40 @@ class NormedAttention(nn.Module):
         return result
 
 
+class Crossed(nn.Module):
+    """Attention of a few learnt tokens to those of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(10, 16)
+        self.asked = nn.Parameter(torch.zeros(1, 3, 16))
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = torch.tanh(self.embed(images))
+        asked = self.asked.repeat(len(tokens), 1, 1) + tokens[:, :3]
+        result: Tensor = self.head(self.attention(asked, tokens, value=tokens, need_weights=False)[0])
+        return result
+
+
+class Dense(nn.Module):
+    """Layers each of which reads all before it, as in DenseNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(10 + 6 * index, 6) for index in range(5))
+        self.norm = nn.LayerNorm(40)
+        self.head = nn.Linear(40, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        written = images
+        for layer in self.layers:
+            written = torch.cat([written, F.gelu(layer(written))], -1)
+        result: Tensor = self.head(self.norm(written))
+        return result
+
+
 def vectors(*shape: int) -> Callable[[int], Tensor]:
     return lambda seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -156,6 +190,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], bool]] = 
     "gated": (Gated, vectors(64, 10), True),
     "grouped convolution": (Grouped, images(8), True),
     "depthwise convolution": (lambda: Grouped(depthwise=True), images(8), True),
+    "dense": (Dense, vectors(64, 10), True),
+    "cross attention": (Crossed, vectors(32, 6, 10), True),
     "normed heads": (NormedAttention, vectors(16, 6, 10), True),
     "cumsum": (lambda: Hidden(lambda x: x.cumsum(1)), vectors(64, 10), True),
     "fft": (lambda: Hidden(lambda x: torch.fft.fft(x).real), vectors(64, 10), True),
@@ -579,6 +615,22 @@ def test_groups_of_a_norm_that_cut_repeated_channels_apart() -> None:
 
     spec = PermutationSpec.from_model(Repeated(), torch.randn(3, 5))
     assert spec.nodes == ("first",)  # the fifth of the repeated channels is half in the one group, half in the other
+
+
+def test_tensors_of_integers_keep_their_order() -> None:
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(7, 2)
+            self.codes = nn.Parameter(torch.randint(-9, 9, (7, 6), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, value: Tensor) -> Tensor:
+            hidden = torch.relu(self.first(value))
+            result: Tensor = self.last(torch.relu(F.linear(hidden, self.codes.to(hidden.dtype))))
+            return result
+
+    with pytest.raises(ValueError, match="every axis keeps its order"):
+        PermutationSpec.from_model(Quantized(), torch.randn(3, 5))
 
 
 def test_bad_arguments() -> None:

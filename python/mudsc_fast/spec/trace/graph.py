@@ -82,7 +82,7 @@ def read(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]
     for node, given in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         shape = _shapes(node)[0] if _shapes(node) else ()
         name = (given.target or "").removeprefix("wrapped.")
-        if given.kind is InputKind.PARAMETER or (given.kind is InputKind.BUFFER and name in first_name):
+        if given.kind in (InputKind.PARAMETER, InputKind.BUFFER) and name in first_name:
             name = first_name[name]
             if name not in bases:
                 bases[name] = views.whole([Factor(length) for length in shape], name)
@@ -93,7 +93,7 @@ def read(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]
     for result in reader.walk(exported.graph_module, values):
         for factor in views.factors_of_view(result):
             freeze(factor)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_floating_point()}
     for name, view in bases.items():
         if name not in parameters and name not in record.statistics:
             for factor in view.base.axes:
