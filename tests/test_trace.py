@@ -581,22 +581,24 @@ def test_a_model_is_left_as_it_was() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_what_a_tensor_of_ones_becomes_when_written_to() -> None:
+@pytest.mark.parametrize("constant", [True, False])
+def test_what_is_repeated_and_then_written_to(constant: bool) -> None:
     class Written(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
 
         def forward(self, value: Tensor) -> Tensor:
-            scale = torch.ones(6)
-            scale[:3] = 2.0
+            scale = torch.ones(len(value), 6) if constant else value[:, :1].expand(-1, 6).clone()
+            scale[:, :3] = 2.0
             result: Tensor = self.last(torch.relu(self.second(torch.relu(self.first(value)) * scale)))
             return result
 
     model = Written()
     spec = PermutationSpec.from_model(model, torch.randn(3, 5))
+    assert [segment.width for segment in spec.layouts["first.weight"][0]] == [3, 3]
     copied, permutations = permuted_copy(Case(Written, spec, vectors(3, 5)), model, seed=1)
-    assert "second" in permutations
+    assert len(permutations) == 3
     value = torch.randn(3, 5)
     torch.testing.assert_close(copied(value), model(value))
 
