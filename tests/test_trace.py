@@ -137,6 +137,40 @@ class NormedAttention(nn.Module):
         return result
 
 
+class Crossed(nn.Module):
+    """Attention of a few learnt tokens to those of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(10, 16)
+        self.asked = nn.Parameter(torch.zeros(1, 3, 16))
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = torch.tanh(self.embed(images))
+        asked = self.asked.repeat(len(tokens), 1, 1) + tokens[:, :3]
+        result: Tensor = self.head(self.attention(asked, tokens, value=tokens, need_weights=False)[0])
+        return result
+
+
+class Dense(nn.Module):
+    """Layers each of which reads all before it, as in DenseNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(10 + 6 * index, 6) for index in range(5))
+        self.norm = nn.LayerNorm(40)
+        self.head = nn.Linear(40, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        written = images
+        for layer in self.layers:
+            written = torch.cat([written, F.gelu(layer(written))], -1)
+        result: Tensor = self.head(self.norm(written))
+        return result
+
+
 def vectors(*shape: int) -> Callable[[int], Tensor]:
     return lambda seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -156,6 +190,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], bool]] = 
     "gated": (Gated, vectors(64, 10), True),
     "grouped convolution": (Grouped, images(8), True),
     "depthwise convolution": (lambda: Grouped(depthwise=True), images(8), True),
+    "dense": (Dense, vectors(64, 10), True),
+    "cross attention": (Crossed, vectors(32, 6, 10), True),
     "normed heads": (NormedAttention, vectors(16, 6, 10), True),
     "cumsum": (lambda: Hidden(lambda x: x.cumsum(1)), vectors(64, 10), True),
     "fft": (lambda: Hidden(lambda x: torch.fft.fft(x).real), vectors(64, 10), True),
@@ -545,24 +581,58 @@ def test_a_model_is_left_as_it_was() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_what_a_tensor_of_ones_becomes_when_written_to() -> None:
+@pytest.mark.parametrize("constant", [True, False])
+def test_what_is_repeated_and_then_written_to(constant: bool) -> None:
     class Written(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
 
         def forward(self, value: Tensor) -> Tensor:
-            scale = torch.ones(6)
-            scale[:3] = 2.0
+            scale = torch.ones(len(value), 6) if constant else value[:, :1].expand(-1, 6).clone()
+            scale[:, :3] = 2.0
             result: Tensor = self.last(torch.relu(self.second(torch.relu(self.first(value)) * scale)))
             return result
 
     model = Written()
     spec = PermutationSpec.from_model(model, torch.randn(3, 5))
+    assert [segment.width for segment in spec.layouts["first.weight"][0]] == [3, 3]
     copied, permutations = permuted_copy(Case(Written, spec, vectors(3, 5)), model, seed=1)
-    assert "second" in permutations
+    assert len(permutations) == 3
     value = torch.randn(3, 5)
     torch.testing.assert_close(copied(value), model(value))
+
+
+def test_groups_of_a_norm_that_cut_repeated_channels_apart() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(10, 2)
+            self.norm = nn.GroupNorm(2, 10)
+
+        def forward(self, value: Tensor) -> Tensor:
+            twice = self.second(torch.relu(self.first(value))).repeat_interleave(2, 1)
+            result: Tensor = self.last(self.norm(twice))
+            return result
+
+    spec = PermutationSpec.from_model(Repeated(), torch.randn(3, 5))
+    assert spec.nodes == ("first",)  # the fifth of the repeated channels is half in the one group, half in the other
+
+
+def test_tensors_of_integers_keep_their_order() -> None:
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(7, 2)
+            self.codes = nn.Parameter(torch.randint(-9, 9, (7, 6), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, value: Tensor) -> Tensor:
+            hidden = torch.relu(self.first(value))
+            result: Tensor = self.last(torch.relu(F.linear(hidden, self.codes.to(hidden.dtype))))
+            return result
+
+    with pytest.raises(ValueError, match="every axis keeps its order"):
+        PermutationSpec.from_model(Quantized(), torch.randn(3, 5))
 
 
 def test_bad_arguments() -> None:

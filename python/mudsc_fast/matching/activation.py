@@ -288,7 +288,9 @@ class _Observer:
                         )
                     elif observation.port == "projection":
                         handle = module.register_forward_pre_hook(
-                            lambda module, args, kwargs, hook=hook: hook([_projection(module, args, kwargs)]),
+                            lambda module, args, kwargs, hook=hook, start=observation.start: hook(
+                                [_projection(module, args, kwargs, start)]
+                            ),
                             with_kwargs=True,
                         )
                     else:
@@ -353,10 +355,11 @@ def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) ->
     return observations
 
 
-def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the queries, keys and values that self-attention computes of its input."""
-    query = args[0] if args else kwargs["query"]
-    return nn.functional.linear(query, attention.in_proj_weight, attention.in_proj_bias)
+def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any], start: int) -> Tensor:
+    """Return the queries, keys and values that attention computes of the input which it takes those at `start` from."""
+    place = start // attention.embed_dim
+    read = args[place] if place < len(args) else kwargs[("query", "key", "value")[place]]
+    return nn.functional.linear(read, attention.in_proj_weight, attention.in_proj_bias)
 
 
 def _units_position(module: nn.Module, observation: Observation, node: str) -> int:

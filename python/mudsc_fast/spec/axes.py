@@ -119,8 +119,8 @@ class Observation:
         Name of a submodule, as in ``model.get_submodule``.
     port
         ``"input"`` (the first tensor that the module is called with), ``"output"``, or ``"projection"`` (of
-        ``torch.nn.MultiheadAttention``: what it projects that tensor to, queries, keys and values one behind the
-        other; it has no submodule that does so).
+        ``torch.nn.MultiheadAttention``: its queries, keys and values one behind the other, projected from the input
+        that it takes those at `start` from; it has no submodule that does so).
     position
         The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
         layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).

@@ -47,7 +47,7 @@ def derive(model: nn.Module, example_inputs: Any, *, outputs: Outputs | None = N
     arguments, keywords = _inputs(model, example_inputs)
     reading = read(model, arguments, keywords, outputs)
     settle([factor for axes in reading.tensors.values() for factor in axes], reading.record.occurrences)
-    uses = _uses(reading, model.state_dict())
+    uses = _uses(reading)
     if not uses:
         raise ValueError(
             "model must have units that may be permuted, but every axis keeps its order: "
@@ -81,13 +81,13 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[Sequence[Any], Mappi
     )
 
 
-def _uses(reading: Reading, state_dict: Mapping[str, Tensor]) -> dict[Key, list[Use]]:
+def _uses(reading: Reading) -> dict[Key, list[Use]]:
     """Return every place of every node."""
     uses: dict[Key, list[Use]] = {}
     for tensor, axes in reading.tensors.items():
         first = reading.first_name[tensor]
         for position, factor in enumerate(axes):
-            parts = parts_of(factor) if state_dict[tensor].is_floating_point() else []
+            parts = parts_of(factor)
             for part in parts:
                 if part.key:
                     role: Role = "consume" if reading.record.roles.get((first, position)) == {"consume"} else "produce"

@@ -10,6 +10,7 @@ This is unification of types, on the union-find structure of Tarjan: every facto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,20 +51,21 @@ class Factor:
 def product(parts: Sequence[Factor]) -> Factor:
     """Return the factor whose entries are the tuples of the parts' entries, the last part's the fastest."""
     proper = [part.find() for part in parts if part.size != 1]
-    if not proper:
-        return Factor(1, frozen=True)
-    size = 1
-    for part in proper:
-        size *= part.size
-    return proper[0] if len(proper) == 1 else Factor(size, kind="product", parts=proper)
+    if len(proper) == 1:
+        return proper[0]
+    flat = [factor for part in proper for factor in factors_of(part)]
+    size = math.prod(factor.size for factor in flat)
+    return Factor(size, kind="product", parts=flat) if flat else Factor(1, frozen=True)
 
 
 def concatenation(parts: Sequence[Factor]) -> Factor:
     """Return the factor whose entries are those of the parts, one part behind the other."""
     proper = [part.find() for part in parts if part.size != 0]
-    if not proper:
-        return Factor(0, frozen=True)
-    return proper[0] if len(proper) == 1 else Factor(sum(p.size for p in proper), kind="sum", parts=proper)
+    if len(proper) == 1:
+        return proper[0]
+    flat = [term for part in proper for term in terms_of(part)]
+    size = sum(term.size for term in flat)
+    return Factor(size, kind="sum", parts=flat) if flat else Factor(0, frozen=True)
 
 
 def factors_of(factor: Factor) -> list[Factor]:

@@ -82,7 +82,7 @@ def read(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]
     for node, given in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         shape = _shapes(node)[0] if _shapes(node) else ()
         name = (given.target or "").removeprefix("wrapped.")
-        if given.kind is InputKind.PARAMETER or (given.kind is InputKind.BUFFER and name in first_name):
+        if given.kind in (InputKind.PARAMETER, InputKind.BUFFER) and name in first_name:
             name = first_name[name]
             if name not in bases:
                 bases[name] = views.whole([Factor(length) for length in shape], name)
@@ -93,7 +93,7 @@ def read(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]
     for result in reader.walk(exported.graph_module, values):
         for factor in views.factors_of_view(result):
             freeze(factor)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_floating_point()}
     for name, view in bases.items():
         if name not in parameters and name not in record.statistics:
             for factor in view.base.axes:
@@ -211,10 +211,12 @@ class _Reader:
                 results = [values[n] for n in flat if isinstance(n, fx.Node) and isinstance(values[n], View)]
             else:
                 self._follow_modules(node, values)
-                values[node] = self._value(node, values, solid=node in written)
+                value = self._value(node, values)
+                # What is written to is no longer the same all along an axis.
+                values[node] = self._record.solid(value) if node in written and isinstance(value, View) else value
         return results
 
-    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any], *, solid: bool) -> Any:
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """Return a node's value: a view, a list of views, or None."""
         arguments: Any = fx.node.map_arg(node.args, lambda n: values[n])
         keywords: Any = fx.node.map_arg(node.kwargs, lambda n: values[n])
@@ -238,8 +240,6 @@ class _Reader:
         call = Call(f"{space}.{name}", node.name, self._path(node), named, shapes)
         if _is_sized_by_data(node) or any(map(_is_sized_by_data, node.all_input_nodes)):
             return operators.opaque(self._record, call)
-        if solid:
-            return self._record.result([Factor(length) for length in shapes[0]])
         if all(0 in shape for shape in shapes):
             return [views.frozen(shape) for shape in shapes] if len(shapes) > 1 else views.frozen(shapes[0])
         result = operators.apply(
@@ -297,14 +297,13 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Return the tensors of one number that are written to afterwards, and so are not of one number."""
+    """Return the values that are written to later, by themselves or through a view."""
     written = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None and schema.is_mutable and node.args:
             source = node.args[0]
-            while isinstance(source, fx.Node) and source.op == "call_function":
-                if str(source.target).removeprefix("aten.").partition(".")[0] in operators.CONSTANTS:
-                    written.add(source)
+            while isinstance(source, fx.Node):
+                written.add(source)
                 source = source.args[0] if source.args else None
     return written

@@ -106,6 +106,7 @@ def _grouped_matmul(record: Record, call: Call) -> View:
     rows, matrices = (value for value in call.arguments.values() if isinstance(value, View) and len(value.axes) > 1)
     if len(rows.axes) != 2 or len(matrices.axes) != 3:
         raise NotAViewError
+    rows = record.solid(rows)
     record.freeze(call, rows, [0])
     experts, *_ = record.read(matrices, [1])
     freeze(experts)

@@ -105,6 +105,13 @@ class Record:
                         roles.add("consume" if position in consumed else "produce")
         return factors
 
+    def solid(self, view: View) -> View:
+        """Return a view in which nothing repeats, to be read more than once.
+
+        A repeated axis is another free factor each time that it is read, so nothing that is learnt of it would stay.
+        """
+        return self.result(self.read(view)) if view.repeats else view
+
     def result(self, axes: Sequence[Factor]) -> View:
         """Return a new tensor with the given axes."""
         self.occurrences.append(tuple(axes))

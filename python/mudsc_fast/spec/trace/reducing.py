@@ -12,7 +12,7 @@ from mudsc_fast.spec.trace.views import NotAViewError, View, factors_of_view
 
 @rule("layer_norm rms_norm native_layer_norm")
 def _layer_norm(record: Record, call: Call) -> View:
-    value: View = call["input"]
+    value = record.solid(call["input"])
     scales = [call.get(name) for name in ("weight", "bias")]
     batch = record.read(value)[: len(value.axes) - len(call["normalized_shape"])]
     record.occurrences.append(tuple(batch))  # mean and variance
@@ -34,7 +34,7 @@ def _batch_norm(record: Record, call: Call) -> View:
 
 @rule("group_norm native_group_norm")
 def _group_norm(record: Record, call: Call) -> View:
-    value: View = call["input"]
+    value = record.solid(call["input"])
     batch, channels, *_ = record.read(value)
     groups, _ = split(channels, call.get("num_groups") or call["group"])
     record.occurrences.append((batch, groups))  # mean and variance
