@@ -3,12 +3,13 @@
 // An optimal assignment uses only the best few entries of each row. Every row lists some of its least reduced costs,
 // and keeps a floor that no unlisted one is below. Column duals only fall, so reduced costs only rise and a floor stays
 // valid; a row is read again only when the search reaches its floor. The steps:
-//   1. list all rows at duals 0 (or those given): the only time the whole matrix is read, but for the certificate;
+//   1. list all rows at duals 0 (or those given): the only time the whole matrix is read;
 //   2. match each row to its best column where that is free; if many rows are left, one auction on the lists at a fixed
 //      epsilon spreads the duals, and rows are matched again at what they are then;
 //   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987);
 //   4. shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
-//      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice.
+//      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice;
+//   5. the row duals anew, from the lists where a floor proves that they hold the row's least, else from the row.
 // It is related to the look-back auction of Bus and Tvrdik ("Towards auction algorithms for large dense assignment
 // problems", Computational Optimization and Applications 43, 2009).
 //
@@ -215,13 +216,10 @@ class SparseSolver : private AssignmentState<T> {
         for (std::int64_t i = begin; i < end && good; ++i) {
           lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
                            kFirstCapacity, kInfinity, 0, false};
-          const Scan row_most = largest_magnitude(scan_values(i, scratch), columns_);
+          const Scan row_most = list_row(i, kWanted, scratch);
           good = row_most < kLargest;  // false for NaN
           most = row_most > most ? row_most : most;
-          if (good) {
-            list_row(i, kWanted, scratch);
-            row_hashes_[i] = State::sampled_hash(i);
-          }
+          row_hashes_[i] = State::sampled_hash(i);
         }
         if (!good) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
         raise(largest, most);
@@ -254,21 +252,25 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for.
-  void list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
+  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for. Returns the row's largest
+  // magnitude, or something not less than kLargest, with nothing listed, if the row cannot be.
+  Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted);
     list.size = 0;
     list.floor = kInfinity;
+    const Scan largest = scratch.scanner.largest_magnitude();
+    if (!(largest < kLargest)) return largest;
     const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
-      return;
+      return largest;
     }
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted);
     // Rows begin at different places, so that rows full of ties do not all list the same columns.
     const double start = static_cast<double>(row) / static_cast<double>(rows_);
     list.floor = static_cast<double>(scratch.scanner.list_least(wanted, list.capacity, start, add));
+    return largest;
   }
 
   // Whether every row is one finite number, over and over: a look at the first row unless it is.
@@ -305,8 +307,8 @@ class SparseSolver : private AssignmentState<T> {
     return true;
   }
 
-  // The certificate of AssignmentState. A scan finds no entry dearer than it is: only groups in which it finds one as
-  // good as the row's pair can hold a better one, and these few entries are priced in double.
+  // The certificate of AssignmentState. Where a row's listed entries hold one that is not above the floor, no unlisted
+  // one is less: floors are bounds at duals that have only fallen since. Other rows are read again.
   void certify(const AssignmentProblem& problem, std::int64_t index, int threads) {
     double* const least_costs = problem.row_duals + index * rows_;
     bool out_of_memory = false;
@@ -318,15 +320,23 @@ class SparseSolver : private AssignmentState<T> {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       }
     };
-    parallel_for(threads, rows_, State::kEntriesPerThread / columns_ + 1, body);
+    parallel_for(threads, rows_, State::kEntriesPerThread / kFirstCapacity, body);
     if (out_of_memory) throw OutOfMemory{};
     State::conclude(problem, index);
   }
 
+  // A scan finds no entry dearer than it is: only groups in which it finds one as good as the best that is known can
+  // hold a better one, and these few entries are priced in double.
   double least_reduced_cost(std::int64_t row, Scratch& scratch) const {
+    const List& list = lists_[row];
+    double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
+    for (std::int64_t k = 0; k < list.size; ++k) {
+      const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
+      least = cost < least ? cost : least;
+    }
+    if (least <= list.floor || list.size == columns_) return least;
     const Scan* const values = scan_values(row, scratch);
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kCertificateGroups);
-    double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
     // Not less than `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
     const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kSmallest * kRounding;
