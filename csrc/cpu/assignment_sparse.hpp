@@ -101,11 +101,12 @@ class SparseSolver : private AssignmentState<T> {
     State::begin(problem, index);
     if (rows_are_constant()) return conclude_diagonal(problem, index);
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
-    if (!list_all_rows(threads)) return false;
+    const bool warm = problem.prices != nullptr;
+    if (!list_all_rows(warm ? kWantedOfWarm : kWanted, threads)) return false;
     std::int64_t free_count = match_tight();
     if (free_count == 0) return conclude_at_once(problem, index);
     find_classes();
-    if (rows_ == columns_ && free_count > rows_ / kFewFree) {
+    if (rows_ == columns_ && free_count > rows_ / (warm ? kFewFreeOfWarm : kFewFree)) {
       if (auction() && within(problem.tolerance)) {
         certify(problem, index, threads);
         problem.status[index] = AssignmentStatus::optimal;
@@ -130,12 +131,16 @@ class SparseSolver : private AssignmentState<T> {
   // Entries that a row lists at first. Fewer are read again too often, more cost time at every bid.
   static constexpr std::int64_t kWanted = 16;
   static constexpr std::int64_t kFirstCapacity = 2 * kWanted;
+  // The same at given duals, at which the search ends sooner.
+  static constexpr std::int64_t kWantedOfWarm = 10;
   // Groups that a row is divided into for every entry wanted: then few groups hold two of them.
   static constexpr std::int64_t kGroupsPerEntry = 16;
   // Groups of a row for the certificate, which looks into one or two of them.
   static constexpr std::int64_t kCertificateGroups = 128;
   // The auction is skipped where no more than one in so many rows found its best column taken.
   static constexpr std::int64_t kFewFree = 20;
+  // The same where duals were given: if they suit the problem, row reduction keeps more of them than an auction does.
+  static constexpr std::int64_t kFewFreeOfWarm = 4;
   // Its epsilon, as a share of the median distance between a row's best and second best entry: large enough to end
   // soon, small enough that most rows then are where they belong.
   static constexpr double kEpsilonShare = 0.2;
@@ -203,7 +208,7 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  bool list_all_rows(int threads) {
+  bool list_all_rows(std::int64_t wanted, int threads) {
     release_lists();
     largest_ = 0;
     bool finite = true, out_of_memory = false;
@@ -216,7 +221,7 @@ class SparseSolver : private AssignmentState<T> {
         for (std::int64_t i = begin; i < end && good; ++i) {
           lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
                            kFirstCapacity, kInfinity, 0, false};
-          const Scan row_most = list_row(i, kWanted, scratch);
+          const Scan row_most = list_row(i, wanted, scratch);
           good = row_most < kLargest;  // false for NaN
           most = row_most > most ? row_most : most;
           row_hashes_[i] = State::sampled_hash(i);
