@@ -120,7 +120,7 @@ class SparseSolver : private AssignmentState<T> {
     closed_.fill(0);
     class_seen_.fill(0);
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
-    State::order_equal_rows(row_hashes_);
+    order_classes();
     State::order_equal_columns();
     certify(problem, index, threads);
     problem.status[index] = AssignmentStatus::optimal;
@@ -320,13 +320,16 @@ class SparseSolver : private AssignmentState<T> {
     auto body = [&](std::int64_t begin, std::int64_t end) {
       try {
         Scratch scratch(columns_);
-        for (std::int64_t i = begin; i < end; ++i) least_costs[i] = least_reduced_cost(i, scratch);
+        for (std::int64_t i = begin; i < end; ++i) {
+          if (list_of(i) == i) least_costs[i] = least_reduced_cost(i, scratch);
+        }
       } catch (const OutOfMemory&) {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       }
     };
     parallel_for(threads, rows_, State::kEntriesPerThread / kFirstCapacity, body);
     if (out_of_memory) throw OutOfMemory{};
+    for (std::int64_t i = 0; i < rows_; ++i) least_costs[i] = least_costs[list_of(i)];
     State::conclude(problem, index);
   }
 
@@ -415,6 +418,24 @@ class SparseSolver : private AssignmentState<T> {
     State::for_equal_rows(row_hashes_, none, [this](const std::int64_t* rows, std::int64_t count) {
       for (std::int64_t k = 0; k < count; ++k) class_of_row_[rows[k]] = rows[0];
     });
+  }
+
+  // As order_equal_rows, by the classes that are known.
+  void order_classes() {
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (class_of_row_[i] >= 0) stack_[count++] = i;
+    }
+    sort(stack_.data(), count, [this](std::int64_t a, std::int64_t b) {
+      return class_of_row_[a] != class_of_row_[b] ? class_of_row_[a] < class_of_row_[b] : a < b;
+    });
+    for (std::int64_t begin = 0, end; begin < count; begin = end) {
+      for (end = begin; end < count && class_of_row_[stack_[end]] == class_of_row_[stack_[begin]]; ++end) {
+        tree_columns_[end] = column_of_row_[stack_[end]];
+      }
+      sort_ascending(tree_columns_.data() + begin, end - begin);
+      for (std::int64_t k = begin; k < end; ++k) State::assign(stack_[k], tree_columns_[k]);
+    }
   }
 
   // Matches every row to a best column while there are free ones; returns how many rows are left, listed in stack_.
@@ -537,9 +558,12 @@ class SparseSolver : private AssignmentState<T> {
     return top;
   }
 
+  // The row whose list a path search uses for this one: equal rows share one, which may grow long where they tie.
+  std::int64_t list_of(std::int64_t row) const { return class_of_row_[row] < 0 ? row : class_of_row_[row]; }
+
   // Distance at which an unlisted entry of a tree row could lower the distance of a column.
   double relist_distance(std::int64_t row) const {
-    const double above = lists_[row].floor - u_[row];
+    const double above = lists_[list_of(row)].floor - u_[row];
     return row_distance_[row] + (above > 0.0 ? above : 0.0);
   }
 
@@ -550,7 +574,7 @@ class SparseSolver : private AssignmentState<T> {
       if (class_seen_[row_class] == stamp_) return;
       class_seen_[row_class] = stamp_;
     }
-    const List& list = lists_[row];
+    const List& list = lists_[list_of(row)];
     const double reached = row_distance_[row], offset = reached - u_[row];
     for (std::int64_t k = 0; k < list.size; ++k) {
       const std::int64_t column = list.columns[k];
@@ -582,7 +606,7 @@ class SparseSolver : private AssignmentState<T> {
     heap_size_ = 0;
     sink_ = -1;
     sink_distance_ = kInfinity;
-    u_[root] = best_two(root).first;
+    u_[root] = best_two(list_of(root)).first;
     std::int64_t tree_size = 0, closed_count = 0;
     row_distance_[root] = 0.0;
     tree_rows_[tree_size++] = root;
@@ -593,9 +617,10 @@ class SparseSolver : private AssignmentState<T> {
         const std::int64_t row = event.what - columns_;
         if (relist_distance(row) > event.distance) continue;  // has been listed again since
         // Listing a row twice in one search must show more of it.
-        const List& list = lists_[row];
-        relist(row, list.search == stamp_ ? 2 * list.size : list.size);
-        lists_[row].search = stamp_;
+        const std::int64_t listed = list_of(row);
+        const List& list = lists_[listed];
+        relist(listed, list.search == stamp_ ? 2 * list.size : list.size);
+        lists_[listed].search = stamp_;
         relax(row, true);
         continue;
       }
