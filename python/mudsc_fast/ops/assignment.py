@@ -88,8 +88,8 @@ def linear_assignment(
     Notes
     -----
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE Transactions on Aerospace and Electronic Systems 52
-    (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it is not
-    contiguous, has more rows than columns, or is not on the CPU.
+    (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it has
+    more rows than columns, lies neither row by row nor (if square) column by column, or is not on the CPU.
     """
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:
@@ -195,7 +195,9 @@ def _as_tensor(argument: str, value: object) -> Tensor:
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
         # torch has no unsigned types beyond 8 bits; all become float64, as in scipy.
         widened = native if native.dtype.kind == "f" else native.astype(np.float64)
-        writable = widened if widened.flags.writeable and widened.flags.c_contiguous else np.array(widened, order="C")
+        # Row by row or column by column, the solver takes an array as it lies.
+        as_it_lies = widened.flags.writeable and widened.flags.forc
+        writable = widened if as_it_lies else np.array(widened, order="C")
         value = torch.from_numpy(writable)
     tensor = _arrays.as_tensor(argument, value)
     if tensor.is_complex():
