@@ -19,6 +19,7 @@ from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_u
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import SweepResult, sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.spec.axes import PermutationSpec
 
@@ -229,6 +230,7 @@ def merge(
         max_sweeps=max_sweeps,
         patience=patience,
         forward=forward,
+        precision=precision,
         progress=progress,
     )
     state_dicts, division, phases = prepared.state_dicts, prepared.division, prepared.phases
@@ -299,6 +301,7 @@ def prepare_matching(
     max_sweeps: int = 100,
     patience: int = 5,
     forward: Forward | None = None,
+    precision: Precision = "float32",
     progress: bool = False,
 ) -> PreparedMatching:
     """Check what is to be merged and compute what does not depend on the balance; arguments are those of :func:`merge`.
@@ -319,11 +322,12 @@ def prepare_matching(
     comparable = division.comparable
     phases = Phases()
     blocks = BLOCKS_OF_MODE[mode]
+    solutions: dict[str, Assignment] = {}
 
     def match(similarities: Mapping[str, Tensor], groups: int) -> dict[str, NodeMatching]:
         with phases.timed("matching"):
             if mode == "align":
-                return align_units(similarities, groups)
+                return align_units(similarities, groups, earlier=solutions)
             return zip_all_units(similarities, len(models), groups, shrink=shrink, budget=budget)
 
     activations = None
