@@ -37,6 +37,7 @@ def permute_merge(
     rows: tuple[int, int, int, int, int],
     columns: tuple[int, int, int, int, int],
     out: int,
+    out_is_new: bool,
 ) -> None: ...
 def zip_units(
     similarity: int,

@@ -32,6 +32,7 @@ struct PermuteProblem {
   AxisMap rows;
   AxisMap columns;  // fewer than 2^31 - 1 units
   void* out;
+  bool out_is_new;  // allocated for this call and never touched, so that its pages may be chosen
   std::int32_t threads;
 };
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: A lone mapped axis with fewer elements behind each unit is taken as columns: longer lines, fewer loops.
 _SHORT_LINE = 64
+#: From so many bytes on, a result's first touch costs more than the sum itself, and less on huge pages.
+_HUGE_PAGES = 2**22
 
 
 def permute_merge(
@@ -53,6 +55,7 @@ def permute_merge(
         rows=rows.arguments(),
         columns=columns.arguments(),
         out=result.data_ptr(),
+        out_is_new=out is not result and result.nbytes >= _HUGE_PAGES,
     )
     return result if out is None or out is result else out.copy_(result)
 
