@@ -36,6 +36,17 @@ void register_permute(py::module_& module) {
       py::arg("isa"), py::arg("threads"), py::arg("dtype"), py::arg("tensors"), py::arg("weights"),
       py::arg("outer"), py::arg("middle"), py::arg("inner"), py::arg("rows"), py::arg("columns"), py::arg("out"),
       py::arg("out_is_new"));
+  module.def(
+      "permute_in_place",
+      [](int isa, int threads, int dtype, std::int64_t outer, std::int64_t middle, std::int64_t inner,
+         const AxisArguments& rows, const AxisArguments& columns, std::uintptr_t out) {
+        const PermuteProblem problem{static_cast<ScalarType>(dtype), 1, nullptr, nullptr, outer, middle, inner,
+                                     axis_map(rows), axis_map(columns), pointer<void>(out), false, threads};
+        const py::gil_scoped_release released;
+        MUDSC_CALL_KERNEL(static_cast<Isa>(isa), permute_in_place, problem);
+      },
+      py::arg("isa"), py::arg("threads"), py::arg("dtype"), py::arg("outer"), py::arg("middle"), py::arg("inner"),
+      py::arg("rows"), py::arg("columns"), py::arg("out"));
 }
 
 }  // namespace mudsc::bindings

@@ -593,6 +593,113 @@ void run(const PermuteProblem& problem) {
   }
 }
 
+// ---- In place --------------------------------------------------------------------------------------------------
+
+// The lines of one tensor, in the order in which they can move: along the cycles of the row permutation, cycle after
+// cycle, the same in every slice (outer, middle). Line k of the order takes what line k + 1 held; the last of a cycle
+// takes the first. Threads move disjoint runs of this order. What a run needs of lines that other runs overwrite, the
+// first line of the next run and the first of the cycle that its own beginning lies in, is saved before any starts.
+template <class Bits>
+class MoveInPlace {
+ public:
+  explicit MoveInPlace(const PermuteProblem& problem)
+      : problem_(problem),
+        columns_(problem.columns.kind == UnitMapKind::gather ? ColumnIndex(problem.columns, problem.inner, 1)
+                                                             : ColumnIndex()),
+        line_(problem.columns.units_in * problem.inner),
+        rows_(problem.rows.units_in),
+        order_(rows_),
+        start_(rows_) {
+    follow_cycles();
+  }
+
+  void run() const {
+    const std::int64_t lines = problem_.outer * problem_.middle * rows_;
+    const std::int64_t grain = 1 + kElementsPerThread / (1 + line_);
+    const std::int64_t most = (lines + grain - 1) / grain;
+    const std::int64_t runs = most < problem_.threads ? most : problem_.threads;
+    const auto bound = [&](std::int64_t run) { return lines / runs * run + (lines % runs < run ? lines % runs : run); };
+    // Of each run: its first line, the first of that line's cycle, the first of the cycle it is in.
+    Buffer<Bits> saved((runs + 1) * 3 * line_);
+    const auto scratch = [&](std::int64_t run, std::int64_t which) { return saved.data() + (run * 3 + which) * line_; };
+    for (std::int64_t run = 0; run < runs; ++run) {
+      copy(scratch(run, 0), address(bound(run)));
+      copy(scratch(run, 1), address(first_of_cycle(bound(run))));
+    }
+    auto body = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t run = begin; run < end; ++run) {
+        move(bound(run), bound(run + 1), scratch(run + 1, 0), scratch(run, 1), scratch(run, 2));
+      }
+    };
+    parallel_for(problem_.threads, runs, 1, body);
+  }
+
+ private:
+  void follow_cycles() {
+    Buffer<std::uint8_t> done(rows_, 0);
+    std::int64_t count = 0;
+    for (std::int64_t first = 0; first < rows_; ++first) {
+      if (done[first]) continue;
+      const std::int64_t begin = count;
+      std::int64_t row = first;
+      do {
+        done[row] = 1;
+        order_[count] = row;
+        start_[count++] = begin;
+        row = problem_.rows.kind == UnitMapKind::gather ? problem_.rows.index[row] : row;
+      } while (row != first);
+    }
+  }
+
+  // The first place of the cycle that place k of the whole order is in.
+  std::int64_t first_of_cycle(std::int64_t k) const { return k / rows_ * rows_ + start_[k % rows_]; }
+
+  bool ends_cycle(std::int64_t k) const {
+    const std::int64_t within = k % rows_;
+    return within + 1 == rows_ || start_[within + 1] == within + 1;
+  }
+
+  Bits* address(std::int64_t k) const {
+    const std::int64_t slice = k / rows_, o = slice / problem_.middle, m = slice % problem_.middle;
+    return static_cast<Bits*>(problem_.out) + ((o * rows_ + order_[k % rows_]) * problem_.middle + m) * line_;
+  }
+
+  void copy(Bits* to, const Bits* from) const { std::memcpy(to, from, static_cast<std::size_t>(line_) * sizeof(Bits)); }
+
+  void move(std::int64_t begin, std::int64_t end, const Bits* next_run, const Bits* cycle_before, Bits* cycle) const {
+    for (std::int64_t k = begin; k < end; ++k) {
+      const std::int64_t first = first_of_cycle(k);
+      if (first == k) copy(cycle, address(k));
+      if (ends_cycle(k)) {
+        write(address(k), first < begin ? cycle_before : cycle);
+      } else {
+        write(address(k), k + 1 == end ? next_run : address(k + 1));
+      }
+    }
+  }
+
+  void write(Bits* to, const Bits* from) const {
+    const std::int64_t run = columns_.run();
+    if (columns_.items_out() == 0) {
+      copy(to, from);
+    } else if (run == 1) {
+      const std::int32_t* const index = columns_.first(0);
+      for (std::int64_t e = 0; e < line_; ++e) to[e] = from[index[e]];
+    } else {
+      for (std::int64_t k = 0; k < columns_.items_out(); ++k) {
+        std::memcpy(to + k * run, from + columns_.first(0)[k] * run, static_cast<std::size_t>(run) * sizeof(Bits));
+      }
+    }
+  }
+
+  const PermuteProblem& problem_;
+  ColumnIndex columns_;
+  std::int64_t line_;
+  std::int64_t rows_;
+  Buffer<std::int64_t> order_;
+  Buffer<std::int64_t> start_;
+};
+
 std::int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::float64 ? 8 : dtype == ScalarType::float32 ? 4 : 2;
 }
@@ -614,6 +721,15 @@ void permute_merge(const PermuteProblem& problem) {
     case ScalarType::bfloat16: return run<BFloat16, std::uint16_t>(problem);
     case ScalarType::float32: return run<float, std::uint32_t>(problem);
     case ScalarType::float64: return run<double, std::uint64_t>(problem);
+  }
+}
+
+void permute_in_place(const PermuteProblem& problem) {
+  if (problem.outer * problem.rows.units_in * problem.middle * problem.columns.units_in * problem.inner == 0) return;
+  switch (bytes_of(problem.dtype)) {
+    case 2: return MoveInPlace<std::uint16_t>(problem).run();
+    case 4: return MoveInPlace<std::uint32_t>(problem).run();
+    default: return MoveInPlace<std::uint64_t>(problem).run();
   }
 }
 

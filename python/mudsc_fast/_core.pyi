@@ -39,6 +39,17 @@ def permute_merge(
     out: int,
     out_is_new: bool,
 ) -> None: ...
+def permute_in_place(
+    isa: int,
+    threads: int,
+    dtype: int,
+    outer: int,
+    middle: int,
+    inner: int,
+    rows: tuple[int, int, int, int, int],
+    columns: tuple[int, int, int, int, int],
+    out: int,
+) -> None: ...
 def zip_units(
     similarity: int,
     dtype: int,

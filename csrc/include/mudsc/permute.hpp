@@ -38,4 +38,8 @@ struct PermuteProblem {
 
 MUDSC_DECLARE_KERNEL(void permute_merge(const PermuteProblem& problem));
 
+// Re-indexes `out` itself; rows and columns are permutations (gathers that are bijections) or stay as they are. The
+// tensors and weights of the problem are not read.
+MUDSC_DECLARE_KERNEL(void permute_in_place(const PermuteProblem& problem));
+
 }  // namespace mudsc

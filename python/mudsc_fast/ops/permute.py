@@ -168,6 +168,60 @@ def permute_merge(
         return kernel(checked, by_axis, factors, out)
 
 
+def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> Tensor:
+    """Re-index one tensor in place, so that a model can be permuted in the memory it takes.
+
+    ``tensor = tensor[maps[axis] applied along each axis]``, exact bit for bit. On the CPU a contiguous tensor needs a
+    scratch of a few lines (an entry of the first mapped axis) per thread, on a GPU one of at most 64 MB.
+
+    Parameters
+    ----------
+    tensor
+        float16, bfloat16, float32 or float64, of any number of axes, each entry with a place of its own in memory.
+    maps
+        For each re-indexed axis (negative ones count from the end) a map of one model that is a permutation: every
+        unit once.
+
+    Returns
+    -------
+    Tensor
+        `tensor`.
+
+    Raises
+    ------
+    TypeError
+        For arguments of another type, as in :func:`permute_merge`.
+    ValueError
+        If a map is of several models, of another length than the axis or no permutation, an axis is out of range or
+        mapped twice, `tensor` is expanded, or it requires a gradient while gradients are recorded.
+    """
+    checked = _check_tensors([tensor])
+    _check_places("tensor", tensor)
+    by_axis = _check_maps(maps, checked)
+    for axis, unit_map in by_axis.items():
+        _check_bijection(f"maps[{axis}]", unit_map)
+    kernel = _dispatch.choose("permute", tensor.device, {"cpu": cpu.permute_, "reference": reference.permute_})
+    with torch.no_grad():
+        kernel(tensor, by_axis)
+    return tensor
+
+
+def _check_bijection(argument: str, unit_map: UnitMap) -> None:
+    if not unit_map.is_permutation or unit_map.units_in != unit_map.units_out:
+        raise ValueError(f"{argument} must be a permutation to be applied in place, got one that changes the units")
+    seen = torch.bincount(unit_map.index[0], minlength=unit_map.units_in)
+    if bool((seen != 1).any()):
+        unit = int((seen != 1).nonzero()[0])
+        raise ValueError(
+            f"{argument} must hold every unit once to be applied in place, got unit {unit} {seen[unit]} times"
+        )
+
+
+def _check_places(argument: str, tensor: Tensor) -> None:
+    if any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(f"{argument} must have a place in memory for every entry, got an expanded tensor")
+
+
 def _check_index(argument: str, value: object) -> Tensor:
     index = _checks.check_tensor(argument, value)
     if index.dtype != torch.int64:
@@ -266,8 +320,7 @@ def _check_out(out: Tensor, tensors: list[Tensor], maps: Mapping[int, UnitMap]) 
     _check_same("out", out, "the result", shape, tensors[0])
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires a gradient, which is not implemented: pass a tensor that requires none")
-    if any(stride == 0 and length > 1 for stride, length in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError("out must have a place in memory for every entry, got an expanded tensor")
+    _check_places("out", out)
     for i, tensor in enumerate(tensors):
         if _spans_meet(out, tensor):
             raise ValueError(f"out must not share memory with an input, got one that overlaps tensors[{i}]")

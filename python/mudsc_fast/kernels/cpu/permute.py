@@ -60,6 +60,31 @@ def permute_merge(
     return result if out is None or out is result else out.copy_(result)
 
 
+def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
+    """Re-index a tensor in place along each axis of `maps`, permutations all, of which the kernel takes two at a time.
+
+    A tensor that is not contiguous is copied, permuted and copied back.
+    """
+    target = tensor.detach().contiguous()
+    axes = sorted(maps)
+    for pair in (axes[at : at + 2] for at in range(0, len(axes), 2)):
+        view = _view(target.shape, {axis: maps[axis] for axis in pair})
+        rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
+        _core.permute_in_place(
+            isa=_dispatch.isa_level(),
+            threads=_dispatch.threads(),
+            dtype=SCALAR_TYPES[target.dtype],
+            outer=view.outer,
+            middle=view.middle,
+            inner=view.inner,
+            rows=rows.arguments(),
+            columns=columns.arguments(),
+            out=target.data_ptr(),
+        )
+    if target.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(target)
+
+
 @dataclass(frozen=True)
 class _View:
     """A tensor seen as [outer, rows, middle, columns, inner]."""

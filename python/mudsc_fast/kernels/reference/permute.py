@@ -28,6 +28,11 @@ def permute_merge(
     return total.to(first.dtype) if out is None else out.copy_(total)
 
 
+def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
+    """Re-index a tensor in place along each axis of `maps`, permutations all."""
+    tensor.detach().copy_(_reindex(tensor.detach(), maps, 0))
+
+
 def _reindex(tensor: Tensor, maps: Mapping[int, UnitMap], model: int) -> Tensor:
     for axis, unit_map in maps.items():
         index = unit_map.index[model].to(tensor.device)
