@@ -23,12 +23,12 @@ def test_the_environment_requests_a_back_end(monkeypatch: pytest.MonkeyPatch) ->
     with mudsc_fast.use_backend("cpu"):
         assert _dispatch.backend_for("permute", "cpu") == "cpu"
     monkeypatch.setenv("MUDSC_BACKEND", "abacus")
-    with pytest.raises(ValueError, match="MUDSC_BACKEND must be one of cpu, reference, got 'abacus'"):
+    with pytest.raises(ValueError, match=r"MUDSC_BACKEND must be one of cpu, reference.*, got 'abacus'"):
         _dispatch.backend_for("permute", "cpu")
 
 
 def test_unknown_back_end() -> None:
-    with pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'abacus'"):
+    with pytest.raises(ValueError, match=r"backend must be one of cpu, reference.*, got 'abacus'"):
         mudsc_fast.use_backend("abacus").__enter__()
 
 

@@ -17,6 +17,7 @@ from mudsc_fast.ops import (
     linear_sum_assignment,
     permute_,
     permute_merge,
+    permute_merge_group,
     use_backend,
     zip_units,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ops",
     "permute_",
     "permute_merge",
+    "permute_merge_group",
     "permute_state_dict",
     "reset_batch_norm",
     "spec",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mudsc_fast.ops._dispatch import use_backend
-from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Kernel and reference round sums in another order: a few units in the last place of the accumulator, and at
@@ -226,6 +226,54 @@ def test_a_permutation_and_its_inverse_cancel(data: st.DataObject) -> None:
     moved = permute_merge([tensor], {axis: UnitMap.permutation(there[None])})
     back = permute_merge([moved], {axis: UnitMap.permutation(there.argsort()[None])})
     assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_group_is_one_merge_after_the_other(backend: str) -> None:
+    torch.manual_seed(9)
+    groups = [random_tensors(2, shape, torch.float32) for shape in [(5,), (6, 7), (0,), (3, 4, 2, 2)]]
+    maps = [
+        {0: random_map("clusters", 2, 5)},
+        {1: random_map("permutation", 2, 7)},
+        {},
+        {0: random_map("selection", 2, 3)},
+    ]
+    with use_backend(backend):
+        results = permute_merge_group(groups, maps, weights=[0.25, 0.5])
+        for result, tensors, by_axis in zip(results, groups, maps, strict=True):
+            assert torch.equal(result, permute_merge(tensors, by_axis, weights=[0.25, 0.5]))
+    assert permute_merge_group([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "maps", "message"),
+    [
+        ([[torch.ones(2)]], [], "maps must have one entry per group, 1, got 0"),
+        (
+            [[torch.ones(2)], [torch.ones(2)] * 2],
+            [{}, {}],
+            r"groups\[1\] must have as many tensors as groups\[0\], 1, got 2",
+        ),
+        ([[torch.ones(2)], [torch.ones(2).half()]], [{}, {}], r"groups\[1\] must have the dtype of groups\[0\]"),
+    ],
+)
+def test_bad_groups(groups: Any, maps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        permute_merge_group(groups, maps)
+
+
+@pytest.mark.parametrize("kind", ["permutation", "selection", "clusters"])
+def test_members_are_the_map_seen_from_its_results(kind: str) -> None:
+    unit_map = random_map(kind, 3, 11)
+    members, starts = unit_map.members
+    assert members.dtype == starts.dtype == torch.int32
+    for model in range(3):
+        for unit in range(unit_map.units_out):
+            found = members[starts[model, unit] : starts[model, unit + 1]].tolist()
+            index = unit_map.index[model]
+            assert found == (
+                [int(index[unit])] if unit_map.is_permutation else (index == unit).nonzero().flatten().tolist()
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,7 @@
 from mudsc_fast.ops._dispatch import backends, use_backend
 from mudsc_fast.ops.assignment import Assignment, linear_assignment, linear_sum_assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator
-from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 from mudsc_fast.ops.zip import ZipResult, zip_units
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "linear_sum_assignment",
     "permute_",
     "permute_merge",
+    "permute_merge_group",
     "use_backend",
     "zip_units",
 ]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,11 @@ KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
     "zip": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
     "correlation": {"cpu": ("cpu", "reference"), "other": ("reference",)},
-    "permute": {"cpu": ("cpu", "reference"), "other": ("reference",)},
+    "permute": {
+        "cpu": ("cpu", "reference"),
+        "cuda": ("triton", "reference") if find_spec("triton") else ("reference",),
+        "other": ("reference",),
+    },
 }
 
 _requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=None)
