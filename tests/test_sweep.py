@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Matcher, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.sweep import sweep
-from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.spec import PermutationSpec
 from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 
@@ -101,10 +101,3 @@ def test_weight_vectors_follow_the_neighbours_matching() -> None:
     expected = torch.corrcoef(torch.cat(vectors).double()).float()
     similarity = WeightSimilarity(states, MLP_SPEC, "full", [0.5, 0.5])("fc1", {"fc2": neighbour})
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-5)
-
-
-def test_blend() -> None:
-    weight, activation = torch.randn(5, 5), torch.randn(5, 5)
-    torch.testing.assert_close(blend(0.3, weight, activation), 0.3 * weight + 0.7 * activation)
-    assert torch.equal(blend(0.0, weight, activation), activation)
-    assert torch.equal(blend(1.0, weight, activation), weight)

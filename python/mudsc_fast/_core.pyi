@@ -103,4 +103,7 @@ def correlate(
     out: int,
     mirror: int,
     row_stride: int,
+    other: int,
+    other_stride: int,
+    balance: float,
 ) -> None: ...

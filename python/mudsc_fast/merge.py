@@ -17,7 +17,7 @@ from mudsc_fast.matching.apply import merge_state_dicts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import sweep
-from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.spec.axes import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
@@ -172,8 +172,8 @@ def merge(
 
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
-                similarity = weight_similarity(node, current)
-                return similarity if activations is None else blend(balance, similarity, activations.of(node, blocks))
+                activation = None if activations is None else activations.of(node, blocks)
+                return weight_similarity(node, current, activation, balance)
 
         swept = sweep(
             spec,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from mudsc_fast.matching.apply import reindex
@@ -47,8 +46,17 @@ class WeightSimilarity:
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
 
-    def __call__(self, node: str, matching: Mapping[str, NodeMatching]) -> Tensor:
-        """Return the similarity blocks of a node; nodes without a matching are taken in their own order."""
+    def __call__(
+        self,
+        node: str,
+        matching: Mapping[str, NodeMatching],
+        activation: Tensor | None = None,
+        balance: float = 1.0,
+    ) -> Tensor:
+        """Return the similarity blocks of a node; nodes without a matching are taken in their own order.
+
+        With activation similarities, they are the dual-space ones: ``balance * weight + (1 - balance) * activation``.
+        """
         uses = [use for use in self._spec.uses(node) if use.axis.compared]
         device = self._state_dicts[0][uses[0].tensor].device
         accumulator = CorrelationAccumulator(
@@ -60,7 +68,7 @@ class WeightSimilarity:
             accumulator.update(
                 *(feature.unflatten(use.position, split) for feature in features), channel_axis=use.position + 1
             )
-        return accumulator.finalize()
+        return accumulator.finalize(other=activation, balance=balance)
 
     def _reindexed(self, model: int, use: TensorAxis, matching: Mapping[str, NodeMatching]) -> Tensor:
         """Return what one model's tensor holds of a node, all other axes in the order of the merged network.
@@ -81,8 +89,3 @@ class WeightSimilarity:
         layout = list(self._spec.layouts[use.tensor])
         layout[use.position] = (Segment(None),)
         return reindex([tensor], layout, map_of, [1.0])
-
-
-def blend(balance: float, weight: Tensor, activation: Tensor) -> Tensor:
-    """Return the dual-space similarity: ``balance * weight + (1 - balance) * activation``."""
-    return torch.lerp(activation, weight, balance)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import permute as cpu
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _dispatch, _library
 
 #: Kernels index units with 32 bits; the value behind the last unit stands for "none".
 _MOST_UNITS = 2**31 - 2
@@ -178,11 +178,29 @@ def permute_merge(
     checked = _check_tensors(tensors)
     by_axis = _check_maps(maps, checked)
     factors = _check_weights(weights, len(checked))
+    if _library.traced(checked[0]):
+        return _traced_merge(checked, by_axis, factors, out)
     if out is not None:
         _check_out(out, checked, by_axis)
     kernel = _dispatch.choose("permute", checked[0].device, _MERGES)
     with torch.no_grad():
         return kernel(checked, by_axis, factors, out)
+
+
+def _traced_merge(
+    tensors: list[Tensor], maps: Mapping[int, UnitMap], weights: list[float], out: Tensor | None
+) -> Tensor:
+    result: Tensor = torch.ops.mudsc_fast.permute_merge(
+        tensors,
+        list(maps),
+        [unit_map.index for unit_map in maps.values()],
+        [unit_map.units_in for unit_map in maps.values()],
+        [unit_map.units_out for unit_map in maps.values()],
+        [unit_map.is_permutation for unit_map in maps.values()],
+        [unit_map.scale for unit_map in maps.values()],
+        weights,
+    )
+    return result if out is None else out.copy_(result)
 
 
 def permute_merge_group(
