@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -35,6 +37,11 @@ def test_unknown_back_end() -> None:
 def test_a_requested_back_end_that_does_not_serve_a_device() -> None:
     with mudsc_fast.use_backend("cpu"), pytest.raises(ValueError, match="no permute kernel for cuda tensors"):
         _dispatch.backend_for("permute", "cuda")
+
+
+def test_cuda_tensors_are_for_triton_where_it_is_installed() -> None:
+    assert _dispatch.backend_for("permute", "cuda") == ("triton" if find_spec("triton") else "reference")
+    assert _dispatch.backend_for("permute", "mps") == "reference"
 
 
 def test_instruction_level_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,9 @@ def info() -> str:
     }
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
-    lines += ["", f"{'op':<12} {'cpu tensors':<12} {'cuda tensors':<25} other devices"]
+    lines += ["", f"{'op':<20} {'cpu tensors':<12} {'cuda tensors':<25} other devices"]
     lines += [
-        f"{op:<12} {_kernel_name(op, 'cpu'):<12} {_kernel_name(op, 'cuda'):<25} {_kernel_name(op, 'other')}"
+        f"{op:<20} {_kernel_name(op, 'cpu'):<12} {_kernel_name(op, 'cuda'):<25} {_kernel_name(op, 'other')}"
         for op in KERNELS
     ]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mudsc_fast.kernels.triton import permute
+from mudsc_fast.kernels.triton import correlation, permute
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "to be run by tests/test_triton.py"
 
@@ -36,7 +36,7 @@ class Compiled:
         attributes: dict[tuple[int, ...], Any] = {}
         for at, name in enumerate(names):
             value = arguments[name]
-            constant = isinstance(value, (bool, int))
+            constant = isinstance(value, (bool, int, float))
             signature[name] = "constexpr" if constant else value
             if constant:
                 constants[(at,)] = value
@@ -110,3 +110,17 @@ def test_group(architecture: int, tmp_path: Path) -> None:
         "NUM_MODELS": 2, "FIELDS": 16, "BLOCK_LINES": 4, "BLOCK_ITEMS": 128,
     }  # fmt: skip
     Compiled(permute.merge_group_kernel, architecture, arguments, tmp_path).assert_fits(168)  # 3 programs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_correlate(architecture: int, dtype: str, tmp_path: Path) -> None:
+    arguments = {
+        "comoment": "*fp64", "row_deviation": "*fp64", "column_deviation": "*fp64",
+        "out": f"*{dtype}", "mirror": f"*{dtype}", "other": f"*{dtype}",
+        "units": "i32", "count": "i32", "row_stride": "i32", "other_stride": "i32", "balance": "fp32",
+        "EPS": 1e-7, "MIRRORED": True, "SYMMETRIC": False, "BLENDED": True, "BLOCK": 32,
+    }  # fmt: skip
+    compiled = Compiled(correlation.correlate_kernel, architecture, arguments, tmp_path)
+    compiled.assert_fits(MOST_REGISTERS)
+    assert 128 in compiled.accesses("ld")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels.reference import correlation as reference_correlation
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.kernels.triton import permute
+from mudsc_fast.kernels.triton import correlation, permute
 from mudsc_fast.ops.permute import UnitMap
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "to be run by tests/test_triton.py"
@@ -148,3 +149,25 @@ def test_fastest_launch_computes_the_same() -> None:
         permute.permute_merge(tensors, maps, [0.5, 0.5], None, launch),
         reference.permute_merge(tensors, maps, [0.5, 0.5], None),
     )
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+@pytest.mark.parametrize("units", [1, 70])
+@pytest.mark.parametrize("balance", [None, 0.3, 0.8])
+def test_correlate(dtype: torch.dtype, units: int, balance: float | None) -> None:
+    """Blocks of one matrix: one with its mirror image elsewhere, one symmetric, one alone."""
+    torch.manual_seed(4)
+    comoment = torch.randn(units, units, dtype=torch.float64)
+    row, column = torch.rand(units, dtype=torch.float64), torch.rand(units, dtype=torch.float64)
+    row[::5] = 0
+    wide = torch.zeros(2, 2 * units, 2 * units, dtype=dtype)
+    other = None if balance is None else torch.randn(units, units + 3).to(dtype)[:, :units]
+    share = 1.0 if balance is None else balance
+    for result, correlate in zip(wide, (correlation.correlate, reference_correlation.correlate), strict=True):
+        diagonal, off = result[:units, :units], result[:units, units:]
+        correlate(comoment, row, column, 7, 0.05, off, result[units:, :units], other, share)
+        correlate(comoment, row, column, 7, 0.05, diagonal, diagonal, other, share)
+        correlate(comoment, row, column, 7, 0.05, result[units:, units:], None, other, share)
+    # The share is a float32 number for the kernel.
+    tolerance = 1e-6 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(wide[0], wide[1], rtol=tolerance, atol=2 * tolerance)

@@ -194,7 +194,9 @@ class CorrelationAccumulator:
         if self._num_samples == 0:
             raise ValueError("there are no samples: call update before finalize")
         correlate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.correlate, "reference": reference.correlate}
+            "correlation.finalize",
+            self._mean.device,
+            {"cpu": cpu.correlate, "triton": _correlate_by_triton, "reference": reference.correlate},
         )
         deviation = (self._squares / self._num_samples).sqrt()
         result = self._empty_result()
@@ -334,6 +336,12 @@ class CorrelationAccumulator:
         columns = slice(j * self._units, (j + 1) * self._units)
         block = result[rows, columns]
         return block, block if i == j else result[columns, rows]
+
+
+def _correlate_by_triton(*arguments: Any) -> None:
+    from mudsc_fast.kernels.triton import correlation  # takes a second to import, for CUDA tensors only
+
+    correlation.correlate(*arguments)
 
 
 def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:
