@@ -37,6 +37,18 @@ def permute_merge(
     rows: tuple[int, int, int, int, int],
     columns: tuple[int, int, int, int, int],
     out: int,
+    out_is_new: bool,
+) -> None: ...
+def permute_in_place(
+    isa: int,
+    threads: int,
+    dtype: int,
+    outer: int,
+    middle: int,
+    inner: int,
+    rows: tuple[int, int, int, int, int],
+    columns: tuple[int, int, int, int, int],
+    out: int,
 ) -> None: ...
 def zip_units(
     similarity: int,
@@ -91,4 +103,7 @@ def correlate(
     out: int,
     mirror: int,
     row_stride: int,
+    other: int,
+    other_stride: int,
+    balance: float,
 ) -> None: ...

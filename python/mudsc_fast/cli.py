@@ -179,12 +179,15 @@ def info() -> str:
     }
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
-    lines += ["", f"{'op':<12} {'cpu tensors':<12} other devices"]
-    lines += [f"{op:<12} {_kernel_name(op, 'cpu'):<12} {_kernel_name(op, 'other')}" for op in KERNELS]
+    lines += ["", f"{'op':<20} {'cpu tensors':<12} {'cuda tensors':<25} other devices"]
+    lines += [
+        f"{op:<20} {_kernel_name(op, 'cpu'):<12} {_kernel_name(op, 'cuda'):<25} {_kernel_name(op, 'other')}"
+        for op in KERNELS
+    ]
     return "\n".join(lines)
 
 
 def _kernel_name(op: str, device_type: str) -> str:
     backend = backend_for(op, device_type)
-    name = {"cpu": "C++", "reference": "PyTorch"}.get(backend, backend)
+    name = {"cpu": "C++", "reference": "PyTorch", "triton": "Triton"}.get(backend, backend)
     return f"{name}, through host memory" if backend == "cpu" and device_type != "cpu" else name

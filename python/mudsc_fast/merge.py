@@ -18,7 +18,7 @@ from mudsc_fast.matching.division import Division, divide
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import SweepResult, sweep
-from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.spec.axes import PermutationSpec
@@ -346,12 +346,8 @@ def prepare_matching(
 
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
-                similarity = weight_similarity(node, current)
-                return (
-                    similarity
-                    if activations is None
-                    else blend(share, similarity, activations.similarity(node, blocks))
-                )
+                activation = None if activations is None else activations.similarity(node, blocks)
+                return weight_similarity(node, current, activation, share)
 
         return sweep(
             comparable,

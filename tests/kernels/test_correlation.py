@@ -15,7 +15,7 @@ from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import correlation
 from mudsc_fast.ops._dispatch import use_backend
-from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("cpu", "reference")
@@ -105,14 +105,54 @@ def test_sums_and_quotients_equal_reference(units: int) -> None:
         wide = torch.zeros(2, 2 * units, 2 * units, dtype=dtype)
         for result, correlate in zip(wide, (cpu.correlate, reference.correlate), strict=True):
             diagonal, off = result[:units, :units], result[:units, units:]
-            correlate(start, row, column, 7, 0.05, off, result[units:, :units])
-            correlate(start, row, column, 7, 0.05, diagonal, diagonal)
-            correlate(start, row, column, 7, 0.05, result[units:, units:], None)
+            correlate(start, row, column, 7, 0.05, off, result[units:, :units], None, 1.0)
+            correlate(start, row, column, 7, 0.05, diagonal, diagonal, None, 1.0)
+            correlate(start, row, column, 7, 0.05, result[units:, units:], None, None, 1.0)
         # Halves may round a value half-way between two of them either way.
         torch.testing.assert_close(wide[0], wide[1], rtol=torch.finfo(dtype).eps, atol=1e-15)
         upper = wide[0, :, :]
         assert torch.equal(upper[:units, :].T[:units], upper[:units, :units])
         assert torch.equal(upper[units:, :units], upper[:units, units:].T)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finalize_blends_as_lerp(backend: str, blocks: Blocks, dtype: torch.dtype) -> None:
+    """Up to a rounding: torch adds the product unrounded. Rows of the other similarity may lie apart."""
+    torch.manual_seed(12)
+    with use_backend(backend):
+        accumulator = CorrelationAccumulator(2, 37, blocks=blocks, dtype=dtype)
+        accumulator.update(*features_of(2, 30, 37, 5))
+        alone = accumulator.finalize()
+        wide = torch.randn(*alone.shape[:-1], alone.shape[-1] + 3).to(dtype)
+        if blocks == "full":
+            wide[:, : len(wide)] = (wide[:, : len(wide)] + wide[:, : len(wide)].T) / 2
+        other = wide[..., : alone.shape[-1]]
+        tolerance = 2 * torch.finfo(dtype).eps
+        for balance in (0.0, 0.3, 0.5, 0.8, 1.0):
+            blended = accumulator.finalize(other=other, balance=balance)
+            expected = torch.lerp(other, alone, balance)
+            torch.testing.assert_close(blended, expected, rtol=tolerance, atol=tolerance)
+        assert torch.equal(accumulator.finalize(other=other, balance=0.0), other)
+        assert torch.equal(accumulator.finalize(other=other), alone)
+
+
+@pytest.mark.parametrize(
+    ("other", "balance", "error", "message"),
+    [
+        (torch.ones(1, 3, 2), 0.5, ValueError, r"other must be \[1, 3, 3\] in torch.float32 on cpu, got \[1, 3, 2\]"),
+        (torch.ones(1, 3, 3).half(), 0.5, ValueError, r"other must be .*got \[1, 3, 3\] in torch.float16"),
+        ([1.0], 0.5, TypeError, "other must be a torch.Tensor, got list"),
+        (torch.ones(1, 3, 3), 1.5, ValueError, r"balance must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_bad_blends(other: Any, balance: float, error: type[Exception], message: str) -> None:
+    accumulator = CorrelationAccumulator(2, 3)
+    accumulator.update(*features_of(2, 5, 3, 1))
+    with pytest.raises(error, match=message):
+        accumulator.finalize(other=other, balance=balance)
 
 
 @pytest.mark.usefixtures("isa")
@@ -263,7 +303,7 @@ def test_threads_do_not_change_the_sums() -> None:
             torch.set_num_threads(threads)
             sums, out = comoment.clone(), torch.empty(600, 600)
             cpu.accumulate(sums, product, row, row)
-            cpu.correlate(sums, row, row, 5, 1e-7, out, out)
+            cpu.correlate(sums, row, row, 5, 1e-7, out, out, None, 1.0)
             results.append([*cpu.center(features, torch.float32), sums, out])
         assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mudsc_fast.matching.node import NodeMatching
-from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_merge, permute_merge_group
 from mudsc_fast.spec.axes import Axis, PermutationSpec, Segment
 
 #: How the units of an axis are re-indexed; None leaves them as they are.
@@ -33,14 +34,28 @@ def merge_state_dicts(
         return matching[axis.node].unit_map(axis.role, model_weights) if axis.node in matching else None
 
     merged: dict[str, Tensor] = {}
-    for name in state_dicts[0] if names is None else names:
+    vectors: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    chosen = list(state_dicts[0] if names is None else names)
+    for name in chosen:
         first = state_dicts[0][name]
-        if first.is_floating_point():
-            tensors = [state_dict[name].detach() for state_dict in state_dicts]
-            merged[name] = reindex(tensors, spec.layouts.get(name, ()), map_of, model_weights)
-        else:
+        layout = spec.layouts.get(name, ())
+        if not first.is_floating_point():
             merged[name] = first.detach().clone()
-    return merged
+        elif first.ndim == 1 and all(len(segments) == 1 for segments in layout):
+            vectors.setdefault((first.dtype, first.device), []).append(name)
+        else:
+            tensors = [state_dict[name].detach() for state_dict in state_dicts]
+            merged[name] = reindex(tensors, layout, map_of, model_weights)
+    # Biases and norms, many and small: all together.
+    for alike in vectors.values():
+        splits = [_split(state_dicts[0][name].shape, spec.layouts.get(name, ()), map_of) for name in alike]
+        groups = [
+            [state_dict[name].detach().reshape(split.shape) for state_dict in state_dicts]
+            for name, split in zip(alike, splits, strict=True)
+        ]
+        results = permute_merge_group(groups, [split.maps for split in splits], weights=model_weights)
+        merged.update({name: result.flatten() for name, result in zip(alike, results, strict=True)})
+    return {name: merged[name] for name in chosen}
 
 
 def task_tensors(
@@ -159,24 +174,37 @@ def reindex(
                 whole = [*layout[:position], (Segment(segment.axis),), *layout[position + 1 :]]
                 parts.append(reindex(windows, whole, map_of, weights))
             return torch.cat(parts, position)
-    shape = tensors[0].shape
-    factors: list[list[int]] = []
-    maps: dict[int, UnitMap] = {}
+    split = _split(tensors[0].shape, layout, map_of)
+    result = permute_merge([tensor.reshape(split.shape) for tensor in tensors], split.maps, weights=weights)
+    joined, begin = [], 0
+    for factors in split.factors:
+        joined.append(math.prod(result.shape[begin : begin + factors]))
+        begin += factors
+    return result.reshape(joined)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A tensor's shape with each re-indexed axis as (outer, units, inner): its maps, and in how many each axis is."""
+
+    shape: list[int]
+    maps: dict[int, UnitMap]
+    factors: list[int]
+
+
+def _split(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of: MapOfAxis) -> _Split:
+    split = _Split([], {}, [])
     for position, length in enumerate(shape):
         axis = layout[position][0].axis if position < len(layout) else None
         unit_map = None if axis is None else map_of(axis)
         if axis is None or unit_map is None:
-            factors.append([length])
+            lengths = [length]
         else:
-            maps[sum(map(len, factors)) + 1] = unit_map
-            factors.append([axis.outer, length // (axis.outer * axis.inner), axis.inner])
-    split = [length for lengths in factors for length in lengths]
-    result = permute_merge([tensor.reshape(split) for tensor in tensors], maps, weights=weights)
-    joined, begin = [], 0
-    for lengths in factors:
-        joined.append(math.prod(result.shape[begin : begin + len(lengths)]))
-        begin += len(lengths)
-    return result.reshape(joined)
+            split.maps[len(split.shape) + 1] = unit_map
+            lengths = [axis.outer, length // (axis.outer * axis.inner), axis.inner]
+        split.shape.extend(lengths)
+        split.factors.append(len(lengths))
+    return split
 
 
 def _check_groups(spec: PermutationSpec, units: Mapping[str, int], permutations: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ JAX and CuPy). Results are tensors on the device of the input, whose memory ever
 from mudsc_fast.ops._dispatch import backends, use_backend
 from mudsc_fast.ops.assignment import Assignment, linear_assignment, linear_sum_assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator
-from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 from mudsc_fast.ops.zip import ZipResult, zip_units
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "backends",
     "linear_assignment",
     "linear_sum_assignment",
+    "permute_",
     "permute_merge",
+    "permute_merge_group",
     "use_backend",
     "zip_units",
 ]

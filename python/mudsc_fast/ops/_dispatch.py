@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -14,13 +15,16 @@ from mudsc_fast import _core
 
 Kernel = TypeVar("Kernel")
 
+_ON_CUDA = ("triton", "reference") if find_spec("triton") else ("reference",)
+
 #: Which back ends serve an op on a type of device, best first. A back end that is not named does not pay there.
 #: "cpu" on another device than the CPU copies to the host and back.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
     "zip": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
     "correlation": {"cpu": ("cpu", "reference"), "other": ("reference",)},
-    "permute": {"cpu": ("cpu", "reference"), "other": ("reference",)},
+    "correlation.finalize": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
+    "permute": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
 }
 
 _requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=None)

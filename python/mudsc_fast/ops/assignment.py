@@ -13,7 +13,7 @@ from mudsc_fast import _checks
 from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.reference import assignment as reference
-from mudsc_fast.ops import _arrays, _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def linear_assignment(
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:
         raise ValueError(f"similarity must be [..., n, m], got shape {list(values.shape)}")
+    if _library.traced(values) and warm_start is None:
+        return Assignment(*torch.ops.mudsc_fast.linear_assignment(values, maximize, tolerance))
     batch, (rows, columns) = values.shape[:-2], values.shape[-2:]
     flat = values.reshape(batch.numel(), rows, columns)
     transposed = rows > columns

@@ -14,7 +14,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _arrays, _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
@@ -127,12 +127,32 @@ class CorrelationAccumulator:
             If the number of tensors is not N, a shape or device is wrong (the tensor is named), the axis is
             out of range, or a feature is infinite. The sums are unchanged then.
         """
+        if _library.traced(features[0] if features else None):
+            self._traced_update([_checks.check_tensor("features", feature) for feature in features], channel_axis)
+            return
         checked = self._check_features(features, channel_axis)
         views = [_flat(feature, channel_axis) for feature in checked]
         double = any(view.dtype == torch.float64 for view in views)
         for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], self._chunk_samples()):
             chunk = [view[outer, :, inner] for view in views]
             self._add_chunk(chunk, torch.float64 if double else torch.float32)
+
+    @classmethod
+    def of_sums(
+        cls, mean: Tensor, squares: Tensor, comoments: Tensor, num_samples: int, blocks: Blocks
+    ) -> CorrelationAccumulator:
+        """Return an accumulator that keeps its sums in the given tensors, which its updates then change."""
+        sums = cls.__new__(cls)
+        sums._num_models, sums._units = mean.shape
+        sums._blocks, sums._dtype, sums._num_samples = blocks, torch.float32, num_samples
+        sums._mean, sums._squares, sums._comoments = mean, squares, comoments
+        return sums
+
+    def _traced_update(self, features: list[Tensor], channel_axis: int) -> None:
+        torch.ops.mudsc_fast.correlation_update(
+            self._mean, self._squares, self._comoments, self._num_samples, features, channel_axis, self._blocks
+        )
+        self._num_samples += features[0].numel() // self._units
 
     @torch.no_grad()
     def replace(
@@ -200,7 +220,7 @@ class CorrelationAccumulator:
         self._join(other._num_samples, other._mean.to(device), squares, iter(comoments))
 
     @torch.no_grad()
-    def finalize(self, eps: float = 1e-7) -> Tensor:
+    def finalize(self, eps: float = 1e-7, *, other: Tensor | None = None, balance: float = 1.0) -> Tensor:
         """Return the correlations ``cov / max(sigma_i * sigma_j, eps)``, with population covariances.
 
         Units that do not vary, and streams of one sample, give 0. The accumulator can be updated further.
@@ -209,6 +229,11 @@ class CorrelationAccumulator:
         ----------
         eps
             Least product of two standard deviations that is divided by; positive.
+        other
+            Another similarity of the result's shape, dtype and device to blend with, in the same pass; of "full"
+            blocks, a symmetric one.
+        balance
+            Share of the correlations where there is another similarity, in [0, 1].
 
         Returns
         -------
@@ -219,7 +244,7 @@ class CorrelationAccumulator:
         Raises
         ------
         TypeError, ValueError
-            If `eps` is no positive finite number, or there are no samples.
+            If `eps` is no positive finite number, `other` or `balance` is not as described, or there are no samples.
         """
         eps = _checks.check_number("eps", eps)
         if not 0 < eps < math.inf:
@@ -227,13 +252,21 @@ class CorrelationAccumulator:
         if self._num_samples == 0:
             raise ValueError("there are no samples: call update before finalize")
         correlate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.correlate, "reference": reference.correlate}
+            "correlation.finalize",
+            self._mean.device,
+            {"cpu": cpu.correlate, "triton": _correlate_by_triton, "reference": reference.correlate},
         )
         deviation = (self._squares / self._num_samples).sqrt()
         result = self._empty_result()
+        if other is not None:
+            other = self._check_other(other, result)
+        balance = _checks.check_number("balance", balance)
+        if not 0 <= balance <= 1:
+            raise ValueError(f"balance must be in [0, 1], got {balance}")
         for (i, j), comoment in zip(self._pairs(), self._comoments, strict=True):
             out, mirror = self._blocks_of(result, i, j)
-            correlate(comoment, deviation[i], deviation[j], self._num_samples, eps, out, mirror)
+            beside = None if other is None else self._blocks_of(other, i, j)[0]
+            correlate(comoment, deviation[i], deviation[j], self._num_samples, eps, out, mirror, beside, balance)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -382,6 +415,16 @@ class CorrelationAccumulator:
         self._mean += shift * (count / total)
         self._num_samples = total
 
+    def _check_other(self, other: Tensor, result: Tensor) -> Tensor:
+        """Return a similarity to blend with, its rows of adjacent entries."""
+        _checks.check_tensor("other", other)
+        if other.shape != result.shape or other.dtype != result.dtype or other.device != result.device:
+            raise ValueError(
+                f"other must be {list(result.shape)} in {result.dtype} on {result.device}, "
+                f"got {list(other.shape)} in {other.dtype} on {other.device}"
+            )
+        return other if other.stride(-1) == 1 else other.contiguous()
+
     def _empty_result(self) -> Tensor:
         models, units = self._num_models, self._units
         shape = (models - 1, units, units) if self._blocks == "cross" else (models * units, models * units)
@@ -395,6 +438,12 @@ class CorrelationAccumulator:
         columns = slice(j * self._units, (j + 1) * self._units)
         block = result[rows, columns]
         return block, block if i == j else result[columns, rows]
+
+
+def _correlate_by_triton(*arguments: Any) -> None:
+    from mudsc_fast.kernels.triton import correlation  # takes a second to import, for CUDA tensors only
+
+    correlation.correlate(*arguments)
 
 
 def _flat(feature: Tensor, channel_axis: int) -> Tensor:

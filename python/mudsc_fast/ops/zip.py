@@ -11,7 +11,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import zip as cpu
 from mudsc_fast.kernels.reference import zip as reference
-from mudsc_fast.ops import _arrays, _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,11 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
     """
     units = _check_shape(similarity, num_models)
     shrink = _check_shrink(shrink, similarity.dtype)
+    if _library.traced(similarity):
+        cluster_of_unit, sizes, value = torch.ops.mudsc_fast.zip_units(
+            similarity, num_models, remaining, budget, shrink
+        )
+        return ZipResult(cluster_of_unit, sizes, float(value))
     _checks.check_finite("similarity", similarity)
     kernel = _dispatch.choose("zip", similarity.device, {"cpu": cpu.zip_units, "reference": reference.zip_units})
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
