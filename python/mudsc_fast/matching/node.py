@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -212,7 +212,8 @@ def _pair_groups(
         split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
         solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
         if earlier is not None:
-            earlier[node] = solution
+            # Copies: what the solver returns lies between its workspaces, and would keep their memory from being reused.
+            earlier[node] = Assignment(*(getattr(solution, entry.name).clone() for entry in fields(Assignment)))
         inner[node] = solution.columns
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
         scores = matched if scores is None else scores + matched
