@@ -212,7 +212,7 @@ def _pair_groups(
         split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
         solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
         if earlier is not None:
-            # Copies: what the solver returns lies between its workspaces, and would keep their memory from being reused.
+            # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
             earlier[node] = Assignment(*(getattr(solution, entry.name).clone() for entry in fields(Assignment)))
         inner[node] = solution.columns
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
