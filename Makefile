@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 SANITIZED := build/sanitized
+# The tests run the CUDA kernels in the simulator, which needs no CUDA compiler; `compiled` is for those who have one.
+SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
 
 .PHONY: demo test lint unit sanitized clean
 
@@ -40,7 +42,8 @@ $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 
 $(VENV)/test.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet ".[test]" --config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
+	$(BIN)/python -m pip install --quiet ".[test]" $(SIMULATED) \
+		--config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
 	touch $@
 
 $(VENV):
@@ -48,7 +51,7 @@ $(VENV):
 
 $(SANITIZED)/stamp: $(SOURCES) $(VENV)/test.stamp
 	rm -rf $(SANITIZED)/site
-	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site . \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site . $(SIMULATED) \
 		--config-settings=build-dir=$(SANITIZED)/build --config-settings=cmake.define.MUDSC_SANITIZE=ON
 	touch $@
 
