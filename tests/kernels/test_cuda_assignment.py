@@ -85,6 +85,22 @@ def test_simulated_warm_start(simulator: Any) -> None:  # noqa: ARG001
     assert_same(cuda.solve(values, True, prices, 0.0), cpu.solve(values, True, prices, 0.0))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(90, 90), (130, 170)])
+def test_simulated_large_problems(
+    simulator: Any, monkeypatch: pytest.MonkeyPatch, family: str, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "WANTED", 4)
+    simulator.set_seed(2)
+    for dtype in DTYPES[:3] if family == "uniform" else DTYPES[2:3]:
+        values = matrix(family, *shape, 1).to(dtype)
+        for maximize in (False, True):
+            found, wanted = (module.solve(values[None], maximize, None, 0.0) for module in (cuda, cpu))
+            assert float(found.objective) == pytest.approx(float(wanted.objective), rel=1e-12)
+            check_proof(values.double(), found, maximize)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 12), (128, 128)])
