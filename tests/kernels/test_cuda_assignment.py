@@ -12,6 +12,7 @@ from torch import Tensor
 from matrices import FAMILIES, make
 from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import assignment as cuda
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -99,6 +100,35 @@ def test_simulated_large_problems(
             found, wanted = (module.solve(values[None], maximize, None, 0.0) for module in (cuda, cpu))
             assert float(found.objective) == pytest.approx(float(wanted.objective), rel=1e-12)
             check_proof(values.double(), found, maximize)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, family: str) -> None:
+    """The kernel, in several orders, and the plain loops of csrc/cuda_sim/auction_rounds.cpp agree to the bit."""
+    rows = 70
+    values = matrix(family, rows, rows, 5).float()
+    prices, column_of_row = torch.zeros(rows), torch.empty(rows, dtype=torch.int32)
+    with _device.launching_on(values.device) as launch:
+        problem = cuda._LargeProblem(values, True, launch)
+        epsilon = problem.epsilon(prices)
+        assert epsilon is not None
+        rounds = simulator.auction_rounds(
+            values.data_ptr(),
+            rows,
+            True,
+            float(epsilon),
+            int(rows * cuda.SHARE_LEFT),
+            cuda.MOST_ROUNDS,
+            prices.data_ptr(),
+            column_of_row.data_ptr(),
+        )
+        for seed in range(3):
+            simulator.set_seed(seed)
+            simulated = torch.zeros(rows)
+            pairs, counts = problem.bid(simulated, epsilon)
+            assert torch.equal(simulated, prices)
+            assert torch.equal(pairs, column_of_row)
+            assert counts.tolist() == list(rounds[:2])
 
 
 @pytest.mark.gpu
