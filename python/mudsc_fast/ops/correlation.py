@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
@@ -22,6 +22,9 @@ Blocks = Literal["cross", "full"]
 #: that no more than fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
+
+#: Rows of a symmetric product that are computed at a time.
+_TRIANGLE_BLOCK = 256
 
 
 class CorrelationAccumulator:
@@ -88,14 +91,15 @@ class CorrelationAccumulator:
         return self._num_samples
 
     @torch.no_grad()
-    def update(self, *features: Tensor, channel_axis: int = 1) -> None:
+    def update(self, *features: _arrays.Array, channel_axis: int = 1) -> None:
         """Add the samples of one batch.
 
         Parameters
         ----------
         *features
-            One tensor per model, all of one shape with C entries on the channel axis, e.g. [B, C],
-            [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN counts as 0.
+            One tensor (or array of another library) per model, all of one shape with C entries on the channel
+            axis, e.g. [B, C], [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN
+            counts as 0.
             Batches without samples change nothing. Gradients are not recorded.
         channel_axis
             The axis of the units; negative ones count from the end.
@@ -109,16 +113,55 @@ class CorrelationAccumulator:
             out of range, or a feature is infinite. The sums are unchanged then.
         """
         checked = self._check_features(features, channel_axis)
-        # Axes before and behind the units are each taken together: [outer, C, inner].
-        axis = channel_axis % checked[0].ndim
-        shape = checked[0].shape
-        flat = (math.prod(shape[:axis]), self._units, math.prod(shape[axis + 1 :]))
-        views = [feature.detach().reshape(flat) for feature in checked]
+        views = [_flat(feature, channel_axis) for feature in checked]
         double = any(view.dtype == torch.float64 for view in views)
-        limit = max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
-        for outer, inner in _chunks(flat[0], flat[2], limit):
+        for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], self._chunk_samples()):
             chunk = [view[outer, :, inner] for view in views]
             self._add_chunk(chunk, torch.float64 if double else torch.float32)
+
+    @torch.no_grad()
+    def replace(
+        self, old: Sequence[Tensor], new: Sequence[Tensor], *, channel_axis: int = 1, reordered: bool = False
+    ) -> None:
+        """Put other samples in the place of some that were added before.
+
+        Cheaper than starting anew where few samples change. Rounding adds up over many calls: each leaves an error
+        like that of a product of the replaced samples.
+
+        Parameters
+        ----------
+        old, new
+            One tensor per model each, as for :meth:`update`, all of one shape. Samples of `old` that were never added
+            make the sums meaningless; nothing can notice. Where a model's samples stay, pass the same tensor in both:
+            its products with the other models then cost half.
+        channel_axis
+            The axis of the units; negative ones count from the end.
+        reordered
+            Whether each model's new samples are its old ones in another order: means and variances then stay.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`update`; also where `old` and `new` differ in shape, or hold more samples than were added.
+        """
+        before = self._check_features(tuple(old), channel_axis)
+        after = self._check_features(tuple(new), channel_axis)
+        if before[0].shape != after[0].shape:
+            raise ValueError(f"new must have the shape of old, {list(before[0].shape)}, got {list(after[0].shape)}")
+        count = before[0].numel() // self._units
+        if count > self._num_samples:
+            raise ValueError(f"old must hold at most the {self._num_samples} samples so far, got {count}")
+        double = any(feature.dtype == torch.float64 for feature in (*before, *after))
+        dtype = torch.float64 if double else torch.float32
+        views = [(_flat(o, channel_axis), _flat(n, channel_axis)) for o, n in zip(before, after, strict=True)]
+        stays = [o is n for o, n in zip(before, after, strict=True)]
+        shift, squares = torch.zeros_like(self._mean), torch.zeros_like(self._squares)
+        shape = views[0][0].shape
+        for outer, inner in _chunks(shape[0], shape[2], self._chunk_samples()):
+            chunk = [(o[outer, :, inner], n[outer, :, inner]) for o, n in views]
+            self._exchange(chunk, stays, dtype, None if reordered else (shift, squares))
+        if not reordered:
+            self._shift(shift, squares)
 
     @torch.no_grad()
     def merge(self, other: CorrelationAccumulator) -> None:
@@ -221,6 +264,9 @@ class CorrelationAccumulator:
             own.copy_(state[name])
         self._num_samples = num_samples
 
+    def _chunk_samples(self) -> int:
+        return max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
+
     def _configuration(self) -> dict[str, Any]:
         return {"num_models": self._num_models, "units": self._units, "blocks": self._blocks}
 
@@ -230,10 +276,10 @@ class CorrelationAccumulator:
             return [(0, j) for j in range(1, self._num_models)]
         return [(i, j) for i in range(self._num_models) for j in range(i, self._num_models)]
 
-    def _check_features(self, features: tuple[Tensor, ...], channel_axis: int) -> list[Tensor]:
+    def _check_features(self, features: tuple[_arrays.Array, ...], channel_axis: int) -> list[Tensor]:
         if len(features) != self._num_models:
             raise ValueError(f"features must be one tensor for each of {self._num_models} models, got {len(features)}")
-        checked = [_checks.check_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
+        checked = [_arrays.as_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
         shape = checked[0].shape
         if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
             raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
@@ -260,16 +306,55 @@ class CorrelationAccumulator:
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
         product = torch.empty_like(self._comoments[0], dtype=centered[0].dtype)
-        products = (torch.mm(centered[i], centered[j].T, out=product) for i, j in self._pairs())
+        products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
         self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+
+    def _exchange(
+        self,
+        chunk: list[tuple[Tensor, Tensor]],
+        stays: list[bool],
+        dtype: torch.dtype,
+        changes: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Exchange samples in the co-moments about the present mean, and note how sums and sums of squares change."""
+        before, after = [], []
+        for (old, new), same, mean in zip(chunk, stays, self._mean, strict=True):
+            before.append(_deviations(old, mean, dtype))
+            after.append(before[-1] if same else _deviations(new, mean, dtype))
+        accumulate = self._accumulate_kernel()
+        none = torch.zeros_like(self._mean[0])
+        product = torch.empty_like(self._comoments[0], dtype=dtype)
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            if stays[i]:
+                torch.mm(after[i], (after[j] - before[j]).T, out=product)
+            else:
+                _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
+            accumulate(own, product, none, none)
+        if changes is not None:
+            for i, (o, n) in enumerate(zip(before, after, strict=True)):
+                changes[0][i] += (n - o).sum(1, dtype=torch.float64)
+                changes[1][i] += _sum_of_squares(n) - _sum_of_squares(o)
+
+    def _shift(self, shift: Tensor, squares: Tensor) -> None:
+        """Move the mean that all moments are about by `shift` over the number of samples."""
+        accumulate = self._accumulate_kernel()
+        nothing = torch.zeros_like(self._comoments[0])
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            accumulate(own, nothing, shift[i] / -self._num_samples, shift[j])
+        self._squares += squares - shift * shift / self._num_samples
+        self._squares.clamp_(min=0)
+        self._mean += shift / self._num_samples
+
+    def _accumulate_kernel(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+        return _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
+        )
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
         """Add the sums of `count` samples about their own mean: the update of Chan, Golub and LeVeque."""
         if count == 0:
             return
-        accumulate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
-        )
+        accumulate = self._accumulate_kernel()
         total = self._num_samples + count
         shift = mean - self._mean
         # n_a n_b / (n_a + n_b): what the distance of the two means adds to each (co-)moment.
@@ -293,6 +378,38 @@ class CorrelationAccumulator:
         columns = slice(j * self._units, (j + 1) * self._units)
         block = result[rows, columns]
         return block, block if i == j else result[columns, rows]
+
+
+def _flat(feature: Tensor, channel_axis: int) -> Tensor:
+    """Return [outer, C, inner]: the axes before and behind the units are each taken together."""
+    axis = channel_axis % feature.ndim
+    shape = feature.shape
+    return feature.detach().reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+
+
+def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features [outer, C, inner] less `mean` [C], as [C, samples], with NaN as 0."""
+    units = features.transpose(0, 1).flatten(1).to(dtype)
+    return units.nan_to_num(0.0) - mean[:, None].to(dtype)
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Return rows @ columns.T in `out`; of a product with itself only the upper triangle counts.
+
+    Blocks below the diagonal are then zeros: a product with itself costs little more than half.
+    """
+    if rows is not columns or len(rows) < 2 * _TRIANGLE_BLOCK:
+        return torch.mm(rows, columns.T, out=out)
+    for first in range(0, len(rows), _TRIANGLE_BLOCK):
+        last = min(first + _TRIANGLE_BLOCK, len(rows))
+        torch.mm(rows[first:last], columns[first:].T, out=out[first:last, first:])
+        out[first:last, :first].zero_()
+    return out
 
 
 def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:
