@@ -4,7 +4,6 @@ __version__: Final[str]
 compiler: Final[str]
 isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
-has_cuda: Final[bool]
 
 def linear_assignment(
     *,

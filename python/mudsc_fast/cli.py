@@ -13,6 +13,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import _core
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.merge import Space
 from mudsc_fast.ops._dispatch import KERNELS, backend_for, isa_level, threads
@@ -172,16 +173,16 @@ def info() -> str:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "extension": f"built by {_core.compiler}",
-        "CUDA kernels": "built" if _core.has_cuda else "not built",
+        "CUDA kernels": f"off ({_device.unavailable_reason()})" if _device.unavailable_reason() else "on",
         "instruction levels": f"{', '.join(_core.isa_levels)}; in use: {_core.isa_levels[isa_level()]}",
         "devices": ", ".join(devices),
         "threads": str(threads()),
     }
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
-    lines += ["", f"{'op':<20} {'cpu tensors':<12} {'cuda tensors':<25} other devices"]
+    lines += ["", f"{'op':<20} {'cpu tensors':<12} {'cuda tensors':<26} other devices"]
     lines += [
-        f"{op:<20} {_kernel_name(op, 'cpu'):<12} {_kernel_name(op, 'cuda'):<25} {_kernel_name(op, 'other')}"
+        f"{op:<20} {_kernel_name(op, 'cpu'):<12} {_kernel_name(op, 'cuda'):<26} {_kernel_name(op, 'other')}"
         for op in KERNELS
     ]
     return "\n".join(lines)
@@ -189,5 +190,5 @@ def info() -> str:
 
 def _kernel_name(op: str, device_type: str) -> str:
     backend = backend_for(op, device_type)
-    name = {"cpu": "C++", "reference": "PyTorch", "triton": "Triton"}.get(backend, backend)
+    name = {"cpu": "C++", "cuda": "CUDA", "reference": "PyTorch", "triton": "Triton"}.get(backend, backend)
     return f"{name}, through host memory" if backend == "cpu" and device_type != "cpu" else name

@@ -12,6 +12,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
 from mudsc_fast.ops import _arrays, _dispatch, _library
 
@@ -89,7 +90,9 @@ def linear_assignment(
     -----
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE Transactions on Aerospace and Electronic Systems 52
     (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it has
-    more rows than columns, lies neither row by row nor (if square) column by column, or is not on the CPU.
+    more rows than columns, lies neither row by row nor (if square) column by column, or is on a device without kernels.
+    On a CUDA device up to 512 columns are assigned in scipy's order of choice; beyond, equally good choices may be
+    others than on the CPU. The search is there always to the end.
     """
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:
@@ -186,7 +189,8 @@ def _solve(flat: Tensor, maximize: bool, prices: Tensor | None, tolerance: float
             gap=none.clone(),
             status=torch.zeros(batch, dtype=torch.int32, device=flat.device),
         )
-    kernel = _dispatch.choose("assignment", flat.device, {"cpu": cpu.solve, "reference": reference.solve})
+    kernels = {"cuda": cuda.solve, "cpu": cpu.solve, "reference": reference.solve}
+    kernel = _dispatch.choose("assignment", flat.device, kernels)
     return kernel(flat, maximize, prices, tolerance)
 
 

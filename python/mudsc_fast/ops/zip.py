@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import zip as cpu
+from mudsc_fast.kernels.cuda import zip as cuda
 from mudsc_fast.kernels.reference import zip as reference
 from mudsc_fast.ops import _arrays, _dispatch, _library
 
@@ -85,8 +86,8 @@ def zip_units(
     Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, as used in
     Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result is that of the published
     procedure merge for merge, in expected O((N C)^2) time on a CPU. That takes a working copy of `similarity` in
-    float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. A tensor on another
-    device is copied to the CPU, and the result back.
+    float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. On a CUDA
+    device the same is done by its own kernel; a tensor on another device is copied to the CPU, and the result back.
     """
     similarity = _arrays.as_tensor("similarity", similarity)
     units = _check_shape(similarity, num_models)
@@ -138,7 +139,8 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
         )
         return ZipResult(cluster_of_unit, sizes, float(value))
     _checks.check_finite("similarity", similarity)
-    kernel = _dispatch.choose("zip", similarity.device, {"cpu": cpu.zip_units, "reference": reference.zip_units})
+    kernels = {"cuda": cuda.zip_units, "cpu": cpu.zip_units, "reference": reference.zip_units}
+    kernel = _dispatch.choose("zip", similarity.device, kernels)
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
     if len(values) < units - remaining:
         raise ValueError(
