@@ -40,7 +40,7 @@ def arguments_of(op: str) -> tuple[Any, ...]:
     if op == "zip_units":
         return torch.corrcoef(models(8, 30)[0]), 2, 4, 2, 0.5
     sums = [torch.zeros(shape, dtype=torch.float64) for shape in ((2, 4), (2, 4), (1, 4, 4))]
-    return (*sums, 0, models(10, 4), 1, "cross")
+    return (*sums, 0, models(10, 4), 1, "cross", "float32")
 
 
 @pytest.mark.parametrize("op", ["permute_merge", "linear_assignment", "zip_units", "correlation_update"])

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 if TYPE_CHECKING:
-    from mudsc_fast.ops.correlation import Blocks
+    from mudsc_fast.ops.correlation import Blocks, Precision
 
 _library = torch.library.Library("mudsc_fast", "DEF")
 
@@ -167,10 +167,11 @@ def _correlation_update(
     features: Sequence[Tensor],
     channel_axis: int,
     blocks: Blocks,
+    precision: Precision,
 ) -> None:
     from mudsc_fast.ops.correlation import CorrelationAccumulator
 
-    sums = CorrelationAccumulator.of_sums(mean, squares, comoments, num_samples, blocks)
+    sums = CorrelationAccumulator.of_sums(mean, squares, comoments, num_samples, blocks, precision)
     sums.update(*features, channel_axis=channel_axis)
 
 
@@ -182,13 +183,14 @@ def _correlation_update_fake(
     features: Sequence[Tensor],
     channel_axis: int,
     blocks: str,
+    precision: str,
 ) -> None:
     """Change nothing: only the sums' values would change."""
 
 
 _define(
     "correlation_update(Tensor(a!) mean, Tensor(b!) squares, Tensor(c!) comoments, SymInt num_samples, "
-    "Tensor[] features, int channel_axis, str blocks) -> ()",
+    "Tensor[] features, int channel_axis, str blocks, str precision) -> ()",
     _correlation_update,
     _correlation_update_fake,
 )

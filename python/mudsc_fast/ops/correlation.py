@@ -93,7 +93,7 @@ class CorrelationAccumulator:
         self._units = _checks.check_int("units", units, 1)
         self._blocks = blocks
         self._dtype = dtype
-        self._precision = precision
+        self._precision: Precision = precision
         self._num_samples = 0
         self._mean = torch.zeros(num_models, units, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._mean)
@@ -139,18 +139,32 @@ class CorrelationAccumulator:
 
     @classmethod
     def of_sums(
-        cls, mean: Tensor, squares: Tensor, comoments: Tensor, num_samples: int, blocks: Blocks
+        cls,
+        mean: Tensor,
+        squares: Tensor,
+        comoments: Tensor,
+        num_samples: int,
+        blocks: Blocks,
+        precision: Precision,
     ) -> CorrelationAccumulator:
         """Return an accumulator that keeps its sums in the given tensors, which its updates then change."""
         sums = cls.__new__(cls)
         sums._num_models, sums._units = mean.shape
         sums._blocks, sums._dtype, sums._num_samples = blocks, torch.float32, num_samples
+        sums._precision = precision
         sums._mean, sums._squares, sums._comoments = mean, squares, comoments
         return sums
 
     def _traced_update(self, features: list[Tensor], channel_axis: int) -> None:
         torch.ops.mudsc_fast.correlation_update(
-            self._mean, self._squares, self._comoments, self._num_samples, features, channel_axis, self._blocks
+            self._mean,
+            self._squares,
+            self._comoments,
+            self._num_samples,
+            features,
+            channel_axis,
+            self._blocks,
+            self._precision,
         )
         self._num_samples += features[0].numel() // self._units
 
