@@ -193,8 +193,8 @@ def test_ways_to_give_data() -> None:
         ([{"input": batch} for batch in tensors], None),
         (iter(tensors), None),
         ([{"pixels": batch} for batch in tensors], lambda model, batch: model(batch["pixels"])),
-        (mudsc_fast.activation_similarity(models, MLP_SPEC, tensors), None),
-        (mudsc_fast.activation_similarity(models, MLP_SPEC, tensors, blocks="cross"), None),
+        (mudsc_fast.collect_statistics(models, MLP_SPEC, tensors), None),
+        (mudsc_fast.collect_statistics(models, MLP_SPEC, tensors, blocks="cross"), None),
     ]
     for data, forward in forms:
         result = mudsc_fast.merge(models, MLP_SPEC, data, space="activation", forward=forward)
@@ -224,11 +224,9 @@ def test_observations_of_outputs_and_keyword_arguments() -> None:
         },
     )
     models = [Wrapper(0), Wrapper(1)]
-    first, second = (
-        mudsc_fast.activation_similarity(models, spec, batches()).by_node for spec in (by_input, by_output)
-    )
+    first, second = (mudsc_fast.collect_statistics(models, spec, batches()) for spec in (by_input, by_output))
     for node in MLP_SPEC.nodes:
-        assert torch.equal(first[node], second[node])
+        assert torch.equal(first.similarity(node), second.similarity(node))
 
 
 def test_a_module_called_twice_gives_more_samples() -> None:
@@ -241,11 +239,11 @@ def test_a_module_called_twice_gives_more_samples() -> None:
             return self.body(x) + self.body(2 * x)  # type: ignore[no-any-return]
 
     spec = PermutationSpec({f"body.{name}": entries for name, entries in MLP_AXES.items()})
-    twice = mudsc_fast.activation_similarity([Twice(0), Twice(1)], spec, batches()).by_node
+    twice = mudsc_fast.collect_statistics([Twice(0), Twice(1)], spec, batches())
     both = [torch.cat([batch, 2 * batch]) for batch in batches()]
-    once = mudsc_fast.activation_similarity([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, both).by_node
+    once = mudsc_fast.collect_statistics([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, both)
     for node in MLP_SPEC.nodes:
-        torch.testing.assert_close(twice[node], once[node], rtol=0, atol=1e-5)
+        torch.testing.assert_close(twice.similarity(node), once.similarity(node), rtol=0, atol=1e-5)
 
 
 def changed(state: dict[str, Tensor], **tensors: Tensor | None) -> dict[str, Tensor]:
@@ -392,7 +390,7 @@ def test_an_observed_module_that_is_not_called() -> None:
 
 def test_similarities_of_other_models() -> None:
     models = [make_mlp(seed=seed) for seed in range(3)]
-    similarity = mudsc_fast.activation_similarity(models, MLP_SPEC, batches(), blocks="cross")
+    similarity = mudsc_fast.collect_statistics(models, MLP_SPEC, batches(), blocks="cross")
     with pytest.raises(ValueError, match=r"data was computed for 3 models .* got 2 models"):
         mudsc_fast.merge(models[:2], MLP_SPEC, similarity)
     with pytest.raises(ValueError, match="blocks='full', got 'cross'"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mudsc_fast import ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
-from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
 from mudsc_fast.merge import MergeResult, Space, merge
@@ -19,14 +19,15 @@ from mudsc_fast.ops import (
     use_backend,
     zip_units,
 )
+from mudsc_fast.repair import repair
 from mudsc_fast.spec import Observation, PermutationSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationSimilarity",
     "Assignment",
     "CorrelationAccumulator",
+    "MatchingStatistics",
     "MergeResult",
     "Mode",
     "NodeMatching",
@@ -36,13 +37,14 @@ __all__ = [
     "UnitMap",
     "ZipResult",
     "__version__",
-    "activation_similarity",
+    "collect_statistics",
     "linear_assignment",
     "linear_sum_assignment",
     "merge",
     "ops",
     "permute_merge",
     "permute_state_dict",
+    "repair",
     "reset_batch_norm",
     "spec",
     "use_backend",

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_finite, check_int, check_number, check_tensor
-from mudsc_fast.matching.activation import ActivationSimilarity, activation_similarity
-from mudsc_fast.matching.apply import merge_state_dicts
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.apply import merge_state_dicts, task_tensors
+from mudsc_fast.matching.division import Division, divide
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import sweep
@@ -30,29 +31,60 @@ class MergeResult:
     Attributes
     ----------
     model
-        A new module with the merged parameters and buffers, or None where only state dicts were given. Where it has
-        BatchNorm layers, :func:`mudsc_fast.reset_batch_norm` gives it statistics of its own.
+        A new module with the merged parameters and buffers, or None where only state dicts were given or where some
+        tensors stay per task. Where it has BatchNorm layers, :func:`mudsc_fast.reset_batch_norm` gives it statistics
+        of its own.
     state_dict
-        The merged tensors by name.
+        The merged tensors by name: all of them, or those of the trunk that all tasks share.
+    task_models
+        For each task a module with the trunk and the tensors of its own: new modules where some tensors stay per task,
+        each with a copy of the trunk, else `model` for every task. Empty where only state dicts were given.
+    task_state_dicts
+        For each task all its tensors by name. Those of the trunk are the tensors of `state_dict`, not copies.
+    spec
+        The specification that was given.
+    weights
+        The models' shares in the result.
     matching
-        For each node how the units of all models correspond.
+        For each node how the units of all models correspond. Nodes behind the stop of a partial merge are matched but
+        not merged; nodes of heads alone are not matched.
     objectives
         Mean similarity over the nodes after each sweep; empty without sweeps.
     timings
         Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"``.
     unmatched_tensors
         Names of the tensors that the specification does not name; they were averaged in their own order.
+    repaired_layers
+        Names of the layers that :func:`mudsc_fast.repair` rescaled.
     """
 
     model: nn.Module | None
     state_dict: dict[str, Tensor]
+    task_models: tuple[nn.Module, ...]
+    task_state_dicts: tuple[dict[str, Tensor], ...]
+    spec: PermutationSpec
+    weights: tuple[float, ...]
     matching: dict[str, NodeMatching]
     objectives: list[float]
     timings: dict[str, float]
     unmatched_tensors: tuple[str, ...]
+    repaired_layers: tuple[str, ...] = ()
+
+    @property
+    def num_shared(self) -> int:
+        """Number of entries of the tensors that all tasks share."""
+        return sum(tensor.numel() for tensor in self.state_dict.values())
+
+    @property
+    def num_per_task(self) -> tuple[int, ...]:
+        """Number of entries of the tensors that each task keeps for itself."""
+        return tuple(
+            sum(tensor.numel() for name, tensor in tensors.items() if name not in self.state_dict)
+            for tensors in self.task_state_dicts
+        )
 
     def report(self) -> str:
-        """Return a table of the nodes and the time that each phase took."""
+        """Return a table of the nodes, what is shared, and the time that each phase took."""
         width = max(len("node"), *(len(node) for node in self.matching))
         lines = [f"{'node':<{width}}  {'units':>7}  {'similarity before':>17}  {'after':>7}"]
         for node, match in self.matching.items():
@@ -62,6 +94,10 @@ class MergeResult:
         lines.append("")
         if self.objectives:
             lines.append(f"{len(self.objectives)} sweeps, best mean similarity {max(self.objectives):.4f}")
+        if any(self.num_per_task):
+            lines.append(f"entries shared: {self.num_shared}; per task: " + ", ".join(map(str, self.num_per_task)))
+        if self.repaired_layers:
+            lines.append("rescaled: " + ", ".join(self.repaired_layers))
         lines.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
         if self.unmatched_tensors:
             lines.append("averaged without matching: " + ", ".join(self.unmatched_tensors))
@@ -71,7 +107,7 @@ class MergeResult:
 def merge(
     models: Sequence[nn.Module] | Sequence[Mapping[str, Tensor]],
     spec: PermutationSpec,
-    data: Iterable[Any] | ActivationSimilarity | None = None,
+    data: Iterable[Any] | MatchingStatistics | None = None,
     *,
     mode: Mode = "align",
     balance: float = 0.5,
@@ -79,6 +115,8 @@ def merge(
     weights: Sequence[float] | None = None,
     shrink: float = 0.5,
     budget: float = 1.0,
+    stop: str | Sequence[str] = (),
+    heads: str | Sequence[str] = (),
     random_state: int = 0,
     max_sweeps: int = 100,
     patience: int = 5,
@@ -89,7 +127,8 @@ def merge(
 
     Units of independently trained networks correspond only up to a permutation. They are matched by their similarity
     in weight space, in activation space, or in both at once (Xu et al., "Training-Free Pretrained Model Merging", CVPR
-    2024), and averaged after.
+    2024), and averaged after. Merging may stop inside the network: what lies behind stays with each task and reads the
+    merged units (Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", ICLR 2024).
 
     Parameters
     ----------
@@ -99,7 +138,7 @@ def merge(
     spec
         Which axes of which tensors belong together.
     data
-        Batches to run the models on, as for :func:`mudsc_fast.activation_similarity`, or what that function returned
+        Batches to run the models on, as for :func:`mudsc_fast.collect_statistics`, or what that function returned
         for these models and this `spec`. Not read where `space` is ``"weight"``.
     mode
         ``"align"``: each model gets a permutation onto the first. ``"zip"``: units of all models, also of one model,
@@ -113,6 +152,16 @@ def merge(
     shrink, budget
         Of the zip: how a cluster's similarities shrink when it grows, and which share of a model's merges may be
         within the model; as in :func:`mudsc_fast.ops.zip_units`.
+    stop
+        Where merging stops, by default nowhere: a node, or tensors by their name or its beginning up to a dot (a
+        module). Tensors up to and with these, in the order of the axes map, are merged into one trunk; of those behind
+        every task keeps its own. A node's last tensors are those of the last layer that produces it: with a residual
+        stream, of the last block that writes to it. Where parts of a network share no node, as two towers, each can be
+        given a stop; parts without one are merged as a whole. A tensor with two names (an embedding table that is the
+        output layer too) is merged if one of them is. Matching is that of the whole network.
+    heads
+        Tensors to keep per task besides, by their name or its beginning up to a dot. They do not count in the
+        similarity. Output layers that differ in size between the models are found without being named.
     random_state
         Seed of the order in which sweeps visit the nodes. The result depends on nothing else that is random.
     max_sweeps, patience
@@ -129,8 +178,9 @@ def merge(
     Raises
     ------
     ValueError
-        If models differ in tensors, shapes or devices, the specification does not fit them, the data yields nothing, a
-        number is out of range, or a similarity is not finite.
+        If models differ in tensors, shapes (other than of heads) or devices, the specification does not fit them,
+        `stop` or `heads` name nothing, the data yields nothing, a number is out of range, or a similarity is not
+        finite.
     TypeError
         If an argument is of the wrong type, the models' dtypes differ, or activations are asked of state dicts.
     """
@@ -145,10 +195,14 @@ def merge(
     check_int("max_sweeps", max_sweeps, 1)
     check_int("patience", patience, 1)
     state_dicts = _checked_state_dicts(models)
-    spec.units(state_dicts[0])
+    division = divide(state_dicts, spec, _names("stop", stop), _names("heads", heads))
+    _check_same_shapes(state_dicts, division)
+    for state_dict in state_dicts:
+        spec.units(state_dict)
     _check_finite_tensors(state_dicts, spec)
     model_weights = _checked_weights(weights, len(models))
 
+    comparable = division.comparable
     phases = _Phases()
     blocks = BLOCKS_OF_MODE[mode]
 
@@ -163,20 +217,24 @@ def merge(
     objectives: list[float] = []
     if space != "weight":
         with phases.timed("activations"):
-            activations = _activations(models, spec, data, mode, forward, progress)
-        for bundle in spec.bundles:
-            similarities = {node: activations.of(node, blocks) for node in bundle}
-            matching.update(match(similarities, spec.groups(bundle[0]).count))
+            activations = _activations(models, spec, comparable, data, mode, forward, progress)
+        for bundle in comparable.bundles:
+            similarities = {node: activations.similarity(node, blocks) for node in bundle}
+            matching.update(match(similarities, comparable.groups(bundle[0]).count))
     if space != "activation":
-        weight_similarity = WeightSimilarity(state_dicts, spec, blocks, model_weights)
+        weight_similarity = WeightSimilarity(state_dicts, comparable, blocks, model_weights)
 
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
                 similarity = weight_similarity(node, current)
-                return similarity if activations is None else blend(balance, similarity, activations.of(node, blocks))
+                return (
+                    similarity
+                    if activations is None
+                    else blend(balance, similarity, activations.similarity(node, blocks))
+                )
 
         swept = sweep(
-            spec,
+            comparable,
             similarity_of,
             match,
             matching,
@@ -188,16 +246,21 @@ def merge(
         matching, objectives = swept.matching, swept.objectives
 
     with phases.timed("merging"):
-        merged = merge_state_dicts(state_dicts, spec, matching, model_weights)
-        model = _with_state(models[0], merged) if isinstance(models[0], nn.Module) else None
+        merged = merge_state_dicts(state_dicts, spec, matching, model_weights, division.shared)
+        tasks = _task_state_dicts(state_dicts, spec, matching, division, merged)
+        task_models = _task_models(models, tasks, division)
     return MergeResult(
-        model=model,
+        model=None if division.per_task or not task_models else task_models[0],
         state_dict=merged,
-        matching={node: matching[node] for node in spec.nodes},
+        task_models=task_models,
+        task_state_dicts=tasks,
+        spec=spec,
+        weights=tuple(model_weights),
+        matching={node: matching[node] for node in comparable.nodes},
         objectives=objectives,
         timings=phases.seconds,
         unmatched_tensors=tuple(
-            name for name, tensor in state_dicts[0].items() if tensor.is_floating_point() and name not in spec.layouts
+            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
         ),
     )
 
@@ -220,13 +283,14 @@ class _Phases:
 def _activations(
     models: Sequence[Any],
     spec: PermutationSpec,
-    data: Iterable[Any] | ActivationSimilarity | None,
+    comparable: PermutationSpec,
+    data: Iterable[Any] | MatchingStatistics | None,
     mode: Mode,
     forward: Forward | None,
     progress: bool,
-) -> ActivationSimilarity:
-    if isinstance(data, ActivationSimilarity):
-        if data.spec != spec or data.num_models != len(models):
+) -> MatchingStatistics:
+    if isinstance(data, MatchingStatistics):
+        if data.spec not in (spec, comparable) or data.num_models != len(models):
             raise ValueError(
                 f"data was computed for {data.num_models} models with {data.spec!r}, "
                 f"got {len(models)} models with {spec!r}"
@@ -236,7 +300,7 @@ def _activations(
         raise ValueError("data must be given to match in activation space, got None")
     if not all(isinstance(model, nn.Module) for model in models):
         raise TypeError("models must be modules to match in activation space, got state dicts")
-    return activation_similarity(models, spec, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress)
+    return collect_statistics(models, comparable, data, blocks=BLOCKS_OF_MODE[mode], forward=forward, progress=progress)
 
 
 def _checked_state_dicts(models: Sequence[Any]) -> list[Mapping[str, Tensor]]:
@@ -268,16 +332,22 @@ def _check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor]
             if not isinstance(state_dict[name], Tensor):
                 raise TypeError(f"{name!r} must be a tensor in every model, got {type(state_dict[name]).__name__}")
         found = other[name]
-        if found.shape != tensor.shape:
-            raise ValueError(
-                f"{name!r} has shape {tuple(found.shape)} in models[{index}], but {tuple(tensor.shape)} in models[0]"
-            )
         if found.dtype != tensor.dtype:
             raise TypeError(f"{name!r} has dtype {found.dtype} in models[{index}], but {tensor.dtype} in models[0]")
         if found.device != tensor.device:
             raise ValueError(
                 f"{name!r} is on device {found.device} in models[{index}], but on {tensor.device} in models[0]"
             )
+
+
+def _check_same_shapes(state_dicts: Sequence[Mapping[str, Tensor]], division: Division) -> None:
+    for name, tensor in state_dicts[0].items():
+        for index, other in enumerate(state_dicts):
+            if name not in division.heads and other[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(other[name].shape)} in models[{index}], but {tuple(tensor.shape)} in "
+                    "models[0]: name it in heads to keep it per task"
+                )
 
 
 def _check_finite_tensors(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> None:
@@ -295,6 +365,39 @@ def _checked_weights(weights: Sequence[float] | None, num_models: int) -> list[f
     if min(checked) <= 0 or abs(sum(checked) - 1) > 1e-6:
         raise ValueError(f"weights must be positive and sum to 1, got {checked}")
     return checked
+
+
+def _names(argument: str, value: str | Sequence[str]) -> list[str]:
+    names = [value] if isinstance(value, str) else list(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a name or a sequence of names, got {type(name).__name__}")
+    return names
+
+
+def _task_state_dicts(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    matching: Mapping[str, NodeMatching],
+    division: Division,
+    merged: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], ...]:
+    """Return for each model all tensors, merged or its own, in the order of the first model."""
+    tasks = []
+    for index, state_dict in enumerate(state_dicts):
+        own = task_tensors(state_dict, index, spec, matching, division.shared, division.per_task)
+        tasks.append({name: merged[name] if name in merged else own[name] for name in state_dicts[0]})
+    return tuple(tasks)
+
+
+def _task_models(
+    models: Sequence[Any], tasks: Sequence[Mapping[str, Tensor]], division: Division
+) -> tuple[nn.Module, ...]:
+    if not isinstance(models[0], nn.Module):
+        return ()
+    if not division.per_task:
+        return (_with_state(models[0], tasks[0]),) * len(models)
+    return tuple(_with_state(model, task) for model, task in zip(models, tasks, strict=True))
 
 
 def _with_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:

@@ -294,6 +294,58 @@ def test_merge_equals_one_over_both(backend: str, blocks: Any) -> None:
         torch.testing.assert_close(other.finalize(), before, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["samples first", "units first", "convolution"])
+def test_replaced_samples(backend: str, blocks: Any, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(11)
+    shape, axis = {
+        "samples first": ((40, 7), 1),
+        "units first": ((7, 40), 0),
+        "convolution": ((8, 7, 5), 1),
+    }[layout]
+    old, other, new = ([(3 + one).to(dtype) for one in features_of(3, *shape)] for _ in range(3))
+    old[1].flatten()[4] = torch.nan
+    new[2].flatten()[9] = torch.nan
+    with use_backend(backend):
+        sums = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        sums.update(*old, channel_axis=axis)
+        sums.update(*other, channel_axis=axis)
+        sums.replace(old, new, channel_axis=axis)
+        expected = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        expected.update(*new, channel_axis=axis)
+        expected.update(*other, channel_axis=axis)
+        assert sums.num_samples == expected.num_samples
+        torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
+        sums.replace([new[0], *new[1:]], [new[0], *old[1:]], channel_axis=axis)  # the first model's samples stay
+        expected = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        expected.update(new[0], *old[1:], channel_axis=axis)
+        expected.update(*other, channel_axis=axis)
+        torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
+
+
+def test_bad_replacements_change_nothing() -> None:
+    sums = CorrelationAccumulator(2, 4)
+    sums.update(*features_of(2, 9, 4))
+    before = sums.finalize()
+    with pytest.raises(ValueError, match=r"new must have the shape of old, \[3, 4\], got \[2, 4\]"):
+        sums.replace(features_of(2, 3, 4), features_of(2, 2, 4))
+    with pytest.raises(ValueError, match="old must hold at most the 9 samples so far, got 10"):
+        sums.replace(features_of(2, 10, 4), features_of(2, 10, 4))
+    with pytest.raises(ValueError, match="features must be one tensor for each of 2 models, got 3"):
+        sums.replace(features_of(3, 2, 4), features_of(2, 2, 4))
+    assert torch.equal(sums.finalize(), before)
+
+
+@pytest.mark.parametrize("units", [511, 512, 700])
+def test_products_with_itself_by_blocks(units: int) -> None:
+    torch.manual_seed(12)
+    features = features_of(2, 30, units)
+    expected = correlate_directly(units_first(features)).float()
+    torch.testing.assert_close(accumulated(features), expected, rtol=0, atol=2e-6)
+
+
 def test_state_survives_saving(tmp_path: Any) -> None:
     torch.manual_seed(10)
     one = CorrelationAccumulator(2, 6, blocks="full")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,24 +21,77 @@ def merge_state_dicts(
     spec: PermutationSpec,
     matching: Mapping[str, NodeMatching],
     model_weights: Sequence[float],
+    names: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the weighted mean of all models after re-indexing every axis by its node's matching.
 
     Tensors that `spec` does not name are averaged as they are; tensors of integers (counters, index tables) are
-    those of the first model.
+    those of the first model. `names` are the tensors to merge, all by default.
     """
 
     def map_of(axis: Axis) -> UnitMap | None:
         return matching[axis.node].unit_map(axis.role, model_weights) if axis.node in matching else None
 
     merged: dict[str, Tensor] = {}
-    for name, first in state_dicts[0].items():
+    for name in state_dicts[0] if names is None else names:
+        first = state_dicts[0][name]
         if first.is_floating_point():
             tensors = [state_dict[name].detach() for state_dict in state_dicts]
             merged[name] = reindex(tensors, spec.layouts.get(name, ()), map_of, model_weights)
         else:
             merged[name] = first.detach().clone()
     return merged
+
+
+def task_tensors(
+    state_dict: Mapping[str, Tensor],
+    model: int,
+    spec: PermutationSpec,
+    matching: Mapping[str, NodeMatching],
+    shared: Iterable[str],
+    names: Iterable[str],
+) -> dict[str, Tensor]:
+    """Return tensors of one model, fitted to the merged tensors that they stand behind or beside.
+
+    Their axes follow the matching of the nodes that the tensors `shared` have; those of other nodes keep their order,
+    except that groups which are tied to groups of a merged node are ordered as these.
+
+    Parameters
+    ----------
+    state_dict, model
+        One model's tensors and its number.
+    spec, matching
+        The axes map and how the units of all models correspond.
+    shared
+        The tensors that were merged.
+    names
+        The tensors to return.
+    """
+    merged = {
+        segment.axis.node
+        for name in shared
+        for segments in spec.layouts.get(name, ())
+        for segment in segments
+        if segment.axis is not None
+    }
+    partner = {node: other for bundle in spec.bundles for node in bundle for other in bundle if other in merged}
+    units = spec.units(state_dict)
+
+    def map_of(axis: Axis) -> UnitMap | None:
+        if axis.node in merged:
+            return matching[axis.node].task_map(axis.role, model)
+        if axis.node not in partner:
+            return None
+        order = matching[partner[axis.node]].group_order(spec.groups(axis.node).count, model)
+        within = torch.arange(units[axis.node], device=order.device).view(len(order), -1)
+        return UnitMap.permutation(within[order].reshape(1, -1))
+
+    return {
+        name: reindex([state_dict[name].detach()], spec.layouts[name], map_of, [1.0])
+        if name in spec.layouts
+        else state_dict[name].detach().clone()
+        for name in names
+    }
 
 
 def permute_state_dict(

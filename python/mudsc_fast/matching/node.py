@@ -74,6 +74,27 @@ class NodeMatching:
             scale = total.reciprocal()
         return UnitMap.clusters(self.cluster_of_unit[chosen], self.num_clusters, scale)
 
+    def task_map(self, role: Role, model: int) -> UnitMap:
+        """Return how one model's own tensor is re-indexed to stand behind or beside merged tensors.
+
+        Where it consumes the units, each of the model's units reads the cluster that it became part of. Where it
+        produces them, a cluster gets the mean of the model's own members, and 0 where it has none, which no tensor of
+        this model reads.
+        """
+        permutations = self.permutations
+        if permutations is not None:
+            return UnitMap.permutation(permutations[model : model + 1])
+        own = self.cluster_of_unit[model : model + 1]
+        scale = None
+        if role == "produce":
+            scale = torch.bincount(own[0], minlength=self.num_clusters).clamp(min=1).double().reciprocal()
+        return UnitMap.clusters(own, self.num_clusters, scale)
+
+    def group_order(self, groups: int, model: int) -> Tensor:
+        """Return [groups] int64: which group of a model becomes each group of the result."""
+        units = self.cluster_of_unit.shape[1]
+        return torch.argsort(self.cluster_of_unit[model, :: units // groups] // (self.num_clusters // groups))
+
 
 #: Matches the units of all nodes of a bundle, by the nodes' similarity blocks and the number of groups.
 Matcher = Callable[[Mapping[str, Tensor], int], dict[str, NodeMatching]]

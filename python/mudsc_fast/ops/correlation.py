@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,9 @@ Blocks = Literal["cross", "full"]
 #: that no more than fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
+
+#: Rows of a symmetric product that are computed at a time.
+_TRIANGLE_BLOCK = 256
 
 
 class CorrelationAccumulator:
@@ -109,16 +112,47 @@ class CorrelationAccumulator:
             out of range, or a feature is infinite. The sums are unchanged then.
         """
         checked = self._check_features(features, channel_axis)
-        # Axes before and behind the units are each taken together: [outer, C, inner].
-        axis = channel_axis % checked[0].ndim
-        shape = checked[0].shape
-        flat = (math.prod(shape[:axis]), self._units, math.prod(shape[axis + 1 :]))
-        views = [feature.detach().reshape(flat) for feature in checked]
+        views = [_flat(feature, channel_axis) for feature in checked]
         double = any(view.dtype == torch.float64 for view in views)
-        limit = max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
-        for outer, inner in _chunks(flat[0], flat[2], limit):
+        for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], self._chunk_samples()):
             chunk = [view[outer, :, inner] for view in views]
             self._add_chunk(chunk, torch.float64 if double else torch.float32)
+
+    @torch.no_grad()
+    def replace(self, old: Sequence[Tensor], new: Sequence[Tensor], *, channel_axis: int = 1) -> None:
+        """Put other samples in the place of some that were added before.
+
+        Cheaper than starting anew where few samples change. Rounding adds up over many calls: each leaves an error
+        like that of a product of the replaced samples.
+
+        Parameters
+        ----------
+        old, new
+            One tensor per model each, as for :meth:`update`, all of one shape. Samples of `old` that were never added
+            make the sums meaningless; nothing can notice. Where a model's samples stay, pass the same tensor in both:
+            its products with the other models then cost half.
+        channel_axis
+            The axis of the units; negative ones count from the end.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`update`; also where `old` and `new` differ in shape, or hold more samples than were added.
+        """
+        before = self._check_features(tuple(old), channel_axis)
+        after = self._check_features(tuple(new), channel_axis)
+        if before[0].shape != after[0].shape:
+            raise ValueError(f"new must have the shape of old, {list(before[0].shape)}, got {list(after[0].shape)}")
+        count = before[0].numel() // self._units
+        if count > self._num_samples:
+            raise ValueError(f"old must hold at most the {self._num_samples} samples so far, got {count}")
+        double = any(feature.dtype == torch.float64 for feature in (*before, *after))
+        dtype = torch.float64 if double else torch.float32
+        views = [(_flat(o, channel_axis), _flat(n, channel_axis)) for o, n in zip(before, after, strict=True)]
+        stays = [o is n for o, n in zip(before, after, strict=True)]
+        shape = views[0][0].shape
+        for outer, inner in _chunks(shape[0], shape[2], self._chunk_samples()):
+            self._replace_chunk([(o[outer, :, inner], n[outer, :, inner]) for o, n in views], stays, dtype)
 
     @torch.no_grad()
     def merge(self, other: CorrelationAccumulator) -> None:
@@ -221,6 +255,9 @@ class CorrelationAccumulator:
             own.copy_(state[name])
         self._num_samples = num_samples
 
+    def _chunk_samples(self) -> int:
+        return max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
+
     def _configuration(self) -> dict[str, Any]:
         return {"num_models": self._num_models, "units": self._units, "blocks": self._blocks}
 
@@ -260,8 +297,30 @@ class CorrelationAccumulator:
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
         product = torch.empty_like(self._comoments[0], dtype=centered[0].dtype)
-        products = (torch.mm(centered[i], centered[j].T, out=product) for i, j in self._pairs())
+        products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
         self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+
+    def _replace_chunk(self, chunk: list[tuple[Tensor, Tensor]], stays: list[bool], dtype: torch.dtype) -> None:
+        """Exchange samples, both taken as deviations from the mean so far."""
+        before, after = [], []
+        for (old, new), same, mean in zip(chunk, stays, self._mean, strict=True):
+            before.append(_deviations(old, mean, dtype))
+            after.append(before[-1] if same else _deviations(new, mean, dtype))
+        accumulate = _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
+        )
+        shift = torch.stack([(n - o).sum(1, dtype=torch.float64) for o, n in zip(before, after, strict=True)])
+        product = torch.empty_like(self._comoments[0], dtype=dtype)
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            if stays[i]:
+                torch.mm(after[i], (after[j] - before[j]).T, out=product)
+            else:
+                _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
+            accumulate(own, product, shift[i] / -self._num_samples, shift[j])
+        squares = torch.stack([_sum_of_squares(n) - _sum_of_squares(o) for o, n in zip(before, after, strict=True)])
+        self._squares += squares - shift * shift / self._num_samples
+        self._squares.clamp_(min=0)
+        self._mean += shift / self._num_samples
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
         """Add the sums of `count` samples about their own mean: the update of Chan, Golub and LeVeque."""
@@ -293,6 +352,38 @@ class CorrelationAccumulator:
         columns = slice(j * self._units, (j + 1) * self._units)
         block = result[rows, columns]
         return block, block if i == j else result[columns, rows]
+
+
+def _flat(feature: Tensor, channel_axis: int) -> Tensor:
+    """Return [outer, C, inner]: the axes before and behind the units are each taken together."""
+    axis = channel_axis % feature.ndim
+    shape = feature.shape
+    return feature.detach().reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+
+
+def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features [outer, C, inner] less `mean` [C], as [C, samples], with NaN as 0."""
+    units = features.transpose(0, 1).flatten(1).to(dtype)
+    return units.nan_to_num(0.0) - mean[:, None].to(dtype)
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Return rows @ columns.T in `out`; of a product with itself only the upper triangle counts.
+
+    Blocks below the diagonal are then zeros: a product with itself costs little more than half.
+    """
+    if rows is not columns or len(rows) < 2 * _TRIANGLE_BLOCK:
+        return torch.mm(rows, columns.T, out=out)
+    for first in range(0, len(rows), _TRIANGLE_BLOCK):
+        last = min(first + _TRIANGLE_BLOCK, len(rows))
+        torch.mm(rows[first:last], columns[first:].T, out=out[first:last, first:])
+        out[first:last, :first].zero_()
+    return out
 
 
 def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:
