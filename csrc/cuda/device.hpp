@@ -26,6 +26,13 @@
   type* const name = static_cast<type*>(::mudsc::cuda_sim::shared_array(&name##_key, sizeof(type) * (count)))
 #endif
 
+// Before a loop: four independent loads under way at once.
+#if defined(__CUDACC__)
+#define MUDSC_UNROLL_4 _Pragma("unroll 4")
+#else
+#define MUDSC_UNROLL_4
+#endif
+
 namespace mudsc::cuda {
 
 struct LaunchShape {

@@ -18,7 +18,7 @@ Kernel = TypeVar("Kernel")
 #: Which back ends serve an op on a type of device, best first. A back end that is not named does not pay there.
 #: "cpu" on another device than the CPU copies to the host and back.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "assignment": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
+    "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
     "zip": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
     "correlation": {"cpu": ("cpu", "reference"), "other": ("reference",)},
     "permute": {"cpu": ("cpu", "reference"), "other": ("reference",)},

@@ -12,6 +12,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
 from mudsc_fast.ops import _dispatch
 
@@ -181,7 +182,8 @@ def _solve(flat: Tensor, maximize: bool, prices: Tensor | None, tolerance: float
             gap=none.clone(),
             status=torch.zeros(batch, dtype=torch.int32, device=flat.device),
         )
-    kernel = _dispatch.choose("assignment", flat.device, {"cpu": cpu.solve, "reference": reference.solve})
+    kernels = {"cuda": cuda.solve, "cpu": cpu.solve, "reference": reference.solve}
+    kernel = _dispatch.choose("assignment", flat.device, kernels)
     return kernel(flat, maximize, prices, tolerance)
 
 
