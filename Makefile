@@ -11,12 +11,12 @@ SANITIZED := build/sanitized
 # The tests run the CUDA kernels in the simulator, which needs no CUDA compiler; `compiled` is for those who have one.
 SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
 
-.PHONY: demo test lint unit sanitized clean
+.PHONY: demo test lint unit sanitized compiled clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
-test: lint unit sanitized
+test: lint unit sanitized compiled
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ lint: $(VENV)/test.stamp
 
 # The tests of the kernels run once per instruction level of this processor by themselves (fixture `isa`).
 unit: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/test_cuda_compiled.py
 
 # The kernels' tests again, on an extension in which every memory access and every arithmetic step is checked.
 # Leaks are not looked for: Python and torch keep memory until the process ends.
@@ -34,6 +34,10 @@ sanitized: $(SANITIZED)/stamp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=25 \
 	$(BIN)/python -m pytest tests/kernels
+
+# The CUDA kernels, compiled for every architecture where there is a CUDA compiler. What did not change is not compiled anew.
+compiled: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests/test_cuda_compiled.py
 
 $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"

@@ -78,7 +78,7 @@ def causal(kind: str, kv_heads: int, **options: Any) -> Callable[[], nn.Module]:
         for name, module in list(model.named_modules()):
             if type(module).__name__.endswith("RMSNorm"):
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, nn.RMSNorm(32, eps=1e-6))
+                setattr(model.get_submodule(parent), child, nn.RMSNorm(module.weight.shape, eps=1e-6))
         return model
 
     return build

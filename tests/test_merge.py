@@ -315,7 +315,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         ([STATE, OTHER], {"balance": 1.5}, ValueError, r"balance must be in \[0, 1\], got 1.5"),
         ([STATE, OTHER], {"balance": -0.1}, ValueError, r"balance must be in \[0, 1\], got -0.1"),
         ([STATE, OTHER], {"balance": float("nan")}, ValueError, "balance must be a number, got NaN"),
-        ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number, got str"),
+        ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number in .* got 'half'"),
         ([STATE, OTHER], {"space": "dual"}, ValueError, "data must be given to match in activation space"),
         (
             [STATE, OTHER],
@@ -411,3 +411,56 @@ def test_similarities_of_other_models() -> None:
 def test_bad_permutations(permutations: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mudsc_fast.permute_state_dict(STATE, MLP_SPEC, permutations)
+
+
+def test_a_search_tries_every_balance() -> None:
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    statistics = mudsc_fast.collect_statistics(models, MLP_SPEC, batches())
+    tried = []
+
+    def score(result: mudsc_fast.MergeResult) -> float:
+        assert result.balance is not None
+        tried.append(result.balance)
+        return -abs(result.balance - 0.7)
+
+    modes: tuple[mudsc_fast.Mode, ...] = ("align", "zip")
+    for mode in modes:
+        tried.clear()
+        found = mudsc_fast.merge(
+            models, MLP_SPEC, statistics, mode=mode, balance="search", score=score, balances=(0.2, 0.7, 1.0)
+        )
+        assert tried == [0.2, 0.7, 1.0]
+        assert found.balance == 0.7
+        assert list(found.scores) == tried
+        assert "scores by balance: 0.2: -0.5, 0.7:" in found.report()
+        alone = mudsc_fast.merge(models, MLP_SPEC, statistics, mode=mode, balance=0.7)
+        assert alone.scores == {}
+        for node in MLP_SPEC.nodes:
+            assert found.matching[node].same_clusters(alone.matching[node])
+        for name, tensor in alone.state_dict.items():
+            assert torch.equal(found.state_dict[name], tensor)
+
+
+def test_a_search_takes_the_first_of_equal_scores_and_reads_the_data_once() -> None:
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    result = mudsc_fast.merge(models, MLP_SPEC, iter(batches()), balance="search", score=lambda _: 1)
+    assert result.balance == 0.1
+    assert list(result.scores) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"balance": "best"}, TypeError, r"balance must be a number in \[0, 1\] or 'search', got 'best'"),
+        ({"balance": "search"}, TypeError, "score must be a function of a MergeResult .* got NoneType"),
+        ({"score": len}, ValueError, "it needs balance='search', got 0.5"),
+        ({"balance": "search", "score": len, "balances": ()}, ValueError, "balances must hold at least one number"),
+        ({"balance": "search", "score": len, "balances": (0.5, 2)}, ValueError, r"balances\[1\] must be in \[0, 1\]"),
+        ({"balance": "search", "score": len, "space": "weight"}, ValueError, "needs the dual space"),
+        ({"balance": "search", "score": lambda _: "good"}, TypeError, "the score must be a number, got str"),
+    ],
+)
+def test_bad_searches(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    with pytest.raises(error, match=message):
+        mudsc_fast.merge(models, MLP_SPEC, batches(), **options)

@@ -60,28 +60,38 @@ void register_large(py::module_& module) {
   module.def(
       "assignment_inspect",
       [](const MatrixArguments& matrix, std::uintptr_t prices, std::uintptr_t gaps, std::uintptr_t magnitudes,
-         int device, std::uintptr_t stream) {
+         std::uintptr_t hashes, int device, std::uintptr_t stream) {
+        const cuda::Inspection inspection{pointer<const float>(prices), pointer<float>(gaps),
+                                          pointer<float>(magnitudes), pointer<std::int64_t>(hashes)};
         const py::gil_scoped_release released;
-        cuda::assignment_inspect(large_problem(matrix), pointer<const float>(prices), pointer<float>(gaps),
-                                 pointer<float>(magnitudes), stream_of(device, stream));
+        cuda::assignment_inspect(large_problem(matrix), inspection, stream_of(device, stream));
       },
-      py::arg("matrix"), py::kw_only(), py::arg("prices"), py::arg("gaps"), py::arg("magnitudes"), py::arg("device"),
-      py::arg("stream"));
+      py::arg("matrix"), py::kw_only(), py::arg("prices"), py::arg("gaps"), py::arg("magnitudes"), py::arg("hashes"),
+      py::arg("device"), py::arg("stream"));
+  module.def(
+      "assignment_check_classes",
+      [](const MatrixArguments& matrix, std::uintptr_t class_of_row, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release released;
+        cuda::assignment_check_classes(large_problem(matrix), pointer<std::int32_t>(class_of_row),
+                                       stream_of(device, stream));
+      },
+      py::arg("matrix"), py::kw_only(), py::arg("class_of_row"), py::arg("device"), py::arg("stream"));
   module.def("assignment_bid_workspace_bytes", [](const MatrixArguments& matrix) {
     return cuda::assignment_bid_workspace_bytes(large_problem(matrix));
   });
   module.def(
       "assignment_bid",
       [](const MatrixArguments& matrix, std::uintptr_t epsilon, std::int64_t stop, std::int64_t most_rounds,
-         std::uintptr_t prices, std::uintptr_t column_of_row, std::uintptr_t counts, std::uintptr_t workspace,
-         int device, std::uintptr_t stream) {
-        const cuda::Auction auction{pointer<const float>(epsilon), stop, most_rounds, pointer<float>(prices),
+         std::int64_t most_bids, std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row,
+         std::uintptr_t counts, std::uintptr_t workspace, int device, std::uintptr_t stream) {
+        const cuda::Auction auction{pointer<const float>(epsilon), stop, most_rounds, most_bids,
+                                    pointer<const std::int32_t>(class_of_row), pointer<float>(prices),
                                     pointer<std::int32_t>(column_of_row), pointer<std::int64_t>(counts)};
         const py::gil_scoped_release released;
         cuda::assignment_bid(large_problem(matrix), auction, pointer<void>(workspace), stream_of(device, stream));
       },
-      py::arg("matrix"), py::kw_only(), py::arg("epsilon"), py::arg("stop"), py::arg("most_rounds"), py::arg("prices"),
-      py::arg("column_of_row"), py::arg("counts"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("matrix"), py::kw_only(), py::arg("epsilon"), py::arg("stop"), py::arg("most_rounds"), py::arg("most_bids"),
+      py::arg("class_of_row"), py::arg("prices"), py::arg("column_of_row"), py::arg("counts"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
   module.def(
       "assignment_list",
       [](const MatrixArguments& matrix, std::uintptr_t rows, std::int64_t count, std::uintptr_t duals,
@@ -111,10 +121,11 @@ void register_large(py::module_& module) {
 
 void register_paths(py::module_& module) {
   py::class_<cuda::PathSolver>(module, "PathSolver")
-      .def(py::init([](std::int64_t rows, std::int64_t columns, std::uintptr_t duals) {
-             return std::make_unique<cuda::PathSolver>(rows, columns, pointer<const double>(duals));
+      .def(py::init([](std::int64_t rows, std::int64_t columns, std::uintptr_t duals, std::uintptr_t class_of_row) {
+             return std::make_unique<cuda::PathSolver>(rows, columns, pointer<const double>(duals),
+                                                       pointer<const std::int32_t>(class_of_row));
            }),
-           py::arg("rows"), py::arg("columns"), py::arg("duals"))
+           py::arg("rows"), py::arg("columns"), py::arg("duals"), py::arg("class_of_row"))
       .def(
           "set_lists",
           [](cuda::PathSolver& solver, std::uintptr_t rows, std::int64_t count, std::int64_t capacity,

@@ -1,6 +1,7 @@
 // The dense passes of one large assignment: each reads rows of the matrix once, a block a row, in coalesced order.
 //
-//   1. assignment_inspect: the distance of each row's two least costs, which tells how large a bid should be.
+//   1. assignment_inspect: the distance of each row's two least costs, which tells how large a bid should be, and a hash to
+//      find equal rows by (assignment_check_classes compares them): dead units would outbid one another without end.
 //   2. assignment_bid: an auction (D. P. Bertsekas, "The auction algorithm", Annals of Operations Research 14, 1988) in Jacobi
 //      rounds, in one cooperative launch without a word with the host. Every row without a column finds its best and
 //      second best at the prices of now and offers what makes them alike, plus epsilon; the highest offer for a column
@@ -63,27 +64,53 @@ __device__ BestTwo best_two(const Rows<T>& matrix, std::int64_t row, const float
   return block_combine(best, BetterTwo(), nothing);
 }
 
+// S. Vigna's finaliser of splitmix64: every bit of the result depends on every bit of the number.
+__device__ __forceinline__ unsigned long long mixed(unsigned long long number) {
+  number += 0x9e3779b97f4a7c15ull;
+  number = (number ^ number >> 30) * 0xbf58476d1ce4e5b9ull;
+  number = (number ^ number >> 27) * 0x94d049bb133111ebull;
+  return number ^ number >> 31;
+}
+
 struct Largest {
   __device__ __forceinline__ float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    inspect_rows(const Rows<T> matrix, const float* prices, float* gaps, float* magnitudes) {
+    inspect_rows(const Rows<T> matrix, const Inspection inspection) {
   const std::int64_t row = blockIdx.x;
   const T* const values = matrix.row(row);
   float largest = 0.0f;
+  unsigned long long hash = 0;
   MUDSC_UNROLL_4
   for (std::int64_t j = threadIdx.x; j < matrix.columns; j += kThreads) {
-    const float magnitude = fabsf(widen(values[j]));
+    const float value = widen(values[j]) + 0.0f;  // 0 and -0 are equal
+    const float magnitude = fabsf(value);
+    hash += mixed(static_cast<unsigned long long>(j) << 32 | __float_as_uint(value));
     largest = magnitude <= largest ? largest : magnitude < infinity<float> ? magnitude : infinity<float>;  // NaN too
   }
   largest = block_combine(largest, Largest(), 0.0f);
-  const BestTwo best = best_two(matrix, row, prices);
+  hash = block_combine(hash, Sum(), 0ull);
+  const BestTwo best = best_two(matrix, row, inspection.prices);
   if (threadIdx.x == 0) {
-    magnitudes[row] = largest;
-    gaps[row] = best.first - best.second;
+    inspection.magnitudes[row] = largest;
+    inspection.gaps[row] = best.first - best.second;
+    inspection.hashes[row] = static_cast<std::int64_t>(hash);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) check_classes(const Rows<T> matrix, std::int32_t* class_of_row) {
+  const std::int64_t row = blockIdx.x, first = class_of_row[row];
+  if (first == row) return;
+  const T* const values = matrix.row(row);
+  const T* const others = matrix.row(first);
+  std::int32_t different = 0;
+  MUDSC_UNROLL_4
+  for (std::int64_t j = threadIdx.x; j < matrix.columns; j += kThreads) different |= widen(values[j]) != widen(others[j]);
+  different = block_combine(different, Sum(), 0);
+  if (threadIdx.x == 0 && different != 0) class_of_row[row] = static_cast<std::int32_t>(row);
 }
 
 struct BidState {
@@ -152,21 +179,22 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) bid_in_rounds(const Rows<T> matrix, const BidState state) {
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = thread; i < matrix.rows; i += threads) {
-    state.active[i] = static_cast<std::int32_t>(i);
-    state.auction.column_of_row[i] = -1;
-  }
+  for (std::int64_t i = thread; i < matrix.rows; i += threads) state.auction.column_of_row[i] = -1;
   for (std::int64_t j = thread; j < matrix.columns; j += threads) {
     state.row_of_column[j] = -1;
     state.offers[j] = 0;
   }
-  if (thread < 3) state.active_count[thread] = thread == 0 ? static_cast<std::int32_t>(matrix.rows) : 0;
+  if (thread < 3) state.active_count[thread] = 0;
   if (thread < 2) state.auction.counts[thread] = 0;
-  grid_barrier();
   if (!(*state.auction.epsilon > 0.0f)) return;
+  grid_barrier();
+  for (std::int64_t i = thread; i < matrix.rows; i += threads) {
+    if (state.auction.class_of_row[i] == i) state.active[atomicAdd(state.active_count, 1)] = static_cast<std::int32_t>(i);
+  }
+  grid_barrier();
   for (std::int64_t round = 0; round < state.auction.most_rounds; ++round) {
     const std::int32_t count = state.active_count[round % 3];
-    if (count <= state.auction.stop) return;
+    if (count <= state.auction.stop || state.auction.counts[1] >= state.auction.most_bids) return;
     make_offers(matrix, state, round, count);
     grid_barrier();
     award(matrix, state, round, count);
@@ -367,11 +395,17 @@ LaunchShape block_per_row(std::int64_t rows, std::size_t shared_bytes) {
 
 }  // namespace
 
-void assignment_inspect(const LargeProblem& problem, const float* prices, float* gaps, float* magnitudes,
-                        Stream stream) {
+void assignment_inspect(const LargeProblem& problem, const Inspection& inspection, Stream stream) {
   with_rows(problem, [&](const auto& rows) {
     launch("assignment_inspect", inspect_rows<std::decay_t<decltype(*rows.values)>>, block_per_row(problem.rows, 0),
-           stream, rows, prices, gaps, magnitudes);
+           stream, rows, inspection);
+  });
+}
+
+void assignment_check_classes(const LargeProblem& problem, std::int32_t* class_of_row, Stream stream) {
+  with_rows(problem, [&](const auto& rows) {
+    launch("assignment_check_classes", check_classes<std::decay_t<decltype(*rows.values)>>,
+           block_per_row(problem.rows, 0), stream, rows, class_of_row);
   });
 }
 

@@ -17,6 +17,7 @@ constexpr std::int64_t kWanted = 32;
 constexpr int kReductionPasses = 2;
 constexpr std::int64_t kStepsPerRow = 4;
 
+// Of a row, or of all rows that are equal.
 struct List {
   std::vector<std::int32_t> columns;
   std::vector<float> costs;
@@ -41,11 +42,13 @@ bool later(const Event& a, const Event& b) { return a.distance > b.distance; }
 
 class PathSolver::Search {
  public:
-  Search(std::int64_t rows, std::int64_t columns, const double* duals)
+  Search(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row)
       : rows_(rows),
         columns_(columns),
         v_(duals, duals + columns),
         u_(rows),
+        class_of_row_(class_of_row, class_of_row + rows),
+        members_(rows, 0),
         column_of_row_(rows, -1),
         row_of_column_(columns, -1),
         lists_(rows),
@@ -54,7 +57,10 @@ class PathSolver::Search {
         seen_(columns, 0),
         closed_(columns, 0),
         row_distance_(rows),
-        requested_at_(rows, 0) {}
+        class_seen_(rows, 0),
+        requested_at_(rows, 0) {
+    for (const std::int32_t first : class_of_row_) ++members_[first];
+  }
 
   void set_list(std::int64_t row, const std::int32_t* columns, const float* costs, std::int64_t size, double floor) {
     List& list = lists_[row];
@@ -63,6 +69,20 @@ class PathSolver::Search {
     list.floor = floor;
     list.listed_at = paths_;
   }
+
+  // The lists of equal rows begin at different places among their ties: together they hold columns for most of the rows.
+  void add_to_class(std::int64_t row, const std::int32_t* columns, const float* costs, std::int64_t size) {
+    List& list = lists_[class_of_row_[row]];
+    std::vector<char> listed(columns_, 0);
+    for (const std::int32_t column : list.columns) listed[column] = 1;
+    for (std::int64_t k = 0; k < size; ++k) {
+      if (listed[columns[k]]) continue;
+      list.columns.push_back(columns[k]);
+      list.costs.push_back(costs[k]);
+    }
+  }
+
+  bool is_first(std::int64_t row) const { return class_of_row_[row] == row; }
 
   void advance() {
     if (!started_) start();
@@ -87,8 +107,11 @@ class PathSolver::Search {
   const std::int64_t* column_of_row() const { return column_of_row_.data(); }
 
  private:
+  List& list_of(std::int64_t row) { return lists_[class_of_row_[row]]; }
+  const List& list_of(std::int64_t row) const { return lists_[class_of_row_[row]]; }
+
   BestTwo best_two(std::int64_t row) const {
-    const List& list = lists_[row];
+    const List& list = list_of(row);
     BestTwo best;
     for (std::size_t k = 0; k < list.columns.size(); ++k) {
       const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
@@ -102,7 +125,7 @@ class PathSolver::Search {
   }
 
   double cost(std::int64_t row, std::int64_t column) const {
-    const List& list = lists_[row];
+    const List& list = list_of(row);
     const auto at = std::find(list.columns.begin(), list.columns.end(), column) - list.columns.begin();
     return static_cast<double>(list.costs[at]);
   }
@@ -114,7 +137,7 @@ class PathSolver::Search {
 
   // A listed free column of a row at this reduced cost; -1 if there is none.
   std::int64_t free_column_at(std::int64_t row, double reduced) const {
-    const List& list = lists_[row];
+    const List& list = list_of(row);
     for (std::size_t k = 0; k < list.columns.size(); ++k) {
       const std::int64_t column = list.columns[k];
       if (row_of_column_[column] < 0 && static_cast<double>(list.costs[k]) - v_[column] == reduced) return column;
@@ -126,8 +149,8 @@ class PathSolver::Search {
   void start() {
     for (std::int64_t i = 0; i < rows_; ++i) {
       const BestTwo best = best_two(i);
-      u_[i] = std::min(best.first, lists_[i].floor);
-      const std::int64_t column = best.first <= lists_[i].floor ? free_column_at(i, best.first) : -1;
+      u_[i] = std::min(best.first, list_of(i).floor);
+      const std::int64_t column = best.first <= list_of(i).floor ? free_column_at(i, best.first) : -1;
       if (column >= 0) {
         assign(i, column);
       } else {
@@ -146,8 +169,8 @@ class PathSolver::Search {
         const bool lowers = best.first < best.second;
         std::int64_t column = best.column;
         if (!lowers && row_of_column_[column] >= 0) column = free_column_at(row, best.first);
-        if (best.second > lists_[row].floor || column < 0 || --steps < 0) {
-          u_[row] = std::min(best.first, lists_[row].floor);
+        if (best.second > list_of(row).floor || column < 0 || --steps < 0) {
+          u_[row] = std::min(best.first, list_of(row).floor);
           left.push_back(row);
           break;
         }
@@ -163,7 +186,7 @@ class PathSolver::Search {
   }
 
   double floor_distance(std::int64_t row) const {
-    return row_distance_[row] + std::max(0.0, lists_[row].floor - u_[row]);
+    return row_distance_[row] + std::max(0.0, list_of(row).floor - u_[row]);
   }
 
   void push(double distance, std::int64_t what) {
@@ -171,9 +194,12 @@ class PathSolver::Search {
     std::push_heap(heap_.begin(), heap_.end(), later);
   }
 
-  // Lowers distances through a row of the tree.
+  // Lowers distances through a row of the tree. Of equal rows only the first one that a search reaches can lower any.
   void relax(std::int64_t row) {
-    const List& list = lists_[row];
+    if (class_seen_[class_of_row_[row]] == search_) return;
+    class_seen_[class_of_row_[row]] = search_;
+    relaxed_rows_.push_back(row);
+    const List& list = list_of(row);
     const double reached = row_distance_[row], offset = reached - u_[row];
     for (std::size_t k = 0; k < list.columns.size(); ++k) {
       const std::int64_t column = list.columns[k];
@@ -200,9 +226,10 @@ class PathSolver::Search {
     ++search_;
     heap_.clear();
     tree_rows_.clear();
+    relaxed_rows_.clear();
     tree_columns_.clear();
     sink_distance_ = kInfinity;
-    u_[root] = std::min(best_two(root).first, lists_[root].floor);
+    u_[root] = std::min(best_two(root).first, list_of(root).floor);
     row_distance_[root] = 0.0;
     tree_rows_.push_back(root);
     relax(root);
@@ -229,12 +256,14 @@ class PathSolver::Search {
   // Asks for the lists of all rows of the tree that can end before the nearest free column known. A row that no path
   // was found since it was listed must show more.
   void request_lists() {
-    for (const std::int64_t row : tree_rows_) {
-      if (requested_at_[row] == pass_ || floor_distance(row) >= sink_distance_) continue;
-      requested_at_[row] = pass_;
-      List& list = lists_[row];
+    for (const std::int64_t row : relaxed_rows_) {
+      const std::int32_t first = class_of_row_[row];
+      if (requested_at_[first] == pass_ || floor_distance(row) >= sink_distance_) continue;
+      requested_at_[first] = pass_;
+      List& list = lists_[first];
+      list.wanted = std::max(list.wanted, 2 * members_[first]);
       if (list.listed_at == paths_) list.wanted *= 2;
-      requested_.push_back(static_cast<std::int32_t>(row));
+      requested_.push_back(first);
     }
   }
 
@@ -253,6 +282,8 @@ class PathSolver::Search {
 
   std::int64_t rows_, columns_;
   std::vector<double> v_, u_;
+  std::vector<std::int32_t> class_of_row_;
+  std::vector<std::int64_t> members_;  // of the class, at its first row
   std::vector<std::int64_t> column_of_row_, row_of_column_;
   std::vector<List> lists_;
   std::vector<std::int64_t> free_;
@@ -263,21 +294,26 @@ class PathSolver::Search {
   std::vector<double> distance_;
   std::vector<std::int64_t> parent_, seen_, closed_;
   std::vector<double> row_distance_;
-  std::vector<std::int64_t> requested_at_, tree_rows_, tree_columns_;
+  std::vector<std::int64_t> class_seen_, requested_at_, tree_rows_, relaxed_rows_, tree_columns_;
   std::vector<Event> heap_;
   std::int64_t sink_ = -1;
   double sink_distance_ = kInfinity;
 };
 
-PathSolver::PathSolver(std::int64_t rows, std::int64_t columns, const double* duals)
-    : search_(std::make_unique<Search>(rows, columns, duals)) {}
+PathSolver::PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row)
+    : search_(std::make_unique<Search>(rows, columns, duals, class_of_row)) {}
 PathSolver::~PathSolver() = default;
 
 void PathSolver::set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity,
                            const std::int32_t* columns, const float* costs, const std::int32_t* sizes,
                            const double* floors) {
   for (std::int64_t k = 0; k < count; ++k) {
-    search_->set_list(rows == nullptr ? k : rows[k], columns + k * capacity, costs + k * capacity, sizes[k], floors[k]);
+    const std::int64_t row = rows == nullptr ? k : rows[k];
+    if (search_->is_first(row)) {
+      search_->set_list(row, columns + k * capacity, costs + k * capacity, sizes[k], floors[k]);
+    } else {
+      search_->add_to_class(row, columns + k * capacity, costs + k * capacity, sizes[k]);
+    }
   }
 }
 

@@ -47,16 +47,18 @@ BestTwo best_two(const float* values, const float* prices, std::int64_t columns,
 }  // namespace
 
 RoundCounts auction_rounds(const float* values, std::int64_t n, bool maximize, float epsilon, std::int64_t stop,
-                           std::int64_t most_rounds, float* prices, std::int32_t* column_of_row) {
+                           std::int64_t most_rounds, std::int64_t most_bids, const std::int32_t* class_of_row,
+                           float* prices, std::int32_t* column_of_row) {
   const float sign = maximize ? 1.0f : -1.0f;
-  std::vector<std::int64_t> active(n), row_of_column(n, -1);
+  std::vector<std::int64_t> active, row_of_column(n, -1);
   for (std::int64_t i = 0; i < n; ++i) {
-    active[i] = i;
+    if (class_of_row[i] == i) active.push_back(i);
     column_of_row[i] = -1;
   }
   std::vector<Offer> offers(n);
   RoundCounts counts{0, 0, 0};
-  for (; epsilon > 0.0f && counts.rounds < most_rounds && static_cast<std::int64_t>(active.size()) > stop;
+  for (; epsilon > 0.0f && counts.rounds < most_rounds && counts.bids < most_bids &&
+         static_cast<std::int64_t>(active.size()) > stop;
        ++counts.rounds) {
     std::vector<std::int64_t> offered, next;
     for (Offer& offer : offers) offer.row = -1;

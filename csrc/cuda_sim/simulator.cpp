@@ -27,8 +27,12 @@
 #endif
 #if defined(MUDSC_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
-extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
-extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 namespace mudsc::cuda_sim {
@@ -117,16 +121,29 @@ void acquire_order([[maybe_unused]] void* address) {
 #endif
 }
 
-// Memory with the pattern in it, which to ThreadSanitizer nobody has written yet.
-std::unique_ptr<unsigned char[]> poisoned(std::size_t bytes) {
+// While it lives, what the current fiber or the scheduler does is not part of the kernel to ThreadSanitizer, not even what
+// it allocates and frees.
+struct Aside {
+  Aside() {
 #if defined(MUDSC_THREAD_SANITIZER)
-  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
 #endif
+  }
+  ~Aside() {
+#if defined(MUDSC_THREAD_SANITIZER)
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
+  }
+  Aside(const Aside&) = delete;
+  Aside& operator=(const Aside&) = delete;
+};
+
+// Memory with the pattern in it.
+std::unique_ptr<unsigned char[]> poisoned(std::size_t bytes) {
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
   if (bytes > 0) std::memset(memory.get(), kPoison, bytes);
-#if defined(MUDSC_THREAD_SANITIZER)
-  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-#endif
   return memory;
 }
 
@@ -147,6 +164,7 @@ class Launch {
         random_(chosen_seed) {}
 
   void run() {
+    const Aside aside;
     const unsigned count = blocks_.x * blocks_.y * blocks_.z;
     std::vector<unsigned> order(count);
     for (unsigned index = 0; index < count; ++index) order[index] = index;
@@ -155,14 +173,20 @@ class Launch {
 #if defined(MUDSC_THREAD_SANITIZER)
     scheduler_.thread_sanitizer = __tsan_get_current_fiber();
 #endif
-    release_order(&launch_order_);
+    release_order(&begin_order_);
     const unsigned together = cooperative_ ? count : 1;
     for (unsigned begin = 0; begin < count && error_.empty(); begin += together) {
       std::vector<std::unique_ptr<Block>> blocks;
       for (unsigned k = 0; k < together; ++k) blocks.push_back(make_block(order[begin + k]));
       run_together(blocks);
+#if defined(MUDSC_THREAD_SANITIZER)
+      // To it, blocks are unordered until the launch ends: their memory must not serve the next.
+      for (auto& block : blocks) finished_.push_back(std::move(block));
+#else
+      stacks_used_ = 0;
+#endif
     }
-    acquire_order(&launch_order_);
+    acquire_order(&end_order_);
 #if defined(MUDSC_THREAD_SANITIZER)
     for (void* fiber : thread_sanitizer_fibers_) __tsan_destroy_fiber(fiber);
 #endif
@@ -212,17 +236,21 @@ class Launch {
     acquire_order(&grid_order_);
   }
 
+  void note_exit(const Fiber& fiber) {
+    const Aside aside;
+    Block& block = *fiber.block;
+    block.live_lanes[fiber.rank / kLanes] &= ~(1u << fiber.position.lane);
+    if (--block.live > 0 && block.at_barrier == block.live) release_block(block);
+  }
+
   // Where a fiber begins.
   static void enter() {
     Launch& launch = *running;
     finish_switch(current->context, &launch.scheduler_);
-    acquire_order(&launch.launch_order_);
+    acquire_order(&launch.begin_order_);
     launch.body_();
-    release_order(&launch.launch_order_);
-    Fiber& me = *current;
-    Block& block = *me.block;
-    block.live_lanes[me.rank / kLanes] &= ~(1u << me.position.lane);
-    if (--block.live > 0 && block.at_barrier == block.live) launch.release_block(block);
+    release_order(&launch.end_order_);
+    launch.note_exit(*current);
     launch.wait(State::exited);
     std::abort();
   }
@@ -312,7 +340,6 @@ class Launch {
     const bool all_exited =
         std::all_of(fibers.begin(), fibers.end(), [](const Fiber* fiber) { return fiber->state == State::exited; });
     if (error_.empty() && !all_exited) error_ = "threads wait for each other at different barriers";
-    stacks_used_ = 0;
   }
 
   Fiber& next() {
@@ -367,7 +394,8 @@ class Launch {
   std::size_t grid_threads_ = 0, at_grid_ = 0;
   std::size_t stacks_used_ = 0;
   std::vector<void*> thread_sanitizer_fibers_;
-  char launch_order_ = 0, grid_order_ = 0;
+  std::vector<std::unique_ptr<Block>> finished_;
+  char begin_order_ = 0, end_order_ = 0, grid_order_ = 0;
 };
 
 }  // namespace
@@ -392,6 +420,7 @@ void launch(const char* name, dim3 blocks, dim3 threads, std::size_t shared_byte
 const Position& position() { return current->position; }
 
 void block_barrier() {
+  const Aside aside;
   Block& block = *current->block;
   release_order(&block.block_order);
   if (++block.at_barrier == block.live) {
@@ -402,9 +431,13 @@ void block_barrier() {
   acquire_order(&block.block_order);
 }
 
-void grid_barrier() { running->arrive_at_grid(); }
+void grid_barrier() {
+  const Aside aside;
+  running->arrive_at_grid();
+}
 
 const std::uint64_t* warp_exchange(std::uint32_t mask, std::uint64_t value) {
+  const Aside aside;
   Fiber& me = *current;
   Block& block = *me.block;
   const unsigned warp = me.rank / kLanes;
@@ -439,6 +472,7 @@ const std::uint64_t* warp_exchange(std::uint32_t mask, std::uint64_t value) {
 }
 
 void* shared_array(const void* key, std::size_t bytes) {
+  const Aside aside;
   auto& arrays = current->block->arrays;
   for (const auto& [known, memory] : arrays) {
     if (known == key) return memory.get();

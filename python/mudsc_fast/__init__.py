@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mudsc_fast import ops, spec
+from mudsc_fast import compat, ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
+from mudsc_fast.compat import patch
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
@@ -38,10 +39,12 @@ __all__ = [
     "ZipResult",
     "__version__",
     "collect_statistics",
+    "compat",
     "linear_assignment",
     "linear_sum_assignment",
     "merge",
     "ops",
+    "patch",
     "permute_merge",
     "permute_state_dict",
     "repair",

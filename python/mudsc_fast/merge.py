@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from mudsc_fast._checks import check_choice, check_finite, check_int, check_number, check_tensor
+from mudsc_fast._checks import check_choice, check_finite, check_int, check_number, check_share, check_tensor
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import merge_state_dicts, task_tensors
 from mudsc_fast.matching.division import Division, divide
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
-from mudsc_fast.matching.sweep import sweep
+from mudsc_fast.matching.sweep import SweepResult, sweep
 from mudsc_fast.matching.weight import WeightSimilarity, blend
 from mudsc_fast.spec.axes import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
+
+#: What ``balance="search"`` tries.
+DEFAULT_BALANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,16 @@ class MergeResult:
     objectives
         Mean similarity over the nodes after each sweep; empty without sweeps.
     timings
-        Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"``.
+        Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"`` and, of a search,
+        ``"scoring"``; of a search for all its merges together.
     unmatched_tensors
         Names of the tensors that the specification does not name; they were averaged in their own order.
     repaired_layers
         Names of the layers that :func:`mudsc_fast.repair` rescaled.
+    balance
+        Share of the weight similarity, where the units were matched in the dual space.
+    scores
+        Of a search: the score of each balance tried.
     """
 
     model: nn.Module | None
@@ -69,6 +77,8 @@ class MergeResult:
     timings: dict[str, float]
     unmatched_tensors: tuple[str, ...]
     repaired_layers: tuple[str, ...] = ()
+    balance: float | None = None
+    scores: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def num_shared(self) -> int:
@@ -96,6 +106,8 @@ class MergeResult:
             lines.append(f"{len(self.objectives)} sweeps, best mean similarity {max(self.objectives):.4f}")
         if any(self.num_per_task):
             lines.append(f"entries shared: {self.num_shared}; per task: " + ", ".join(map(str, self.num_per_task)))
+        if self.scores:
+            lines.append("scores by balance: " + ", ".join(f"{b:g}: {score:.4g}" for b, score in self.scores.items()))
         if self.repaired_layers:
             lines.append("rescaled: " + ", ".join(self.repaired_layers))
         lines.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
@@ -110,8 +122,10 @@ def merge(
     data: Iterable[Any] | MatchingStatistics | None = None,
     *,
     mode: Mode = "align",
-    balance: float = 0.5,
+    balance: float | Literal["search"] = 0.5,
     space: Space | None = None,
+    score: Callable[[MergeResult], float] | None = None,
+    balances: Sequence[float] = DEFAULT_BALANCES,
     weights: Sequence[float] | None = None,
     shrink: float = 0.5,
     budget: float = 1.0,
@@ -144,9 +158,14 @@ def merge(
         ``"align"``: each model gets a permutation onto the first. ``"zip"``: units of all models, also of one model,
         are clustered.
     balance
-        Share of the weight similarity in the dual space, in [0, 1].
+        Share of the weight similarity in the dual space, in [0, 1]; or ``"search"`` for the best of `balances`.
     space
         ``"weight"``, ``"activation"`` or ``"dual"``; by default dual if there is data, else weight.
+    score
+        Of a search: how good a merge is; the higher, the better. Called once for each balance; use data that the
+        networks were trained on, not the data that the result is judged by.
+    balances
+        Of a search: what to try, one number in [0, 1] or more. Activations are collected and matched once for all.
     weights
         The models' shares in the result, one positive number each, summing to 1; equal by default.
     shrink, budget
@@ -189,9 +208,7 @@ def merge(
     check_choice("space", space, get_args(Space))
     if not isinstance(spec, PermutationSpec):
         raise TypeError(f"spec must be a PermutationSpec, got {type(spec).__name__}")
-    balance = check_number("balance", balance)
-    if not 0.0 <= balance <= 1.0:
-        raise ValueError(f"balance must be in [0, 1], got {balance}")
+    candidates = _checked_balances(balance, balances, score, space)
     check_int("max_sweeps", max_sweeps, 1)
     check_int("patience", patience, 1)
     state_dicts = _checked_state_dicts(models)
@@ -213,56 +230,78 @@ def merge(
             return zip_all_units(similarities, len(models), groups, shrink=shrink, budget=budget)
 
     activations = None
-    matching: dict[str, NodeMatching] = {}
-    objectives: list[float] = []
+    start: dict[str, NodeMatching] = {}
     if space != "weight":
         with phases.timed("activations"):
             activations = _activations(models, spec, comparable, data, mode, forward, progress)
         for bundle in comparable.bundles:
             similarities = {node: activations.similarity(node, blocks) for node in bundle}
-            matching.update(match(similarities, comparable.groups(bundle[0]).count))
-    if space != "activation":
-        weight_similarity = WeightSimilarity(state_dicts, comparable, blocks, model_weights)
+            start.update(match(similarities, comparable.groups(bundle[0]).count))
+    weight_similarity = WeightSimilarity(state_dicts, comparable, blocks, model_weights)
 
+    def swept(share: float) -> SweepResult:
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
                 similarity = weight_similarity(node, current)
                 return (
                     similarity
                     if activations is None
-                    else blend(balance, similarity, activations.similarity(node, blocks))
+                    else blend(share, similarity, activations.similarity(node, blocks))
                 )
 
-        swept = sweep(
+        return sweep(
             comparable,
             similarity_of,
             match,
-            matching,
+            start,
             random_state=random_state,
             max_sweeps=max_sweeps,
             patience=patience,
             progress=progress,
         )
-        matching, objectives = swept.matching, swept.objectives
 
-    with phases.timed("merging"):
-        merged = merge_state_dicts(state_dicts, spec, matching, model_weights, division.shared)
-        tasks = _task_state_dicts(state_dicts, spec, matching, division, merged)
-        task_models = _task_models(models, tasks, division)
-    return MergeResult(
-        model=None if division.per_task or not task_models else task_models[0],
-        state_dict=merged,
-        task_models=task_models,
-        task_state_dicts=tasks,
-        spec=spec,
-        weights=tuple(model_weights),
-        matching={node: matching[node] for node in comparable.nodes},
-        objectives=objectives,
-        timings=phases.seconds,
-        unmatched_tensors=tuple(
-            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
-        ),
-    )
+    def merged(share: float) -> MergeResult:
+        found = SweepResult(start, []) if space == "activation" else swept(share)
+        with phases.timed("merging"):
+            tensors = merge_state_dicts(state_dicts, spec, found.matching, model_weights, division.shared)
+            tasks = _task_state_dicts(state_dicts, spec, found.matching, division, tensors)
+            task_models = _task_models(models, tasks, division)
+        return MergeResult(
+            model=None if division.per_task or not task_models else task_models[0],
+            state_dict=tensors,
+            task_models=task_models,
+            task_state_dicts=tasks,
+            spec=spec,
+            weights=tuple(model_weights),
+            matching={node: found.matching[node] for node in comparable.nodes},
+            objectives=found.objectives,
+            timings=phases.seconds,
+            unmatched_tensors=tuple(
+                name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in spec.layouts
+            ),
+            balance=share if space == "dual" else None,
+        )
+
+    return merged(candidates[0]) if score is None else _best(merged, candidates, score, phases)
+
+
+def _best(
+    merged: Callable[[float], MergeResult],
+    balances: Sequence[float],
+    score: Callable[[MergeResult], float],
+    phases: _Phases,
+) -> MergeResult:
+    """Return the merge of the highest score, the first of several, with the scores of all."""
+    best: MergeResult | None = None
+    scores: dict[float, float] = {}
+    for balance in balances:
+        result = merged(balance)
+        with phases.timed("scoring"):
+            scores[balance] = check_number("the score", score(result))
+        if best is None or scores[balance] > scores[cast(float, best.balance)]:
+            best = result
+    assert best is not None  # there is at least one balance
+    return replace(best, scores=scores)
 
 
 class _Phases:
@@ -354,6 +393,26 @@ def _check_finite_tensors(state_dicts: Sequence[Mapping[str, Tensor]], spec: Per
     for index, state_dict in enumerate(state_dicts):
         for name in spec.layouts:
             check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))
+
+
+def _checked_balances(
+    balance: float | Literal["search"], balances: Sequence[float], score: object, space: Space
+) -> list[float]:
+    """Return the balances to try: the one given, or those to search."""
+    if balance != "search":
+        if isinstance(balance, str):
+            raise TypeError(f"balance must be a number in [0, 1] or 'search', got {balance!r}")
+        if score is not None:
+            raise ValueError(f"score is of a search: it needs balance='search', got {balance!r}")
+        return [check_share("balance", balance)]
+    if not callable(score):
+        raise TypeError(f"score must be a function of a MergeResult to search the balance, got {type(score).__name__}")
+    if space != "dual":
+        raise ValueError(f"balance='search' needs the dual space: data, and no other space, got {space!r}")
+    checked = [check_share(f"balances[{index}]", value) for index, value in enumerate(balances)]
+    if not checked:
+        raise ValueError("balances must hold at least one number, got none")
+    return checked
 
 
 def _checked_weights(weights: Sequence[float] | None, num_models: int) -> list[float]:

@@ -110,7 +110,7 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
     prices, column_of_row = torch.zeros(rows), torch.empty(rows, dtype=torch.int32)
     with _device.launching_on(values.device) as launch:
         problem = cuda._LargeProblem(values, True, launch)
-        epsilon = problem.epsilon(prices)
+        epsilon = problem.inspect(prices)
         assert epsilon is not None
         rounds = simulator.auction_rounds(
             values.data_ptr(),
@@ -119,6 +119,8 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
             float(epsilon),
             int(rows * cuda.SHARE_LEFT),
             cuda.MOST_ROUNDS,
+            cuda.MOST_BIDS * rows,
+            problem.class_of_row.data_ptr(),
             prices.data_ptr(),
             column_of_row.data_ptr(),
         )

@@ -30,15 +30,25 @@ struct LargeProblem {
   bool maximize;
 };
 
-// What a row would bid: the distance between its least and second least cost, at the given prices of columns. The
-// largest magnitude of a value, or +inf if one is not finite, is the maximum of what is written to `magnitudes`.
-void assignment_inspect(const LargeProblem& problem, const float* prices, float* gaps, float* magnitudes,
-                        Stream stream);
+// What is asked of every row at first: the distance between its least and second least cost, at the given prices of
+// columns, the largest magnitude of a value (+inf if one is not finite), and a hash that equal rows share.
+struct Inspection {
+  const float* prices;    // [columns]
+  float* gaps;            // [rows]
+  float* magnitudes;      // [rows]
+  std::int64_t* hashes;   // [rows]
+};
+void assignment_inspect(const LargeProblem& problem, const Inspection& inspection, Stream stream);
+
+// Makes rows that differ from the row they are said to equal, in any entry, equal to themselves alone.
+void assignment_check_classes(const LargeProblem& problem, std::int32_t* class_of_row, Stream stream);
 
 struct Auction {
   const float* epsilon;         // [1] on the device; nobody bids unless it is positive
   std::int64_t stop;            // ends when so few rows are left
   std::int64_t most_rounds;     // or after so many rounds
+  std::int64_t most_bids;       // or bids
+  const std::int32_t* class_of_row;  // [rows]: the first row that equals this one; of equal rows only the first bids
   float* prices;                // [columns]: where they start, and where they end
   std::int32_t* column_of_row;  // [rows]: -1 for a row that is left
   std::int64_t* counts;         // [2]: rounds, and bids made in them
@@ -68,11 +78,13 @@ void assignment_certify(const LargeProblem& problem, const double* duals, const 
 // Shortest augmenting paths on lists, on the host; see assignment_paths.cpp.
 class PathSolver {
  public:
-  // `duals` are those of the columns; 0 for problems of more columns than rows.
-  PathSolver(std::int64_t rows, std::int64_t columns, const double* duals);
+  // `duals` are those of the columns; 0 for problems of more columns than rows. `class_of_row` is the first row that equals
+  // a row in every entry.
+  PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row);
   ~PathSolver();
 
-  // Replaces the lists of `count` rows by those that assignment_list made of the duals of now.
+  // Takes the lists of `count` rows that assignment_list made of the duals of now: those of all rows at first (null), then
+  // those that were asked for.
   void set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity, const std::int32_t* columns,
                  const float* costs, const std::int32_t* sizes, const double* floors);
   // Matches what the lists allow. Returns the rows whose lists must be made anew before it can go on; none when done.

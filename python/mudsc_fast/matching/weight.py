@@ -106,15 +106,15 @@ class WeightSimilarity:
             if changed:
                 change = changes[changed[0]]
                 exchanged.append((part, change))
-                work += part.samples * change.share * (1 if change.first_stays else 2)
+                work += part.samples * change.share * (1 if change.reordered else 2)
         if work >= sum(part.samples for part in self._parts[node]):
             return False
         for part, change in exchanged:
             old = [self._slices(model, part, kept.around, change.old) for model in range(len(self._state_dicts))]
             new = [self._slices(model, part, around, change.new) for model in range(len(self._state_dicts))]
-            if change.first_stays:
-                new[0] = old[0]
-            kept.sums.replace(old, new, channel_axis=part.position + 1)
+            if change.reordered:
+                new[0] = old[0]  # alignments keep the first model's order
+            kept.sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
         kept.around = around
         return True
 
@@ -134,17 +134,19 @@ class WeightSimilarity:
         tensor = self._state_dicts[model][part.tensor].detach()
         for position, start, width in part.windows:
             tensor = tensor.narrow(position, start, width)
-        if only is not None:
+        if only is not None and only.cluster_of_member is not None:
             tensor = only.of(model, tensor, part.layout)
 
         def map_of(axis: Axis) -> UnitMap | None:
             matched = around[axis.node]
-            if matched is None:
-                return None
             opposite: Role = "produce" if axis.role == "consume" else "consume"
-            unit_map = matched.unit_map(opposite, self._model_weights, model)
-            return unit_map if only is None or axis.node != only.node else only.map_of(model, unit_map)
+            if only is None or axis.node != only.node:
+                return None if matched is None else matched.unit_map(opposite, self._model_weights, model)
+            scale = None if matched is None else matched.unit_map(opposite, self._model_weights, model).scale
+            return only.map_of(model, self._units[axis.node], scale)
 
+        if all(axis is None or map_of(axis) is None for axis in part.layout):
+            return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
         layout = [(Segment(axis),) for axis in part.layout]
         whole = reindex([tensor], layout, map_of, [1.0])
         return whole.unflatten(part.position, part.split)  # type: ignore[no-any-return]
@@ -245,22 +247,33 @@ class _Selection:
                 tensor = chosen.flatten(position, position + 2)
         return tensor
 
-    def map_of(self, model: int, whole: UnitMap) -> UnitMap | None:
-        """Return how members become the selected units, given how all units become all merged units."""
+    def map_of(self, model: int, units: int, scale: Tensor | None) -> UnitMap:
+        """Return how a model's units become the selected ones; of clusters, how the members of :meth:`of` do.
+
+        `scale` is that of all clusters.
+        """
         if self.cluster_of_member is None:
-            return None
-        scale = None if whole.scale is None else whole.scale[self.merged]
-        return UnitMap.clusters(self.cluster_of_member[model][None], len(self.merged), scale)
+            return UnitMap.permutation(self.members[model][None], units_in=units)
+        chosen = None if scale is None else scale[self.merged]
+        return UnitMap.clusters(self.cluster_of_member[model][None], len(self.merged), chosen)
 
 
 @dataclass(frozen=True)
 class _Change:
-    """The merged units of a node that are others than before: as they were and as they are."""
+    """The merged units of a node that are others than before, as they were and as they are.
+
+    Attributes
+    ----------
+    share
+        Their share of all.
+    reordered
+        Whether each model's units are the same in another order, those of the first model in the same order.
+    """
 
     old: _Selection
     new: _Selection
     share: float
-    first_stays: bool
+    reordered: bool
 
 
 def _change(
@@ -283,7 +296,7 @@ def _change(
         old=_selection(node, old, num_models, units, changed[0]),
         new=_selection(node, new, num_models, units, changed[1]),
         share=len(changed[0]) / units,
-        first_stays="zip" not in modes,
+        reordered="zip" not in modes,
     )
 
 

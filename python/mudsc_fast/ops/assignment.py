@@ -14,7 +14,7 @@ from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Assignment:
 
 
 def linear_assignment(
-    similarity: Tensor | np.ndarray[Any, Any],
+    similarity: _arrays.Array,
     *,
     maximize: bool = True,
     warm_start: Assignment | None = None,
@@ -59,8 +59,9 @@ def linear_assignment(
     Parameters
     ----------
     similarity
-        [..., n, m] tensor on any device, or array; a floating-point type, integers (exact below 2**53) or bool.
-        Leading axes are a batch, solved on several threads. With `maximize`, -inf forbids a pair; without, +inf.
+        [..., n, m] tensor on any device, or array of any library; a floating-point type, integers (exact below 2**53)
+        or bool. Leading axes are a batch, solved on several threads. With `maximize`, -inf forbids a pair; without,
+        +inf.
     maximize
         Whether the sum is maximised or minimised.
     warm_start
@@ -73,9 +74,9 @@ def linear_assignment(
     Returns
     -------
     Assignment
-        On the device of `similarity`. Of several optimal assignments, that of scipy's function for up to 128 rows or
-        columns; beyond, rows that are equal in every entry get their columns in ascending order, and of columns that
-        are equal the first are used. A constant matrix is assigned along its diagonal.
+        Of tensors, on the device of `similarity`. Of several optimal assignments, that of scipy's function for up to
+        128 rows or columns; beyond, rows that are equal in every entry get their columns in ascending order, and of
+        columns that are equal the first are used. A constant matrix is assigned along its diagonal.
 
     Raises
     ------
@@ -146,7 +147,9 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     TypeError
         If the entries are not real numbers.
     """
-    if isinstance(cost_matrix, Tensor):
+    if isinstance(cost_matrix, Tensor) or (
+        not hasattr(cost_matrix, "__array__") and hasattr(cost_matrix, "__dlpack__")
+    ):
         values = _as_tensor("cost_matrix", cost_matrix)
     else:
         array = np.asarray(cost_matrix)
@@ -167,7 +170,7 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
         indices = (row_indices, order[by_row])
     else:
         indices = (order, partner)
-    return indices if isinstance(cost_matrix, Tensor) else (indices[0].numpy(), indices[1].numpy())
+    return indices if isinstance(cost_matrix, Tensor) else (indices[0].cpu().numpy(), indices[1].cpu().numpy())
 
 
 def _solve(flat: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
@@ -196,7 +199,7 @@ def _as_tensor(argument: str, value: object) -> Tensor:
         widened = native if native.dtype.kind == "f" else native.astype(np.float64)
         writable = widened if widened.flags.writeable and widened.flags.c_contiguous else np.array(widened, order="C")
         value = torch.from_numpy(writable)
-    tensor = _checks.check_tensor(argument, value)
+    tensor = _arrays.as_tensor(argument, value)
     if tensor.is_complex():
         raise TypeError(f"{argument} must hold real numbers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
     return tensor.detach() if tensor.dtype in _checks.FLOAT_DTYPES else tensor.detach().to(torch.float64)

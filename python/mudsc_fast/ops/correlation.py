@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
@@ -91,14 +91,15 @@ class CorrelationAccumulator:
         return self._num_samples
 
     @torch.no_grad()
-    def update(self, *features: Tensor, channel_axis: int = 1) -> None:
+    def update(self, *features: _arrays.Array, channel_axis: int = 1) -> None:
         """Add the samples of one batch.
 
         Parameters
         ----------
         *features
-            One tensor per model, all of one shape with C entries on the channel axis, e.g. [B, C],
-            [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN counts as 0.
+            One tensor (or array of another library) per model, all of one shape with C entries on the channel
+            axis, e.g. [B, C], [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN
+            counts as 0.
             Batches without samples change nothing. Gradients are not recorded.
         channel_axis
             The axis of the units; negative ones count from the end.
@@ -119,7 +120,9 @@ class CorrelationAccumulator:
             self._add_chunk(chunk, torch.float64 if double else torch.float32)
 
     @torch.no_grad()
-    def replace(self, old: Sequence[Tensor], new: Sequence[Tensor], *, channel_axis: int = 1) -> None:
+    def replace(
+        self, old: Sequence[Tensor], new: Sequence[Tensor], *, channel_axis: int = 1, reordered: bool = False
+    ) -> None:
         """Put other samples in the place of some that were added before.
 
         Cheaper than starting anew where few samples change. Rounding adds up over many calls: each leaves an error
@@ -133,6 +136,8 @@ class CorrelationAccumulator:
             its products with the other models then cost half.
         channel_axis
             The axis of the units; negative ones count from the end.
+        reordered
+            Whether each model's new samples are its old ones in another order: means and variances then stay.
 
         Raises
         ------
@@ -150,9 +155,13 @@ class CorrelationAccumulator:
         dtype = torch.float64 if double else torch.float32
         views = [(_flat(o, channel_axis), _flat(n, channel_axis)) for o, n in zip(before, after, strict=True)]
         stays = [o is n for o, n in zip(before, after, strict=True)]
+        shift, squares = torch.zeros_like(self._mean), torch.zeros_like(self._squares)
         shape = views[0][0].shape
         for outer, inner in _chunks(shape[0], shape[2], self._chunk_samples()):
-            self._replace_chunk([(o[outer, :, inner], n[outer, :, inner]) for o, n in views], stays, dtype)
+            chunk = [(o[outer, :, inner], n[outer, :, inner]) for o, n in views]
+            self._exchange(chunk, stays, dtype, None if reordered else (shift, squares))
+        if not reordered:
+            self._shift(shift, squares)
 
     @torch.no_grad()
     def merge(self, other: CorrelationAccumulator) -> None:
@@ -267,10 +276,10 @@ class CorrelationAccumulator:
             return [(0, j) for j in range(1, self._num_models)]
         return [(i, j) for i in range(self._num_models) for j in range(i, self._num_models)]
 
-    def _check_features(self, features: tuple[Tensor, ...], channel_axis: int) -> list[Tensor]:
+    def _check_features(self, features: tuple[_arrays.Array, ...], channel_axis: int) -> list[Tensor]:
         if len(features) != self._num_models:
             raise ValueError(f"features must be one tensor for each of {self._num_models} models, got {len(features)}")
-        checked = [_checks.check_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
+        checked = [_arrays.as_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
         shape = checked[0].shape
         if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
             raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
@@ -300,35 +309,52 @@ class CorrelationAccumulator:
         products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
         self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
 
-    def _replace_chunk(self, chunk: list[tuple[Tensor, Tensor]], stays: list[bool], dtype: torch.dtype) -> None:
-        """Exchange samples, both taken as deviations from the mean so far."""
+    def _exchange(
+        self,
+        chunk: list[tuple[Tensor, Tensor]],
+        stays: list[bool],
+        dtype: torch.dtype,
+        changes: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Exchange samples in the co-moments about the present mean, and note how sums and sums of squares change."""
         before, after = [], []
         for (old, new), same, mean in zip(chunk, stays, self._mean, strict=True):
             before.append(_deviations(old, mean, dtype))
             after.append(before[-1] if same else _deviations(new, mean, dtype))
-        accumulate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
-        )
-        shift = torch.stack([(n - o).sum(1, dtype=torch.float64) for o, n in zip(before, after, strict=True)])
+        accumulate = self._accumulate_kernel()
+        none = torch.zeros_like(self._mean[0])
         product = torch.empty_like(self._comoments[0], dtype=dtype)
         for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
             if stays[i]:
                 torch.mm(after[i], (after[j] - before[j]).T, out=product)
             else:
                 _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
-            accumulate(own, product, shift[i] / -self._num_samples, shift[j])
-        squares = torch.stack([_sum_of_squares(n) - _sum_of_squares(o) for o, n in zip(before, after, strict=True)])
+            accumulate(own, product, none, none)
+        if changes is not None:
+            for i, (o, n) in enumerate(zip(before, after, strict=True)):
+                changes[0][i] += (n - o).sum(1, dtype=torch.float64)
+                changes[1][i] += _sum_of_squares(n) - _sum_of_squares(o)
+
+    def _shift(self, shift: Tensor, squares: Tensor) -> None:
+        """Move the mean that all moments are about by `shift` over the number of samples."""
+        accumulate = self._accumulate_kernel()
+        nothing = torch.zeros_like(self._comoments[0])
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            accumulate(own, nothing, shift[i] / -self._num_samples, shift[j])
         self._squares += squares - shift * shift / self._num_samples
         self._squares.clamp_(min=0)
         self._mean += shift / self._num_samples
+
+    def _accumulate_kernel(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+        return _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
+        )
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
         """Add the sums of `count` samples about their own mean: the update of Chan, Golub and LeVeque."""
         if count == 0:
             return
-        accumulate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
-        )
+        accumulate = self._accumulate_kernel()
         total = self._num_samples + count
         shift = mean - self._mean
         # n_a n_b / (n_a + n_b): what the distance of the two means adds to each (co-)moment.

@@ -11,7 +11,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import permute as cpu
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch
 
 #: Kernels index units with 32 bits; the value behind the last unit stands for "none".
 _MOST_UNITS = 2**31 - 2
@@ -49,7 +49,7 @@ class UnitMap:
         return int(self.index.shape[0])
 
     @classmethod
-    def permutation(cls, index: Tensor, *, units_in: int | None = None) -> UnitMap:
+    def permutation(cls, index: _arrays.Array, *, units_in: int | None = None) -> UnitMap:
         """Return the map under which output unit k of model i is its input unit ``index[i, k]``.
 
         Parameters
@@ -74,7 +74,7 @@ class UnitMap:
         return cls(index.clone(), length, int(index.shape[1]), True)
 
     @classmethod
-    def clusters(cls, cluster_of_unit: Tensor, num_clusters: int, scale: Tensor | None = None) -> UnitMap:
+    def clusters(cls, cluster_of_unit: _arrays.Array, num_clusters: int, scale: _arrays.Array | None = None) -> UnitMap:
         """Return the map under which output unit k of model i is a scaled sum of the model's input units.
 
         ``out[k] = scale[k] * sum of input units c with cluster_of_unit[i, c] == k``; a cluster without units
@@ -103,7 +103,7 @@ class UnitMap:
         _check_units("the number of columns of cluster_of_unit", int(cluster_of_unit.shape[1]))
         _check_range("cluster_of_unit", cluster_of_unit, num_clusters)
         if scale is not None:
-            scale = _checks.check_tensor("scale", scale)
+            scale = _arrays.as_tensor("scale", scale)
             _checks.check_float("scale", scale)
             if scale.shape != (num_clusters,):
                 raise ValueError(f"scale must be [num_clusters] = [{num_clusters}], got {list(scale.shape)}")
@@ -113,7 +113,7 @@ class UnitMap:
 
 
 def permute_merge(
-    tensors: Sequence[Tensor],
+    tensors: Sequence[_arrays.Array],
     maps: Mapping[int, UnitMap],
     *,
     weights: Sequence[float] | None = None,
@@ -128,8 +128,8 @@ def permute_merge(
     Parameters
     ----------
     tensors
-        N tensors of one shape, dtype (float16, bfloat16, float32 or float64) and device, of any number of
-        axes and any strides. On the CPU, those that are not contiguous are copied first.
+        N tensors, or arrays of other libraries, of one shape, dtype (float16, bfloat16, float32 or float64) and device,
+        of any number of axes and any strides. On the CPU, those that are not contiguous are copied first.
     maps
         For each re-indexed axis (negative ones count from the end) its map. Other axes ride along; no map at
         all gives the weighted sum of the tensors. Up to two axes are done in one read of each tensor; with
@@ -169,7 +169,7 @@ def permute_merge(
 
 
 def _check_index(argument: str, value: object) -> Tensor:
-    index = _checks.check_tensor(argument, value)
+    index = _arrays.as_tensor(argument, value)
     if index.dtype != torch.int64:
         raise TypeError(f"{argument} must have dtype int64, got {str(index.dtype).removeprefix('torch.')}")
     if index.ndim != 2 or index.shape[0] == 0:
@@ -190,12 +190,12 @@ def _check_range(argument: str, index: Tensor, length: int) -> None:
         raise ValueError(f"{argument} must have entries in [0, {length}), got {value} at ({model}, {unit})")
 
 
-def _check_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _check_tensors(tensors: Sequence[_arrays.Array]) -> list[Tensor]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     if len(tensors) == 0:
         raise ValueError("tensors must hold at least one tensor, got none")
-    checked = [_checks.check_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
+    checked = [_arrays.as_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
     first = checked[0]
     for i, tensor in enumerate(checked):
         _checks.check_float(f"tensors[{i}]", tensor)

@@ -12,7 +12,7 @@ from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import zip as cpu
 from mudsc_fast.kernels.cuda import zip as cuda
 from mudsc_fast.kernels.reference import zip as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ZipResult:
 
 
 def zip_units(
-    similarity: Tensor,
+    similarity: _arrays.Array,
     num_models: int,
     *,
     ratio: float | None = None,
@@ -52,9 +52,9 @@ def zip_units(
     Parameters
     ----------
     similarity
-        ``[N * C, N * C]``, float16, bfloat16, float32 or float64, on any device; block (i, j) compares the units
-        of model i with those of model j. It need not be symmetric; its diagonal is not used, but must be finite.
-        Half types are computed in float32. It is not modified.
+        ``[N * C, N * C]``, a tensor on any device or an array of another library, of float16, bfloat16, float32 or
+        float64; block (i, j) compares the units of model i with those of model j. It need not be symmetric; its
+        diagonal is not used, but must be finite. Half types are computed in float32. It is not modified.
     num_models
         N. Unit u of the N * C belongs to model ``u // C``.
     ratio
@@ -69,12 +69,12 @@ def zip_units(
     Returns
     -------
     ZipResult
-        On the device of `similarity`.
+        Of tensors on the device of `similarity`.
 
     Raises
     ------
     TypeError
-        If `similarity` is not a dense floating-point tensor, or another argument is not a number.
+        If `similarity` is not a dense floating-point tensor or array, or another argument is not a number.
     ValueError
         If `similarity` is not square, its size is not divisible by `num_models`, it holds NaN or inf, an argument
         is out of range, or no legal merge is left before the clusters are few enough. Unless similarities overflow,
@@ -89,6 +89,7 @@ def zip_units(
     float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. On a CUDA
     device the same is done by its own kernel; a tensor on another device is copied to the CPU, and the result back.
     """
+    similarity = _arrays.as_tensor("similarity", similarity)
     units = _check_shape(similarity, num_models)
     ratio = 1.0 - 1.0 / num_models if ratio is None else _checks.check_number("ratio", ratio)
     if not 0.0 <= ratio < 1.0:
@@ -112,9 +113,7 @@ def merges_inside(merges: int, num_models: int, budget: float, groups: int = 1) 
     ValueError
         If it is not in [0, 1].
     """
-    budget = _checks.check_number("budget", budget)
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget must be in [0, 1], got {budget}")
+    budget = _checks.check_share("budget", budget)
     if groups == 1:
         return int(merges // num_models * budget + 1e-4)
     return int(merges * budget // (num_models * groups) + 1e-4)

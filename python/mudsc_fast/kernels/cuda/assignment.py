@@ -16,6 +16,8 @@ MOST_COLUMNS_OF_A_BLOCK = 512
 #: The auction of a large problem ends when so small a share of the rows is left, and after so many rounds.
 SHARE_LEFT = 1 / 64
 MOST_ROUNDS = 1000
+#: It also ends after so many bids for each row, on average.
+MOST_BIDS = 32
 #: What a bid adds to the distance between best and second best, as a share of that distance's median.
 EPSILON_SHARE = 0.2
 #: Entries of a row's first list.
@@ -82,7 +84,7 @@ def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
     # Duals of columns in the minimised problem; the auction's prices are minus these.
     start = values.new_zeros(problem.columns, dtype=torch.float64) if prices is None else sign * prices
     bid_prices = (0.0 - start).float()
-    epsilon = problem.epsilon(bid_prices)
+    epsilon = problem.inspect(bid_prices)
     if epsilon is None:
         return None
     if problem.rows == problem.columns:
@@ -101,6 +103,14 @@ def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
     )
 
 
+def first_of_equal(numbers: Tensor) -> Tensor:
+    """Return [n] int32: the place of the first number that equals each of [n] numbers."""
+    order = torch.arange(len(numbers), device=numbers.device)
+    distinct, which = numbers.unique(return_inverse=True)
+    first = torch.full_like(distinct, len(numbers)).scatter_reduce_(0, which, order, "amin")
+    return first[which].int()
+
+
 class _LargeProblem:
     """The steps of csrc/cuda/assignment_large.cu on one [n, m] matrix."""
 
@@ -114,17 +124,24 @@ class _LargeProblem:
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.values.device)
 
-    def epsilon(self, prices: Tensor) -> Tensor | None:
-        """Return [1] what a bid should add, 0 if nothing; None if values are not finite, or too large or small."""
+    def inspect(self, prices: Tensor) -> Tensor | None:
+        """Find equal rows, and return [1] what a bid should add, 0 if nothing.
+
+        None if values are not finite, or too large or small.
+        """
         gaps = self._empty(self.rows, dtype=torch.float32)
         magnitudes = torch.empty_like(gaps)
+        hashes = self._empty(self.rows, dtype=torch.int64)
         self.cuda.assignment_inspect(
             self.matrix,
             prices=prices.data_ptr(),
             gaps=gaps.data_ptr(),
             magnitudes=magnitudes.data_ptr(),
+            hashes=hashes.data_ptr(),
             **self.where,
         )
+        self.class_of_row = first_of_equal(hashes)
+        self.cuda.assignment_check_classes(self.matrix, class_of_row=self.class_of_row.data_ptr(), **self.where)
         largest = float(magnitudes.max())
         if largest != 0.0 and not SMALLEST < largest < LARGEST:
             return None
@@ -141,6 +158,8 @@ class _LargeProblem:
             epsilon=epsilon.data_ptr(),
             stop=int(self.rows * SHARE_LEFT),
             most_rounds=MOST_ROUNDS,
+            most_bids=MOST_BIDS * self.rows,
+            class_of_row=self.class_of_row.data_ptr(),
             prices=prices.data_ptr(),
             column_of_row=column_of_row.data_ptr(),
             counts=counts.data_ptr(),
@@ -152,7 +171,8 @@ class _LargeProblem:
     def find_paths(self, duals: Tensor) -> tuple[Tensor, Tensor]:
         """Return the column of each row and the columns' duals, given duals to start from."""
         on_host = duals.cpu()
-        solver = self.cuda.PathSolver(self.rows, self.columns, on_host.data_ptr())
+        classes = self.class_of_row.cpu()
+        solver = self.cuda.PathSolver(self.rows, self.columns, on_host.data_ptr(), classes.data_ptr())
         requested: list[int] | None = None
         wanted = WANTED
         while requested is None or requested:

@@ -126,7 +126,7 @@ def _names(uses: Mapping[Key, Sequence[Use]]) -> dict[Key, str]:
     """Name every node after the module that produces it first."""
     chosen: dict[str, list[Key]] = {}
     for key, where in uses.items():
-        by_rank = sorted(where, key=lambda use: (use.role != "produce", use.ndim < 2))
+        by_rank = sorted(where, key=_preference)
         tensor = by_rank[0].tensor
         chosen.setdefault(tensor.rpartition(".")[0] or tensor, []).append(key)
     return {
@@ -134,6 +134,10 @@ def _names(uses: Mapping[Key, Sequence[Use]]) -> dict[Key, str]:
         for name, keys in chosen.items()
         for index, key in enumerate(keys)
     }
+
+
+def _preference(use: Use) -> tuple[bool, bool, bool]:
+    return use.role != "produce", use.ndim < 2, not use.tensor.endswith(".weight")
 
 
 def _groups(names: Mapping[Key, str]) -> dict[str, Groups]:

@@ -27,7 +27,13 @@ _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 #: What the models of Hugging Face return for further use in themselves.
 _STATES = ("past_key_values", "hidden_states", "attentions", "encoder_hidden_states", "encoder_attentions")
-_FEATURES = ("last_hidden_state", "pooler_output", "text_model_output", "vision_model_output")
+_FEATURES = (
+    "last_hidden_state",
+    "pooler_output",
+    "encoder_last_hidden_state",
+    "text_model_output",
+    "vision_model_output",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ def read(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]
     first_name = _first_names(model)
     bases: dict[str, View] = {}
     record = Record()
-    reader = _Reader(record)
+    owners: dict[str, set[str]] = {}
+    for name, first in first_name.items():
+        owners.setdefault(first, set()).add(name.rpartition(".")[0])
+    reader = _Reader(record, owners)
     values: list[View] = []
     placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
     for node, given in zip(placeholders, exported.graph_signature.input_specs, strict=True):
@@ -89,7 +98,8 @@ def read(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]
         if name not in parameters and name not in record.statistics:
             for factor in view.base.axes:
                 freeze(factor)
-    tensors = {name: bases[first].base.axes for name, first in first_name.items() if first in bases}
+    computed_with = {tensor for tensor, _ in record.roles}
+    tensors = {name: bases[first].base.axes for name, first in first_name.items() if first in computed_with}
     return Reading(tensors, first_name, reader.module_calls(), record)
 
 
@@ -175,8 +185,9 @@ def _is_sized_by_data(node: fx.Node) -> bool:
 class _Reader:
     """Walks graphs and keeps, for each node, its value and the module calls that it is part of."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, owners: Mapping[str, set[str]]) -> None:
         self._record = record
+        self._owners = owners
         self._calls: dict[str, ModuleCall] = {}
         self._stack_of: dict[fx.Node, tuple[str, ...]] = {}
 
@@ -209,7 +220,7 @@ class _Reader:
         keywords: Any = fx.node.map_arg(node.kwargs, lambda n: values[n])
         if node.target is operator.getitem:
             container, index = arguments
-            return container[index] if isinstance(container, list) else container
+            return container[index] if isinstance(container, list) and index < len(container) else None
         shapes = _shapes(node)
         if getattr(node.target, "__name__", "") in _WRAPPERS:
             place = next(i for i, value in enumerate(arguments) if isinstance(value, fx.GraphModule))
@@ -225,14 +236,19 @@ class _Reader:
         named |= keywords
         space, _, name = schema.name.partition("::")
         call = Call(f"{space}.{name}", node.name, self._path(node), named, shapes)
-        if _is_sized_by_data(node) or any(map(_is_sized_by_data, node.all_input_nodes)) or solid:
+        if _is_sized_by_data(node) or any(map(_is_sized_by_data, node.all_input_nodes)):
             return operators.opaque(self._record, call)
-        if any(0 in shape for shape in shapes):
+        if solid:
+            return self._record.result([Factor(length) for length in shapes[0]])
+        if all(0 in shape for shape in shapes):
             return [views.frozen(shape) for shape in shapes] if len(shapes) > 1 else views.frozen(shapes[0])
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        result = operators.apply(self._record, call, name if space == "aten" else "", pointwise)
+        result = operators.apply(
+            self._record, call, name if space == "aten" else schema.name, _is_pointwise(node.target)
+        )
         if isinstance(result, View) and isinstance(node.meta["val"], (list, tuple)):
-            return [result]
+            # Of a norm's or an attention's results only the first is followed; the others are for training.
+            alone = all(user.args[1] == 0 for user in node.users if user.target is operator.getitem and user.users)
+            return [result] if alone else operators.opaque(self._record, call)
         return result
 
     def _follow_modules(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
@@ -243,11 +259,12 @@ class _Reader:
             self._calls.setdefault(key, ModuleCall(str(path).removeprefix("wrapped").removeprefix(".")))
         for source in node.all_input_nodes:
             value = values.get(source)
-            if not isinstance(value, View) or value.base.tensor is not None:
+            if not isinstance(value, View):
                 continue
             inside = self._stack_of.get(source, ())
+            owners = self._owners.get(value.base.tensor or "", ())
             for key in self._stack_of[node]:
-                if key not in inside:
+                if key not in inside and not any(_is_within(owner, self._calls[key].path) for owner in owners):
                     _add(self._calls[key].inputs, value)
             for key in inside:
                 if key not in self._stack_of[node]:
@@ -256,6 +273,16 @@ class _Reader:
     def _path(self, node: fx.Node) -> str:
         stack = self._stack_of.get(node, ())
         return self._calls[stack[-1]].path if stack else ""
+
+
+def _is_pointwise(target: Any) -> bool:
+    """Return whether PyTorch tags an operator, or another of its overloads, as one that works entry by entry."""
+    packet = target.overloadpacket
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _is_within(module: str, path: str) -> bool:
+    return path == "" or module == path or module.startswith(f"{path}.")
 
 
 def _add(found: list[View], value: View) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -97,10 +97,7 @@ def _observations(path: str, port: Port, view: View) -> Mapping[Key, list[_Candi
     found: dict[Key, list[_Candidate]] = {}
     shape = view.shape
     for position in range(len(shape)):
-        factor = _factor_of(view, position)
-        if factor is None:
-            continue
-        parts = parts_of(factor)
+        parts = _parts(view, position) or []
         for part in parts:
             if part.key:
                 place = -1 if position == len(shape) - 1 else position
@@ -111,16 +108,22 @@ def _observations(path: str, port: Port, view: View) -> Mapping[Key, list[_Candi
     return found
 
 
-def _factor_of(view: View, position: int) -> Factor | None:
-    """Return the factor of an axis that consists of whole axes of the base; nothing is refined any more."""
+def _parts(view: View, position: int) -> list[Part] | None:
+    """Return the parts of an axis of whole axes of the base, or of whole parts of one; nothing is refined any more."""
     pieces = list(view.axes[position])
-    factors = []
+    factors: list[Factor] = []
     while pieces:
         last = pieces.pop()
-        step, count = last.step, last.count
-        while pieces and pieces[-1].axis == last.axis and pieces[-1].step == step * count:
+        axis, count = last.axis, last.count
+        while pieces and pieces[-1].axis == axis and pieces[-1].step == last.step * count:
             count *= pieces.pop().count
-        if last.axis is None or step != 1 or count != view.base.axes[last.axis].size:
+        if axis is None or last.step != 1:
             return None
-        factors.append(view.base.axes[last.axis])
-    return product(factors[::-1])
+        factor = view.base.axes[axis]
+        if count != factor.size:
+            begin, end = view.offsets[axis], view.offsets[axis] + count
+            inside = [part for part in parts_of(factor) if begin <= part.start and part.start + part.width <= end]
+            whole = not factors and not pieces and sum(part.width for part in inside) == count
+            return [replace(part, start=part.start - begin) for part in inside] if whole else None
+        factors.append(factor)
+    return parts_of(product(factors[::-1]))

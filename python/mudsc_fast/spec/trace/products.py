@@ -57,7 +57,9 @@ def _einsum(record: Record, call: Call) -> View:
     return record.contract(operands, _einsum_labels(output, rank))
 
 
-@rule("scaled_dot_product_attention")
+@rule(
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention"
+)
 def _attention(record: Record, call: Call) -> View:
     query, key, value = call["query"], call["key"], call["value"]
     if call.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
@@ -66,8 +68,9 @@ def _attention(record: Record, call: Call) -> View:
     scores = record.contract([(query, [*batch, "l", "d"]), (key, [*batch, "s", "d"])], [*batch, "l", "s"])
     if call.get("is_causal"):
         record.freeze(call, scores, [len(batch), len(batch) + 1])
-    if call.get("attn_mask") is not None:
-        scores = record.elementwise([scores, call["attn_mask"]], scores.shape)
+    mask = call.get("attn_mask") if call.get("attn_mask") is not None else call.get("attn_bias")
+    if mask is not None:
+        scores = record.elementwise([scores, mask], scores.shape)
     return record.contract([(scores, [*batch, "l", "s"]), (value, [*batch, "s", "e"])], [*batch, "l", "e"])
 
 
@@ -95,6 +98,18 @@ def _convolution(record: Record, call: Call) -> View:
         written = first if not transposed else product([of_weight, second])
     spatial = [Factor(length, frozen=True) for length in call.shapes[0][2:]]
     return _with_bias(record, record.result([batch, written, *spatial]), call.get("bias"), channel=1)
+
+
+@rule("_grouped_mm transformers::grouped_mm_fallback")
+def _grouped_matmul(record: Record, call: Call) -> View:
+    """Each row is multiplied by the matrix of its own expert: rows and experts keep their order."""
+    rows, matrices = (value for value in call.arguments.values() if isinstance(value, View) and len(value.axes) > 1)
+    if len(rows.axes) != 2 or len(matrices.axes) != 3:
+        raise NotAViewError
+    record.freeze(call, rows, [0])
+    experts, *_ = record.read(matrices, [1])
+    freeze(experts)
+    return record.contract([(rows, ["row", "in"]), (views.select(matrices, 0, 0), ["in", "out"])], ["row", "out"])
 
 
 @rule("glu")

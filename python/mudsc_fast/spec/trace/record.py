@@ -113,11 +113,12 @@ class Record:
     def freeze(self, call: Call, view: View, axes: Sequence[int], *, known: bool = True) -> list[Factor]:
         """Let the order of some axes count, and note it if it did not before; return the factors of all axes."""
         factors = self.read(view)
-        cut = tuple(axis for axis in axes if not is_frozen(factors[axis]))
+        moving = [any(piece.axis is not None for piece in axis) for axis in view.axes]
+        cut = tuple(axis for axis in axes if moving[axis] and not is_frozen(factors[axis]))
         # Entries of a table that are chosen by their number are no units that could have moved.
         if cut and not (known and view.base.tensor is not None):
             self.obstacles.append(Obstacle(call.operator, call.node, call.module, view.shape, cut, known))
-        for axis in cut:
+        for axis in axes:
             freeze(factors[axis])
         return factors
 

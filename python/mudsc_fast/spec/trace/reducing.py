@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from mudsc_fast.spec.trace.factors import Factor, freeze, split, unify
 from mudsc_fast.spec.trace.record import Call, Record
 from mudsc_fast.spec.trace.table import axes_of, per_channel, rule
-from mudsc_fast.spec.trace.views import NotAViewError, View
+from mudsc_fast.spec.trace.views import NotAViewError, View, factors_of_view
 
 
-@rule("layer_norm rms_norm")
+@rule("layer_norm rms_norm native_layer_norm")
 def _layer_norm(record: Record, call: Call) -> View:
     value: View = call["input"]
     scales = [call.get(name) for name in ("weight", "bias")]
@@ -19,7 +19,7 @@ def _layer_norm(record: Record, call: Call) -> View:
     return record.elementwise([value, *(scale for scale in scales if scale is not None)], value.shape)
 
 
-@rule("batch_norm instance_norm")
+@rule("batch_norm instance_norm _native_batch_norm_legit_no_training")
 def _batch_norm(record: Record, call: Call) -> View:
     value: View = call["input"]
     tensors = [call.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -32,11 +32,11 @@ def _batch_norm(record: Record, call: Call) -> View:
     return record.elementwise([value, *scales], value.shape)
 
 
-@rule("group_norm")
+@rule("group_norm native_group_norm")
 def _group_norm(record: Record, call: Call) -> View:
     value: View = call["input"]
     batch, channels, *_ = record.read(value)
-    groups, _ = split(channels, call["num_groups"])
+    groups, _ = split(channels, call.get("num_groups") or call["group"])
     record.occurrences.append((batch, groups))  # mean and variance
     scales = [per_channel(call[name], value) for name in ("weight", "bias") if call.get(name) is not None]
     return record.elementwise([value, *scales], value.shape)
@@ -47,6 +47,17 @@ def _prelu(record: Record, call: Call) -> View:
     value: View = call["self"]
     slopes: View = call["weight"]
     return record.elementwise([value, slopes if slopes.shape == (1,) else per_channel(slopes, value)], value.shape)
+
+
+@rule("_weight_norm")
+def _weight_norm(record: Record, call: Call) -> View:
+    """Return ``v * g / norm(v)``, which has the axes of `v`, so that later uses of it are uses of `v`."""
+    direction: View = call["v"]
+    for factor, scale in zip(factors_of_view(direction), record.read(call["g"]), strict=True):
+        if scale.size != 1:
+            unify(factor, scale)
+            record.occurrences.append((factor,))
+    return direction
 
 
 @rule("softmax _softmax log_softmax _log_softmax")
@@ -97,6 +108,7 @@ def _pad(record: Record, call: Call) -> View | list[View]:
 @rule(
     "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "_adaptive_avg_pool2d "
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_linear1d upsample_bilinear2d "
     "upsample_bicubic2d upsample_trilinear3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
     "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
