@@ -9,7 +9,7 @@ from torch import Tensor
 from architectures import VisionTransformer, randomize
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Matcher, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.sweep import sweep
-from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.spec import PermutationSpec, vit
 from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
@@ -166,10 +166,3 @@ def test_what_is_the_same_under_other_numbers_is_not_computed_again(monkeypatch:
     assert torch.equal(similarity("fc1", {"fc2": second}), before)
     with pytest.raises(AssertionError, match="computed again"):
         similarity("fc1", {"fc2": random_matching("zip", 32, 2, first)})
-
-
-def test_blend() -> None:
-    weight, activation = torch.randn(5, 5), torch.randn(5, 5)
-    torch.testing.assert_close(blend(0.3, weight, activation), 0.3 * weight + 0.7 * activation)
-    assert torch.equal(blend(0.0, weight, activation), activation)
-    assert torch.equal(blend(1.0, weight, activation), weight)

@@ -18,7 +18,7 @@ from mudsc_fast.matching.division import Division, divide
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.running import Forward
 from mudsc_fast.matching.sweep import SweepResult, sweep
-from mudsc_fast.matching.weight import WeightSimilarity, blend
+from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.spec.axes import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
@@ -242,12 +242,9 @@ def merge(
     def swept(share: float) -> SweepResult:
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
-                similarity = weight_similarity(node, current)
-                return (
-                    similarity
-                    if activations is None
-                    else blend(share, similarity, activations.similarity(node, blocks))
-                )
+                if activations is None:
+                    return weight_similarity(node, current)
+                return weight_similarity(node, current, activations.similarity(node, blocks), share)
 
         return sweep(
             comparable,

@@ -66,8 +66,13 @@ class WeightSimilarity:
         # Co-moments in units of one pair of models: their sum over nodes bounds what is kept.
         self._room = _MOST_KEPT * max(count**2 for count in self._units.values()) if keep else 0
 
-    def __call__(self, node: str, matching: Mapping[str, NodeMatching]) -> Tensor:
-        """Return the similarity blocks of a node; nodes without a matching are taken in their own order."""
+    def __call__(
+        self, node: str, matching: Mapping[str, NodeMatching], other: Tensor | None = None, balance: float = 1.0
+    ) -> Tensor:
+        """Return the similarity blocks of a node; nodes without a matching are taken in their own order.
+
+        With another similarity, e.g. of activations: ``balance * weight + (1 - balance) * other``, the dual space.
+        """
         around = {other: matching.get(other) for other in self._spec.neighbours(node)}
         kept = self._kept.get(node)
         if kept is None or not self._follow(node, kept, around):
@@ -75,7 +80,7 @@ class WeightSimilarity:
             if node in self._kept or self._units[node] ** 2 <= self._room:
                 self._room -= 0 if node in self._kept else self._units[node] ** 2
                 self._kept[node] = kept
-        return kept.sums.finalize()
+        return kept.sums.finalize(other=other, balance=balance)
 
     def _computed(self, node: str, around: Mapping[str, NodeMatching | None]) -> CorrelationAccumulator:
         device = self._state_dicts[0][self._parts[node][0].tensor].device
@@ -150,11 +155,6 @@ class WeightSimilarity:
         layout = [(Segment(axis),) for axis in part.layout]
         whole = reindex([tensor], layout, map_of, [1.0])
         return whole.unflatten(part.position, part.split)  # type: ignore[no-any-return]
-
-
-def blend(balance: float, weight: Tensor, activation: Tensor) -> Tensor:
-    """Return the dual-space similarity: ``balance * weight + (1 - balance) * activation``."""
-    return torch.lerp(activation, weight, balance)
 
 
 @dataclass

@@ -20,7 +20,7 @@ Kernel = TypeVar("Kernel")
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
     "zip": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
-    "correlation": {"cpu": ("cpu", "reference"), "other": ("reference",)},
+    "correlation": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference"), "other": ("reference",)},
     "permute": {"cpu": ("cpu", "reference"), "other": ("reference",)},
 }
 
