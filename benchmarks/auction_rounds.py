@@ -133,8 +133,9 @@ def measure(n: int, family: str, matrix: Tensor, simulator: Any) -> str:
         },
     )
     prices = torch.zeros(n)
-    pairs, _ = problem.bid(prices, problem.inspect(prices))
-    column_of_row, duals = problem.find_paths(-prices.double())
+    epsilon = problem.inspect(prices)
+    pairs, _ = problem.bid(prices, epsilon)
+    column_of_row, duals = problem.find_paths(-prices.double(), pairs, float(epsilon))
     least, paired = problem.certify(duals, column_of_row)
     gap = float((paired - duals[column_of_row] - least).sum())
     assert len(column_of_row.unique()) == n

@@ -137,6 +137,12 @@ void register_paths(py::module_& module) {
           },
           py::kw_only(), py::arg("rows"), py::arg("count"), py::arg("capacity"), py::arg("columns"), py::arg("costs"),
           py::arg("sizes"), py::arg("floors"))
+      .def(
+          "continue_auction",
+          [](cuda::PathSolver& solver, std::uintptr_t column_of_row, double epsilon) {
+            solver.continue_auction(pointer<const std::int32_t>(column_of_row), epsilon);
+          },
+          py::arg("column_of_row"), py::arg("epsilon"))
       .def("advance", &cuda::PathSolver::advance, py::call_guard<py::gil_scoped_release>())
       .def("wanted", &cuda::PathSolver::wanted)
       .def("copy_duals",

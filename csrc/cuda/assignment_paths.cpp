@@ -15,6 +15,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kWanted = 32;
 constexpr int kReductionPasses = 2;
+constexpr std::int64_t kBidsPerRow = 32;
 constexpr std::int64_t kStepsPerRow = 4;
 
 // Of a row, or of all rows that are equal.
@@ -84,8 +85,19 @@ class PathSolver::Search {
 
   bool is_first(std::int64_t row) const { return class_of_row_[row] == row; }
 
+  // Takes over the pairs of an auction, to bid on where it ended.
+  void continue_auction(const std::int32_t* column_of_row, double epsilon) {
+    epsilon_ = epsilon;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (column_of_row[i] >= 0) assign(i, column_of_row[i]);
+    }
+  }
+
   void advance() {
-    if (!started_) start();
+    if (!started_) {
+      if (epsilon_ > 0.0) auction();
+      start();
+    }
     started_ = true;
     requested_.clear();
     ++pass_;
@@ -143,6 +155,26 @@ class PathSolver::Search {
       if (row_of_column_[column] < 0 && static_cast<double>(list.costs[k]) - v_[column] == reduced) return column;
     }
     return -1;
+  }
+
+  // Bids of one row after another, on lists: a row whose list does not tell its second best bids no more.
+  void auction() {
+    std::vector<std::int64_t> bidders;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (column_of_row_[i] < 0 && is_first(i)) bidders.push_back(i);
+    }
+    for (std::int64_t bids = kBidsPerRow * rows_; !bidders.empty() && bids > 0; --bids) {
+      const std::int64_t row = bidders.back();
+      bidders.pop_back();
+      const BestTwo best = best_two(row);
+      if (best.second > list_of(row).floor) continue;
+      v_[best.column] -= best.second - best.first + epsilon_;
+      const std::int64_t displaced = row_of_column_[best.column];
+      assign(row, best.column);
+      if (displaced >= 0) bidders.push_back(displaced);
+    }
+    std::fill(column_of_row_.begin(), column_of_row_.end(), -1);
+    std::fill(row_of_column_.begin(), row_of_column_.end(), -1);
   }
 
   // Rows take their best columns, then augmenting row reduction (Jonker and Volgenant, Computing 38, 1987).
@@ -289,6 +321,7 @@ class PathSolver::Search {
   std::vector<std::int64_t> free_;
   std::vector<std::int32_t> requested_;
   bool started_ = false;
+  double epsilon_ = 0.0;  // of an auction to be continued
   std::int64_t paths_ = 0, pass_ = 0, search_ = 0;
   // Of one search; stamps tell what belongs to it.
   std::vector<double> distance_;
@@ -315,6 +348,10 @@ void PathSolver::set_lists(const std::int32_t* rows, std::int64_t count, std::in
       search_->add_to_class(row, columns + k * capacity, costs + k * capacity, sizes[k]);
     }
   }
+}
+
+void PathSolver::continue_auction(const std::int32_t* column_of_row, double epsilon) {
+  search_->continue_auction(column_of_row, epsilon);
 }
 
 const std::vector<std::int32_t>& PathSolver::advance() {

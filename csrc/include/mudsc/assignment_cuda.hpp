@@ -83,6 +83,9 @@ class PathSolver {
   PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row);
   ~PathSolver();
 
+  // Takes over the pairs of an auction (-1 for a row without a column), to be continued on the first lists; square problems.
+  void continue_auction(const std::int32_t* column_of_row, double epsilon);
+
   // Takes the lists of `count` rows that assignment_list made of the duals of now: those of all rows at first (null), then
   // those that were asked for.
   void set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity, const std::int32_t* columns,

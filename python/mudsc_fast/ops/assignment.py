@@ -90,7 +90,9 @@ def linear_assignment(
     -----
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE Transactions on Aerospace and Electronic Systems 52
     (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it is not
-    contiguous, has more rows than columns, or is not on the CPU.
+    contiguous, has more rows than columns, or is on a device without kernels. On a CUDA device up to 512 columns are
+    assigned in scipy's order of choice; beyond, equally good choices may be others than on the CPU. The search is there
+    always to the end.
     """
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:

@@ -88,9 +88,10 @@ def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
     if epsilon is None:
         return None
     if problem.rows == problem.columns:
-        problem.bid(bid_prices, epsilon)
-        start = -bid_prices.double()
-    column_of_row, duals = problem.find_paths(start)
+        pairs, _counts = problem.bid(bid_prices, epsilon)
+        column_of_row, duals = problem.find_paths(-bid_prices.double(), pairs, float(epsilon))
+    else:
+        column_of_row, duals = problem.find_paths(start)
     least, paired = problem.certify(duals, column_of_row)
     slack = paired - duals[column_of_row] - least
     return Solution(
@@ -168,11 +169,14 @@ class _LargeProblem:
         )
         return column_of_row, counts
 
-    def find_paths(self, duals: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the column of each row and the columns' duals, given duals to start from."""
+    def find_paths(self, duals: Tensor, pairs: Tensor | None = None, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the column of each row and the columns' duals, given duals to start from and pairs of an auction."""
         on_host = duals.cpu()
         classes = self.class_of_row.cpu()
         solver = self.cuda.PathSolver(self.rows, self.columns, on_host.data_ptr(), classes.data_ptr())
+        if pairs is not None:
+            pairs_on_host = pairs.cpu()
+            solver.continue_auction(pairs_on_host.data_ptr(), epsilon)
         requested: list[int] | None = None
         wanted = WANTED
         while requested is None or requested:
