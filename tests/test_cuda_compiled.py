@@ -7,6 +7,7 @@ takes a minute. `make compiled` runs this file alone.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -23,6 +24,10 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 #: Registers that leave room for as many blocks on a multiprocessor as planned, of 65,536 by kernel.
 MOST_REGISTERS = {
+    "correlation_shift_kernel": 40,
+    "correlation_product_kernel": 255,  # 1 block of 256: two accumulators of 64 numbers in each thread
+    "correlation_join_kernel": 80,  # 3 blocks of 256
+    "correlation_blend_kernel": 64,
     "zip_load": 40,  # 6 blocks of 256 threads
     "zip_symmetry": 40,
     "zip_merge": 64,  # 1 block of 1024
@@ -32,6 +37,13 @@ MOST_REGISTERS = {
     "certify_rows": 40,
     "bid_in_rounds": 64,  # 4 blocks of 256, which wait for each other
     "list_rows": 64,
+}
+
+#: Tensor-core instructions that the kernels of these mangled names must have; f is float, S3_ the type before it.
+TENSOR_INSTRUCTIONS = {
+    r"correlation_product_kernelI\w*fLb": "HMMA.1688.F32.TF32",
+    r"correlation_product_kernelI\w*8BFloat16ES\w*_Lb": "HMMA.16816.F32.BF16",
+    r"correlation_product_kernelI\w*4HalfES\w*_Lb": "HMMA.16816.F32 ",
 }
 
 NVCC = shutil.which("nvcc")
@@ -93,6 +105,30 @@ def test_registers_and_spills(source: str, architecture: str) -> None:
         assert len(named) == 1, f"no plan for {mangled}"
         assert int(stack) == int(spilled) == 0, mangled
         assert int(registers) <= MOST_REGISTERS[named[0]], mangled
+
+
+def disassembler() -> str | None:
+    """Return cuobjdump: of the CUDA toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        brought = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(brought) if brought.exists() else None
+    return found
+
+
+@needs_nvcc
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump was not found: machine code is not inspected")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_are_made_on_tensor_cores(architecture: str) -> None:
+    resources("correlation", architecture)
+    code = run(str(disassembler()), "-sass", KEPT / key() / f"correlation.{architecture}.cubin")
+    _, *functions = re.split(r"Function : (?=\w)", code)
+    for pattern, instruction in TENSOR_INSTRUCTIONS.items():
+        kernels = [function for function in functions if re.search(pattern, function.split()[0])]
+        assert kernels, f"no kernel is called {pattern}"
+        for kernel in kernels:
+            assert instruction in kernel, kernel.split()[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ namespace mudsc::bindings {
 inline cuda::Stream stream_of(int device, std::uintptr_t handle) { return {device, pointer<void>(handle)}; }
 
 void register_cuda_assignment(py::module_& module);
+void register_cuda_correlation(py::module_& module);
 void register_cuda_zip(py::module_& module);
 
 #if defined(MUDSC_CUDA_SIMULATOR)

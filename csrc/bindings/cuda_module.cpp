@@ -40,6 +40,7 @@ PYBIND11_MODULE(MUDSC_CUDA_MODULE, module) {
   module.doc() = "CUDA kernels of mudsc_fast; see mudsc_fast.ops for the functions to call.";
   module.def("unavailable_reason", &cuda::unavailable_reason);
   bindings::register_cuda_assignment(module);
+  bindings::register_cuda_correlation(module);
   bindings::register_cuda_zip(module);
 #if defined(MUDSC_CUDA_SIMULATOR)
   bindings::register_simulator(module);

@@ -26,10 +26,12 @@
   type* const name = static_cast<type*>(::mudsc::cuda_sim::shared_array(&name##_key, sizeof(type) * (count)))
 #endif
 
-// Before a loop: four independent loads under way at once.
+// Before a loop: four independent loads under way at once; or all turns, so that arrays stay in registers.
 #if defined(__CUDACC__)
+#define MUDSC_UNROLL _Pragma("unroll")
 #define MUDSC_UNROLL_4 _Pragma("unroll 4")
 #else
+#define MUDSC_UNROLL
 #define MUDSC_UNROLL_4
 #endif
 
@@ -171,6 +173,34 @@ __device__ __forceinline__ float widen(Half value) {
   const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
   const std::uint32_t rebased = __float_as_uint(__uint_as_float(magnitude) * __uint_as_float(0x77800000u));
   return __uint_as_float(rebased | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | sign);
+#endif
+}
+
+// Rounds to the nearest, ties to even.
+__device__ __forceinline__ void narrow(double value, double& out) { out = value; }
+__device__ __forceinline__ void narrow(double value, float& out) { out = static_cast<float>(value); }
+__device__ __forceinline__ void narrow(double wide, BFloat16& out) {
+  const std::uint32_t bits = __float_as_uint(static_cast<float>(wide));
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out.bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+__device__ __forceinline__ void narrow(double wide, Half& out) {
+#if defined(__CUDACC__)
+  out.bits = __half_as_ushort(__float2half_rn(static_cast<float>(wide)));
+#else
+  const std::uint32_t bits = __float_as_uint(static_cast<float>(wide)), magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to infinity: at least 65520
+  } else if (magnitude < 0x38800000u) {
+    // Adding 0.5 aligns the mantissa to multiples of 2^-24, which the addition rounds to.
+    half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+  out.bits = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u));
 #endif
 }
 

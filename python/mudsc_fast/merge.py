@@ -346,8 +346,9 @@ def prepare_matching(
 
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with phases.timed("weight similarity"):
-                activation = None if activations is None else activations.similarity(node, blocks)
-                return weight_similarity(node, current, activation, share)
+                if activations is None:
+                    return weight_similarity(node, current)
+                return weight_similarity(node, current, activations.similarity(node, blocks), share)
 
         return sweep(
             comparable,

@@ -7,6 +7,7 @@
 
 #include "device.hpp"
 #include "mudsc/assignment_cuda.hpp"
+#include "mudsc/correlation_cuda.hpp"
 #include "mudsc/zip_cuda.hpp"
 
 namespace {
@@ -81,6 +82,30 @@ void assign_large(int n, int modulus) {
   cuda::assignment_certify(problem, duals.data(), column_of_row.data(), least.data(), paired.data(), kStream);
 }
 
+// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of `offset`.
+void correlate(int units, int samples, int bytes, bool units_adjacent, float offset) {
+  std::vector<float> values = some_values(units * samples, 0);
+  std::vector<std::uint16_t> halves(values.size());
+  for (std::size_t k = 0; k < values.size(); ++k) {
+    values[k] += offset;
+    halves[k] = static_cast<std::uint16_t>(__float_as_uint(values[k]) >> 16);
+  }
+  const ScalarType dtype = bytes == 4 ? ScalarType::float32 : ScalarType::bfloat16;
+  const void* const numbers = bytes == 4 ? static_cast<const void*>(values.data()) : halves.data();
+  std::vector<float> shift(units), products(2 * units * units);
+  const cuda::FeatureView view{numbers, 0, units_adjacent ? 1 : samples, units_adjacent ? units : 1, shift.data()};
+  cuda::correlation_shift({dtype, view, 1, units, samples}, kStream);
+  std::vector<double> row_sums(4 * units), column_sums(4 * units), comoment(units * units, 0.0);
+  cuda::correlation_product({dtype, view, view, 1, units, samples, false, 2, (samples / 2 + 63) / 64 * 64,
+                             products.data(), row_sums.data(), column_sums.data()}, kStream);
+  const std::vector<double> vectors(2 * units, 1.0);
+  cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(),
+                          comoment.data()}, kStream);
+  std::vector<float> result(units * units);
+  cuda::correlation_blend({comoment.data(), vectors.data(), vectors.data(), units, 1.0, 1e-7, ScalarType::float32,
+                            result.data(), result.data(), units, nullptr, 0, 1.0, 1}, kStream);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -96,6 +121,9 @@ int main(int count, char** arguments) {
     assign_batch(3, 170);
     assign_large(8, 0);
     assign_large(10, 3);
+    correlate(36, 250, 4, true, 0.0f);
+    correlate(16, 260, 2, false, -0.5f);
+    correlate(9, 70, 2, true, 8.0f);
   }
   std::puts("done");
 }

@@ -229,6 +229,43 @@ def test_nan_counts_as_zero(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+def test_blend_with_another_similarity(backend: str, blocks: Any) -> None:
+    with use_backend(backend):
+        sums, others = (CorrelationAccumulator(3, 8, blocks=blocks) for _ in range(2))
+        sums.update(*features_of(3, 40, 8))
+        others.update(*features_of(3, 40, 8))
+        plain, other = sums.finalize(), others.finalize()
+        kept = other.clone()
+        for balance in (0.0, 0.3, 1.0):
+            blended = sums.finalize(other=other, balance=balance)
+            torch.testing.assert_close(blended, balance * plain + (1 - balance) * other)
+        assert torch.equal(sums.finalize(other=other, balance=0.0), other)
+        assert torch.equal(sums.finalize(other=other), plain)
+        transposed = other.mT.contiguous().mT
+        assert torch.equal(sums.finalize(other=transposed, balance=0.0), other)
+        assert torch.equal(other, kept)
+
+
+@pytest.mark.parametrize(
+    ("other", "balance", "error", "message"),
+    [
+        (None, 0.5, ValueError, "balance must be 1 without other, got 0.5"),
+        (torch.ones(1, 3, 3), 1.5, ValueError, r"balance must be in \[0, 1\], got 1.5"),
+        (torch.ones(1, 3, 3), "half", TypeError, "balance must be a number, got str"),
+        (torch.ones(3, 3), 0.5, ValueError, r"other must be \[1, 3, 3\] in torch.float32 on cpu, got \[3, 3\] in"),
+        (torch.ones(1, 3, 3).double(), 0.5, ValueError, "got .* in torch.float64 on cpu"),
+        ([1.0], 0.5, TypeError, "other must be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_blend(other: Any, balance: Any, error: type[Exception], message: str) -> None:
+    result = CorrelationAccumulator(2, 3)
+    result.update(GOOD, GOOD)
+    with pytest.raises(error, match=message):
+        result.finalize(other=other, balance=balance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_units_that_do_not_vary_give_zero(backend: str) -> None:
     features = features_of(2, 100, 5)
     features[0][:, 1] = 0

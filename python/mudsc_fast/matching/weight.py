@@ -71,15 +71,11 @@ class WeightSimilarity:
         self._room = _MOST_KEPT * max(count**2 for count in self._units.values()) if keep else 0
 
     def __call__(
-        self,
-        node: str,
-        matching: Mapping[str, NodeMatching],
-        activation: Tensor | None = None,
-        balance: float = 1.0,
+        self, node: str, matching: Mapping[str, NodeMatching], other: Tensor | None = None, balance: float = 1.0
     ) -> Tensor:
         """Return the similarity blocks of a node; nodes without a matching are taken in their own order.
 
-        With activation similarities, they are the dual-space ones: ``balance * weight + (1 - balance) * activation``.
+        With another similarity, e.g. of activations: ``balance * weight + (1 - balance) * other``, the dual space.
         """
         around = {other: matching.get(other) for other in self._spec.neighbours(node)}
         kept = self._kept.get(node)
@@ -88,7 +84,7 @@ class WeightSimilarity:
             if node in self._kept or self._units[node] ** 2 <= self._room:
                 self._room -= 0 if node in self._kept else self._units[node] ** 2
                 self._kept[node] = kept
-        return kept.sums.finalize(other=activation, balance=balance)
+        return kept.sums.finalize(other=other, balance=balance)
 
     def _computed(self, node: str, around: Mapping[str, NodeMatching | None]) -> CorrelationAccumulator:
         device = self._state_dicts[0][self._parts[node][0].tensor].device

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import _arrays, _dispatch, _library
 
@@ -26,6 +28,8 @@ Precision = Literal["float32", "bfloat16"]
 #: that no more than fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
+
+_OUT_OF_RANGE = "features must be finite, and the sums of their squares float32, got others in an earlier update"
 
 #: Rows of a symmetric product that are computed at a time.
 _TRIANGLE_BLOCK = 256
@@ -45,6 +49,11 @@ class CorrelationAccumulator:
     besides one [C, C] product and the centred copies of one chunk, at most max(2048, 2^23 / (N C)) samples of
     N C numbers, in float32 (float64 for float64 features). Features whose strides do not let the axes before
     the units, or those behind, be seen as one are copied as a whole.
+
+    On a CUDA device features of up to 32 bits are read in their own layout by one kernel that multiplies on tensor
+    cores, as accurately as in float32 (half formats are exact there), and sums beside the product; nothing centred is
+    written, and an update takes [C, C] in float32, for few units up to 16 of them. The host does not wait: whether
+    features are finite, and their squares' sums float32, is seen only when the sums are used.
 
     Parameters
     ----------
@@ -95,6 +104,8 @@ class CorrelationAccumulator:
         self._dtype = dtype
         self._precision: Precision = precision
         self._num_samples = 0
+        #: Of features that were not checked before they were added: whether they were fit to be.
+        self._in_range: Tensor | None = None
         self._mean = torch.zeros(num_models, units, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._mean)
         shape = (len(self._pairs()), units, units)
@@ -125,13 +136,19 @@ class CorrelationAccumulator:
             If a feature is no tensor or of another dtype.
         ValueError
             If the number of tensors is not N, a shape or device is wrong (the tensor is named), the axis is
-            out of range, or a feature is infinite. The sums are unchanged then.
+            out of range, or a feature is infinite. The sums are unchanged then. (On a CUDA device it is finalize,
+            or another use of the sums, that raises for infinite features.)
         """
         if _library.traced(features[0] if features else None):
             self._traced_update([_checks.check_tensor("features", feature) for feature in features], channel_axis)
             return
         checked = self._check_features(features, channel_axis)
         views = [_flat(feature, channel_axis) for feature in checked]
+        if self._takes_as_they_are(views):
+            for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], cuda.chunk_samples(self._units)):
+                self._add_samples([view[outer, :, inner] for view in views])
+            return
+        _check_not_infinite(checked)
         double = any(view.dtype == torch.float64 for view in views)
         for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], self._chunk_samples()):
             chunk = [view[outer, :, inner] for view in views]
@@ -151,7 +168,7 @@ class CorrelationAccumulator:
         sums = cls.__new__(cls)
         sums._num_models, sums._units = mean.shape
         sums._blocks, sums._dtype, sums._num_samples = blocks, torch.float32, num_samples
-        sums._precision = precision
+        sums._precision, sums._in_range = precision, None
         sums._mean, sums._squares, sums._comoments = mean, squares, comoments
         return sums
 
@@ -200,6 +217,9 @@ class CorrelationAccumulator:
         count = before[0].numel() // self._units
         if count > self._num_samples:
             raise ValueError(f"old must hold at most the {self._num_samples} samples so far, got {count}")
+        _check_not_infinite(before)
+        _check_not_infinite(after)
+        self._check_range()
         double = any(feature.dtype == torch.float64 for feature in (*before, *after))
         dtype = torch.float64 if double else torch.float32
         views = [(_flat(o, channel_axis), _flat(n, channel_axis)) for o, n in zip(before, after, strict=True)]
@@ -229,6 +249,8 @@ class CorrelationAccumulator:
             raise ValueError(f"other must have the configuration {self._configuration()}, got {other._configuration()}")
         if other is self:
             other = copy.deepcopy(other)  # sums are not written while they are read
+        self._check_range()
+        other._check_range()
         device = self._mean.device
         squares, comoments = other._squares.to(device), other._comoments.to(device)
         self._join(other._num_samples, other._mean.to(device), squares, iter(comoments))
@@ -237,6 +259,9 @@ class CorrelationAccumulator:
     def finalize(self, eps: float = 1e-7, *, other: Tensor | None = None, balance: float = 1.0) -> Tensor:
         """Return the correlations ``cov / max(sigma_i * sigma_j, eps)``, with population covariances.
 
+        With another similarity, return ``balance * correlation + (1 - balance) * other``: weights and activations in
+        one space. On a CUDA device it is one pass.
+
         Units that do not vary, and streams of one sample, give 0. The accumulator can be updated further.
 
         Parameters
@@ -244,10 +269,10 @@ class CorrelationAccumulator:
         eps
             Least product of two standard deviations that is divided by; positive.
         other
-            Another similarity of the result's shape, dtype and device to blend with, in the same pass; of "full"
-            blocks, a symmetric one.
+            None, or a similarity of the result's shape, dtype and device to blend with in the same pass; for "full" it
+            must be symmetric.
         balance
-            Share of the correlations where there is another similarity, in [0, 1].
+            The correlations' share, in [0, 1]; 1 without `other`.
 
         Returns
         -------
@@ -258,33 +283,91 @@ class CorrelationAccumulator:
         Raises
         ------
         TypeError, ValueError
-            If `eps` is no positive finite number, `other` or `balance` is not as described, or there are no samples.
+            If `eps` is no positive finite number, `other` or `balance` is not as described, there are no samples,
+            or features on a CUDA device were infinite.
         """
         eps = _checks.check_number("eps", eps)
         if not 0 < eps < math.inf:
             raise ValueError(f"eps must be positive and finite, got {eps}")
         if self._num_samples == 0:
             raise ValueError("there are no samples: call update before finalize")
+        self._check_range()
+        result = self._empty_result()
+        other = _check_blend(other, balance, result)
         correlate = _dispatch.choose(
             "correlation.finalize",
             self._mean.device,
-            {"cpu": cpu.correlate, "triton": _correlate_by_triton, "reference": reference.correlate},
+            {
+                "cpu": cpu.correlate,
+                "cuda": cuda.correlate,
+                "triton": _correlate_by_triton,
+                "reference": reference.correlate,
+            },
         )
         deviation = (self._squares / self._num_samples).sqrt()
-        result = self._empty_result()
-        if other is not None:
-            other = self._check_other(other, result)
-        balance = _checks.check_number("balance", balance)
-        if not 0 <= balance <= 1:
-            raise ValueError(f"balance must be in [0, 1], got {balance}")
         for (i, j), comoment in zip(self._pairs(), self._comoments, strict=True):
             out, mirror = self._blocks_of(result, i, j)
             beside = None if other is None else self._blocks_of(other, i, j)[0]
             correlate(comoment, deviation[i], deviation[j], self._num_samples, eps, out, mirror, beside, balance)
         return result
 
+    @torch.no_grad()
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Add the samples of all processes of a torch.distributed group, in each of them.
+
+        Afterwards every process has the same sums, as if it had been given all samples. The co-moments are summed in
+        place: besides the numbers of samples, as many bytes are sent as this accumulator takes.
+
+        Parameters
+        ----------
+        group
+            The processes, all of which call this; by default all there are.
+
+        Raises
+        ------
+        RuntimeError
+            If torch.distributed is not initialised.
+        ValueError
+            If num_models, units or blocks differ between processes, or features on a CUDA device were infinite. The
+            sums are unchanged then, in all of them.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RuntimeError("all_reduce needs a process group: call torch.distributed.init_process_group first")
+        own_state = (self._configuration(), self._num_samples, self._is_in_range())
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, own_state, group=group)
+        for rank, (configuration, _, in_range) in enumerate(gathered):
+            if not in_range:
+                raise ValueError(f"{_OUT_OF_RANGE} in rank {rank}")
+            if configuration != gathered[0][0]:
+                raise ValueError(
+                    f"all processes must have the configuration of rank 0, {gathered[0][0]}, "
+                    f"got {configuration} in rank {rank}"
+                )
+        total = sum(num_samples for _, num_samples, _ in gathered)
+        if total == 0:
+            return
+        # Sums about the common mean can be added.
+        mean = self._mean * (self._num_samples / total)
+        torch.distributed.all_reduce(mean, group=group)
+        shift = self._mean - mean
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            own.addr_(self._num_samples * shift[i], shift[j])
+        self._squares += self._num_samples * shift * shift
+        torch.distributed.all_reduce(self._squares, group=group)
+        torch.distributed.all_reduce(self._comoments, group=group)
+        self._mean.copy_(mean)
+        self._num_samples = total
+
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the configuration and the sums, for :meth:`load_state_dict`."""
+        """Return a copy of the configuration and the sums, for :meth:`load_state_dict`.
+
+        Raises
+        ------
+        ValueError
+            If features on a CUDA device were infinite.
+        """
+        self._check_range()
         return {
             **self._configuration(),
             "num_samples": self._num_samples,
@@ -324,7 +407,7 @@ class CorrelationAccumulator:
                 )
         for name, own in sums.items():
             own.copy_(state[name])
-        self._num_samples = num_samples
+        self._num_samples, self._in_range = num_samples, None
 
     def _chunk_samples(self) -> int:
         return max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
@@ -357,12 +440,44 @@ class CorrelationAccumulator:
                 raise ValueError(f"features[{i}] must be on {self._mean.device}, got {feature.device}")
         if shape[channel_axis] != self._units:
             raise ValueError(f"features must have {self._units} units on axis {channel_axis}, got shape {list(shape)}")
-        for i, feature in enumerate(checked):
-            _check_not_infinite(f"features[{i}]", feature)
         return checked
 
+    def _is_in_range(self) -> bool:
+        return self._in_range is None or bool(self._in_range)
+
+    def _check_range(self) -> None:
+        if not self._is_in_range():
+            raise ValueError(_OUT_OF_RANGE)
+
+    def _takes_as_they_are(self, views: list[Tensor]) -> bool:
+        """Return whether the kernel that reads features in their own layout serves these."""
+        backend = _dispatch.backend_for("correlation", self._mean.device.type)
+        return backend == "cuda" and views[0].dtype in cuda.DTYPES and len({view.dtype for view in views}) == 1
+
+    def _add_samples(self, views: list[Tensor]) -> None:
+        """Add a chunk whose sums are taken beside its products; the host does not wait for them."""
+        samples = cuda.Samples(views)
+        total = self._num_samples + samples.count
+        weight = self._num_samples * (samples.count / total)
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            product = samples.product(i, j)
+            row_shift, column_shift = samples.mean(i) - self._mean[i], samples.mean(j) - self._mean[j]
+            cuda.join(own, product, samples, i, j, weight * row_shift, column_shift)
+        in_range = [samples.are_in_range(i) for i in range(self._num_models)]
+        if self._in_range is not None:
+            in_range.append(self._in_range)
+        self._in_range = torch.stack(in_range).all()
+        shift = torch.stack([samples.mean(i) for i in range(self._num_models)]) - self._mean
+        self._squares += torch.stack([samples.squares(i) for i in range(self._num_models)]) + weight * shift * shift
+        self._mean += shift * (samples.count / total)
+        self._num_samples = total
+
     def _add_chunk(self, chunk: list[Tensor], dtype: torch.dtype) -> None:
-        center = _dispatch.choose("correlation", self._mean.device, {"cpu": cpu.center, "reference": reference.center})
+        center = _dispatch.choose(
+            "correlation",
+            self._mean.device,
+            {"cpu": cpu.center, "cuda": reference.center, "reference": reference.center},
+        )
         centered, means, squares = zip(*(center(view, dtype) for view in chunk), strict=True)
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
@@ -411,7 +526,9 @@ class CorrelationAccumulator:
 
     def _accumulate_kernel(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
         return _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
+            "correlation",
+            self._mean.device,
+            {"cpu": cpu.accumulate, "cuda": cuda.accumulate, "reference": reference.accumulate},
         )
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
@@ -428,16 +545,6 @@ class CorrelationAccumulator:
         self._squares += squares + weighted * shift
         self._mean += shift * (count / total)
         self._num_samples = total
-
-    def _check_other(self, other: Tensor, result: Tensor) -> Tensor:
-        """Return a similarity to blend with, its rows of adjacent entries."""
-        _checks.check_tensor("other", other)
-        if other.shape != result.shape or other.dtype != result.dtype or other.device != result.device:
-            raise ValueError(
-                f"other must be {list(result.shape)} in {result.dtype} on {result.device}, "
-                f"got {list(other.shape)} in {other.dtype} on {other.device}"
-            )
-        return other if other.stride(-1) == 1 else other.contiguous()
 
     def _empty_result(self) -> Tensor:
         models, units = self._num_models, self._units
@@ -458,6 +565,24 @@ def _correlate_by_triton(*arguments: Any) -> None:
     from mudsc_fast.kernels.triton import correlation  # takes a second to import, for CUDA tensors only
 
     correlation.correlate(*arguments)
+
+
+def _check_blend(other: Tensor | None, balance: float, result: Tensor) -> Tensor | None:
+    """Return `other`, checked, with rows of adjacent entries."""
+    balance = _checks.check_number("balance", balance)
+    if not 0 <= balance <= 1:
+        raise ValueError(f"balance must be in [0, 1], got {balance}")
+    if other is None:
+        if balance != 1:
+            raise ValueError(f"balance must be 1 without other, got {balance}")
+        return None
+    other = _checks.check_tensor("other", other)
+    if (other.shape, other.dtype, other.device) != (result.shape, result.dtype, result.device):
+        raise ValueError(
+            f"other must be {list(result.shape)} in {result.dtype} on {result.device}, "
+            f"got {list(other.shape)} in {other.dtype} on {other.device}"
+        )
+    return other if other.stride(-1) == 1 else other.contiguous()
 
 
 def _flat(feature: Tensor, channel_axis: int) -> Tensor:
@@ -520,14 +645,15 @@ def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]
             yield slice(o, min(o + outer_step, outer)), slice(i, min(i + inner_step, inner))
 
 
-def _check_not_infinite(argument: str, feature: Tensor) -> None:
-    if feature.numel() == 0:
-        return
-    # One read; only extremes that are not finite, NaN among them, need the mask of the tensor's size.
-    least, most = feature.aminmax()
-    if math.isfinite(least) and math.isfinite(most):
-        return
-    infinite = feature.isinf().nonzero()
-    if len(infinite):
-        index = tuple(infinite[0].tolist())
-        raise ValueError(f"{argument} must not be infinite, got {feature[index].item()} at {index}")
+def _check_not_infinite(features: Sequence[Tensor]) -> None:
+    for i, feature in enumerate(features):
+        if feature.numel() == 0:
+            continue
+        # One read; only extremes that are not finite, NaN among them, need the mask of the tensor's size.
+        least, most = feature.aminmax()
+        if math.isfinite(least) and math.isfinite(most):
+            continue
+        infinite = feature.isinf().nonzero()
+        if len(infinite):
+            index = tuple(infinite[0].tolist())
+            raise ValueError(f"features[{i}] must not be infinite, got {feature[index].item()} at {index}")

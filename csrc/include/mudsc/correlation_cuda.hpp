@@ -1,0 +1,65 @@
+// Contract of the correlation op on a CUDA device. All pointers are on the device; nothing waits for it.
+#pragma once
+
+#include <cstdint>
+
+#include "mudsc/correlation.hpp"
+#include "mudsc/cuda.hpp"
+
+namespace mudsc::cuda {
+
+// One model's features, seen as [outer, units, inner] of any strides (in elements).
+struct FeatureView {
+  const void* values;
+  std::int64_t outer_stride;
+  std::int64_t unit_stride;
+  std::int64_t inner_stride;
+  float* shift;  // [units], which correlation_shift writes: what is subtracted from the unit's values
+};
+
+struct ShiftProblem {
+  ScalarType dtype;  // all but float64
+  FeatureView features;
+  std::int64_t outer;
+  std::int64_t units;
+  std::int64_t inner;
+};
+
+// products[p, a, b] = sum of (x_a - shift_a) (y_b - shift_b) over the samples [p, p + 1) * samples_per_part, NaN as 0.
+struct ProductProblem {
+  ScalarType dtype;  // all but float64
+  FeatureView rows;
+  FeatureView columns;
+  std::int64_t outer;
+  std::int64_t units;
+  std::int64_t inner;
+  bool symmetric;  // rows are columns: entries below the diagonal's tiles (correlation_tile) are not written
+  std::int64_t parts;
+  std::int64_t samples_per_part;  // a multiple of 64
+  float* products;                // [parts, units, units]
+  double* row_sums;               // null, or [parts, 2, units]: of x - shift, and of its square
+  double* column_sums;            // the same of y; null if symmetric
+};
+
+// comoment += sum of products + outer(rows[0], columns[0]) + outer(rows[1], columns[1]).
+struct JoinProblem {
+  ScalarType product_dtype;  // float32 or float64
+  const void* products;      // [parts, units, units]
+  std::int64_t parts;
+  std::int64_t units;
+  bool symmetric;         // as above: entries that are not written are not read
+  const double* rows;     // [2, units]
+  const double* columns;  // [2, units]
+  double* comoment;       // [units, units]
+};
+
+// Units of a tile's side.
+std::int64_t correlation_tile();
+
+void correlation_shift(const ShiftProblem& problem, Stream stream);
+void correlation_product(const ProductProblem& problem, Stream stream);
+void correlation_join(const JoinProblem& problem, Stream stream);
+// The final quotient of csrc/include/mudsc/correlation.hpp; `other` may be `out`.
+void correlation_blend(const CorrelateProblem& problem, Stream stream);
+
+}  // namespace mudsc::cuda

@@ -1,0 +1,285 @@
+"""Streaming correlation in CUDA, in the simulator and on a device, against float64 and the other kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.cuda import correlation as cuda
+from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops.correlation import CorrelationAccumulator
+
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32)
+#: Error of a correlation: that of a float32 product.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture
+def simulated(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let accumulators on the CPU use the CUDA kernels, in the simulator."""
+    monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, "correlation": {"cpu": ("cuda",), "other": ()}})
+    monkeypatch.setattr(_dispatch, "_is_usable", lambda _: True)
+    return simulator
+
+
+def features_of(num_models: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return features that correlate across models: a shared part and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(*shape, generator=generator)
+    return [(shared + 0.7 * torch.randn(*shape, generator=generator)).to(dtype) for _ in range(num_models)]
+
+
+def samples_of(features: list[Tensor], axis: int = 1) -> Tensor:
+    """Return [N C, T] in float64, with NaN as 0."""
+    return torch.cat([one.movedim(axis, 0).flatten(1).double().cpu() for one in features]).nan_to_num(nan=0.0)
+
+
+def correlate_directly(samples: Tensor) -> Tensor:
+    centered = samples - samples.mean(1, keepdim=True)
+    covariance = centered @ centered.T / samples.shape[1]
+    deviation = covariance.diagonal().sqrt()
+    return covariance / torch.outer(deviation, deviation).clamp_min(1e-7)
+
+
+def accumulated(features: list[Tensor], blocks: Any = "full", axis: int = 1) -> Tensor:
+    units = features[0].shape[axis]
+    sums = CorrelationAccumulator(len(features), units, blocks=blocks, dtype=torch.float64, device=features[0].device)
+    sums.update(*features, channel_axis=axis)
+    return sums.finalize().cpu()
+
+
+def assert_correlated(features: list[Tensor], axis: int = 1, tolerance: float = TOLERANCE) -> None:
+    expected = correlate_directly(samples_of(features, axis))
+    found = accumulated(features, axis=axis)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_models", [1, 2, 3])
+def test_models_and_blocks(simulated: Any, num_models: int, seed: int) -> None:
+    simulated.set_seed(seed)
+    features = features_of(num_models, 70, 37, seed=seed)
+    assert_correlated(features)
+    if num_models > 1:
+        full = correlate_directly(samples_of(features))
+        blocks = torch.stack([full[:37, 37 * i : 37 * i + 37] for i in range(1, num_models)])
+        torch.testing.assert_close(accumulated(features, "cross"), blocks, rtol=0, atol=TOLERANCE)
+
+
+#: How features are laid out, their shape before, and the axis of the units.
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], int]] = {
+    "units last": (lambda x: x.contiguous(), (45, 36), 1),
+    "units last, odd": (lambda x: x.contiguous(), (45, 35), 1),
+    "units last, batches": (lambda x: x.contiguous(), (3, 11, 40), 2),
+    "units last, cut": (lambda x: x[:, 1:-1, 4:], (4, 11, 40), 2),
+    "units first": (lambda x: x.contiguous(), (36, 72), 0),
+    "units first, odd": (lambda x: x.contiguous(), (35, 71), 0),
+    "convolution": (lambda x: x.contiguous(), (3, 33, 4, 10), 1),
+    "convolution, odd": (lambda x: x.contiguous(), (5, 33, 3, 3), 1),
+    "channels last": (lambda x: x.contiguous(memory_format=torch.channels_last), (3, 33, 5, 4), 1),
+    "strides": (lambda x: x[::2, ::3, ::2], (6, 60, 22), 1),
+    "not aligned": (lambda x: x.flatten()[1:].unflatten(0, (-1, 36)), (1 + 36 * 33,), 1),
+    "one unit": (lambda x: x.contiguous(), (40, 1), 1),
+    "one sample a batch element": (lambda x: x.contiguous(), (40, 5, 1), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(simulated: Any, layout: str, dtype: torch.dtype) -> None:
+    simulated.set_seed(5)
+    arrange, shape, axis = LAYOUTS[layout]
+    assert_correlated([arrange(one) for one in features_of(2, *shape, dtype=dtype)], axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_nan_and_dead_units(simulated: Any, dtype: torch.dtype, axis: int) -> None:  # noqa: ARG001
+    features = features_of(2, 70, 40, dtype=dtype)
+    features[0][3, 2] = features[1][5] = math.nan
+    features[0][:, 7] = 0
+    features[1][:, 39] = 0.1
+    features = [one.movedim(1, axis).contiguous() for one in features]
+    expected = correlate_directly(samples_of(features, axis))
+    found = accumulated(features, axis=axis)
+    assert not found[7].any()
+    if not features[1].movedim(axis, 1)[:, 39].isnan().any():
+        assert not found[79].any()
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_constant_units_give_exact_zeros(simulated: Any, axis: int) -> None:  # noqa: ARG001
+    for dtype in DTYPES:
+        features = [3 + one for one in features_of(2, 70, 33, dtype=dtype)]
+        features[1][:, 4] = 0.1
+        found = accumulated([one.movedim(1, axis).contiguous() for one in features], axis=axis)
+        assert not found[37].any()
+        assert not found[:, 37].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_mean_far_from_zero(simulated: Any, dtype: torch.dtype, axis: int) -> None:  # noqa: ARG001
+    """Half of the units at 1e3 deviations from zero, and drifting between updates by as much again."""
+    offset = torch.where(torch.arange(70) < 40, 1e3 if dtype != torch.bfloat16 else 1e2, 0.0)
+    sums = CorrelationAccumulator(2, 70, blocks="full", dtype=torch.float64)
+    seen = []
+    for drift in (1, 1, 2):
+        batch = [(drift * offset + one).to(dtype) for one in features_of(2, 150, 70, seed=drift)]
+        seen.append(batch)
+        sums.update(*[one.movedim(1, axis).contiguous() for one in batch], channel_axis=axis)
+    samples = torch.cat([samples_of(batch) for batch in seen], 1)
+    torch.testing.assert_close(sums.finalize(), correlate_directly(samples), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_products_are_as_accurate_as_in_float32(simulated: Any, axis: int) -> None:  # noqa: ARG001
+    """The split into TF32 against a product in float32, both measured in float64, relative to the deviations."""
+    generator = torch.Generator().manual_seed(3)
+    features = [torch.randn(1500, 32, generator=generator) for _ in range(2)]
+    arranged = [one.movedim(1, axis).contiguous() for one in features]
+    samples = cuda.Samples([one[:, :, None] if axis == 1 else one[None] for one in arranged])
+    product = samples.product(0, 1)
+    shifts = [samples.mean(i) - samples.sum(i) / samples.count for i in range(2)]
+    centered = [one.double() - shift for one, shift in zip(features, shifts, strict=True)]
+    exact = centered[0].T @ centered[1]
+    single = centered[0].float().T @ centered[1].float()
+    scale = torch.outer(centered[0].norm(dim=0), centered[1].norm(dim=0))
+    error = ((product.parts.double().sum(0) - exact) / scale).abs().max()
+    single_error = ((single.double() - exact) / scale).abs().max()
+    assert error < 2e-7
+    assert error < 4 * single_error
+    for i in range(2):
+        torch.testing.assert_close(samples.mean(i), features[i].double().mean(0), rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            samples.squares(i), features[i].double().var(0, correction=0) * 1500, rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_of_halves_are_exact_but_for_sums(simulated: Any, dtype: torch.dtype) -> None:  # noqa: ARG001
+    features = features_of(2, 500, 32, dtype=dtype)
+    samples = cuda.Samples([one[:, :, None] for one in features])
+    found = samples.product(0, 1).parts.double().sum(0)
+    exact = features[0].double().T @ features[1].double()
+    scale = torch.outer(features[0].double().norm(dim=0), features[1].double().norm(dim=0))
+    assert ((found - exact) / scale).abs().max() < 2e-7
+
+
+def test_the_order_of_threads_does_not_change_a_bit(simulated: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        features = [one + offset for offset, one in zip((0, 9), features_of(2, 130, 40, dtype=dtype), strict=True)]
+        results = []
+        for seed in range(4):
+            simulated.set_seed(seed)
+            results.append(accumulated(features))
+        assert all(torch.equal(results[0], one) for one in results[1:])
+
+
+def test_two_slabs_where_shared_memory_is_small(simulated: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        features = features_of(2, 200, 40, dtype=dtype)
+        simulated.set_shared_memory_limit(2**31)
+        expected = accumulated(features)
+        simulated.set_shared_memory_limit(24 * 1024)
+        assert torch.equal(accumulated(features), expected)
+
+
+def test_chunks_and_updates(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    features = features_of(2, 4, 20, 70)
+    whole = accumulated(features)
+    monkeypatch.setattr(cuda, "_PART_SAMPLES", 64)
+    monkeypatch.setattr(cuda, "_MOST_PARTS", 1)
+    torch.testing.assert_close(accumulated(features), whole, rtol=0, atol=TOLERANCE)
+    sums = CorrelationAccumulator(2, 20, blocks="full", dtype=torch.float64)
+    for k in range(4):
+        sums.update(*[one[k] for one in features], channel_axis=0)
+    torch.testing.assert_close(sums.finalize(), whole, rtol=0, atol=TOLERANCE)
+    assert sums.num_samples == 280
+
+
+def test_other_methods(simulated: Any) -> None:  # noqa: ARG001
+    first, second = features_of(2, 60, 7), [3 + 2 * one for one in features_of(2, 21, 7, seed=1)]
+    one, other = (CorrelationAccumulator(2, 7, blocks="full", dtype=torch.float64) for _ in range(2))
+    one.update(*first)
+    other.update(*second)
+    one.merge(other)
+    both = [torch.cat(pair) for pair in zip(first, second, strict=True)]
+    expected = correlate_directly(samples_of(both))
+    torch.testing.assert_close(one.finalize(), expected, rtol=0, atol=TOLERANCE)
+    again = CorrelationAccumulator(2, 7, blocks="full", dtype=torch.float64)
+    again.load_state_dict(one.state_dict())
+    assert torch.equal(again.finalize(), one.finalize())
+    one.replace(second, [features[:21] for features in first])
+    both = [torch.cat([features, features[:21]]) for features in first]
+    torch.testing.assert_close(one.finalize(), correlate_directly(samples_of(both)), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float16, torch.float32)])
+def test_other_types_take_the_reference(simulated: Any, dtypes: tuple[torch.dtype, ...]) -> None:  # noqa: ARG001
+    assert_correlated([one.to(dtype) for one, dtype in zip(features_of(2, 40, 9), dtypes, strict=True)])
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, 1e25])
+def test_values_out_of_range_are_found_when_sums_are_used(simulated: Any, bad: float) -> None:  # noqa: ARG001
+    features = features_of(2, 40, 9)
+    features[1][3, 2] = bad
+    sums = CorrelationAccumulator(2, 9)
+    sums.update(*features)
+    sums.update(*features_of(2, 40, 9))
+    for use in (sums.finalize, sums.state_dict, lambda: CorrelationAccumulator(2, 9).merge(sums)):
+        with pytest.raises(ValueError, match="features must be finite, and the sums of their squares float32"):
+            use()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("units", [1, 31, 70])
+def test_quotients_are_those_of_the_processor_kernel(simulated: Any, units: int, dtype: torch.dtype) -> None:
+    simulated.set_seed(units)
+    generator = torch.Generator().manual_seed(units)
+    comoment = torch.randn(units, units, dtype=torch.float64, generator=generator)
+    row, column = torch.rand(2, units, dtype=torch.float64, generator=generator)
+    row[::5] = 0
+    results = torch.zeros(2, 2 * units, 2 * units, dtype=dtype)
+    for result, correlate in zip(results, (cpu.correlate, cuda.correlate), strict=True):
+        correlate(comoment, row, column, 7, 0.05, result[:units, units:], result[units:, :units], None, 1.0)
+        correlate(comoment, row, column, 7, 0.05, result[:units, :units], result[:units, :units], None, 1.0)
+        correlate(comoment, row, column, 7, 0.05, result[units:, units:], None, None, 1.0)
+    assert torch.equal(results[0], results[1])
+    if dtype.itemsize < 4:
+        return
+    other = torch.randn(units, 2 * units, dtype=dtype, generator=generator)[:, units:]
+    for balance in (0.0, 0.3, 0.5, 0.8, 1.0):
+        found = torch.empty(units, units, dtype=dtype)
+        cuda.correlate(comoment, row, column, 7, 0.05, found, None, other, balance)
+        expected = torch.lerp(other, results[0][units:, units:], balance)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+def test_blend_in_one_pass(simulated: Any, blocks: Any) -> None:  # noqa: ARG001
+    sums, others = (CorrelationAccumulator(3, 12, blocks=blocks) for _ in range(2))
+    sums.update(*features_of(3, 40, 12))
+    others.update(*features_of(3, 40, 12, seed=1))
+    other, plain = others.finalize(), sums.finalize()
+    found = sums.finalize(other=other, balance=0.7)
+    torch.testing.assert_close(found, torch.lerp(other, plain, 0.7), rtol=0, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=["half", "bfloat", "single"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("samples", "units", "offset"), [(70, 16, 0.0), (5000, 300, 100.0), (20000, 768, 0.0)])
+def test_on_a_device(gpu: torch.device, samples: int, units: int, offset: float, dtype: torch.dtype, axis: int) -> None:
+    features = [(offset + one).to(dtype).to(gpu) for one in features_of(2, samples, units)]
+    features[0][3] = math.nan
+    assert_correlated([one.movedim(1, axis).contiguous() for one in features], axis)
