@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -196,7 +196,7 @@ def _solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance:
     return kernel(similarity, maximize, prices, tolerance)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> TypeGuard[Tensor]:
     """Return whether the value is a tensor that numpy sees without a copy."""
     if type(value) is not Tensor or not value.is_cpu or value.dtype not in _NUMPY_DTYPES:
         return False
