@@ -8,13 +8,15 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 SANITIZED := build/sanitized
+# The tests run the CUDA kernels in the simulator, which needs no CUDA compiler; `compiled` is for those who have one.
+SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
 
-.PHONY: demo test lint unit sanitized clean
+.PHONY: demo test lint unit sanitized compiled clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
-test: lint unit sanitized
+test: lint unit sanitized compiled
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -23,7 +25,7 @@ lint: $(VENV)/test.stamp
 
 # The tests of the kernels run once per instruction level of this processor by themselves (fixture `isa`).
 unit: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/test_cuda_compiled.py
 
 # The kernels' tests again, on an extension in which every memory access and every arithmetic step is checked.
 # Leaks are not looked for: Python and torch keep memory until the process ends.
@@ -33,6 +35,10 @@ sanitized: $(SANITIZED)/stamp
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=25 \
 	$(BIN)/python -m pytest tests/kernels
 
+# The CUDA kernels, compiled for every architecture where there is a CUDA compiler. What did not change is not compiled anew.
+compiled: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests/test_cuda_compiled.py
+
 $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet ".[demo]"
@@ -40,7 +46,8 @@ $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 
 $(VENV)/test.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet ".[test]" --config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
+	$(BIN)/python -m pip install --quiet ".[test]" $(SIMULATED) \
+		--config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
 	touch $@
 
 $(VENV):
@@ -48,7 +55,7 @@ $(VENV):
 
 $(SANITIZED)/stamp: $(SOURCES) $(VENV)/test.stamp
 	rm -rf $(SANITIZED)/site
-	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site . \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site . $(SIMULATED) \
 		--config-settings=build-dir=$(SANITIZED)/build --config-settings=cmake.define.MUDSC_SANITIZE=ON
 	touch $@
 

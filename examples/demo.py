@@ -142,7 +142,7 @@ def average(models: Sequence[nn.Module]) -> nn.Module:
 def merge_all(
     models: Sequence[nn.Module],
     spec: mudsc_fast.PermutationSpec,
-    activations: mudsc_fast.ActivationSimilarity,
+    activations: mudsc_fast.MatchingStatistics,
     tasks: Sequence[Task],
     train_images: Images,
     test_images: Images,
@@ -204,12 +204,12 @@ def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
     return "\n".join(lines)
 
 
-def paired_similarities(activations: mudsc_fast.ActivationSimilarity, row: Row) -> dict[str, tuple[Tensor, Tensor]]:
+def paired_similarities(activations: mudsc_fast.MatchingStatistics, row: Row) -> dict[str, tuple[Tensor, Tensor]]:
     """Return for each node the similarities of equally numbered and of matched units of the two networks."""
     pairs = {}
     for node, matching in row.matching.items():
         assert matching.permutations is not None  # an alignment
-        block = activations.of(node, "cross")[0]
+        block = activations.similarity(node, "cross")[0]
         matched = block.gather(1, matching.permutations[1][:, None]).flatten()
         pairs[node] = (block.diagonal(), matched)
     return pairs
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
     began = time.perf_counter()
-    activations = mudsc_fast.activation_similarity(
+    activations = mudsc_fast.collect_statistics(
         models, spec, train_images.pixels.split(BATCH_SIZE), progress=not options.quiet
     )
     seconds = time.perf_counter() - began

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from mudsc_fast import _core
+from mudsc_fast.kernels.cuda import _device
 
 # No deadline: a first call pays for imports. Sanitized runs are slow and try fewer examples.
 settings.register_profile(
@@ -43,3 +46,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let the wrappers of the CUDA kernels launch them in the simulator, on tensors in host memory."""
+    try:
+        module = import_module("mudsc_fast._cuda_simulator")
+    except ImportError:
+        pytest.skip("the simulator is not built: install with --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON")
+    monkeypatch.setattr(_device, "extension", lambda: module)
+    yield module
+    module.set_seed(0)
+    module.set_shared_memory_limit(2**31)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """Return a CUDA device; tests that ask for it run only where there is one."""
+    if _device.unavailable_reason():
+        pytest.skip(f"no CUDA device: {_device.unavailable_reason()}")
+    return torch.device("cuda")

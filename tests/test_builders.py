@@ -78,7 +78,7 @@ def causal(kind: str, kv_heads: int, **options: Any) -> Callable[[], nn.Module]:
         for name, module in list(model.named_modules()):
             if type(module).__name__.endswith("RMSNorm"):
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, nn.RMSNorm(32, eps=1e-6))
+                setattr(model.get_submodule(parent), child, nn.RMSNorm(module.weight.shape, eps=1e-6))
         return model
 
     return build
@@ -370,9 +370,9 @@ def test_projections_of_attention_called_with_keywords() -> None:
     spec = PermutationSpec({"attn.in_proj_weight": (windows, None)}, {"qk": places[:2], "v": places[2]})
     models = [[randomize(Layer(keywords), seed) for seed in (0, 1)] for keywords in (False, True)]
     data = [torch.randn(4, 5, 8)]
-    positional, named = (mudsc_fast.activation_similarity(pair, spec, data).by_node for pair in models)
+    positional, named = (mudsc_fast.collect_statistics(pair, spec, data) for pair in models)
     for node in spec.nodes:
-        assert torch.equal(positional[node], named[node])
+        assert torch.equal(positional.similarity(node), named.similarity(node))
 
 
 def test_a_tied_head_stays_tied() -> None:

@@ -8,6 +8,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import _core, cli
+from mudsc_fast.kernels.cuda import _device
 
 
 def test_info_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,6 +18,17 @@ def test_info_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert fact in shown
     for op in ("assignment", "zip", "correlation", "permute"):
         assert any(line.startswith(op) and "C++" in line for line in shown.splitlines())
+
+
+def test_info_says_why_cuda_is_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, expected in (("no driver", "off (no driver)"), ("", "on")):
+        monkeypatch.setattr(_device, "unavailable_reason", lambda reason=reason: reason)
+        assert cli.main(["info"]) == 0
+        shown = capsys.readouterr().out
+        assert any(
+            line.split(maxsplit=2)[2] == expected for line in shown.splitlines() if line.startswith("CUDA kernels")
+        )
+        assert (" CUDA " in shown.split("cuda tensors")[1]) == (not reason)
 
 
 def test_info_follows_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +45,7 @@ def test_unknown_environment(
     variable: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "nothing")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["info"])
-    assert stopped.value.code == 2
+    assert cli.main(["info"]) == 2
     message = capsys.readouterr().err
     assert variable in message
     assert expected in message

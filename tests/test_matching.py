@@ -7,6 +7,7 @@ import mudsc_fast
 from conftest import load_golden
 from mudsc_fast.matching.node import align_units, with_first, zip_all_units
 from mudsc_fast.matching.weight import WeightSimilarity
+from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.spec import Axis, PermutationSpec
 
 
@@ -90,3 +91,16 @@ def test_running_statistics_follow_and_are_not_compared() -> None:
     order = torch.tensor([3, 0, 1, 5, 2, 4])
     permuted = mudsc_fast.permute_state_dict(states[0], normalized, {"units": order})
     assert torch.equal(permuted["bn.running_mean"], states[0]["bn.running_mean"][order])
+
+
+@pytest.mark.parametrize(("units", "groups"), [(300, 1), (24, 4)])
+def test_earlier_solutions_change_nothing(units: int, groups: int) -> None:
+    torch.manual_seed(0)
+    similarity = torch.randn(2, units, units)
+    earlier: dict[str, Assignment] = {}
+    for step in range(3):
+        similarity = similarity + 0.01 * torch.randn(2, units, units)
+        expected = align_units({"node": similarity}, groups)["node"]
+        found = align_units({"node": similarity}, groups, earlier=earlier)["node"]
+        assert found.same_clusters(expected), step
+        assert float(earlier["node"].gap.max()) < 1e-9

@@ -193,8 +193,8 @@ def test_ways_to_give_data() -> None:
         ([{"input": batch} for batch in tensors], None),
         (iter(tensors), None),
         ([{"pixels": batch} for batch in tensors], lambda model, batch: model(batch["pixels"])),
-        (mudsc_fast.activation_similarity(models, MLP_SPEC, tensors), None),
-        (mudsc_fast.activation_similarity(models, MLP_SPEC, tensors, blocks="cross"), None),
+        (mudsc_fast.collect_statistics(models, MLP_SPEC, tensors), None),
+        (mudsc_fast.collect_statistics(models, MLP_SPEC, tensors, blocks="cross"), None),
     ]
     for data, forward in forms:
         result = mudsc_fast.merge(models, MLP_SPEC, data, space="activation", forward=forward)
@@ -224,11 +224,9 @@ def test_observations_of_outputs_and_keyword_arguments() -> None:
         },
     )
     models = [Wrapper(0), Wrapper(1)]
-    first, second = (
-        mudsc_fast.activation_similarity(models, spec, batches()).by_node for spec in (by_input, by_output)
-    )
+    first, second = (mudsc_fast.collect_statistics(models, spec, batches()) for spec in (by_input, by_output))
     for node in MLP_SPEC.nodes:
-        assert torch.equal(first[node], second[node])
+        assert torch.equal(first.similarity(node), second.similarity(node))
 
 
 def test_a_module_called_twice_gives_more_samples() -> None:
@@ -241,11 +239,11 @@ def test_a_module_called_twice_gives_more_samples() -> None:
             return self.body(x) + self.body(2 * x)  # type: ignore[no-any-return]
 
     spec = PermutationSpec({f"body.{name}": entries for name, entries in MLP_AXES.items()})
-    twice = mudsc_fast.activation_similarity([Twice(0), Twice(1)], spec, batches()).by_node
+    twice = mudsc_fast.collect_statistics([Twice(0), Twice(1)], spec, batches())
     both = [torch.cat([batch, 2 * batch]) for batch in batches()]
-    once = mudsc_fast.activation_similarity([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, both).by_node
+    once = mudsc_fast.collect_statistics([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, both)
     for node in MLP_SPEC.nodes:
-        torch.testing.assert_close(twice[node], once[node], rtol=0, atol=1e-5)
+        torch.testing.assert_close(twice.similarity(node), once.similarity(node), rtol=0, atol=1e-5)
 
 
 def changed(state: dict[str, Tensor], **tensors: Tensor | None) -> dict[str, Tensor]:
@@ -317,7 +315,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         ([STATE, OTHER], {"balance": 1.5}, ValueError, r"balance must be in \[0, 1\], got 1.5"),
         ([STATE, OTHER], {"balance": -0.1}, ValueError, r"balance must be in \[0, 1\], got -0.1"),
         ([STATE, OTHER], {"balance": float("nan")}, ValueError, "balance must be a number, got NaN"),
-        ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number, got str"),
+        ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number in .* got 'half'"),
         ([STATE, OTHER], {"space": "dual"}, ValueError, "data must be given to match in activation space"),
         (
             [STATE, OTHER],
@@ -392,7 +390,7 @@ def test_an_observed_module_that_is_not_called() -> None:
 
 def test_similarities_of_other_models() -> None:
     models = [make_mlp(seed=seed) for seed in range(3)]
-    similarity = mudsc_fast.activation_similarity(models, MLP_SPEC, batches(), blocks="cross")
+    similarity = mudsc_fast.collect_statistics(models, MLP_SPEC, batches(), blocks="cross")
     with pytest.raises(ValueError, match=r"data was computed for 3 models .* got 2 models"):
         mudsc_fast.merge(models[:2], MLP_SPEC, similarity)
     with pytest.raises(ValueError, match="blocks='full', got 'cross'"):
@@ -413,3 +411,56 @@ def test_similarities_of_other_models() -> None:
 def test_bad_permutations(permutations: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mudsc_fast.permute_state_dict(STATE, MLP_SPEC, permutations)
+
+
+def test_a_search_tries_every_balance() -> None:
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    statistics = mudsc_fast.collect_statistics(models, MLP_SPEC, batches())
+    tried = []
+
+    def score(result: mudsc_fast.MergeResult) -> float:
+        assert result.balance is not None
+        tried.append(result.balance)
+        return -abs(result.balance - 0.7)
+
+    modes: tuple[mudsc_fast.Mode, ...] = ("align", "zip")
+    for mode in modes:
+        tried.clear()
+        found = mudsc_fast.merge(
+            models, MLP_SPEC, statistics, mode=mode, balance="search", score=score, balances=(0.2, 0.7, 1.0)
+        )
+        assert tried == [0.2, 0.7, 1.0]
+        assert found.balance == 0.7
+        assert list(found.scores) == tried
+        assert "scores by balance: 0.2: -0.5, 0.7:" in found.report()
+        alone = mudsc_fast.merge(models, MLP_SPEC, statistics, mode=mode, balance=0.7)
+        assert alone.scores == {}
+        for node in MLP_SPEC.nodes:
+            assert found.matching[node].same_clusters(alone.matching[node])
+        for name, tensor in alone.state_dict.items():
+            assert torch.equal(found.state_dict[name], tensor)
+
+
+def test_a_search_takes_the_first_of_equal_scores_and_reads_the_data_once() -> None:
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    result = mudsc_fast.merge(models, MLP_SPEC, iter(batches()), balance="search", score=lambda _: 1)
+    assert result.balance == 0.1
+    assert list(result.scores) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"balance": "best"}, TypeError, r"balance must be a number in \[0, 1\] or 'search', got 'best'"),
+        ({"balance": "search"}, TypeError, "score must be a function of a MergeResult .* got NoneType"),
+        ({"score": len}, ValueError, "it needs balance='search', got 0.5"),
+        ({"balance": "search", "score": len, "balances": ()}, ValueError, "balances must hold at least one number"),
+        ({"balance": "search", "score": len, "balances": (0.5, 2)}, ValueError, r"balances\[1\] must be in \[0, 1\]"),
+        ({"balance": "search", "score": len, "space": "weight"}, ValueError, "needs the dual space"),
+        ({"balance": "search", "score": lambda _: "good"}, TypeError, "the score must be a number, got str"),
+    ],
+)
+def test_bad_searches(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    models = [make_mlp(seed=0), make_mlp(seed=1)]
+    with pytest.raises(error, match=message):
+        mudsc_fast.merge(models, MLP_SPEC, batches(), **options)

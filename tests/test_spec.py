@@ -165,6 +165,31 @@ def test_bad_specifications(build: object, error: type[Exception], message: str)
         build()
 
 
+def test_validation_names_places_to_observe_that_do_not_fit() -> None:
+    model = make_mlp((5, 7, 6, 4))
+    spec = PermutationSpec(
+        CHAIN, {"a": Observation("fc1", "output", -1, 0, 6), "b": Observation("fc2", "projection", -1)}
+    )
+    with pytest.raises(ValueError, match="spec does not fit") as caught:
+        spec.validate(model)
+    assert str(caught.value).splitlines() == [
+        "spec does not fit the model in 2 places:",
+        "node 'a' has 7 units, but is observed at 6 entries of the output of 'fc1', 7 expected",
+        "node 'b' is observed at the projection of 'fc2', which must be a MultiheadAttention with one weight for "
+        "queries, keys and values, got Linear",
+    ]
+
+
+def test_problems_of_one_tensor_hide_none_of_another() -> None:
+    state = chain_state()
+    state["fc1.weight"] = torch.randn(7)
+    state["fc2.weight"] = torch.randn(6, 8)
+    assert PermutationSpec(CHAIN).problems(state) == [
+        "spec gives 2 axes to 'fc1.weight', which has 1: shape (7,)",
+        "axis 1 of 'fc2.weight' has 8 units, but node 'a' has 7 by axis 0 of 'fc1.bias'",
+    ]
+
+
 FUSED = PermutationSpec(
     {
         "qkv.weight": ([Window("qk", 8), Window("qk", 8), Window("v", 12)], "stream"),

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from architectures import VisionTransformer, randomize
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Matcher, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.sweep import sweep
-from mudsc_fast.matching.weight import WeightSimilarity, blend
-from mudsc_fast.spec import PermutationSpec
+from mudsc_fast.matching.weight import WeightSimilarity
+from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.spec import PermutationSpec, vit
 from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 
 
@@ -29,9 +31,10 @@ def plain_sweep(
     objectives: list[float] = []
     misses = 0
     while misses < 5 and len(objectives) < 100:
-        for index in torch.randperm(len(spec.nodes), generator=generator).tolist():
-            node = spec.nodes[index]
-            current.update(match({node: similarity_of(node, current)}, 1))
+        for index in torch.randperm(len(spec.bundles), generator=generator).tolist():
+            bundle = spec.bundles[index]
+            similarities = {node: similarity_of(node, current) for node in bundle}
+            current.update(match(similarities, spec.groups(bundle[0]).count))
         objective = sum(current[node].similarity for node in spec.nodes) / len(spec.nodes)
         if not objectives or objective > max(objectives):
             best, misses = dict(current), 0
@@ -41,14 +44,19 @@ def plain_sweep(
     return best, objectives
 
 
+def spec_and_states(network: str) -> tuple[PermutationSpec, list[dict[str, Tensor]]]:
+    if network == "mlp":
+        return MLP_SPEC, [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
+    if network == "convolutional":
+        return CONV_SPEC, [ConvNet(seed).state_dict() for seed in (0, 1)]
+    return vit(2, 3, 24), [randomize(VisionTransformer(), seed).state_dict() for seed in (0, 1)]
+
+
 @pytest.mark.parametrize("mode", ["align", "zip"])
-@pytest.mark.parametrize("network", ["mlp", "convolutional"])
+@pytest.mark.parametrize("network", ["mlp", "convolutional", "vit"])
 @pytest.mark.parametrize("random_state", [0, 7])
 def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state: int) -> None:
-    if network == "mlp":
-        spec, states = MLP_SPEC, [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
-    else:
-        spec, states = CONV_SPEC, [dict(ConvNet(seed).state_dict()) for seed in (0, 1)]
+    spec, states = spec_and_states(network)
     similarity_of = WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.5, 0.5])
     calls = 0
 
@@ -58,12 +66,13 @@ def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state:
         return similarity_of(node, matching)
 
     swept = sweep(spec, counted, matcher(mode), {}, random_state=random_state)
-    expected, objectives = plain_sweep(spec, similarity_of, matcher(mode), random_state)
-    assert swept.objectives == objectives
+    plain = WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.5, 0.5], keep=False)
+    expected, objectives = plain_sweep(spec, plain, matcher(mode), random_state)
+    assert swept.objectives == pytest.approx(objectives, abs=1e-6)
     assert calls < len(objectives) * len(spec.nodes)
     for node in spec.nodes:
         assert swept.matching[node].same_clusters(expected[node])
-        assert swept.matching[node].similarity == expected[node].similarity
+        assert swept.matching[node].similarity == pytest.approx(expected[node].similarity, abs=1e-6)
 
 
 def test_patience_and_most_sweeps() -> None:
@@ -103,8 +112,57 @@ def test_weight_vectors_follow_the_neighbours_matching() -> None:
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-5)
 
 
-def test_blend() -> None:
-    weight, activation = torch.randn(5, 5), torch.randn(5, 5)
-    torch.testing.assert_close(blend(0.3, weight, activation), 0.3 * weight + 0.7 * activation)
-    assert torch.equal(blend(0.0, weight, activation), activation)
-    assert torch.equal(blend(1.0, weight, activation), weight)
+def random_matching(
+    mode: Mode, units: int, seed: int, like: NodeMatching | None = None, moved: int = 4
+) -> NodeMatching:
+    """Return a matching of two models, at random, or `like` another but for a few units."""
+    generator = torch.Generator().manual_seed(seed)
+    if like is None:
+        clusters = torch.stack([torch.arange(units), torch.randperm(units, generator=generator)])
+        if mode == "zip":
+            clusters = torch.arange(2 * units) % units
+            clusters = clusters[torch.randperm(2 * units, generator=generator)].view(2, units)
+    else:
+        clusters = like.cluster_of_unit.clone()
+        model = 1 if mode == "align" else 0
+        places = torch.randperm(units, generator=generator)[:moved]
+        clusters[model, places] = clusters[model, places.roll(1)]
+        if mode == "zip":  # the same clusters under other numbers are the same
+            clusters = torch.randperm(units, generator=generator)[clusters]
+    return NodeMatching(mode, clusters, units, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+@pytest.mark.parametrize("network", ["mlp", "convolutional", "vit"])
+def test_sums_follow_the_neighbours(network: str, mode: Mode) -> None:
+    spec, states = spec_and_states(network)
+    units = spec.units(states[0])
+    followed, anew = (
+        WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.3, 0.7], keep=keep) for keep in (True, False)
+    )
+    matching: dict[str, NodeMatching] = {}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        for node in spec.nodes:
+            torch.testing.assert_close(followed(node, matching), anew(node, matching), rtol=0, atol=5e-6)
+        node = spec.nodes[int(torch.randint(len(spec.nodes), (), generator=generator))]
+        like = matching.get(node) if step % 4 else None
+        matching[node] = random_matching(mode, units[node], step, like)
+
+
+def test_what_is_the_same_under_other_numbers_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
+    similarity = WeightSimilarity(states, MLP_SPEC, "full", [0.5, 0.5])
+    first = random_matching("zip", 32, 0)
+    before = similarity("fc1", {"fc2": first})
+    second = random_matching("zip", 32, 1, first, moved=0)
+    assert not torch.equal(first.cluster_of_unit, second.cluster_of_unit)
+
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(CorrelationAccumulator, "replace", unexpected)
+    monkeypatch.setattr(CorrelationAccumulator, "update", unexpected)
+    assert torch.equal(similarity("fc1", {"fc2": second}), before)
+    with pytest.raises(AssertionError, match="computed again"):
+        similarity("fc1", {"fc2": random_matching("zip", 32, 2, first)})

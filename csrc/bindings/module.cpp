@@ -25,7 +25,6 @@ PYBIND11_MODULE(_core, module) {
   module.attr("isa_levels") = py::make_tuple("baseline");
 #endif
   module.attr("supported_isa") = static_cast<int>(supported_isa());
-  module.attr("has_cuda") = false;
 
   py::register_exception_translator([](std::exception_ptr error) {
     try {

@@ -27,11 +27,12 @@ void accumulate_comoment(int isa, int threads, int product_dtype, std::uintptr_t
 
 void correlate(int isa, int threads, std::uintptr_t comoment, std::uintptr_t row_deviation,
                std::uintptr_t column_deviation, std::int64_t units, double count, double eps, int dtype,
-               std::uintptr_t out, std::uintptr_t mirror, std::int64_t row_stride) {
+               std::uintptr_t out, std::uintptr_t mirror, std::int64_t row_stride, std::uintptr_t other,
+               std::int64_t other_stride, double balance) {
   const CorrelateProblem problem{pointer<const double>(comoment), pointer<const double>(row_deviation),
                                  pointer<const double>(column_deviation), units, count, eps,
                                  static_cast<ScalarType>(dtype), pointer<void>(out), pointer<void>(mirror),
-                                 row_stride, threads};
+                                 row_stride, pointer<const void>(other), other_stride, balance, threads};
   const py::gil_scoped_release released;
   MUDSC_CALL_KERNEL(static_cast<Isa>(isa), correlate, problem);
 }
@@ -48,7 +49,8 @@ void register_correlation(py::module_& module) {
              py::arg("units"), py::arg("comoment"));
   module.def("correlate", &correlate, py::arg("isa"), py::arg("threads"), py::arg("comoment"),
              py::arg("row_deviation"), py::arg("column_deviation"), py::arg("units"), py::arg("count"),
-             py::arg("eps"), py::arg("dtype"), py::arg("out"), py::arg("mirror"), py::arg("row_stride"));
+             py::arg("eps"), py::arg("dtype"), py::arg("out"), py::arg("mirror"), py::arg("row_stride"),
+             py::arg("other"), py::arg("other_stride"), py::arg("balance"));
 }
 
 }  // namespace mudsc::bindings

@@ -2,7 +2,7 @@
 //
 // The entries are divided into groups, a lane's entries in a run of blocks, so that a group's least entry is found
 // without mixing lanes and nothing but these minima is stored. A bound that is passed by as many minima as entries are
-// wanted is found by bisection, and only groups whose minimum passes it are looked at again.
+// wanted is found by bisection, and only runs in which a minimum passes it are looked at again, in vectors.
 // Memory traffic: the row, and the prices, which stay in cache. Blocks are 64 bytes at every instruction level, in as
 // many vectors as the level needs, so that all levels list the same entries.
 #pragma once
@@ -33,11 +33,15 @@ template <>
 struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+  typedef std::int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr std::int32_t kMagnitudeBits = 0x7fffffff;
 };
 template <>
 struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(8)));
+  typedef std::int64_t Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr std::int64_t kMagnitudeBits = 0x7fffffffffffffff;
 };
 
 // Bit k is set if entry k of a block is at most `bound`.
@@ -82,43 +86,11 @@ inline std::uint32_t at_most(const double* block, double bound) {
 #endif
 }
 
-// Largest magnitude in a row; NaN if an entry is infinite or NaN.
-template <class Number>
-inline Number largest_magnitude(const Number* values, std::int64_t columns) {
-  using Vector = typename VectorOf<Number>::Type;
-  using Unaligned = typename VectorOf<Number>::Unaligned;
-  constexpr std::int64_t kBlock = 64 / static_cast<std::int64_t>(sizeof(Number)), kVectorLanes = kBlock / kVectorsPerBlock;
-  Vector largest[kVectorsPerBlock], nothing[kVectorsPerBlock];
-  for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) largest[part] = nothing[part] = Vector{};
-  std::int64_t j = 0;
-  for (; j + kBlock <= columns; j += kBlock) {
-    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-      const Vector value = *reinterpret_cast<const Unaligned*>(values + j + part * kVectorLanes);
-      const Vector opposite = -value;
-      const Vector magnitude = value > opposite ? value : opposite;
-      largest[part] = magnitude > largest[part] ? magnitude : largest[part];
-      nothing[part] += value * Number(0);  // 0, or NaN for good
-    }
-  }
-  Number result = 0, not_a_number = 0;
-  for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-    for (std::int64_t k = 0; k < kVectorLanes; ++k) {
-      result = largest[part][k] > result ? largest[part][k] : result;
-      not_a_number += nothing[part][k];
-    }
-  }
-  for (; j < columns; ++j) {
-    const Number magnitude = values[j] < 0 ? -values[j] : values[j];
-    result = magnitude > result ? magnitude : result;
-    not_a_number += values[j] * Number(0);
-  }
-  return result + not_a_number;
-}
-
 template <class Number>
 class RowScanner {
   using Vector = typename VectorOf<Number>::Type;
   using Unaligned = typename VectorOf<Number>::Unaligned;
+  using Bits = typename VectorOf<Number>::Bits;
   static constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
   static constexpr Number kInfinite = static_cast<Number>(__builtin_huge_val());
 
@@ -126,7 +98,8 @@ class RowScanner {
   static constexpr std::int64_t kBlock = 64 / static_cast<std::int64_t>(sizeof(Number));
 
   explicit RowScanner(std::int64_t columns)
-      : columns_(columns), minima_(columns + 2 * kBlock), keys_(columns + kBlock), hits_(columns) {}
+      : columns_(columns), minima_(columns + 2 * kBlock), keys_(columns + kBlock), hits_(columns),
+        blocks_(columns / kBlock + 1), bits_(columns / kBlock + 1) {}
 
   // Reads a row: cost = sign * value. There are about `groups` groups, one per entry at most.
   void read(const Number* values, Number sign, const Number* prices, std::int64_t groups) {
@@ -136,6 +109,7 @@ class RowScanner {
     const std::int64_t blocks = columns_ / kBlock;
     run_ = columns_ / groups > 1 ? columns_ / groups : 1;
     group_count_ = 0;
+    for (Bits& part : largest_) part = Bits{};
     for (std::int64_t begin = 0; begin < blocks; begin += run_) {
       least_of_run(begin, begin + run_ < blocks ? begin + run_ : blocks);
       group_count_ += kBlock;
@@ -149,29 +123,31 @@ class RowScanner {
     }
   }
 
+  // Largest magnitude in the row; infinite or NaN if an entry is.
+  Number largest_magnitude() const {
+    auto largest = largest_[0][0];  // bit patterns of magnitudes are in the order of these, NaN last
+    for (const Bits& part : largest_) {
+      for (std::int64_t k = 0; k < kVectorLanes; ++k) largest = part[k] > largest ? part[k] : largest;
+    }
+    for (std::int64_t j = columns_ / kBlock * kBlock; j < columns_; ++j) {
+      const auto bits = magnitude_bits(values_[j]);
+      largest = bits > largest ? bits : largest;
+    }
+    Number result;
+    std::memcpy(&result, &largest, sizeof result);
+    return result;
+  }
+
   // Lists about `wanted` of the row's least entries, `room` at most, by calling list(column). Returns a number that no
   // unlisted entry is less than. Of entries that tie for the last place any may be listed: the search begins at
   // `start`, a share of the row.
   template <class List>
   Number list_least(std::int64_t wanted, std::int64_t room, double start, const List& list) {
     const Rank rank = find_rank(minima_.data(), group_count_, wanted);
-    Number floor = kInfinite;
-    for (std::int64_t g = 0; g < group_count_; ++g) {
-      const Number least = minima_[g] > rank.bound ? minima_[g] : kInfinite;
-      floor = least < floor ? least : floor;
-    }
-    if (rank.passed > 2 * room) return list_tied(rank, room, start, floor, list);
-    std::int64_t hit_count = 0;
-    visit(rank.bound, start, [&](std::int64_t column) {
-      const Number entry = key(column);
-      if (entry <= rank.bound) {
-        hits_[hit_count] = static_cast<std::int32_t>(column);
-        keys_[hit_count++] = entry;
-      } else {
-        floor = entry < floor ? entry : floor;
-      }
-      return true;
-    });
+    if (rank.passed > 2 * room) return list_tied(rank, room, start, least_above(minima_.data(), group_count_, rank.bound), list);
+    // Nothing else is at most the bound.
+    Number floor = rank.bound;
+    const std::int64_t hit_count = collect(rank.bound, start);
     Number cut = rank.bound;
     if (hit_count > room) {
       std::int64_t padded_count = hit_count;
@@ -210,6 +186,55 @@ class RowScanner {
   }
 
  private:
+  // Writes the entries that are at most `bound` to keys_ and hits_ and returns how many they are.
+  std::int64_t collect(Number bound, double start) {
+    const std::int64_t blocks = columns_ / kBlock, runs = (blocks + run_ - 1) / run_;
+    const std::int64_t first = static_cast<std::int64_t>(start * static_cast<double>(runs));
+    // Blocks with hits are noted first, without a branch: which they are cannot be foretold.
+    std::int64_t noted = 0;
+    for (std::int64_t turn = 0; turn < runs; ++turn) {
+      const std::int64_t at = first + turn < runs ? first + turn : first + turn - runs;
+      if (at_most(minima_.data() + at * kBlock, bound) == 0) continue;
+      const std::int64_t end = (at + 1) * run_ < blocks ? (at + 1) * run_ : blocks;
+      for (std::int64_t block = at * run_; block < end; ++block) {
+        Number keys[kBlock];
+        for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+          *reinterpret_cast<Unaligned*>(keys + part * kVectorLanes) = keys_of(block * kBlock + part * kVectorLanes);
+        }
+        const std::uint32_t bits = at_most(keys, bound);
+        blocks_[noted] = static_cast<std::int32_t>(block);
+        bits_[noted] = bits;
+        noted += bits != 0;
+      }
+    }
+    std::int64_t hit_count = 0;
+    for (std::int64_t k = 0; k < noted; ++k) {
+      for (std::uint32_t bits = bits_[k]; bits != 0; bits &= bits - 1) {
+        const std::int64_t column = blocks_[k] * kBlock + __builtin_ctz(bits);
+        hits_[hit_count] = static_cast<std::int32_t>(column);
+        keys_[hit_count++] = key(column);
+      }
+    }
+    for (std::int64_t j = blocks * kBlock; j < columns_; ++j) {
+      if (key(j) > bound) continue;
+      hits_[hit_count] = static_cast<std::int32_t>(j);
+      keys_[hit_count++] = key(j);
+    }
+    return hit_count;
+  }
+
+  static auto magnitude_bits(Number value) {
+    decltype(VectorOf<Number>::kMagnitudeBits + 0) bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits & VectorOf<Number>::kMagnitudeBits;
+  }
+
+  // Reduced costs of a vector of columns.
+  Vector keys_of(std::int64_t column) const {
+    return *reinterpret_cast<const Unaligned*>(values_ + column) * sign_ -
+           *reinterpret_cast<const Unaligned*>(prices_ + column);
+  }
+
   Number key(std::int64_t column) const { return sign_ * values_[column] - prices_[column]; }
 
   void least_of_run(std::int64_t begin, std::int64_t end) {
@@ -220,8 +245,10 @@ class RowScanner {
       __builtin_prefetch(values_ + columns_ + block * kBlock);
       for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
         const std::int64_t j = block * kBlock + part * kVectorLanes;
-        const Vector entries = *reinterpret_cast<const Unaligned*>(values_ + j) * sign_ -
-                               *reinterpret_cast<const Unaligned*>(prices_ + j);
+        const Vector values = *reinterpret_cast<const Unaligned*>(values_ + j);
+        const Bits magnitudes = reinterpret_cast<Bits>(values) & VectorOf<Number>::kMagnitudeBits;
+        largest_[part] = magnitudes > largest_[part] ? magnitudes : largest_[part];
+        const Vector entries = values * sign_ - *reinterpret_cast<const Unaligned*>(prices_ + j);
         least[part] = entries < least[part] ? entries : least[part];
       }
     }
@@ -246,10 +273,25 @@ class RowScanner {
   // The bound lets through half as many again as are wanted, or more if they tie. `count` is a multiple of kBlock;
   // infinite items do not count.
   static Rank find_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
+    Vector lows[kVectorsPerBlock], highs[kVectorsPerBlock];
+    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+      lows[part] = kInfinite - Vector{};
+      highs[part] = -lows[part];
+    }
+    for (std::int64_t k = 0; k < count; k += kBlock) {
+      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+        const Vector item = *reinterpret_cast<const Unaligned*>(items + k + part * kVectorLanes);
+        const Vector finite = item < kInfinite ? item : -kInfinite - Vector{};
+        lows[part] = item < lows[part] ? item : lows[part];
+        highs[part] = finite > highs[part] ? finite : highs[part];
+      }
+    }
     Number least = kInfinite, most = -kInfinite;
-    for (std::int64_t k = 0; k < count; ++k) {
-      least = items[k] < least ? items[k] : least;
-      most = items[k] > most && items[k] < kInfinite ? items[k] : most;
+    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+      for (std::int64_t k = 0; k < kVectorLanes; ++k) {
+        least = lows[part][k] < least ? lows[part][k] : least;
+        most = highs[part][k] > most ? highs[part][k] : most;
+      }
     }
     Rank rank{least, -kInfinite, count_at_most(items, count, least)};
     if (rank.passed >= wanted) return rank;
@@ -316,8 +358,10 @@ class RowScanner {
   const Number* values_ = nullptr;
   const Number* prices_ = nullptr;
   Number sign_ = 1;
+  Bits largest_[kVectorsPerBlock];
   Buffer<Number> minima_, keys_;
-  Buffer<std::int32_t> hits_;
+  Buffer<std::int32_t> hits_, blocks_;
+  Buffer<std::uint32_t> bits_;
 };
 
 }  // namespace

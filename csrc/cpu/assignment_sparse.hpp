@@ -3,12 +3,13 @@
 // An optimal assignment uses only the best few entries of each row. Every row lists some of its least reduced costs,
 // and keeps a floor that no unlisted one is below. Column duals only fall, so reduced costs only rise and a floor stays
 // valid; a row is read again only when the search reaches its floor. The steps:
-//   1. list all rows at duals 0 (or those given): the only time the whole matrix is read, but for the certificate;
+//   1. list all rows at duals 0 (or those given): the only time the whole matrix is read;
 //   2. match each row to its best column where that is free; if many rows are left, one auction on the lists at a fixed
 //      epsilon spreads the duals, and rows are matched again at what they are then;
 //   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987);
 //   4. shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
-//      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice.
+//      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice;
+//   5. the row duals anew, from the lists where a floor proves that they hold the row's least, else from the row.
 // It is related to the look-back auction of Bus and Tvrdik ("Towards auction algorithms for large dense assignment
 // problems", Computational Optimization and Applications 43, 2009).
 //
@@ -100,11 +101,12 @@ class SparseSolver : private AssignmentState<T> {
     State::begin(problem, index);
     if (rows_are_constant()) return conclude_diagonal(problem, index);
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
-    if (!list_all_rows(threads)) return false;
+    const bool warm = problem.prices != nullptr;
+    if (!list_all_rows(warm ? kWantedOfWarm : kWanted, threads)) return false;
     std::int64_t free_count = match_tight();
     if (free_count == 0) return conclude_at_once(problem, index);
     find_classes();
-    if (rows_ == columns_ && free_count > rows_ / kFewFree) {
+    if (rows_ == columns_ && free_count > rows_ / (warm ? kFewFreeOfWarm : kFewFree)) {
       if (auction() && within(problem.tolerance)) {
         certify(problem, index, threads);
         problem.status[index] = AssignmentStatus::optimal;
@@ -118,7 +120,7 @@ class SparseSolver : private AssignmentState<T> {
     closed_.fill(0);
     class_seen_.fill(0);
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
-    State::order_equal_rows(row_hashes_);
+    order_classes();
     State::order_equal_columns();
     certify(problem, index, threads);
     problem.status[index] = AssignmentStatus::optimal;
@@ -129,12 +131,16 @@ class SparseSolver : private AssignmentState<T> {
   // Entries that a row lists at first. Fewer are read again too often, more cost time at every bid.
   static constexpr std::int64_t kWanted = 16;
   static constexpr std::int64_t kFirstCapacity = 2 * kWanted;
+  // The same at given duals, at which the search ends sooner.
+  static constexpr std::int64_t kWantedOfWarm = 10;
   // Groups that a row is divided into for every entry wanted: then few groups hold two of them.
   static constexpr std::int64_t kGroupsPerEntry = 16;
   // Groups of a row for the certificate, which looks into one or two of them.
   static constexpr std::int64_t kCertificateGroups = 128;
   // The auction is skipped where no more than one in so many rows found its best column taken.
   static constexpr std::int64_t kFewFree = 20;
+  // The same where duals were given: if they suit the problem, row reduction keeps more of them than an auction does.
+  static constexpr std::int64_t kFewFreeOfWarm = 4;
   // Its epsilon, as a share of the median distance between a row's best and second best entry: large enough to end
   // soon, small enough that most rows then are where they belong.
   static constexpr double kEpsilonShare = 0.2;
@@ -202,7 +208,7 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  bool list_all_rows(int threads) {
+  bool list_all_rows(std::int64_t wanted, int threads) {
     release_lists();
     largest_ = 0;
     bool finite = true, out_of_memory = false;
@@ -215,13 +221,10 @@ class SparseSolver : private AssignmentState<T> {
         for (std::int64_t i = begin; i < end && good; ++i) {
           lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
                            kFirstCapacity, kInfinity, 0, false};
-          const Scan row_most = largest_magnitude(scan_values(i, scratch), columns_);
+          const Scan row_most = list_row(i, wanted, scratch);
           good = row_most < kLargest;  // false for NaN
           most = row_most > most ? row_most : most;
-          if (good) {
-            list_row(i, kWanted, scratch);
-            row_hashes_[i] = State::sampled_hash(i);
-          }
+          row_hashes_[i] = State::sampled_hash(i);
         }
         if (!good) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
         raise(largest, most);
@@ -254,21 +257,25 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for.
-  void list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
+  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for. Returns the row's largest
+  // magnitude, or something not less than kLargest, with nothing listed, if the row cannot be.
+  Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted);
     list.size = 0;
     list.floor = kInfinity;
+    const Scan largest = scratch.scanner.largest_magnitude();
+    if (!(largest < kLargest)) return largest;
     const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
-      return;
+      return largest;
     }
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted);
     // Rows begin at different places, so that rows full of ties do not all list the same columns.
     const double start = static_cast<double>(row) / static_cast<double>(rows_);
     list.floor = static_cast<double>(scratch.scanner.list_least(wanted, list.capacity, start, add));
+    return largest;
   }
 
   // Whether every row is one finite number, over and over: a look at the first row unless it is.
@@ -305,28 +312,39 @@ class SparseSolver : private AssignmentState<T> {
     return true;
   }
 
-  // The certificate of AssignmentState. A scan finds no entry dearer than it is: only groups in which it finds one as
-  // good as the row's pair can hold a better one, and these few entries are priced in double.
+  // The certificate of AssignmentState. Where a row's listed entries hold one that is not above the floor, no unlisted
+  // one is less: floors are bounds at duals that have only fallen since. Other rows are read again.
   void certify(const AssignmentProblem& problem, std::int64_t index, int threads) {
     double* const least_costs = problem.row_duals + index * rows_;
     bool out_of_memory = false;
     auto body = [&](std::int64_t begin, std::int64_t end) {
       try {
         Scratch scratch(columns_);
-        for (std::int64_t i = begin; i < end; ++i) least_costs[i] = least_reduced_cost(i, scratch);
+        for (std::int64_t i = begin; i < end; ++i) {
+          if (list_of(i) == i) least_costs[i] = least_reduced_cost(i, scratch);
+        }
       } catch (const OutOfMemory&) {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       }
     };
-    parallel_for(threads, rows_, State::kEntriesPerThread / columns_ + 1, body);
+    parallel_for(threads, rows_, State::kEntriesPerThread / kFirstCapacity, body);
     if (out_of_memory) throw OutOfMemory{};
+    for (std::int64_t i = 0; i < rows_; ++i) least_costs[i] = least_costs[list_of(i)];
     State::conclude(problem, index);
   }
 
+  // A scan finds no entry dearer than it is: only groups in which it finds one as good as the best that is known can
+  // hold a better one, and these few entries are priced in double.
   double least_reduced_cost(std::int64_t row, Scratch& scratch) const {
+    const List& list = lists_[row];
+    double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
+    for (std::int64_t k = 0; k < list.size; ++k) {
+      const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
+      least = cost < least ? cost : least;
+    }
+    if (least <= list.floor || list.size == columns_) return least;
     const Scan* const values = scan_values(row, scratch);
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kCertificateGroups);
-    double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
     // Not less than `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
     const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kSmallest * kRounding;
@@ -400,6 +418,24 @@ class SparseSolver : private AssignmentState<T> {
     State::for_equal_rows(row_hashes_, none, [this](const std::int64_t* rows, std::int64_t count) {
       for (std::int64_t k = 0; k < count; ++k) class_of_row_[rows[k]] = rows[0];
     });
+  }
+
+  // As order_equal_rows, by the classes that are known.
+  void order_classes() {
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (class_of_row_[i] >= 0) stack_[count++] = i;
+    }
+    sort(stack_.data(), count, [this](std::int64_t a, std::int64_t b) {
+      return class_of_row_[a] != class_of_row_[b] ? class_of_row_[a] < class_of_row_[b] : a < b;
+    });
+    for (std::int64_t begin = 0, end; begin < count; begin = end) {
+      for (end = begin; end < count && class_of_row_[stack_[end]] == class_of_row_[stack_[begin]]; ++end) {
+        tree_columns_[end] = column_of_row_[stack_[end]];
+      }
+      sort_ascending(tree_columns_.data() + begin, end - begin);
+      for (std::int64_t k = begin; k < end; ++k) State::assign(stack_[k], tree_columns_[k]);
+    }
   }
 
   // Matches every row to a best column while there are free ones; returns how many rows are left, listed in stack_.
@@ -522,9 +558,12 @@ class SparseSolver : private AssignmentState<T> {
     return top;
   }
 
+  // The row whose list a path search uses for this one: equal rows share one, which may grow long where they tie.
+  std::int64_t list_of(std::int64_t row) const { return class_of_row_[row] < 0 ? row : class_of_row_[row]; }
+
   // Distance at which an unlisted entry of a tree row could lower the distance of a column.
   double relist_distance(std::int64_t row) const {
-    const double above = lists_[row].floor - u_[row];
+    const double above = lists_[list_of(row)].floor - u_[row];
     return row_distance_[row] + (above > 0.0 ? above : 0.0);
   }
 
@@ -535,7 +574,7 @@ class SparseSolver : private AssignmentState<T> {
       if (class_seen_[row_class] == stamp_) return;
       class_seen_[row_class] = stamp_;
     }
-    const List& list = lists_[row];
+    const List& list = lists_[list_of(row)];
     const double reached = row_distance_[row], offset = reached - u_[row];
     for (std::int64_t k = 0; k < list.size; ++k) {
       const std::int64_t column = list.columns[k];
@@ -567,7 +606,7 @@ class SparseSolver : private AssignmentState<T> {
     heap_size_ = 0;
     sink_ = -1;
     sink_distance_ = kInfinity;
-    u_[root] = best_two(root).first;
+    u_[root] = best_two(list_of(root)).first;
     std::int64_t tree_size = 0, closed_count = 0;
     row_distance_[root] = 0.0;
     tree_rows_[tree_size++] = root;
@@ -578,9 +617,10 @@ class SparseSolver : private AssignmentState<T> {
         const std::int64_t row = event.what - columns_;
         if (relist_distance(row) > event.distance) continue;  // has been listed again since
         // Listing a row twice in one search must show more of it.
-        const List& list = lists_[row];
-        relist(row, list.search == stamp_ ? 2 * list.size : list.size);
-        lists_[row].search = stamp_;
+        const std::int64_t listed = list_of(row);
+        const List& list = lists_[listed];
+        relist(listed, list.search == stamp_ ? 2 * list.size : list.size);
+        lists_[listed].search = stamp_;
         relax(row, true);
         continue;
       }

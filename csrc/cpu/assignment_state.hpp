@@ -140,8 +140,11 @@ class AssignmentState {
       const T* const first = values_ + rows[0] * columns_;
       for (std::int64_t k = 1; k < count; ++k) {
         const T* const other = values_ + rows[k] * columns_;
+        // Rows that are equal to the bit are the most frequent, and told soon; 0 and -0 are equal too.
         bool equal = true;
-        for (std::int64_t j = 0; j < columns_ && equal; ++j) equal = widen(first[j]) == widen(other[j]);
+        if (std::memcmp(first, other, static_cast<std::size_t>(columns_) * sizeof(T)) != 0) {
+          for (std::int64_t j = 0; j < columns_ && equal; ++j) equal = widen(first[j]) == widen(other[j]);
+        }
         if (equal) rows[kept++] = rows[k];
       }
       return kept;

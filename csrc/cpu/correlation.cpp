@@ -6,7 +6,8 @@
 //
 // accumulate_comoment: one read of the product, one read and write of the double co-moments. Threads take rows.
 //
-// correlate: one read of the co-moments, one write of the result; its mirror image is written from the same tile.
+// correlate: one read of the co-moments, and of the similarity to blend with, one write of the result; its mirror image
+// is written from the same tile.
 // Threads take rows of tiles.
 //
 // No sum is split between threads, so results do not depend on their number.
@@ -172,6 +173,20 @@ void round_to(double value, T& out) {
   narrow(static_cast<float>(value), out);
 }
 
+// The two formulas of torch.lerp, from `from` to `to`: exact at both ends.
+template <class Number>
+Number blend(Number from, Number to, Number balance) {
+  return balance < Number(0.5) ? from + balance * (to - from) : to - (to - from) * (Number(1) - balance);
+}
+
+// Columns [begin, end) of a row, blended with those of another similarity.
+template <class T>
+void blend_row(T* __restrict out, const T* __restrict other, double balance, std::int64_t begin, std::int64_t end) {
+  using Number = typename ArithmeticOf<T>::type;
+  const Number share = static_cast<Number>(balance);
+  for (std::int64_t c = begin; c < end; ++c) narrow(blend<Number>(widen(other[c]), widen(out[c]), share), out[c]);
+}
+
 // One row of a tile: quotients of columns [begin, end).
 template <class T>
 void correlate_row(const CorrelateProblem& p, std::int64_t r, std::int64_t begin, std::int64_t end, T* __restrict out) {
@@ -181,6 +196,9 @@ void correlate_row(const CorrelateProblem& p, std::int64_t r, std::int64_t begin
   for (std::int64_t c = begin; c < end; ++c) {
     const double deviations = row_deviation * column_deviation[c];
     round_to(comoment[c] / (p.count * (deviations > p.eps ? deviations : p.eps)), out[c]);
+  }
+  if (p.other != nullptr) {
+    blend_row(out, static_cast<const T*>(p.other) + r * p.other_stride, p.balance, begin, end);
   }
 }
 

@@ -21,6 +21,20 @@ namespace mudsc::MUDSC_ISA {
 // Thrown by Buffer; bindings turn it into MemoryError.
 using mudsc::OutOfMemory;
 
+// To be called before the first use of a large array that is read out of order or written at once: address translation,
+// or the faults of the first touch, which are most of the cost, cover more on huge pages. Without effect where the
+// system has none.
+inline void prefer_huge_pages(void* data, std::int64_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t page = 4096;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + static_cast<std::uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // 64-byte aligned uninitialised array of a trivial type.
 template <class T>
 class Buffer {
@@ -53,16 +67,7 @@ class Buffer {
   void fill(T value) {
     for (std::int64_t i = 0; i < size_; ++i) data_[i] = value;
   }
-  // To be called before the first use of a large array that is then read out of order: address translation, which is
-  // most of the cost of such reads, covers more on huge pages. Without effect where the system has none.
-  void prefer_huge_pages() {
-#if defined(__linux__)
-    constexpr std::uintptr_t page = 4096;
-    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data_) + page - 1) / page * page;
-    const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(data_ + size_) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  }
+  void prefer_huge_pages() { MUDSC_ISA::prefer_huge_pages(data_, size_ * static_cast<std::int64_t>(sizeof(T))); }
   T* data() { return data_; }
   const T* data() const { return data_; }
   std::int64_t size() const { return size_; }

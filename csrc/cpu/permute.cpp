@@ -8,6 +8,12 @@
 // columns are touched, so the indexed part runs once per line. One model with weight 1 and gathers only is a copy
 // of bits: exact for every value, NaN payloads and signed zeros included.
 //
+// Sums of gathers in float32 and copies of 4-byte entries, the common case, are one fused loop: a block of outputs is
+// summed in registers over all models and written past the caches where the result is large; meanwhile the same part
+// of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow.
+//
+// In place, the lines of one tensor move along the cycles of the row permutation: each is read once and written once.
+//
 // Columns are indexed from a line that is in cache. Short runs (inner < 16) are expanded to one index per element;
 // longer ones are contiguous loops. Of a cluster's columns, the first is part of an indexed pass over all
 // clusters (a zero behind the line stands for "none"), the others, few in practice, follow one by one.
@@ -18,7 +24,7 @@
 #include "kernel.hpp"
 #include "mudsc/threads.hpp"
 
-#if defined(__AVX2__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +37,10 @@ constexpr std::int64_t kShortRun = 16;
 constexpr std::int64_t kTile = 2048;
 // Elements read per thread that outweigh starting it.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
+// Results of so many bytes bypass the caches: by the time they are read again they would have been evicted.
+constexpr std::int64_t kStreamedBytes = 4 << 20;
+// Models whose sums stay in registers.
+constexpr std::int64_t kFusedModels = 8;
 
 // Input rows of every output row, by model: members[start[k]..start[k + 1]) in increasing order.
 class RowMembers {
@@ -76,6 +86,7 @@ class RowMembers {
 // Columns in units of `run` contiguous elements: runs shorter than kShortRun are expanded to single elements.
 class ColumnIndex {
  public:
+  ColumnIndex() = default;
   ColumnIndex(const AxisMap& map, std::int64_t inner, std::int64_t num_models) {
     const std::int64_t expansion = inner < kShortRun && map.units_in < (INT32_MAX - 1) / kShortRun ? inner : 1;
     run_ = inner / expansion;
@@ -162,6 +173,139 @@ template <class T, class Accumulator>
 void store_by_column(T* __restrict to, const Accumulator* __restrict from, const Accumulator* __restrict column_scale,
                      Accumulator scale, std::int64_t count) {
   for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * (scale * column_scale[e]), to[e]);
+}
+
+// ---- Vectors of float32 bits ----------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr std::int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr std::int64_t kLanes = 8;
+#else
+constexpr std::int64_t kLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+// Outputs summed at a time: four vectors hide the latency of indexed loads.
+constexpr std::int64_t kBlock = 4 * kLanes;
+
+inline Lanes load_lanes(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline Lanes gather_lanes(const float* line, const std::int32_t* index) {
+#if defined(__AVX512F__)
+  // Masked with all ones: the plain form reads an undefined vector, which gcc warns of.
+  return reinterpret_cast<Lanes>(
+      _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, _mm512_loadu_si512(index), line, sizeof(float)));
+#elif defined(__AVX2__)
+  const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return reinterpret_cast<Lanes>(_mm256_i32gather_ps(line, places, sizeof(float)));
+#else
+  return Lanes{line[index[0]], line[index[1]], line[index[2]], line[index[3]]};
+#endif
+}
+
+// Writes past the caches; `to` is a multiple of the vector's size.
+inline void stream_lanes(float* to, Lanes lanes) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, reinterpret_cast<__m512>(lanes));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, reinterpret_cast<__m256>(lanes));
+#elif defined(__SSE__)
+  _mm_stream_ps(to, reinterpret_cast<__m128>(lanes));
+#else
+  std::memcpy(to, &lanes, sizeof lanes);
+#endif
+}
+
+// Makes streamed writes visible before the thread ends.
+inline void finish_streams() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+inline bool is_aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % sizeof(Lanes) == 0; }
+
+// One output line as the sum of one input line of each model. Members that do not apply are null.
+struct FusedLine {
+  std::int64_t num_models;
+  const float* weights;              // null: one model, copied bit for bit
+  const float* lines[kFusedModels];  // [items_in]
+  const float* next[kFusedModels];   // the lines of the following output line, to be fetched
+  const std::int32_t* index[kFusedModels];
+  std::int64_t items_in;
+  std::int64_t items_out;
+};
+
+template <bool indexed, bool weighted>
+inline void sum_block(const FusedLine& line, std::int64_t at, Lanes (&sums)[4]) {
+  for (std::int64_t i = 0; i < line.num_models; ++i) {
+    if (line.next[i] != nullptr && at + kBlock <= line.items_in) {
+      for (std::int64_t e = 0; e < kBlock; e += 16) __builtin_prefetch(line.next[i] + at + e);
+    }
+    for (std::int64_t v = 0; v < 4; ++v) {
+      const Lanes lanes = indexed ? gather_lanes(line.lines[i], line.index[i] + at + v * kLanes)
+                                  : load_lanes(line.lines[i] + at + v * kLanes);
+      if (!weighted) {
+        sums[v] = lanes;
+      } else if (i == 0) {
+        sums[v] = lanes * line.weights[i];
+      } else {
+        sums[v] += lanes * line.weights[i];
+      }
+    }
+  }
+}
+
+template <bool indexed, bool weighted>
+inline void sum_one(const FusedLine& line, std::int64_t e, float* to) {
+  const std::int64_t from = indexed ? line.index[0][e] : e;
+  if (!weighted) {
+    std::memcpy(to, line.lines[0] + from, sizeof(float));
+    return;
+  }
+  float sum = line.lines[0][from] * line.weights[0];
+  for (std::int64_t i = 1; i < line.num_models; ++i) {
+    sum += line.lines[i][indexed ? line.index[i][e] : e] * line.weights[i];
+  }
+  *to = sum;
+}
+
+template <bool indexed, bool weighted>
+void write_line(const FusedLine& line, bool streamed, float* out) {
+  std::int64_t e = 0;
+  // A line begins wherever the one before ended: single entries up to where vectors may be streamed.
+  for (; streamed && e < line.items_out && !is_aligned(out + e); ++e) sum_one<indexed, weighted>(line, e, out + e);
+  for (; e + kBlock <= line.items_out; e += kBlock) {
+    Lanes sums[4] = {};
+    sum_block<indexed, weighted>(line, e, sums);
+    for (std::int64_t v = 0; v < 4; ++v) {
+      if (streamed) {
+        stream_lanes(out + e + v * kLanes, sums[v]);
+      } else {
+        std::memcpy(out + e + v * kLanes, &sums[v], sizeof sums[v]);
+      }
+    }
+  }
+  for (; e < line.items_out; ++e) sum_one<indexed, weighted>(line, e, out + e);
+}
+
+inline void write_line(const FusedLine& line, bool streamed, float* out) {
+  const bool indexed = line.index[0] != nullptr;
+  if (line.weights == nullptr) {
+    if (indexed) {
+      write_line<true, false>(line, streamed, out);
+    } else {
+      write_line<false, false>(line, streamed, out);
+    }
+  } else if (indexed) {
+    write_line<true, true>(line, streamed, out);
+  } else {
+    write_line<false, true>(line, streamed, out);
+  }
 }
 
 // ---- Indexed loops ------------------------------------------------------------------------------------------
@@ -332,6 +476,69 @@ class Merge {
   RowMembers rows_;
 };
 
+// ---- Gathers of 4-byte entries -------------------------------------------------------------------------------
+
+inline bool gathers(const PermuteProblem& problem) {
+  return problem.rows.kind != UnitMapKind::clusters && problem.columns.kind != UnitMapKind::clusters;
+}
+
+inline bool is_copy(const PermuteProblem& problem) {
+  return problem.num_models == 1 && problem.weights[0] == 1.0 && gathers(problem);
+}
+
+// Long runs of columns are left to copies of runs; other gathers of float32 are fused.
+inline bool is_fused(const PermuteProblem& problem) {
+  return gathers(problem) && problem.num_models <= kFusedModels &&
+         (problem.columns.kind == UnitMapKind::identity ||
+          (problem.inner < kShortRun && problem.columns.units_in < (INT32_MAX - 1) / kShortRun));
+}
+
+// Which input lines an output line is made of.
+class LineSources {
+ public:
+  explicit LineSources(const PermuteProblem& problem)
+      : problem_(problem), items_(problem.columns.units_in * problem.inner) {}
+
+  std::int64_t num_lines() const { return problem_.outer * problem_.rows.units_out * problem_.middle; }
+
+  const float* of(std::int64_t model, std::int64_t line) const {
+    std::int64_t row = line / problem_.middle % problem_.rows.units_out;
+    const std::int64_t o = line / problem_.middle / problem_.rows.units_out;
+    if (problem_.rows.kind == UnitMapKind::gather) row = problem_.rows.index[model * problem_.rows.units_out + row];
+    const std::int64_t at = (o * problem_.rows.units_in + row) * problem_.middle + line % problem_.middle;
+    return static_cast<const float*>(problem_.tensors[model]) + at * items_;
+  }
+
+ private:
+  const PermuteProblem& problem_;
+  std::int64_t items_;
+};
+
+void merge_fused(const PermuteProblem& problem) {
+  const bool in_place = problem.columns.kind == UnitMapKind::identity;
+  const ColumnIndex columns = in_place ? ColumnIndex() : ColumnIndex(problem.columns, problem.inner, problem.num_models);
+  const LineSources sources(problem);
+  const bool copied = is_copy(problem);
+  float weights[kFusedModels];
+  for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
+  FusedLine shape{problem.num_models, copied ? nullptr : weights, {}, {}, {},
+                  problem.columns.units_in * problem.inner, problem.columns.units_out * problem.inner};
+  for (std::int64_t i = 0; !in_place && i < problem.num_models; ++i) shape.index[i] = columns.first(i);
+  const bool streamed = sources.num_lines() * shape.items_out >= kStreamedBytes / 4 && shape.items_out >= kBlock;
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    FusedLine line = shape;
+    for (std::int64_t l = begin; l < end; ++l) {
+      for (std::int64_t i = 0; i < problem.num_models; ++i) {
+        line.lines[i] = sources.of(i, l);
+        line.next[i] = l + 1 < end ? sources.of(i, l + 1) : nullptr;
+      }
+      write_line(line, streamed, static_cast<float*>(problem.out) + l * shape.items_out);
+    }
+    if (streamed) finish_streams();
+  };
+  parallel_for(problem.threads, sources.num_lines(), 1 + kElementsPerThread / (1 + shape.items_out), body);
+}
+
 // ---- Pure gathers: copies of bits -----------------------------------------------------------------------------
 
 template <class Bits>
@@ -377,9 +584,7 @@ void copy_gathered(const PermuteProblem& problem) {
 
 template <class T, class Bits>
 void run(const PermuteProblem& problem) {
-  const bool gathers_only =
-      problem.rows.kind != UnitMapKind::clusters && problem.columns.kind != UnitMapKind::clusters;
-  if (problem.num_models == 1 && problem.weights[0] == 1.0 && gathers_only) {
+  if (is_copy(problem)) {
     copy_gathered<Bits>(problem);
   } else if (problem.columns.kind == UnitMapKind::identity) {
     Merge<T>(problem).run_rows();
@@ -388,17 +593,143 @@ void run(const PermuteProblem& problem) {
   }
 }
 
+// ---- In place --------------------------------------------------------------------------------------------------
+
+// The lines of one tensor, in the order in which they can move: along the cycles of the row permutation, cycle after
+// cycle, the same in every slice (outer, middle). Line k of the order takes what line k + 1 held; the last of a cycle
+// takes the first. Threads move disjoint runs of this order. What a run needs of lines that other runs overwrite, the
+// first line of the next run and the first of the cycle that its own beginning lies in, is saved before any starts.
+template <class Bits>
+class MoveInPlace {
+ public:
+  explicit MoveInPlace(const PermuteProblem& problem)
+      : problem_(problem),
+        columns_(problem.columns.kind == UnitMapKind::gather ? ColumnIndex(problem.columns, problem.inner, 1)
+                                                             : ColumnIndex()),
+        line_(problem.columns.units_in * problem.inner),
+        rows_(problem.rows.units_in),
+        order_(rows_),
+        start_(rows_) {
+    follow_cycles();
+  }
+
+  void run() const {
+    const std::int64_t lines = problem_.outer * problem_.middle * rows_;
+    const std::int64_t grain = 1 + kElementsPerThread / (1 + line_);
+    const std::int64_t most = (lines + grain - 1) / grain;
+    const std::int64_t runs = most < problem_.threads ? most : problem_.threads;
+    const auto bound = [&](std::int64_t run) { return lines / runs * run + (lines % runs < run ? lines % runs : run); };
+    // Of each run: its first line, the first of that line's cycle, the first of the cycle it is in.
+    Buffer<Bits> saved((runs + 1) * 3 * line_);
+    const auto scratch = [&](std::int64_t run, std::int64_t which) { return saved.data() + (run * 3 + which) * line_; };
+    for (std::int64_t run = 0; run < runs; ++run) {
+      copy(scratch(run, 0), address(bound(run)));
+      copy(scratch(run, 1), address(first_of_cycle(bound(run))));
+    }
+    auto body = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t run = begin; run < end; ++run) {
+        move(bound(run), bound(run + 1), scratch(run + 1, 0), scratch(run, 1), scratch(run, 2));
+      }
+    };
+    parallel_for(problem_.threads, runs, 1, body);
+  }
+
+ private:
+  void follow_cycles() {
+    Buffer<std::uint8_t> done(rows_, 0);
+    std::int64_t count = 0;
+    for (std::int64_t first = 0; first < rows_; ++first) {
+      if (done[first]) continue;
+      const std::int64_t begin = count;
+      std::int64_t row = first;
+      do {
+        done[row] = 1;
+        order_[count] = row;
+        start_[count++] = begin;
+        row = problem_.rows.kind == UnitMapKind::gather ? problem_.rows.index[row] : row;
+      } while (row != first);
+    }
+  }
+
+  // The first place of the cycle that place k of the whole order is in.
+  std::int64_t first_of_cycle(std::int64_t k) const { return k / rows_ * rows_ + start_[k % rows_]; }
+
+  bool ends_cycle(std::int64_t k) const {
+    const std::int64_t within = k % rows_;
+    return within + 1 == rows_ || start_[within + 1] == within + 1;
+  }
+
+  Bits* address(std::int64_t k) const {
+    const std::int64_t slice = k / rows_, o = slice / problem_.middle, m = slice % problem_.middle;
+    return static_cast<Bits*>(problem_.out) + ((o * rows_ + order_[k % rows_]) * problem_.middle + m) * line_;
+  }
+
+  void copy(Bits* to, const Bits* from) const { std::memcpy(to, from, static_cast<std::size_t>(line_) * sizeof(Bits)); }
+
+  void move(std::int64_t begin, std::int64_t end, const Bits* next_run, const Bits* cycle_before, Bits* cycle) const {
+    for (std::int64_t k = begin; k < end; ++k) {
+      const std::int64_t first = first_of_cycle(k);
+      if (first == k) copy(cycle, address(k));
+      if (ends_cycle(k)) {
+        write(address(k), first < begin ? cycle_before : cycle);
+      } else {
+        write(address(k), k + 1 == end ? next_run : address(k + 1));
+      }
+    }
+  }
+
+  void write(Bits* to, const Bits* from) const {
+    const std::int64_t run = columns_.run();
+    if (columns_.items_out() == 0) {
+      copy(to, from);
+    } else if (run == 1) {
+      const std::int32_t* const index = columns_.first(0);
+      for (std::int64_t e = 0; e < line_; ++e) to[e] = from[index[e]];
+    } else {
+      for (std::int64_t k = 0; k < columns_.items_out(); ++k) {
+        std::memcpy(to + k * run, from + columns_.first(0)[k] * run, static_cast<std::size_t>(run) * sizeof(Bits));
+      }
+    }
+  }
+
+  const PermuteProblem& problem_;
+  ColumnIndex columns_;
+  std::int64_t line_;
+  std::int64_t rows_;
+  Buffer<std::int64_t> order_;
+  Buffer<std::int64_t> start_;
+};
+
+std::int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::float64 ? 8 : dtype == ScalarType::float32 ? 4 : 2;
+}
+
 }  // namespace
 
 void permute_merge(const PermuteProblem& problem) {
   const bool empty = problem.outer == 0 || problem.rows.units_out == 0 || problem.middle == 0 ||
                      problem.columns.units_out == 0 || problem.inner == 0;
   if (empty) return;
+  const bool is_float = problem.dtype == ScalarType::float32;
+  if (problem.out_is_new) {
+    const std::int64_t lines = problem.outer * problem.rows.units_out * problem.middle;
+    prefer_huge_pages(problem.out, lines * problem.columns.units_out * problem.inner * bytes_of(problem.dtype));
+  }
+  if (is_float && is_fused(problem)) return merge_fused(problem);
   switch (problem.dtype) {
     case ScalarType::float16: return run<Half, std::uint16_t>(problem);
     case ScalarType::bfloat16: return run<BFloat16, std::uint16_t>(problem);
     case ScalarType::float32: return run<float, std::uint32_t>(problem);
     case ScalarType::float64: return run<double, std::uint64_t>(problem);
+  }
+}
+
+void permute_in_place(const PermuteProblem& problem) {
+  if (problem.outer * problem.rows.units_in * problem.middle * problem.columns.units_in * problem.inner == 0) return;
+  switch (bytes_of(problem.dtype)) {
+    case 2: return MoveInPlace<std::uint16_t>(problem).run();
+    case 4: return MoveInPlace<std::uint32_t>(problem).run();
+    default: return MoveInPlace<std::uint64_t>(problem).run();
   }
 }
 

@@ -61,3 +61,11 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_share(argument: str, value: object) -> float:
+    """Return a number in [0, 1], or raise an error that names the argument."""
+    share = check_number(argument, value)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{argument} must be in [0, 1], got {share}")
+    return share

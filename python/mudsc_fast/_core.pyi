@@ -7,7 +7,6 @@ __version__: Final[str]
 compiler: Final[str]
 isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
-has_cuda: Final[bool]
 
 def assign_array(cost_matrix: object, maximize: object, /) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None: ...
 def solve_array(
@@ -40,6 +39,18 @@ def permute_merge(
     dtype: int,
     tensors: list[int],
     weights: list[float],
+    outer: int,
+    middle: int,
+    inner: int,
+    rows: tuple[int, int, int, int, int],
+    columns: tuple[int, int, int, int, int],
+    out: int,
+    out_is_new: bool,
+) -> None: ...
+def permute_in_place(
+    isa: int,
+    threads: int,
+    dtype: int,
     outer: int,
     middle: int,
     inner: int,
@@ -100,4 +111,7 @@ def correlate(
     out: int,
     mirror: int,
     row_stride: int,
+    other: int,
+    other_stride: int,
+    balance: float,
 ) -> None: ...

@@ -26,7 +26,7 @@ def reset_batch_norm(
     model
         The merged network. Only running statistics and their counters change.
     data
-        Batches, as for :func:`mudsc_fast.activation_similarity`; some thousand samples are enough.
+        Batches, as for :func:`mudsc_fast.collect_statistics`; some thousand samples are enough.
     forward
         Runs the model on a batch where that is not what the model needs.
     progress

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mudsc_fast._files import written_aside
+
 
 def plot_merges(
     path: str | os.PathLike[str],
@@ -80,10 +82,5 @@ def plot_merges(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
 
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(aside, dpi=130, format=path.suffix.removeprefix(".") or "png")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")

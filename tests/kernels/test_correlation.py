@@ -15,7 +15,7 @@ from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import correlation
 from mudsc_fast.ops._dispatch import use_backend
-from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("cpu", "reference")
@@ -105,14 +105,54 @@ def test_sums_and_quotients_equal_reference(units: int) -> None:
         wide = torch.zeros(2, 2 * units, 2 * units, dtype=dtype)
         for result, correlate in zip(wide, (cpu.correlate, reference.correlate), strict=True):
             diagonal, off = result[:units, :units], result[:units, units:]
-            correlate(start, row, column, 7, 0.05, off, result[units:, :units])
-            correlate(start, row, column, 7, 0.05, diagonal, diagonal)
-            correlate(start, row, column, 7, 0.05, result[units:, units:], None)
+            correlate(start, row, column, 7, 0.05, off, result[units:, :units], None, 1.0)
+            correlate(start, row, column, 7, 0.05, diagonal, diagonal, None, 1.0)
+            correlate(start, row, column, 7, 0.05, result[units:, units:], None, None, 1.0)
         # Halves may round a value half-way between two of them either way.
         torch.testing.assert_close(wide[0], wide[1], rtol=torch.finfo(dtype).eps, atol=1e-15)
         upper = wide[0, :, :]
         assert torch.equal(upper[:units, :].T[:units], upper[:units, :units])
         assert torch.equal(upper[units:, :units], upper[:units, units:].T)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finalize_blends_as_lerp(backend: str, blocks: Blocks, dtype: torch.dtype) -> None:
+    """Up to a rounding: torch adds the product unrounded. Rows of the other similarity may lie apart."""
+    torch.manual_seed(12)
+    with use_backend(backend):
+        accumulator = CorrelationAccumulator(2, 37, blocks=blocks, dtype=dtype)
+        accumulator.update(*features_of(2, 30, 37, 5))
+        alone = accumulator.finalize()
+        wide = torch.randn(*alone.shape[:-1], alone.shape[-1] + 3).to(dtype)
+        if blocks == "full":
+            wide[:, : len(wide)] = (wide[:, : len(wide)] + wide[:, : len(wide)].T) / 2
+        other = wide[..., : alone.shape[-1]]
+        tolerance = 2 * torch.finfo(dtype).eps
+        for balance in (0.0, 0.3, 0.5, 0.8, 1.0):
+            blended = accumulator.finalize(other=other, balance=balance)
+            expected = torch.lerp(other, alone, balance)
+            torch.testing.assert_close(blended, expected, rtol=tolerance, atol=tolerance)
+        assert torch.equal(accumulator.finalize(other=other, balance=0.0), other)
+        assert torch.equal(accumulator.finalize(other=other), alone)
+
+
+@pytest.mark.parametrize(
+    ("other", "balance", "error", "message"),
+    [
+        (torch.ones(1, 3, 2), 0.5, ValueError, r"other must be \[1, 3, 3\] in torch.float32 on cpu, got \[1, 3, 2\]"),
+        (torch.ones(1, 3, 3).half(), 0.5, ValueError, r"other must be .*got \[1, 3, 3\] in torch.float16"),
+        ([1.0], 0.5, TypeError, "other must be a torch.Tensor, got list"),
+        (torch.ones(1, 3, 3), 1.5, ValueError, r"balance must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_bad_blends(other: Any, balance: float, error: type[Exception], message: str) -> None:
+    accumulator = CorrelationAccumulator(2, 3)
+    accumulator.update(*features_of(2, 5, 3, 1))
+    with pytest.raises(error, match=message):
+        accumulator.finalize(other=other, balance=balance)
 
 
 @pytest.mark.usefixtures("isa")
@@ -263,7 +303,7 @@ def test_threads_do_not_change_the_sums() -> None:
             torch.set_num_threads(threads)
             sums, out = comoment.clone(), torch.empty(600, 600)
             cpu.accumulate(sums, product, row, row)
-            cpu.correlate(sums, row, row, 5, 1e-7, out, out)
+            cpu.correlate(sums, row, row, 5, 1e-7, out, out, None, 1.0)
             results.append([*cpu.center(features, torch.float32), sums, out])
         assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
@@ -292,6 +332,73 @@ def test_merge_equals_one_over_both(backend: str, blocks: Any) -> None:
         other.merge(other)
         assert other.num_samples == 42
         torch.testing.assert_close(other.finalize(), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["samples first", "units first", "convolution"])
+def test_replaced_samples(backend: str, blocks: Any, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(11)
+    shape, axis = {
+        "samples first": ((40, 7), 1),
+        "units first": ((7, 40), 0),
+        "convolution": ((8, 7, 5), 1),
+    }[layout]
+    old, other, new = ([(3 + one).to(dtype) for one in features_of(3, *shape)] for _ in range(3))
+    old[1].flatten()[4] = torch.nan
+    new[2].flatten()[9] = torch.nan
+    with use_backend(backend):
+        sums = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        sums.update(*old, channel_axis=axis)
+        sums.update(*other, channel_axis=axis)
+        sums.replace(old, new, channel_axis=axis)
+        expected = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        expected.update(*new, channel_axis=axis)
+        expected.update(*other, channel_axis=axis)
+        assert sums.num_samples == expected.num_samples
+        torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
+        sums.replace([new[0], *new[1:]], [new[0], *old[1:]], channel_axis=axis)  # the first model's samples stay
+        expected = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        expected.update(new[0], *old[1:], channel_axis=axis)
+        expected.update(*other, channel_axis=axis)
+        torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
+
+
+def test_bad_replacements_change_nothing() -> None:
+    sums = CorrelationAccumulator(2, 4)
+    sums.update(*features_of(2, 9, 4))
+    before = sums.finalize()
+    with pytest.raises(ValueError, match=r"new must have the shape of old, \[3, 4\], got \[2, 4\]"):
+        sums.replace(features_of(2, 3, 4), features_of(2, 2, 4))
+    with pytest.raises(ValueError, match="old must hold at most the 9 samples so far, got 10"):
+        sums.replace(features_of(2, 10, 4), features_of(2, 10, 4))
+    with pytest.raises(ValueError, match="features must be one tensor for each of 2 models, got 3"):
+        sums.replace(features_of(3, 2, 4), features_of(2, 2, 4))
+    assert torch.equal(sums.finalize(), before)
+
+
+@pytest.mark.parametrize("units", [511, 512, 700])
+def test_products_with_itself_by_blocks(units: int) -> None:
+    torch.manual_seed(12)
+    features = features_of(2, 30, units)
+    expected = correlate_directly(units_first(features)).float()
+    torch.testing.assert_close(accumulated(features), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+def test_products_in_bfloat16(blocks: Any) -> None:
+    torch.manual_seed(13)
+    features = [5 + one for one in features_of(2, 4000, 256)]
+    exact, rounded = (accumulated(features, blocks, precision=name) for name in ("float32", "bfloat16"))
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=5e-3)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
+
+
+def test_bfloat16_on_a_torch_that_has_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correlation, "_product_settings", lambda: None)
+    with pytest.raises(ValueError, match="precision 'bfloat16' needs a newer torch"):
+        CorrelationAccumulator(2, 4, precision="bfloat16")
 
 
 def test_state_survives_saving(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mudsc_fast.ops._dispatch import use_backend
-from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Kernel and reference round sums in another order: a few units in the last place of the accumulator, and at
@@ -226,6 +226,103 @@ def test_a_permutation_and_its_inverse_cancel(data: st.DataObject) -> None:
     moved = permute_merge([tensor], {axis: UnitMap.permutation(there[None])})
     back = permute_merge([moved], {axis: UnitMap.permutation(there.argsort()[None])})
     assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_group_is_one_merge_after_the_other(backend: str) -> None:
+    torch.manual_seed(9)
+    groups = [random_tensors(2, shape, torch.float32) for shape in [(5,), (6, 7), (0,), (3, 4, 2, 2)]]
+    maps = [
+        {0: random_map("clusters", 2, 5)},
+        {1: random_map("permutation", 2, 7)},
+        {},
+        {0: random_map("selection", 2, 3)},
+    ]
+    with use_backend(backend):
+        results = permute_merge_group(groups, maps, weights=[0.25, 0.5])
+        for result, tensors, by_axis in zip(results, groups, maps, strict=True):
+            assert torch.equal(result, permute_merge(tensors, by_axis, weights=[0.25, 0.5]))
+    assert permute_merge_group([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "maps", "message"),
+    [
+        ([[torch.ones(2)]], [], "maps must have one entry per group, 1, got 0"),
+        (
+            [[torch.ones(2)], [torch.ones(2)] * 2],
+            [{}, {}],
+            r"groups\[1\] must have as many tensors as groups\[0\], 1, got 2",
+        ),
+        ([[torch.ones(2)], [torch.ones(2).half()]], [{}, {}], r"groups\[1\] must have the dtype of groups\[0\]"),
+    ],
+)
+def test_bad_groups(groups: Any, maps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        permute_merge_group(groups, maps)
+
+
+@pytest.mark.parametrize("kind", ["permutation", "selection", "clusters"])
+def test_members_are_the_map_seen_from_its_results(kind: str) -> None:
+    unit_map = random_map(kind, 3, 11)
+    members, starts = unit_map.members
+    assert members.dtype == starts.dtype == torch.int32
+    for model in range(3):
+        for unit in range(unit_map.units_out):
+            found = members[starts[model, unit] : starts[model, unit + 1]].tolist()
+            index = unit_map.index[model]
+            assert found == (
+                [int(index[unit])] if unit_map.is_permutation else (index == unit).nonzero().flatten().tolist()
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("isa")
+def test_in_place_equals_a_copy(dtype: torch.dtype, threads: int) -> None:
+    torch.manual_seed(8)
+    torch.set_num_threads(threads)
+    for shape in [(1,), (61,), (40, 70), (20, 30, 3, 3), (6, 5, 5, 5), (5, 7, 50), (0, 3), (1500, 700)]:
+        for count in range(4):
+            for axes in itertools.combinations(range(len(shape)), count):
+                tensor = torch.randn(shape).to(dtype)
+                maps = {axis: random_permutation(1, shape[axis]) for axis in axes}
+                expected = permute_merge([tensor], maps, weights=[1.0])
+                by_torch = tensor.clone()
+                with use_backend("reference"):
+                    permute_(by_torch, maps)
+                assert permute_(tensor, maps) is tensor
+                assert torch.equal(tensor, expected)
+                assert torch.equal(by_torch, expected)
+
+
+@given(data=st.data())
+def test_in_place_on_any_cycles_and_strides(data: st.DataObject) -> None:
+    """Runs of threads that begin within a cycle, cycles of one unit, and tensors that are not contiguous."""
+    rows = data.draw(st.permutations(range(data.draw(st.integers(1, 9)))))
+    torch.set_num_threads(data.draw(st.integers(1, 4)))
+    tensor = torch.randn(len(rows), data.draw(st.sampled_from([3, 300_000])))
+    index = UnitMap.permutation(torch.tensor([rows]))
+    view = tensor.T if data.draw(st.booleans()) else tensor
+    axis = 1 if view is not tensor else 0
+    expected = view.index_select(axis, torch.tensor(rows))
+    assert torch.equal(permute_(view, {axis: index}), expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "maps", "message"),
+    [
+        (torch.ones(3), {0: UnitMap.permutation(torch.tensor([[0, 2, 2]]))}, r"maps\[0\] .* got unit 1 0 times"),
+        (torch.ones(3), {0: UnitMap.permutation(torch.tensor([[0, 2]]), units_in=3)}, "changes the units"),
+        (torch.ones(3), {0: UnitMap.clusters(torch.tensor([[0, 2, 1]]), 3)}, "must be a permutation"),
+        (torch.ones(2), {0: UnitMap.permutation(torch.tensor([[0, 1]] * 2))}, "of as many models"),
+        (torch.ones(1).expand(3), {}, "got an expanded tensor"),
+        (torch.nn.Parameter(torch.ones(3)), {}, "requires a gradient"),
+    ],
+)
+def test_bad_arguments_in_place(tensor: Tensor, maps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        permute_(tensor, maps)
 
 
 @given(data=st.data())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from mudsc_fast.kernels.cpu import zip as cpu
 from mudsc_fast.kernels.reference import zip as reference
 from mudsc_fast.ops._dispatch import use_backend
 from mudsc_fast.ops.zip import ZipResult, zip_units
+from similarities import FAMILIES, random_entries, symmetric
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHRINKS = (0.5, 0.3, 0.125, 0.9, 1.0, 1.7, 2.0, 0.0, -1.0)
@@ -25,49 +25,6 @@ BACKENDS = ("cpu", "reference")
 
 # The isa fixture sets an environment variable for the whole test: every example may share it.
 examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def correlation(units: int, samples: int, seed: int) -> Tensor:
-    """Return correlations of random features, some of them alike: [units, units]."""
-    generator = torch.Generator().manual_seed(seed)
-    latent = torch.randn(samples, max(1, units // 4), generator=generator)
-    mixing = torch.randn(latent.shape[1], units, generator=generator)
-    return torch.corrcoef((latent @ mixing + torch.randn(samples, units, generator=generator)).T).reshape(units, units)
-
-
-def random_entries(units: int, seed: int) -> Tensor:
-    return torch.randn(units, units, generator=torch.Generator().manual_seed(seed))
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    return torch.triu(matrix) + torch.triu(matrix, 1).T
-
-
-def dead_units(units: int, seed: int) -> Tensor:
-    alive = torch.rand(units, generator=torch.Generator().manual_seed(seed)) < 0.6
-    return symmetric(random_entries(units, seed)) * alive[:, None] * alive
-
-
-def powers_of_two(matrix: Tensor) -> Tensor:
-    return (2 * matrix).round().exp2()
-
-
-#: Families of similarity matrices by name, from the number of units and a seed.
-FAMILIES: dict[str, Callable[[int, int], Tensor]] = {
-    "correlation": lambda units, seed: correlation(units, units + 20, seed),
-    "symmetric": lambda units, seed: symmetric(random_entries(units, seed)),
-    "asymmetric": random_entries,
-    "few values": lambda units, seed: symmetric(random_entries(units, seed)).round(),
-    "few values, asymmetric": lambda units, seed: random_entries(units, seed).round(),
-    "all equal": lambda units, seed: torch.full((units, units), [0.75, 0.0, -0.75][seed % 3]),
-    "dead units": dead_units,
-    "negative": lambda units, seed: -symmetric(random_entries(units, seed)).abs() - 0.01,
-    "negative, asymmetric": lambda units, seed: -random_entries(units, seed).abs() - 0.01,
-    # Shrunken powers of two tie with others again, and negative ones rise above the rest of their row.
-    "powers of two": lambda units, seed: powers_of_two(symmetric(random_entries(units, seed))),
-    "negative powers of two": lambda units, seed: -powers_of_two(symmetric(random_entries(units, seed))),
-    "negative powers of two, asymmetric": lambda units, seed: -powers_of_two(random_entries(units, seed)),
-}
 
 
 @st.composite

@@ -37,7 +37,8 @@ struct AccumulateProblem {
   std::int32_t threads;
 };
 
-// out[r, c] = comoment[r, c] / count / max(row_deviation[r] * column_deviation[c], eps)
+// out[r, c] = comoment[r, c] / count / max(row_deviation[r] * column_deviation[c], eps), and if there is another
+// similarity, blended with it: balance * out[r, c] + (1 - balance) * other[r, c]
 struct CorrelateProblem {
   const double* comoment;  // [units, units]
   const double* row_deviation;
@@ -49,6 +50,9 @@ struct CorrelateProblem {
   void* out;
   void* mirror;             // null, or where the transpose goes; `out` itself: the upper triangle is mirrored
   std::int64_t row_stride;  // of `out` and `mirror`, in elements
+  const void* other;        // null, or of the dtype of `out`; where there is a mirror, its mirror image is the same
+  std::int64_t other_stride;
+  double balance;  // in [0, 1]
   std::int32_t threads;
 };
 

@@ -32,9 +32,14 @@ struct PermuteProblem {
   AxisMap rows;
   AxisMap columns;  // fewer than 2^31 - 1 units
   void* out;
+  bool out_is_new;  // allocated for this call and never touched, so that its pages may be chosen
   std::int32_t threads;
 };
 
 MUDSC_DECLARE_KERNEL(void permute_merge(const PermuteProblem& problem));
+
+// Re-indexes `out` itself; rows and columns are permutations (gathers that are bijections) or stay as they are. The
+// tensors and weights of the problem are not read.
+MUDSC_DECLARE_KERNEL(void permute_in_place(const PermuteProblem& problem));
 
 }  // namespace mudsc

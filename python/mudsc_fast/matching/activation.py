@@ -8,6 +8,8 @@ features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, sectio
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mudsc_fast._files import written_aside
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
 from mudsc_fast.spec.axes import Observation, PermutationSpec
 
+_FORMAT = "mudsc_fast statistics 1"
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
 _SECOND_AXIS_MODULES = (
     nn.modules.conv._ConvNd,
@@ -31,57 +35,158 @@ _SECOND_AXIS_MODULES = (
 )
 
 
-@dataclass(frozen=True)
-class ActivationSimilarity:
-    """Similarity blocks of every node of a specification.
+class MatchingStatistics:
+    """What the activations of several models say of their units: running sums for every node of a specification.
 
-    Computed once, they serve any number of merges of the same models: pass them to :func:`mudsc_fast.merge` as its
-    ``data``.
+    Made by :func:`collect_statistics`; passed to :func:`mudsc_fast.merge` as its ``data`` they serve any number of
+    merges of the same models, in all modes and at any balance.
 
-    Attributes
+    Parameters
     ----------
     spec
-        The specification that named the nodes.
+        The specification that names the nodes.
+    units
+        Number of units of each node.
     num_models
         Number of models compared.
     blocks
-        ``"full"`` ([models * units, models * units] per node; serves both modes) or ``"cross"`` ([models - 1, units,
-        units] per node; serves align).
-    by_node
-        The similarity of each node.
+        ``"full"`` (all models with all; serves both modes) or ``"cross"`` (model 0 with every other; serves align).
+    device
+        Where the sums are kept.
+    precision
+        Of the products, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     """
 
-    spec: PermutationSpec
-    num_models: int
-    blocks: Blocks
-    by_node: Mapping[str, Tensor]
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        units: Mapping[str, int],
+        num_models: int,
+        *,
+        blocks: Blocks = "full",
+        device: torch.device | str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        self.spec = spec
+        self.units = {node: units[node] for node in spec.nodes}
+        self.num_models = num_models
+        self.blocks: Blocks = blocks
+        self._sums = {
+            node: CorrelationAccumulator(num_models, count, blocks=blocks, device=device, precision=precision)
+            for node, count in self.units.items()
+        }
+        self._similarities: dict[str, Tensor] = {}
 
-    def of(self, node: str, blocks: Blocks) -> Tensor:
-        """Return a node's similarity as the given blocks.
+    def update(self, node: str, *features: Tensor, channel_axis: int = 1) -> None:
+        """Add what was seen of a node: as :meth:`mudsc_fast.ops.CorrelationAccumulator.update`."""
+        self._similarities.pop(node, None)
+        self._sums[node].update(*features, channel_axis=channel_axis)
+
+    def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
+        """Return a node's similarity; computed once, and kept until there are more samples. Not to be modified.
+
+        Parameters
+        ----------
+        node
+            The node's name.
+        blocks
+            ``"full"`` for [models * units, models * units], ``"cross"`` for [models - 1, units, units]; by default
+            those that were collected.
 
         Raises
         ------
         ValueError
-            If all blocks are asked for and only those with model 0 were computed.
+            If all blocks are asked for and only those with model 0 were collected.
         """
-        similarity = self.by_node[node]
-        if blocks == self.blocks:
-            return similarity
-        if self.blocks == "cross":
-            raise ValueError("zip needs the similarities of all models: compute them with blocks='full', got 'cross'")
-        return with_first(similarity, self.num_models)
+        if blocks == "full" and self.blocks == "cross":
+            raise ValueError("zip needs the similarities of all models: collect them with blocks='full', got 'cross'")
+        if node not in self._similarities:
+            self._similarities[node] = self._sums[node].finalize()
+        similarity = self._similarities[node]
+        return with_first(similarity, self.num_models) if blocks == "cross" and self.blocks == "full" else similarity
+
+    def merge(self, other: MatchingStatistics) -> None:
+        """Add the samples of others, of the same models on other data.
+
+        Raises
+        ------
+        TypeError
+            If `other` is of another type.
+        ValueError
+            If its specification, units, number of models or blocks differ.
+        """
+        if not isinstance(other, MatchingStatistics):
+            raise TypeError(f"other must be MatchingStatistics, got {type(other).__name__}")
+        if self._configuration() != other._configuration():
+            raise ValueError(f"other must be of {self._described()}, got {other._described()}")
+        self._similarities.clear()
+        for node, sums in self._sums.items():
+            sums.merge(other._sums[node])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics to a file, which is complete or, if this fails, as it was before.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        state = {
+            "format": _FORMAT,
+            "spec": self.spec.to_json(),
+            "units": self.units,
+            "num_models": self.num_models,
+            "blocks": self.blocks,
+            "sums": {node: sums.state_dict() for node, sums in self._sums.items()},
+        }
+        with written_aside(path) as aside:
+            torch.save(state, aside)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> MatchingStatistics:
+        """Return the statistics in a file of :meth:`save`. Nothing in the file is executed.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it holds no such statistics.
+        """
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {error}") from None
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save in the format {_FORMAT!r}")
+        spec = PermutationSpec.from_json(state["spec"])
+        loaded = cls(spec, state["units"], state["num_models"], blocks=state["blocks"], device=device)
+        for node, sums in loaded._sums.items():
+            sums.load_state_dict(state["sums"][node])
+        return loaded
+
+    def __repr__(self) -> str:
+        return f"MatchingStatistics of {self._described()}"
+
+    def _configuration(self) -> tuple[object, ...]:
+        return self.spec, self.units, self.num_models, self.blocks
+
+    def _described(self) -> str:
+        return f"{self.num_models} models with {self.spec!r}, {self.blocks} blocks"
 
 
-def activation_similarity(
+def collect_statistics(
     models: Sequence[nn.Module],
     spec: PermutationSpec,
     data: Iterable[Any],
     *,
     blocks: Blocks = "full",
     forward: Forward | None = None,
+    autocast: torch.dtype | None = None,
+    precision: Precision = "float32",
     progress: bool = False,
-) -> ActivationSimilarity:
-    """Run all models over the data and correlate their units, node by node.
+) -> MatchingStatistics:
+    """Run all models over the data and gather what the correlation of their units needs, node by node.
 
     Nothing of the data's size is kept: features of one batch are folded into running sums. The models run in
     evaluation mode without gradients and are left as they were.
@@ -100,6 +205,11 @@ def activation_similarity(
         ``"full"`` for zip and align, ``"cross"`` for align alone at less work.
     forward
         Runs a model on a batch where that is not what the model needs.
+    autocast
+        Run the models under ``torch.autocast`` in this dtype, e.g. ``torch.bfloat16``. Where features are then of that
+        dtype, they are still centred and summed in float32 and float64.
+    precision
+        Of the products of features, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     progress
         Whether to show a progress bar.
 
@@ -107,16 +217,21 @@ def activation_similarity(
     ------
     ValueError
         If the data yields nothing, a node has no place to observe, or what is seen there does not fit.
+    TypeError
+        If `autocast` is no dtype of 16 bits.
     """
+    if autocast not in (None, torch.float16, torch.bfloat16):
+        raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
     device = next(iter(models[0].state_dict().values())).device
     units = spec.units(models[0].state_dict())
-    accumulators = {
-        node: CorrelationAccumulator(len(models), units[node], blocks=blocks, device=device) for node in spec.nodes
-    }
+    statistics = MatchingStatistics(spec, units, len(models), blocks=blocks, device=device, precision=precision)
     observers = [_Observer(model, spec, units) for model in models]
     num_batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
+        if autocast is not None:
+            for kind in sorted({next(iter(model.state_dict().values())).device.type for model in models}):
+                stack.enter_context(torch.autocast(kind, dtype=autocast))
         for model, observer in zip(models, observers, strict=True):
             stack.enter_context(modes_restored(model))
             model.eval()
@@ -124,25 +239,21 @@ def activation_similarity(
         for batch in tqdm(data, desc="activations", disable=not progress):
             num_batches += 1
             seen = [observer.run(batch, forward) for observer in observers]
-            for node, accumulator in accumulators.items():
-                _accumulate(node, accumulator, [features[node] for features in seen])
+            for node in spec.nodes:
+                _accumulate(statistics, node, [features[node] for features in seen])
     if num_batches == 0:
         raise ValueError("data must yield at least one batch, got none")
-    return ActivationSimilarity(
-        spec,
-        len(models),
-        blocks,
-        {node: accumulator.finalize() for node, accumulator in accumulators.items()},
-    )
+    return statistics
 
 
-def _accumulate(node: str, accumulator: CorrelationAccumulator, seen: Sequence[Sequence[_Feature]]) -> None:
+def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequence[_Feature]]) -> None:
     calls = {len(features) for features in seen}
     if len(calls) != 1:
         raise ValueError(f"node {node!r} was observed {[len(f) for f in seen]} times in the models of one batch")
     device = seen[0][0].values.device
     for features in zip(*seen, strict=True):
-        accumulator.update(*(f.values.to(device) for f in features), channel_axis=features[0].axis)
+        values = [feature.values.to(device) for feature in features]
+        statistics.update(node, *values, channel_axis=features[0].axis)
 
 
 @dataclass(frozen=True)
@@ -177,7 +288,9 @@ class _Observer:
                         )
                     elif observation.port == "projection":
                         handle = module.register_forward_pre_hook(
-                            lambda module, args, kwargs, hook=hook: hook([_projection(module, args, kwargs)]),
+                            lambda module, args, kwargs, hook=hook, start=observation.start: hook(
+                                [_projection(module, args, kwargs, start)]
+                            ),
                             with_kwargs=True,
                         )
                     else:
@@ -242,10 +355,11 @@ def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) ->
     return observations
 
 
-def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the queries, keys and values that self-attention computes of its input."""
-    query = args[0] if args else kwargs["query"]
-    return nn.functional.linear(query, attention.in_proj_weight, attention.in_proj_bias)
+def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any], start: int) -> Tensor:
+    """Return the queries, keys and values that attention computes of the input which it takes those at `start` from."""
+    place = start // attention.embed_dim
+    read = args[place] if place < len(args) else kwargs[("query", "key", "value")[place]]
+    return nn.functional.linear(read, attention.in_proj_weight, attention.in_proj_bias)
 
 
 def _units_position(module: nn.Module, observation: Observation, node: str) -> int:

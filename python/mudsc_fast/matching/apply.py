@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mudsc_fast.matching.node import NodeMatching
-from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_merge, permute_merge_group
 from mudsc_fast.spec.axes import Axis, PermutationSpec, Segment
 
 #: How the units of an axis are re-indexed; None leaves them as they are.
@@ -21,24 +22,91 @@ def merge_state_dicts(
     spec: PermutationSpec,
     matching: Mapping[str, NodeMatching],
     model_weights: Sequence[float],
+    names: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the weighted mean of all models after re-indexing every axis by its node's matching.
 
     Tensors that `spec` does not name are averaged as they are; tensors of integers (counters, index tables) are
-    those of the first model.
+    those of the first model. `names` are the tensors to merge, all by default.
     """
 
     def map_of(axis: Axis) -> UnitMap | None:
         return matching[axis.node].unit_map(axis.role, model_weights) if axis.node in matching else None
 
     merged: dict[str, Tensor] = {}
-    for name, first in state_dicts[0].items():
-        if first.is_floating_point():
-            tensors = [state_dict[name].detach() for state_dict in state_dicts]
-            merged[name] = reindex(tensors, spec.layouts.get(name, ()), map_of, model_weights)
-        else:
+    vectors: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    chosen = list(state_dicts[0] if names is None else names)
+    for name in chosen:
+        first = state_dicts[0][name]
+        layout = spec.layouts.get(name, ())
+        if not first.is_floating_point():
             merged[name] = first.detach().clone()
-    return merged
+        elif first.ndim == 1 and all(len(segments) == 1 for segments in layout):
+            vectors.setdefault((first.dtype, first.device), []).append(name)
+        else:
+            tensors = [state_dict[name].detach() for state_dict in state_dicts]
+            merged[name] = reindex(tensors, layout, map_of, model_weights)
+    # Biases and norms, many and small: all together.
+    for alike in vectors.values():
+        splits = [_split(state_dicts[0][name].shape, spec.layouts.get(name, ()), map_of) for name in alike]
+        groups = [
+            [state_dict[name].detach().reshape(split.shape) for state_dict in state_dicts]
+            for name, split in zip(alike, splits, strict=True)
+        ]
+        results = permute_merge_group(groups, [split.maps for split in splits], weights=model_weights)
+        merged.update({name: result.flatten() for name, result in zip(alike, results, strict=True)})
+    return {name: merged[name] for name in chosen}
+
+
+def task_tensors(
+    state_dict: Mapping[str, Tensor],
+    model: int,
+    spec: PermutationSpec,
+    matching: Mapping[str, NodeMatching],
+    shared: Iterable[str],
+    names: Iterable[str],
+) -> dict[str, Tensor]:
+    """Return tensors of one model, fitted to the merged tensors that they stand behind or beside.
+
+    Their axes follow the matching of the nodes that the tensors `shared` have; those of other nodes keep their order,
+    except that groups which are tied to groups of a merged node are ordered as these.
+
+    Parameters
+    ----------
+    state_dict, model
+        One model's tensors and its number.
+    spec, matching
+        The axes map and how the units of all models correspond.
+    shared
+        The tensors that were merged.
+    names
+        The tensors to return.
+    """
+    merged = {
+        segment.axis.node
+        for name in shared
+        for segments in spec.layouts.get(name, ())
+        for segment in segments
+        if segment.axis is not None
+    }
+    partner = {node: other for bundle in spec.bundles for node in bundle for other in bundle if other in merged}
+    units = spec.units(state_dict)
+
+    def map_of(axis: Axis) -> UnitMap | None:
+        if axis.node in merged:
+            return matching[axis.node].task_map(axis.role, model)
+        if axis.node not in partner:
+            return None
+        order = matching[partner[axis.node]].group_order(spec.groups(axis.node).count, model)
+        within = torch.arange(units[axis.node], device=order.device).view(len(order), -1)
+        return UnitMap.permutation(within[order].reshape(1, -1))
+
+    return {
+        name: reindex([state_dict[name].detach()], spec.layouts[name], map_of, [1.0])
+        if name in spec.layouts
+        else state_dict[name].detach().clone()
+        for name in names
+    }
 
 
 def permute_state_dict(
@@ -106,24 +174,37 @@ def reindex(
                 whole = [*layout[:position], (Segment(segment.axis),), *layout[position + 1 :]]
                 parts.append(reindex(windows, whole, map_of, weights))
             return torch.cat(parts, position)
-    shape = tensors[0].shape
-    factors: list[list[int]] = []
-    maps: dict[int, UnitMap] = {}
+    split = _split(tensors[0].shape, layout, map_of)
+    result = permute_merge([tensor.reshape(split.shape) for tensor in tensors], split.maps, weights=weights)
+    joined, begin = [], 0
+    for factors in split.factors:
+        joined.append(math.prod(result.shape[begin : begin + factors]))
+        begin += factors
+    return result.reshape(joined)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A tensor's shape with each re-indexed axis as (outer, units, inner): its maps, and in how many each axis is."""
+
+    shape: list[int]
+    maps: dict[int, UnitMap]
+    factors: list[int]
+
+
+def _split(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of: MapOfAxis) -> _Split:
+    split = _Split([], {}, [])
     for position, length in enumerate(shape):
         axis = layout[position][0].axis if position < len(layout) else None
         unit_map = None if axis is None else map_of(axis)
         if axis is None or unit_map is None:
-            factors.append([length])
+            lengths = [length]
         else:
-            maps[sum(map(len, factors)) + 1] = unit_map
-            factors.append([axis.outer, length // (axis.outer * axis.inner), axis.inner])
-    split = [length for lengths in factors for length in lengths]
-    result = permute_merge([tensor.reshape(split) for tensor in tensors], maps, weights=weights)
-    joined, begin = [], 0
-    for lengths in factors:
-        joined.append(math.prod(result.shape[begin : begin + len(lengths)]))
-        begin += len(lengths)
-    return result.reshape(joined)
+            split.maps[len(split.shape) + 1] = unit_map
+            lengths = [axis.outer, length // (axis.outer * axis.inner), axis.inner]
+        split.shape.extend(lengths)
+        split.factors.append(len(lengths))
+    return split
 
 
 def _check_groups(spec: PermutationSpec, units: Mapping[str, int], permutations: Mapping[str, Tensor]) -> None:

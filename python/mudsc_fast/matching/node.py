@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mudsc_fast.ops.assignment import linear_assignment
+from mudsc_fast.ops.assignment import Assignment, linear_assignment
 from mudsc_fast.ops.correlation import Blocks
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.ops.zip import merges_inside, zip_within_budget
@@ -74,12 +74,35 @@ class NodeMatching:
             scale = total.reciprocal()
         return UnitMap.clusters(self.cluster_of_unit[chosen], self.num_clusters, scale)
 
+    def task_map(self, role: Role, model: int) -> UnitMap:
+        """Return how one model's own tensor is re-indexed to stand behind or beside merged tensors.
+
+        Where it consumes the units, each of the model's units reads the cluster that it became part of. Where it
+        produces them, a cluster gets the mean of the model's own members, and 0 where it has none, which no tensor of
+        this model reads.
+        """
+        permutations = self.permutations
+        if permutations is not None:
+            return UnitMap.permutation(permutations[model : model + 1])
+        own = self.cluster_of_unit[model : model + 1]
+        scale = None
+        if role == "produce":
+            scale = torch.bincount(own[0], minlength=self.num_clusters).clamp(min=1).double().reciprocal()
+        return UnitMap.clusters(own, self.num_clusters, scale)
+
+    def group_order(self, groups: int, model: int) -> Tensor:
+        """Return [groups] int64: which group of a model becomes each group of the result."""
+        units = self.cluster_of_unit.shape[1]
+        return torch.argsort(self.cluster_of_unit[model, :: units // groups] // (self.num_clusters // groups))
+
 
 #: Matches the units of all nodes of a bundle, by the nodes' similarity blocks and the number of groups.
 Matcher = Callable[[Mapping[str, Tensor], int], dict[str, NodeMatching]]
 
 
-def align_units(blocks: Mapping[str, Tensor], groups: int = 1) -> dict[str, NodeMatching]:
+def align_units(
+    blocks: Mapping[str, Tensor], groups: int = 1, *, earlier: dict[str, Assignment] | None = None
+) -> dict[str, NodeMatching]:
     """Give every model but the first the permutation that maximises its summed similarity with the first.
 
     Where the units of a node come in groups, a permutation of groups is found first: by the mean similarity of their
@@ -91,8 +114,10 @@ def align_units(blocks: Mapping[str, Tensor], groups: int = 1) -> dict[str, Node
         For each node [models - 1, units, units]: similarity of model 0's units (rows) with another model's (columns).
     groups
         Number of groups, of consecutive units, that each node's units form.
+    earlier
+        The solutions for similarities alike, by node: where the search begins. Replaced by those found.
     """
-    pairs, inner = _pair_groups(blocks, groups)
+    pairs, inner = _pair_groups(blocks, groups, earlier)
     matching = {}
     for node, similarity in blocks.items():
         models, units = similarity.shape[:2]
@@ -171,7 +196,9 @@ def with_first(similarity: Tensor, num_models: int) -> Tensor:
     return torch.stack([similarity[:units, i * units : (i + 1) * units] for i in range(1, num_models)])
 
 
-def _pair_groups(blocks: Mapping[str, Tensor], groups: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _pair_groups(
+    blocks: Mapping[str, Tensor], groups: int, earlier: dict[str, Assignment] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return [models - 1, groups], the group paired with each of model 0's, and each node's columns within pairs.
 
     The columns are [models - 1, groups, groups, units of a group]: for every pair of groups, paired or not, the best
@@ -183,7 +210,11 @@ def _pair_groups(blocks: Mapping[str, Tensor], groups: int) -> tuple[Tensor, dic
         models, units = similarity.shape[:2]
         size = units // groups
         split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
-        inner[node] = linear_assignment(split).columns
+        solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
+        if earlier is not None:
+            # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
+            earlier[node] = Assignment(*(getattr(solution, entry.name).clone() for entry in fields(Assignment)))
+        inner[node] = solution.columns
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
         scores = matched if scores is None else scores + matched
     assert scores is not None  # a bundle has at least one node

@@ -7,20 +7,31 @@ Model Merging", CVPR 2024, section 3). The similarity of two units is the Pearso
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import NodeMatching
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.axes import Axis, PermutationSpec, Role, Segment, TensorAxis
+from mudsc_fast.spec.axes import Axis, PermutationSpec, Role, Segment
+
+#: Vectors shorter than this (of biases and norms) are joined before they are multiplied.
+_SHORT = 512
+#: Sums that are kept from visit to visit take at most so many times the memory of the largest node's.
+_MOST_KEPT = 4
 
 
 class WeightSimilarity:
     """Computes the weight similarity of a node under the current matching of its neighbours.
+
+    The sums of a node are kept where memory allows. At the next visit only what has changed is exchanged in them: the
+    slices of the neighbours' units whose matching is another than before.
 
     Parameters
     ----------
@@ -32,6 +43,10 @@ class WeightSimilarity:
         Which similarity blocks to compute, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     model_weights
         The weights with which the models will be averaged.
+    precision
+        Of the products, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
+    keep
+        Whether to keep sums at all.
     """
 
     def __init__(
@@ -40,49 +55,293 @@ class WeightSimilarity:
         spec: PermutationSpec,
         blocks: Blocks,
         model_weights: Sequence[float],
+        *,
+        precision: Precision = "float32",
+        keep: bool = True,
     ) -> None:
         self._state_dicts = state_dicts
         self._spec = spec
         self._blocks = blocks
+        self._precision: Precision = precision
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
+        self._parts = {node: list(_parts(spec, self._units, state_dicts[0], node)) for node in spec.nodes}
+        self._kept: dict[str, _Kept] = {}
+        # Co-moments in units of one pair of models: their sum over nodes bounds what is kept.
+        self._room = _MOST_KEPT * max(count**2 for count in self._units.values()) if keep else 0
 
-    def __call__(self, node: str, matching: Mapping[str, NodeMatching]) -> Tensor:
-        """Return the similarity blocks of a node; nodes without a matching are taken in their own order."""
-        uses = [use for use in self._spec.uses(node) if use.axis.compared]
-        device = self._state_dicts[0][uses[0].tensor].device
-        accumulator = CorrelationAccumulator(
-            len(self._state_dicts), self._units[node], blocks=self._blocks, device=device
+    def __call__(
+        self,
+        node: str,
+        matching: Mapping[str, NodeMatching],
+        activation: Tensor | None = None,
+        balance: float = 1.0,
+    ) -> Tensor:
+        """Return the similarity blocks of a node; nodes without a matching are taken in their own order.
+
+        With activation similarities, they are the dual-space ones: ``balance * weight + (1 - balance) * activation``.
+        """
+        around = {other: matching.get(other) for other in self._spec.neighbours(node)}
+        kept = self._kept.get(node)
+        if kept is None or not self._follow(node, kept, around):
+            kept = _Kept(self._computed(node, around), around)
+            if node in self._kept or self._units[node] ** 2 <= self._room:
+                self._room -= 0 if node in self._kept else self._units[node] ** 2
+                self._kept[node] = kept
+        return kept.sums.finalize(other=activation, balance=balance)
+
+    def _computed(self, node: str, around: Mapping[str, NodeMatching | None]) -> CorrelationAccumulator:
+        device = self._state_dicts[0][self._parts[node][0].tensor].device
+        sums = CorrelationAccumulator(
+            len(self._state_dicts), self._units[node], blocks=self._blocks, device=device, precision=self._precision
         )
-        for use in uses:
-            features = [self._reindexed(model, use, matching) for model in range(len(self._state_dicts))]
-            split = (use.axis.outer, self._units[node], use.axis.inner)
-            accumulator.update(
-                *(feature.unflatten(use.position, split) for feature in features), channel_axis=use.position + 1
-            )
-        return accumulator.finalize()
+        short: list[list[Tensor]] = []
+        for part in self._parts[node]:
+            features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
+            if part.samples >= _SHORT:
+                sums.update(*features, channel_axis=part.position + 1)
+            else:
+                short.append([feature.movedim(part.position + 1, 0).flatten(1) for feature in features])
+        if short:
+            sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
+        return sums
 
-    def _reindexed(self, model: int, use: TensorAxis, matching: Mapping[str, NodeMatching]) -> Tensor:
+    def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
+        """Bring a node's sums up to date with its neighbours; return False if starting anew is as cheap."""
+        changes = {}
+        for other, now in around.items():
+            change = _change(other, kept.around[other], now, len(self._state_dicts), self._units[other])
+            if change is not None:
+                changes[other] = change
+        work, exchanged = 0.0, []
+        for part in self._parts[node]:
+            changed = [other for other in part.others if other in changes]
+            if len(changed) > 1:
+                return False
+            if changed:
+                change = changes[changed[0]]
+                exchanged.append((part, change))
+                work += part.samples * change.share * (1 if change.reordered else 2)
+        if work >= sum(part.samples for part in self._parts[node]):
+            return False
+        for part, change in exchanged:
+            old = [self._slices(model, part, kept.around, change.old) for model in range(len(self._state_dicts))]
+            new = [self._slices(model, part, around, change.new) for model in range(len(self._state_dicts))]
+            if change.reordered:
+                new[0] = old[0]  # alignments keep the first model's order
+            kept.sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
+        kept.around = around
+        return True
+
+    def _slices(
+        self,
+        model: int,
+        part: _Part,
+        around: Mapping[str, NodeMatching | None],
+        only: _Selection | None = None,
+    ) -> Tensor:
         """Return what one model's tensor holds of a node, all other axes in the order of the merged network.
 
         What the tensor consumes is averaged over a cluster's members and what it produces is summed: the published
-        vectors use the two matrices of a cluster in the opposite way to the merge itself.
+        vectors use the two matrices of a cluster in the opposite way to the merge itself. With `only`, of one
+        neighbour no more than the merged units selected.
         """
+        tensor = self._state_dicts[model][part.tensor].detach()
+        for position, start, width in part.windows:
+            tensor = tensor.narrow(position, start, width)
+        if only is not None and only.cluster_of_member is not None:
+            tensor = only.of(model, tensor, part.layout)
 
         def map_of(axis: Axis) -> UnitMap | None:
-            if axis.node not in matching:
-                return None
+            matched = around[axis.node]
             opposite: Role = "produce" if axis.role == "consume" else "consume"
-            return matching[axis.node].unit_map(opposite, self._model_weights, model)
+            if only is None or axis.node != only.node:
+                return None if matched is None else matched.unit_map(opposite, self._model_weights, model)
+            scale = None if matched is None else matched.unit_map(opposite, self._model_weights, model).scale
+            return only.map_of(model, self._units[axis.node], scale)
 
-        tensor = self._state_dicts[model][use.tensor].detach()
-        if use.segment.width is not None:
-            tensor = tensor.narrow(use.position, use.segment.start, use.segment.width)
-        layout = list(self._spec.layouts[use.tensor])
-        layout[use.position] = (Segment(None),)
-        return reindex([tensor], layout, map_of, [1.0])
+        if all(axis is None or map_of(axis) is None for axis in part.layout):
+            return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
+        layout = [(Segment(axis),) for axis in part.layout]
+        whole = reindex([tensor], layout, map_of, [1.0])
+        return whole.unflatten(part.position, part.split)  # type: ignore[no-any-return]
 
 
-def blend(balance: float, weight: Tensor, activation: Tensor) -> Tensor:
-    """Return the dual-space similarity: ``balance * weight + (1 - balance) * activation``."""
-    return torch.lerp(activation, weight, balance)
+@dataclass
+class _Kept:
+    """A node's sums and the neighbours' matchings they were made under."""
+
+    sums: CorrelationAccumulator
+    around: Mapping[str, NodeMatching | None]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a tensor holds of a node: a window in which every axis belongs to one node at most.
+
+    Attributes
+    ----------
+    tensor
+        Its name.
+    position, split
+        Of the node's axis: where it is, and [outer, units, inner].
+    windows
+        (position, start, width) of the axes of which only a part is meant.
+    layout
+        The node of every axis; None for the node's own and for those that keep their order.
+    samples
+        Numbers that the part adds to each unit's vector.
+    """
+
+    tensor: str
+    position: int
+    split: tuple[int, int, int]
+    windows: tuple[tuple[int, int, int], ...]
+    layout: tuple[Axis | None, ...]
+    samples: int
+
+    @property
+    def others(self) -> list[str]:
+        return [axis.node for axis in self.layout if axis is not None]
+
+
+def _parts(
+    spec: PermutationSpec, units: Mapping[str, int], state_dict: Mapping[str, Tensor], node: str
+) -> Iterator[_Part]:
+    for use in spec.uses(node):
+        if not use.axis.compared:
+            continue
+        shape = state_dict[use.tensor].shape
+        choices: list[Sequence[Segment]] = list(spec.layouts[use.tensor])
+        choices[use.position] = (use.segment,)
+        for segments in itertools.product(*choices):
+            windows = tuple((at, s.start, s.width) for at, s in enumerate(segments) if s.width is not None)
+            widths = {at: width for at, _, width in windows}
+            yield _Part(
+                tensor=use.tensor,
+                position=use.position,
+                split=(use.axis.outer, units[node], use.axis.inner),
+                windows=windows,
+                layout=tuple(None if at == use.position else s.axis for at, s in enumerate(segments)),
+                samples=math.prod(widths.get(at, length) for at, length in enumerate(shape)) // units[node],
+            )
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Some of a node's merged units, and the units of each model that they are made of.
+
+    Attributes
+    ----------
+    node
+        The node's name.
+    members
+        For each model the units.
+    merged
+        The merged units selected.
+    cluster_of_member
+        For each model the place in `merged` of every member's cluster; None where members are the merged units.
+    """
+
+    node: str
+    members: Sequence[Tensor]
+    merged: Tensor
+    cluster_of_member: Sequence[Tensor] | None
+
+    def of(self, model: int, tensor: Tensor, layout: Sequence[Axis | None]) -> Tensor:
+        """Return what a model's tensor holds of the members."""
+        for position, axis in enumerate(layout):
+            if axis is not None and axis.node == self.node:
+                split = tensor.unflatten(position, (axis.outer, -1, axis.inner))
+                chosen = split.index_select(position + 1, self.members[model])
+                tensor = chosen.flatten(position, position + 2)
+        return tensor
+
+    def map_of(self, model: int, units: int, scale: Tensor | None) -> UnitMap:
+        """Return how a model's units become the selected ones; of clusters, how the members of :meth:`of` do.
+
+        `scale` is that of all clusters.
+        """
+        if self.cluster_of_member is None:
+            return UnitMap.permutation(self.members[model][None], units_in=units)
+        chosen = None if scale is None else scale[self.merged]
+        return UnitMap.clusters(self.cluster_of_member[model][None], len(self.merged), chosen)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The merged units of a node that are others than before, as they were and as they are.
+
+    Attributes
+    ----------
+    share
+        Their share of all.
+    reordered
+        Whether each model's units are the same in another order, those of the first model in the same order.
+    """
+
+    old: _Selection
+    new: _Selection
+    share: float
+    reordered: bool
+
+
+def _change(
+    node: str, old: NodeMatching | None, new: NodeMatching | None, num_models: int, units: int
+) -> _Change | None:
+    """Return what has changed between two matchings of a node, None where nothing has."""
+    if old is new:
+        return None
+    modes = {matching.mode for matching in (old, new) if matching is not None}
+    if "zip" not in modes:
+        orders = [_order(matching, num_models, units) for matching in (old, new)]
+        changed = [(orders[0] != orders[1]).any(0).nonzero().squeeze(1)] * 2
+    elif old is not None and new is not None:
+        changed = _changed_clusters(old, new)
+    else:
+        changed = [torch.arange(units), torch.arange(units)]
+    if len(changed[0]) == 0:
+        return None
+    return _Change(
+        old=_selection(node, old, num_models, units, changed[0]),
+        new=_selection(node, new, num_models, units, changed[1]),
+        share=len(changed[0]) / units,
+        reordered="zip" not in modes,
+    )
+
+
+def _order(matching: NodeMatching | None, num_models: int, units: int) -> Tensor:
+    """Return [models, units]: the unit of each model that each merged unit is made of."""
+    permutations = None if matching is None else matching.permutations
+    return torch.arange(units).expand(num_models, units) if permutations is None else permutations
+
+
+def _changed_clusters(old: NodeMatching, new: NodeMatching) -> list[Tensor]:
+    """Return the clusters of either matching that the other does not have, whatever their numbers."""
+    first, size = zip(*(_first_and_size(matching) for matching in (old, new)), strict=True)
+    # A cluster whose members all share their first member and their number in the other matching is a cluster there.
+    moved = (first[0] != first[1]) | (size[0] != size[1])
+    changed = []
+    for matching in (old, new):
+        counts = torch.zeros(matching.num_clusters, dtype=torch.int64, device=moved.device)
+        counts.index_add_(0, matching.cluster_of_unit.flatten(), moved.to(torch.int64))
+        changed.append(counts.nonzero().squeeze(1))
+    return changed
+
+
+def _first_and_size(matching: NodeMatching) -> tuple[Tensor, Tensor]:
+    """Return for every unit of all models the first unit of its cluster, and how many units that has."""
+    clusters = matching.cluster_of_unit.flatten()
+    units = torch.arange(len(clusters), device=clusters.device)
+    first = units.new_full((matching.num_clusters,), len(clusters)).scatter_reduce_(0, clusters, units, "amin")
+    return first[clusters], torch.bincount(clusters, minlength=matching.num_clusters)[clusters]
+
+
+def _selection(node: str, matching: NodeMatching | None, num_models: int, units: int, merged: Tensor) -> _Selection:
+    if matching is None or matching.mode == "align":
+        return _Selection(node, list(_order(matching, num_models, units)[:, merged]), merged, None)
+    place = torch.full((matching.num_clusters,), -1, dtype=torch.int64, device=merged.device)
+    place[merged] = torch.arange(len(merged), device=merged.device)
+    places = [place[clusters] for clusters in matching.cluster_of_unit]
+    members = [(chosen >= 0).nonzero().squeeze(1) for chosen in places]
+    return _Selection(node, members, merged, [chosen[units] for chosen, units in zip(places, members, strict=True)])

@@ -1,9 +1,14 @@
-"""The ops: public functions that check their input and call the kernel that `_dispatch` chooses."""
+"""The ops: public functions that check their input and call the kernel that `_dispatch` chooses.
+
+Where an op reads a tensor it takes a NumPy array as well, and anything with ``__dlpack__`` or ``__array__`` (arrays of
+JAX and CuPy). Results are tensors on the device of the input, whose memory every library reads by ``__dlpack__``; only
+:func:`linear_sum_assignment` answers arrays with NumPy arrays, as the function of scipy that it stands for.
+"""
 
 from mudsc_fast.ops._dispatch import backends, use_backend
 from mudsc_fast.ops.assignment import Assignment, linear_assignment, linear_sum_assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator
-from mudsc_fast.ops.permute import UnitMap, permute_merge
+from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 from mudsc_fast.ops.zip import ZipResult, zip_units
 
 __all__ = [
@@ -14,7 +19,9 @@ __all__ = [
     "backends",
     "linear_assignment",
     "linear_sum_assignment",
+    "permute_",
     "permute_merge",
+    "permute_merge_group",
     "use_backend",
     "zip_units",
 ]

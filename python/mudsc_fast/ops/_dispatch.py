@@ -6,29 +6,35 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 
 from mudsc_fast import _core
+from mudsc_fast.kernels.cuda import _device
 
 Kernel = TypeVar("Kernel")
+
+_ON_CUDA = ("triton", "reference") if find_spec("triton") else ("reference",)
 
 #: Which back ends serve an op on a type of device, best first. A back end that is not named does not pay there.
 #: "cpu" on another device than the CPU copies to the host and back.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "assignment": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
-    "zip": {"cpu": ("cpu", "reference"), "other": ("cpu", "reference")},
+    "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
+    "zip": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
     "correlation": {"cpu": ("cpu", "reference"), "other": ("reference",)},
-    "permute": {"cpu": ("cpu", "reference"), "other": ("reference",)},
+    "correlation.finalize": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
+    "permute": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
 }
 
 _requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=None)
 
 
 def backends() -> tuple[str, ...]:
-    """Return the names of all back ends that this build has."""
-    return tuple(sorted({name for by_device in KERNELS.values() for names in by_device.values() for name in names}))
+    """Return the names of all back ends that can be used here: "cuda" only where it was built and finds a device."""
+    named = {name for by_device in KERNELS.values() for names in by_device.values() for name in names}
+    return tuple(sorted(filter(_is_usable, named)))
 
 
 @contextmanager
@@ -55,7 +61,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend_for(op: str, device_type: str) -> str:
     """Return the name of the back end that would serve `op` on a device of that type now."""
-    served = KERNELS[op].get(device_type, KERNELS[op]["other"])
+    served = tuple(filter(_is_usable, KERNELS[op].get(device_type, KERNELS[op]["other"])))
     requested = _requested.get()
     if requested is None:
         requested = os.environ.get("MUDSC_BACKEND") or None
@@ -94,6 +100,10 @@ def isa_level() -> int:
 def threads() -> int:
     """Return how many threads a C++ kernel may use: torch's own setting."""
     return torch.get_num_threads()
+
+
+def _is_usable(name: str) -> bool:
+    return name != "cuda" or not _device.unavailable_reason()
 
 
 def _check_backend_name(argument: str, name: str) -> None:

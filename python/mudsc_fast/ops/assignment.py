@@ -12,8 +12,9 @@ from torch import Tensor
 from mudsc_fast import _checks, _core
 from mudsc_fast.kernels._assignment import INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
@@ -49,7 +50,7 @@ class Assignment:
 
 
 def linear_assignment(
-    similarity: Tensor | np.ndarray[Any, Any],
+    similarity: _arrays.Array,
     *,
     maximize: bool = True,
     warm_start: Assignment | None = None,
@@ -60,8 +61,9 @@ def linear_assignment(
     Parameters
     ----------
     similarity
-        [..., n, m] tensor on any device, or array; a floating-point type, integers (exact below 2**53) or bool.
-        Leading axes are a batch, solved on several threads. With `maximize`, -inf forbids a pair; without, +inf.
+        [..., n, m] tensor on any device, or array of any library; a floating-point type, integers (exact below 2**53)
+        or bool. Leading axes are a batch, solved on several threads. With `maximize`, -inf forbids a pair; without,
+        +inf.
     maximize
         Whether the sum is maximised or minimised.
     warm_start
@@ -74,9 +76,9 @@ def linear_assignment(
     Returns
     -------
     Assignment
-        On the device of `similarity`. Of several optimal assignments, that of scipy's function for up to 128 rows or
-        columns; beyond, rows that are equal in every entry get their columns in ascending order, and of columns that
-        are equal the first are used. A constant matrix is assigned along its diagonal.
+        Of tensors, on the device of `similarity`. Of several optimal assignments, that of scipy's function for up to
+        128 rows or columns; beyond, rows that are equal in every entry get their columns in ascending order, and of
+        columns that are equal the first are used. A constant matrix is assigned along its diagonal.
 
     Raises
     ------
@@ -89,10 +91,12 @@ def linear_assignment(
     Notes
     -----
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE Transactions on Aerospace and Electronic Systems 52
-    (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it is not
-    contiguous, has more rows than columns, or is not on the CPU.
+    (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input, which is copied if it has
+    more rows than columns, lies neither row by row nor (if square) column by column, or is on a device without kernels.
+    On a CUDA device up to 512 columns are assigned in scipy's order of choice; beyond, equally good choices may be
+    others than on the CPU. The search is there always to the end.
     """
-    if warm_start is None and tolerance == 0 and _dispatch.requested() is None:
+    if warm_start is None and tolerance == 0 and _dispatch.requested() is None and not _library.traced(similarity):
         # A small matrix is solved sooner than the general way below is gone through.
         solved = _core.solve_array(similarity.numpy() if _is_plain(similarity) else similarity, maximize)
         if solved is not None:
@@ -100,6 +104,8 @@ def linear_assignment(
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:
         raise ValueError(f"similarity must be [..., n, m], got shape {list(values.shape)}")
+    if _library.traced(values) and warm_start is None:
+        return Assignment(*torch.ops.mudsc_fast.linear_assignment(values, maximize, tolerance))
     rows, columns = values.shape[-2:]
     share = _checks.check_number("tolerance", tolerance)
     if share < 0:
@@ -157,7 +163,9 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
 
 
 def _assign_any(cost_matrix: Any, maximize: bool) -> tuple[Any, Any]:
-    if isinstance(cost_matrix, Tensor):
+    if isinstance(cost_matrix, Tensor) or (
+        not hasattr(cost_matrix, "__array__") and hasattr(cost_matrix, "__dlpack__")
+    ):
         values = _as_tensor("cost_matrix", cost_matrix)
     else:
         array = np.asarray(cost_matrix)
@@ -177,7 +185,7 @@ def _assign_any(cost_matrix: Any, maximize: bool) -> tuple[Any, Any]:
         indices = (row_indices, order[by_row])
     else:
         indices = (order, partner)
-    return indices if isinstance(cost_matrix, Tensor) else (indices[0].numpy(), indices[1].numpy())
+    return indices if isinstance(cost_matrix, Tensor) else (indices[0].cpu().numpy(), indices[1].cpu().numpy())
 
 
 def _solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
@@ -192,7 +200,8 @@ def _solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance:
             gap=none.clone(),
             status=torch.zeros(batch, dtype=torch.int32, device=similarity.device),
         )
-    kernel = _dispatch.choose("assignment", similarity.device, {"cpu": cpu.solve, "reference": reference.solve})
+    kernels = {"cuda": cuda.solve, "cpu": cpu.solve, "reference": reference.solve}
+    kernel = _dispatch.choose("assignment", similarity.device, kernels)
     return kernel(similarity, maximize, prices, tolerance)
 
 
@@ -210,9 +219,11 @@ def _as_tensor(argument: str, value: object) -> Tensor:
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
         # torch has no unsigned types beyond 8 bits; all become float64, as in scipy.
         widened = native if native.dtype.kind == "f" else native.astype(np.float64)
-        writable = widened if widened.flags.writeable and widened.flags.c_contiguous else np.array(widened, order="C")
+        # Row by row or column by column, the solver takes an array as it lies.
+        as_it_lies = widened.flags.writeable and widened.flags.forc
+        writable = widened if as_it_lies else np.array(widened, order="C")
         value = torch.from_numpy(writable)
-    tensor = _checks.check_tensor(argument, value)
+    tensor = _arrays.as_tensor(argument, value)
     if tensor.is_complex():
         raise TypeError(f"{argument} must hold real numbers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
     return tensor.detach() if tensor.dtype in _checks.FLOAT_DTYPES else tensor.detach().to(torch.float64)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,15 +14,21 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
+
+#: What operands of the matrix products are rounded to.
+Precision = Literal["float32", "bfloat16"]
 
 #: Samples that are centred and multiplied at a time: at least so many that the product dominates, and beyond
 #: that no more than fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
+
+#: Rows of a symmetric product that are computed at a time.
+_TRIANGLE_BLOCK = 256
 
 
 class CorrelationAccumulator:
@@ -52,6 +59,10 @@ class CorrelationAccumulator:
         Of the result: float16, bfloat16, float32 or float64.
     device
         Where features come from and sums are kept.
+    precision
+        ``"bfloat16"`` rounds what float32 products multiply (centred features) to bfloat16 and adds in float32, several
+        times faster on processors with instructions for it and the same as ``"float32"`` on others. Means and variances
+        stay exact. The correlations then err by some 1e-3.
 
     Raises
     ------
@@ -67,15 +78,22 @@ class CorrelationAccumulator:
         blocks: Blocks = "cross",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         if blocks not in ("cross", "full"):
             raise ValueError(f"blocks must be 'cross' or 'full', got {blocks!r}")
+        _checks.check_choice("precision", precision, get_args(Precision))
+        if precision != "float32" and _product_settings() is None:
+            raise ValueError(
+                f"precision {precision!r} needs a newer torch, whose products can be set, got {torch.__version__}"
+            )
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         self._num_models = _checks.check_int("num_models", num_models, 2 if blocks == "cross" else 1)
         self._units = _checks.check_int("units", units, 1)
         self._blocks = blocks
         self._dtype = dtype
+        self._precision: Precision = precision
         self._num_samples = 0
         self._mean = torch.zeros(num_models, units, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._mean)
@@ -88,14 +106,15 @@ class CorrelationAccumulator:
         return self._num_samples
 
     @torch.no_grad()
-    def update(self, *features: Tensor, channel_axis: int = 1) -> None:
+    def update(self, *features: _arrays.Array, channel_axis: int = 1) -> None:
         """Add the samples of one batch.
 
         Parameters
         ----------
         *features
-            One tensor per model, all of one shape with C entries on the channel axis, e.g. [B, C],
-            [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN counts as 0.
+            One tensor (or array of another library) per model, all of one shape with C entries on the channel
+            axis, e.g. [B, C], [B, C, H, W] or [B, T, C]; float16, bfloat16, float32 or float64, any strides. NaN
+            counts as 0.
             Batches without samples change nothing. Gradients are not recorded.
         channel_axis
             The axis of the units; negative ones count from the end.
@@ -108,17 +127,90 @@ class CorrelationAccumulator:
             If the number of tensors is not N, a shape or device is wrong (the tensor is named), the axis is
             out of range, or a feature is infinite. The sums are unchanged then.
         """
+        if _library.traced(features[0] if features else None):
+            self._traced_update([_checks.check_tensor("features", feature) for feature in features], channel_axis)
+            return
         checked = self._check_features(features, channel_axis)
-        # Axes before and behind the units are each taken together: [outer, C, inner].
-        axis = channel_axis % checked[0].ndim
-        shape = checked[0].shape
-        flat = (math.prod(shape[:axis]), self._units, math.prod(shape[axis + 1 :]))
-        views = [feature.detach().reshape(flat) for feature in checked]
+        views = [_flat(feature, channel_axis) for feature in checked]
         double = any(view.dtype == torch.float64 for view in views)
-        limit = max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
-        for outer, inner in _chunks(flat[0], flat[2], limit):
+        for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], self._chunk_samples()):
             chunk = [view[outer, :, inner] for view in views]
             self._add_chunk(chunk, torch.float64 if double else torch.float32)
+
+    @classmethod
+    def of_sums(
+        cls,
+        mean: Tensor,
+        squares: Tensor,
+        comoments: Tensor,
+        num_samples: int,
+        blocks: Blocks,
+        precision: Precision,
+    ) -> CorrelationAccumulator:
+        """Return an accumulator that keeps its sums in the given tensors, which its updates then change."""
+        sums = cls.__new__(cls)
+        sums._num_models, sums._units = mean.shape
+        sums._blocks, sums._dtype, sums._num_samples = blocks, torch.float32, num_samples
+        sums._precision = precision
+        sums._mean, sums._squares, sums._comoments = mean, squares, comoments
+        return sums
+
+    def _traced_update(self, features: list[Tensor], channel_axis: int) -> None:
+        torch.ops.mudsc_fast.correlation_update(
+            self._mean,
+            self._squares,
+            self._comoments,
+            self._num_samples,
+            features,
+            channel_axis,
+            self._blocks,
+            self._precision,
+        )
+        self._num_samples += features[0].numel() // self._units
+
+    @torch.no_grad()
+    def replace(
+        self, old: Sequence[Tensor], new: Sequence[Tensor], *, channel_axis: int = 1, reordered: bool = False
+    ) -> None:
+        """Put other samples in the place of some that were added before.
+
+        Cheaper than starting anew where few samples change. Rounding adds up over many calls: each leaves an error
+        like that of a product of the replaced samples.
+
+        Parameters
+        ----------
+        old, new
+            One tensor per model each, as for :meth:`update`, all of one shape. Samples of `old` that were never added
+            make the sums meaningless; nothing can notice. Where a model's samples stay, pass the same tensor in both:
+            its products with the other models then cost half.
+        channel_axis
+            The axis of the units; negative ones count from the end.
+        reordered
+            Whether each model's new samples are its old ones in another order: means and variances then stay.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`update`; also where `old` and `new` differ in shape, or hold more samples than were added.
+        """
+        before = self._check_features(tuple(old), channel_axis)
+        after = self._check_features(tuple(new), channel_axis)
+        if before[0].shape != after[0].shape:
+            raise ValueError(f"new must have the shape of old, {list(before[0].shape)}, got {list(after[0].shape)}")
+        count = before[0].numel() // self._units
+        if count > self._num_samples:
+            raise ValueError(f"old must hold at most the {self._num_samples} samples so far, got {count}")
+        double = any(feature.dtype == torch.float64 for feature in (*before, *after))
+        dtype = torch.float64 if double else torch.float32
+        views = [(_flat(o, channel_axis), _flat(n, channel_axis)) for o, n in zip(before, after, strict=True)]
+        stays = [o is n for o, n in zip(before, after, strict=True)]
+        shift, squares = torch.zeros_like(self._mean), torch.zeros_like(self._squares)
+        shape = views[0][0].shape
+        for outer, inner in _chunks(shape[0], shape[2], self._chunk_samples()):
+            chunk = [(o[outer, :, inner], n[outer, :, inner]) for o, n in views]
+            self._exchange(chunk, stays, dtype, None if reordered else (shift, squares))
+        if not reordered:
+            self._shift(shift, squares)
 
     @torch.no_grad()
     def merge(self, other: CorrelationAccumulator) -> None:
@@ -142,7 +234,7 @@ class CorrelationAccumulator:
         self._join(other._num_samples, other._mean.to(device), squares, iter(comoments))
 
     @torch.no_grad()
-    def finalize(self, eps: float = 1e-7) -> Tensor:
+    def finalize(self, eps: float = 1e-7, *, other: Tensor | None = None, balance: float = 1.0) -> Tensor:
         """Return the correlations ``cov / max(sigma_i * sigma_j, eps)``, with population covariances.
 
         Units that do not vary, and streams of one sample, give 0. The accumulator can be updated further.
@@ -151,6 +243,11 @@ class CorrelationAccumulator:
         ----------
         eps
             Least product of two standard deviations that is divided by; positive.
+        other
+            Another similarity of the result's shape, dtype and device to blend with, in the same pass; of "full"
+            blocks, a symmetric one.
+        balance
+            Share of the correlations where there is another similarity, in [0, 1].
 
         Returns
         -------
@@ -161,7 +258,7 @@ class CorrelationAccumulator:
         Raises
         ------
         TypeError, ValueError
-            If `eps` is no positive finite number, or there are no samples.
+            If `eps` is no positive finite number, `other` or `balance` is not as described, or there are no samples.
         """
         eps = _checks.check_number("eps", eps)
         if not 0 < eps < math.inf:
@@ -169,13 +266,21 @@ class CorrelationAccumulator:
         if self._num_samples == 0:
             raise ValueError("there are no samples: call update before finalize")
         correlate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.correlate, "reference": reference.correlate}
+            "correlation.finalize",
+            self._mean.device,
+            {"cpu": cpu.correlate, "triton": _correlate_by_triton, "reference": reference.correlate},
         )
         deviation = (self._squares / self._num_samples).sqrt()
         result = self._empty_result()
+        if other is not None:
+            other = self._check_other(other, result)
+        balance = _checks.check_number("balance", balance)
+        if not 0 <= balance <= 1:
+            raise ValueError(f"balance must be in [0, 1], got {balance}")
         for (i, j), comoment in zip(self._pairs(), self._comoments, strict=True):
             out, mirror = self._blocks_of(result, i, j)
-            correlate(comoment, deviation[i], deviation[j], self._num_samples, eps, out, mirror)
+            beside = None if other is None else self._blocks_of(other, i, j)[0]
+            correlate(comoment, deviation[i], deviation[j], self._num_samples, eps, out, mirror, beside, balance)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,6 +326,9 @@ class CorrelationAccumulator:
             own.copy_(state[name])
         self._num_samples = num_samples
 
+    def _chunk_samples(self) -> int:
+        return max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
+
     def _configuration(self) -> dict[str, Any]:
         return {"num_models": self._num_models, "units": self._units, "blocks": self._blocks}
 
@@ -230,10 +338,10 @@ class CorrelationAccumulator:
             return [(0, j) for j in range(1, self._num_models)]
         return [(i, j) for i in range(self._num_models) for j in range(i, self._num_models)]
 
-    def _check_features(self, features: tuple[Tensor, ...], channel_axis: int) -> list[Tensor]:
+    def _check_features(self, features: tuple[_arrays.Array, ...], channel_axis: int) -> list[Tensor]:
         if len(features) != self._num_models:
             raise ValueError(f"features must be one tensor for each of {self._num_models} models, got {len(features)}")
-        checked = [_checks.check_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
+        checked = [_arrays.as_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
         shape = checked[0].shape
         if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
             raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
@@ -260,16 +368,57 @@ class CorrelationAccumulator:
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
         product = torch.empty_like(self._comoments[0], dtype=centered[0].dtype)
-        products = (torch.mm(centered[i], centered[j].T, out=product) for i, j in self._pairs())
-        self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+        products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
+        with _products_in(self._precision):
+            self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+
+    def _exchange(
+        self,
+        chunk: list[tuple[Tensor, Tensor]],
+        stays: list[bool],
+        dtype: torch.dtype,
+        changes: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Exchange samples in the co-moments about the present mean, and note how sums and sums of squares change."""
+        before, after = [], []
+        for (old, new), same, mean in zip(chunk, stays, self._mean, strict=True):
+            before.append(_deviations(old, mean, dtype))
+            after.append(before[-1] if same else _deviations(new, mean, dtype))
+        accumulate = self._accumulate_kernel()
+        none = torch.zeros_like(self._mean[0])
+        product = torch.empty_like(self._comoments[0], dtype=dtype)
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            with _products_in(self._precision):
+                if stays[i]:
+                    torch.mm(after[i], (after[j] - before[j]).T, out=product)
+                else:
+                    _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
+            accumulate(own, product, none, none)
+        if changes is not None:
+            for i, (o, n) in enumerate(zip(before, after, strict=True)):
+                changes[0][i] += (n - o).sum(1, dtype=torch.float64)
+                changes[1][i] += _sum_of_squares(n) - _sum_of_squares(o)
+
+    def _shift(self, shift: Tensor, squares: Tensor) -> None:
+        """Move the mean that all moments are about by `shift` over the number of samples."""
+        accumulate = self._accumulate_kernel()
+        nothing = torch.zeros_like(self._comoments[0])
+        for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+            accumulate(own, nothing, shift[i] / -self._num_samples, shift[j])
+        self._squares += squares - shift * shift / self._num_samples
+        self._squares.clamp_(min=0)
+        self._mean += shift / self._num_samples
+
+    def _accumulate_kernel(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+        return _dispatch.choose(
+            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
+        )
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
         """Add the sums of `count` samples about their own mean: the update of Chan, Golub and LeVeque."""
         if count == 0:
             return
-        accumulate = _dispatch.choose(
-            "correlation", self._mean.device, {"cpu": cpu.accumulate, "reference": reference.accumulate}
-        )
+        accumulate = self._accumulate_kernel()
         total = self._num_samples + count
         shift = mean - self._mean
         # n_a n_b / (n_a + n_b): what the distance of the two means adds to each (co-)moment.
@@ -279,6 +428,16 @@ class CorrelationAccumulator:
         self._squares += squares + weighted * shift
         self._mean += shift * (count / total)
         self._num_samples = total
+
+    def _check_other(self, other: Tensor, result: Tensor) -> Tensor:
+        """Return a similarity to blend with, its rows of adjacent entries."""
+        _checks.check_tensor("other", other)
+        if other.shape != result.shape or other.dtype != result.dtype or other.device != result.device:
+            raise ValueError(
+                f"other must be {list(result.shape)} in {result.dtype} on {result.device}, "
+                f"got {list(other.shape)} in {other.dtype} on {other.device}"
+            )
+        return other if other.stride(-1) == 1 else other.contiguous()
 
     def _empty_result(self) -> Tensor:
         models, units = self._num_models, self._units
@@ -293,6 +452,64 @@ class CorrelationAccumulator:
         columns = slice(j * self._units, (j + 1) * self._units)
         block = result[rows, columns]
         return block, block if i == j else result[columns, rows]
+
+
+def _correlate_by_triton(*arguments: Any) -> None:
+    from mudsc_fast.kernels.triton import correlation  # takes a second to import, for CUDA tensors only
+
+    correlation.correlate(*arguments)
+
+
+def _flat(feature: Tensor, channel_axis: int) -> Tensor:
+    """Return [outer, C, inner]: the axes before and behind the units are each taken together."""
+    axis = channel_axis % feature.ndim
+    shape = feature.shape
+    return feature.detach().reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+
+
+def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features [outer, C, inner] less `mean` [C], as [C, samples], with NaN as 0."""
+    units = features.transpose(0, 1).flatten(1).to(dtype)
+    return units.nan_to_num(0.0) - mean[:, None].to(dtype)
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
+
+
+def _product_settings() -> Any:
+    """Return torch's settings of products on the CPU; None where this torch has none."""
+    return getattr(torch.backends.mkldnn, "matmul", None)
+
+
+@contextmanager
+def _products_in(precision: Precision) -> Iterator[None]:
+    """Let torch's float32 products on the CPU round their operands while the enclosed code runs."""
+    if precision == "float32":
+        yield
+        return
+    settings = _product_settings()
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Return rows @ columns.T in `out`; of a product with itself only the upper triangle counts.
+
+    Blocks below the diagonal are then zeros: a product with itself costs little more than half.
+    """
+    if rows is not columns or len(rows) < 2 * _TRIANGLE_BLOCK:
+        return torch.mm(rows, columns.T, out=out)
+    for first in range(0, len(rows), _TRIANGLE_BLOCK):
+        last = min(first + _TRIANGLE_BLOCK, len(rows))
+        torch.mm(rows[first:last], columns[first:].T, out=out[first:last, first:])
+        out[first:last, :first].zero_()
+    return out
 
 
 def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import permute as cpu
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 #: Kernels index units with 32 bits; the value behind the last unit stands for "none".
 _MOST_UNITS = 2**31 - 2
@@ -43,13 +44,31 @@ class UnitMap:
     is_permutation: bool
     scale: Tensor | None = None
 
+    @cached_property
+    def members(self) -> tuple[Tensor, Tensor]:
+        """The input units of each output unit, as kernels that run over output units read them.
+
+        [members] int32, all models one after the other, sorted by output unit; and [N, units_out + 1] int32, where the
+        members of each output unit begin.
+        """
+        models, device = self.num_models, self.index.device
+        if self.is_permutation:
+            starts = torch.arange(self.units_out + 1, device=device).repeat(models, 1)
+            order = self.index
+        else:
+            order = torch.argsort(self.index, dim=1, stable=True)
+            ends = torch.arange(self.units_out + 1, device=device).repeat(models, 1)
+            starts = torch.searchsorted(self.index.gather(1, order), ends)
+        starts += torch.arange(models, device=device)[:, None] * order.shape[1]
+        return order.flatten().to(torch.int32), starts.to(torch.int32)
+
     @property
     def num_models(self) -> int:
         """Number N of models."""
         return int(self.index.shape[0])
 
     @classmethod
-    def permutation(cls, index: Tensor, *, units_in: int | None = None) -> UnitMap:
+    def permutation(cls, index: _arrays.Array, *, units_in: int | None = None) -> UnitMap:
         """Return the map under which output unit k of model i is its input unit ``index[i, k]``.
 
         Parameters
@@ -74,7 +93,7 @@ class UnitMap:
         return cls(index.clone(), length, int(index.shape[1]), True)
 
     @classmethod
-    def clusters(cls, cluster_of_unit: Tensor, num_clusters: int, scale: Tensor | None = None) -> UnitMap:
+    def clusters(cls, cluster_of_unit: _arrays.Array, num_clusters: int, scale: _arrays.Array | None = None) -> UnitMap:
         """Return the map under which output unit k of model i is a scaled sum of the model's input units.
 
         ``out[k] = scale[k] * sum of input units c with cluster_of_unit[i, c] == k``; a cluster without units
@@ -103,7 +122,7 @@ class UnitMap:
         _check_units("the number of columns of cluster_of_unit", int(cluster_of_unit.shape[1]))
         _check_range("cluster_of_unit", cluster_of_unit, num_clusters)
         if scale is not None:
-            scale = _checks.check_tensor("scale", scale)
+            scale = _arrays.as_tensor("scale", scale)
             _checks.check_float("scale", scale)
             if scale.shape != (num_clusters,):
                 raise ValueError(f"scale must be [num_clusters] = [{num_clusters}], got {list(scale.shape)}")
@@ -113,7 +132,7 @@ class UnitMap:
 
 
 def permute_merge(
-    tensors: Sequence[Tensor],
+    tensors: Sequence[_arrays.Array],
     maps: Mapping[int, UnitMap],
     *,
     weights: Sequence[float] | None = None,
@@ -128,8 +147,8 @@ def permute_merge(
     Parameters
     ----------
     tensors
-        N tensors of one shape, dtype (float16, bfloat16, float32 or float64) and device, of any number of
-        axes and any strides. On the CPU, those that are not contiguous are copied first.
+        N tensors, or arrays of other libraries, of one shape, dtype (float16, bfloat16, float32 or float64) and device,
+        of any number of axes and any strides. On the CPU, those that are not contiguous are copied first.
     maps
         For each re-indexed axis (negative ones count from the end) its map. Other axes ride along; no map at
         all gives the weighted sum of the tensors. Up to two axes are done in one read of each tensor; with
@@ -159,17 +178,136 @@ def permute_merge(
     checked = _check_tensors(tensors)
     by_axis = _check_maps(maps, checked)
     factors = _check_weights(weights, len(checked))
+    if _library.traced(checked[0]):
+        return _traced_merge(checked, by_axis, factors, out)
     if out is not None:
         _check_out(out, checked, by_axis)
-    kernel = _dispatch.choose(
-        "permute", checked[0].device, {"cpu": cpu.permute_merge, "reference": reference.permute_merge}
-    )
+    kernel = _dispatch.choose("permute", checked[0].device, _MERGES)
     with torch.no_grad():
         return kernel(checked, by_axis, factors, out)
 
 
+def _traced_merge(
+    tensors: list[Tensor], maps: Mapping[int, UnitMap], weights: list[float], out: Tensor | None
+) -> Tensor:
+    result: Tensor = torch.ops.mudsc_fast.permute_merge(
+        tensors,
+        list(maps),
+        [unit_map.index for unit_map in maps.values()],
+        [unit_map.units_in for unit_map in maps.values()],
+        [unit_map.units_out for unit_map in maps.values()],
+        [unit_map.is_permutation for unit_map in maps.values()],
+        [unit_map.scale for unit_map in maps.values()],
+        weights,
+    )
+    return result if out is None else out.copy_(result)
+
+
+def permute_merge_group(
+    groups: Sequence[Sequence[Tensor]],
+    maps: Sequence[Mapping[int, UnitMap]],
+    *,
+    weights: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """Return :func:`permute_merge` of many groups of tensors: where a launch is what it costs, in one.
+
+    On a GPU this is for a layer's biases and norms and other tensors of up to about a million entries.
+
+    Parameters
+    ----------
+    groups
+        For each result its N tensors, as for :func:`permute_merge`; all groups of one dtype and device.
+    maps
+        For each group its maps.
+    weights
+        N finite factors, of all groups; 1/N each where not given.
+
+    Returns
+    -------
+    list of Tensor
+        One result per group.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`permute_merge`; if groups differ in dtype, device or number of tensors; or if there is not one
+        mapping per group.
+    """
+    if len(groups) != len(maps):
+        raise ValueError(f"maps must have one entry per group, {len(groups)}, got {len(maps)}")
+    if len(groups) == 0:
+        return []
+    checked = [_check_tensors(tensors) for tensors in groups]
+    first = checked[0]
+    for number, tensors in enumerate(checked):
+        if len(tensors) != len(first):
+            raise ValueError(
+                f"groups[{number}] must have as many tensors as groups[0], {len(first)}, got {len(tensors)}"
+            )
+        _check_same(f"groups[{number}]", tensors[0], "groups[0]", tensors[0].shape, first[0])
+    by_axis = [_check_maps(of_group, tensors) for of_group, tensors in zip(maps, checked, strict=True)]
+    factors = _check_weights(weights, len(first))
+    kernel = _dispatch.choose("permute", first[0].device, _GROUP_MERGES)
+    with torch.no_grad():
+        return kernel(checked, by_axis, factors)
+
+
+def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> Tensor:
+    """Re-index one tensor in place, so that a model can be permuted in the memory it takes.
+
+    ``tensor = tensor[maps[axis] applied along each axis]``, exact bit for bit. On the CPU a contiguous tensor needs a
+    scratch of a few lines (an entry of the first mapped axis) per thread, on a GPU one of at most 64 MB.
+
+    Parameters
+    ----------
+    tensor
+        float16, bfloat16, float32 or float64, of any number of axes, each entry with a place of its own in memory.
+    maps
+        For each re-indexed axis (negative ones count from the end) a map of one model that is a permutation: every
+        unit once.
+
+    Returns
+    -------
+    Tensor
+        `tensor`.
+
+    Raises
+    ------
+    TypeError
+        For arguments of another type, as in :func:`permute_merge`.
+    ValueError
+        If a map is of several models, of another length than the axis or no permutation, an axis is out of range or
+        mapped twice, `tensor` is expanded, or it requires a gradient while gradients are recorded.
+    """
+    checked = _check_tensors([tensor])
+    _check_places("tensor", tensor)
+    by_axis = _check_maps(maps, checked)
+    for axis, unit_map in by_axis.items():
+        _check_bijection(f"maps[{axis}]", unit_map)
+    kernel = _dispatch.choose("permute", tensor.device, _IN_PLACE)
+    with torch.no_grad():
+        kernel(tensor, by_axis)
+    return tensor
+
+
+def _check_bijection(argument: str, unit_map: UnitMap) -> None:
+    if not unit_map.is_permutation or unit_map.units_in != unit_map.units_out:
+        raise ValueError(f"{argument} must be a permutation to be applied in place, got one that changes the units")
+    seen = torch.bincount(unit_map.index[0], minlength=unit_map.units_in)
+    if bool((seen != 1).any()):
+        unit = int((seen != 1).nonzero()[0])
+        raise ValueError(
+            f"{argument} must hold every unit once to be applied in place, got unit {unit} {seen[unit]} times"
+        )
+
+
+def _check_places(argument: str, tensor: Tensor) -> None:
+    if any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(f"{argument} must have a place in memory for every entry, got an expanded tensor")
+
+
 def _check_index(argument: str, value: object) -> Tensor:
-    index = _checks.check_tensor(argument, value)
+    index = _arrays.as_tensor(argument, value)
     if index.dtype != torch.int64:
         raise TypeError(f"{argument} must have dtype int64, got {str(index.dtype).removeprefix('torch.')}")
     if index.ndim != 2 or index.shape[0] == 0:
@@ -190,12 +328,12 @@ def _check_range(argument: str, index: Tensor, length: int) -> None:
         raise ValueError(f"{argument} must have entries in [0, {length}), got {value} at ({model}, {unit})")
 
 
-def _check_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _check_tensors(tensors: Sequence[_arrays.Array]) -> list[Tensor]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     if len(tensors) == 0:
         raise ValueError("tensors must hold at least one tensor, got none")
-    checked = [_checks.check_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
+    checked = [_arrays.as_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
     first = checked[0]
     for i, tensor in enumerate(checked):
         _checks.check_float(f"tensors[{i}]", tensor)
@@ -266,8 +404,7 @@ def _check_out(out: Tensor, tensors: list[Tensor], maps: Mapping[int, UnitMap]) 
     _check_same("out", out, "the result", shape, tensors[0])
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires a gradient, which is not implemented: pass a tensor that requires none")
-    if any(stride == 0 and length > 1 for stride, length in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError("out must have a place in memory for every entry, got an expanded tensor")
+    _check_places("out", out)
     for i, tensor in enumerate(tensors):
         if _spans_meet(out, tensor):
             raise ValueError(f"out must not share memory with an input, got one that overlaps tensors[{i}]")
@@ -286,3 +423,44 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return begin, begin + (last + 1) * tensor.element_size()
+
+
+def _by_triton(
+    tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], weights: Sequence[float], out: Tensor | None
+) -> Tensor:
+    from mudsc_fast.kernels.triton import permute  # takes a second to import, for CUDA tensors only
+
+    return permute.permute_merge(tensors, maps, weights, out)
+
+
+def _group_by_triton(
+    groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
+) -> list[Tensor]:
+    from mudsc_fast.kernels.triton import permute
+
+    return permute.permute_merge_group(groups, maps, weights)
+
+
+def _one_by_one(merge: _Merge) -> _GroupMerge:
+    def merge_group(
+        groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
+    ) -> list[Tensor]:
+        return [merge(tensors, by_axis, weights, None) for tensors, by_axis in zip(groups, maps, strict=True)]
+
+    return merge_group
+
+
+_Merge = Callable[[Sequence[Tensor], Mapping[int, UnitMap], Sequence[float], "Tensor | None"], Tensor]
+_GroupMerge = Callable[[Sequence[Sequence[Tensor]], Sequence[Mapping[int, UnitMap]], Sequence[float]], list[Tensor]]
+_MERGES: Mapping[str, _Merge] = {
+    "cpu": cpu.permute_merge,
+    "triton": _by_triton,
+    "reference": reference.permute_merge,
+}
+_GROUP_MERGES: Mapping[str, _GroupMerge] = {
+    "cpu": _one_by_one(cpu.permute_merge),
+    "triton": _group_by_triton,
+    "reference": _one_by_one(reference.permute_merge),
+}
+# On a GPU slabs by way of a scratch are what there is: lines that follow cycles would wait for one another.
+_IN_PLACE = {"cpu": cpu.permute_, "triton": reference.permute_, "reference": reference.permute_}

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mudsc_fast import _checks
 from mudsc_fast.kernels.cpu import zip as cpu
+from mudsc_fast.kernels.cuda import zip as cuda
 from mudsc_fast.kernels.reference import zip as reference
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _arrays, _dispatch, _library
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ZipResult:
 
 
 def zip_units(
-    similarity: Tensor,
+    similarity: _arrays.Array,
     num_models: int,
     *,
     ratio: float | None = None,
@@ -51,9 +52,9 @@ def zip_units(
     Parameters
     ----------
     similarity
-        ``[N * C, N * C]``, float16, bfloat16, float32 or float64, on any device; block (i, j) compares the units
-        of model i with those of model j. It need not be symmetric; its diagonal is not used, but must be finite.
-        Half types are computed in float32. It is not modified.
+        ``[N * C, N * C]``, a tensor on any device or an array of another library, of float16, bfloat16, float32 or
+        float64; block (i, j) compares the units of model i with those of model j. It need not be symmetric; its
+        diagonal is not used, but must be finite. Half types are computed in float32. It is not modified.
     num_models
         N. Unit u of the N * C belongs to model ``u // C``.
     ratio
@@ -68,12 +69,12 @@ def zip_units(
     Returns
     -------
     ZipResult
-        On the device of `similarity`.
+        Of tensors on the device of `similarity`.
 
     Raises
     ------
     TypeError
-        If `similarity` is not a dense floating-point tensor, or another argument is not a number.
+        If `similarity` is not a dense floating-point tensor or array, or another argument is not a number.
     ValueError
         If `similarity` is not square, its size is not divisible by `num_models`, it holds NaN or inf, an argument
         is out of range, or no legal merge is left before the clusters are few enough. Unless similarities overflow,
@@ -85,9 +86,10 @@ def zip_units(
     Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, as used in
     Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result is that of the published
     procedure merge for merge, in expected O((N C)^2) time on a CPU. That takes a working copy of `similarity` in
-    float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. A tensor on another
-    device is copied to the CPU, and the result back.
+    float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. On a CUDA
+    device the same is done by its own kernel; a tensor on another device is copied to the CPU, and the result back.
     """
+    similarity = _arrays.as_tensor("similarity", similarity)
     units = _check_shape(similarity, num_models)
     ratio = 1.0 - 1.0 / num_models if ratio is None else _checks.check_number("ratio", ratio)
     if not 0.0 <= ratio < 1.0:
@@ -111,9 +113,7 @@ def merges_inside(merges: int, num_models: int, budget: float, groups: int = 1) 
     ValueError
         If it is not in [0, 1].
     """
-    budget = _checks.check_number("budget", budget)
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget must be in [0, 1], got {budget}")
+    budget = _checks.check_share("budget", budget)
     if groups == 1:
         return int(merges // num_models * budget + 1e-4)
     return int(merges * budget // (num_models * groups) + 1e-4)
@@ -133,8 +133,14 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
     """
     units = _check_shape(similarity, num_models)
     shrink = _check_shrink(shrink, similarity.dtype)
+    if _library.traced(similarity):
+        cluster_of_unit, sizes, value = torch.ops.mudsc_fast.zip_units(
+            similarity, num_models, remaining, budget, shrink
+        )
+        return ZipResult(cluster_of_unit, sizes, float(value))
     _checks.check_finite("similarity", similarity)
-    kernel = _dispatch.choose("zip", similarity.device, {"cpu": cpu.zip_units, "reference": reference.zip_units})
+    kernels = {"cuda": cuda.zip_units, "cpu": cpu.zip_units, "reference": reference.zip_units}
+    kernel = _dispatch.choose("zip", similarity.device, kernels)
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
     if len(values) < units - remaining:
         raise ValueError(

@@ -7,11 +7,15 @@ else is derived from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+
+from mudsc_fast._files import written_aside
 
 Role = Literal["produce", "consume"]
 Port = Literal["input", "output", "projection"]
@@ -115,8 +119,8 @@ class Observation:
         Name of a submodule, as in ``model.get_submodule``.
     port
         ``"input"`` (the first tensor that the module is called with), ``"output"``, or ``"projection"`` (of
-        ``torch.nn.MultiheadAttention``: what it projects that tensor to, queries, keys and values one behind the
-        other; it has no submodule that does so).
+        ``torch.nn.MultiheadAttention``: its queries, keys and values one behind the other, projected from the input
+        that it takes those at `start` from; it has no submodule that does so).
     position
         The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
         layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).
@@ -254,6 +258,47 @@ class PermutationSpec:
         layouts = {tensor: [entries.get(i) for i in range(max(entries) + 1)] for tensor, entries in axes.items()}
         return cls(layouts, observe, groups)
 
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, example_inputs: Any, *, outputs: Callable[[Any], Any] | None = None
+    ) -> PermutationSpec:
+        """Derive the specification of a model from what it computes.
+
+        The model is exported (``torch.export``, on tensors without data, so that no memory of the weights' size is
+        needed; its parameters may be on the meta device) and the axes of all tensors are followed through its
+        operators. Units may move if nothing depends on their order; inputs and outputs keep theirs. Operators that are
+        not known keep all that they read in order, and are named in a warning of the logger
+        ``mudsc_fast.spec.trace``; ``mudsc_fast.spec.trace.derive`` returns them with the specification.
+
+        Parameters
+        ----------
+        model
+            Left as it is.
+        example_inputs
+            What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            Only shapes and dtypes count.
+        outputs
+            Chooses among what the model returns that whose order counts. By default all tensors; of what the models
+            of Hugging Face return, neither caches, hidden states nor attention, and the last features only where
+            there is nothing else.
+
+        Raises
+        ------
+        TypeError
+            If `model` is no module or `example_inputs` of another type.
+        ValueError
+            If the model cannot be exported, or if none of its units may move.
+
+        Examples
+        --------
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> PermutationSpec.from_model(model, torch.randn(1, 4))
+        PermutationSpec(3 tensors, nodes: 0)
+        """
+        from mudsc_fast.spec import trace  # it is built on this module
+
+        return trace.derive(model, example_inputs, outputs=outputs).spec
+
     @property
     def layouts(self) -> Mapping[str, tuple[tuple[Segment, ...], ...]]:
         """For each tensor and each of its axes the segments of that axis, in order."""
@@ -276,6 +321,37 @@ class PermutationSpec:
     def groups(self, node: str) -> Groups:
         """Return the groups of a node; one group means that its units move freely."""
         return self._groups[node]
+
+    def without(self, tensors: Container[str]) -> PermutationSpec:
+        """Return the specification that does not name some tensors; all else stays, also where nodes are observed.
+
+        Raises
+        ------
+        ValueError
+            If no node is left, or one only on axes that are not compared.
+        """
+        axes = {
+            tensor: [_entry(segments) for segments in layout]
+            for tensor, layout in self._layouts.items()
+            if tensor not in tensors
+        }
+        nodes = [node for node, uses in self._uses.items() if any(use.tensor not in tensors for use in uses)]
+        return PermutationSpec(
+            axes,
+            {node: self._observations[node] for node in nodes},
+            {node: self._groups[node] for node in nodes},
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> PermutationSpec:
+        """Return the specification of the same nodes in which some tensors, the keys of `names`, have other names."""
+        return PermutationSpec(
+            {
+                names.get(tensor, tensor): [_entry(segments) for segments in layout]
+                for tensor, layout in self._layouts.items()
+            },
+            self._observations,
+            self._groups,
+        )
 
     def neighbours(self, node: str) -> tuple[str, ...]:
         """Return the nodes that share a tensor with `node`: those its weight similarity depends on.
@@ -311,14 +387,14 @@ class PermutationSpec:
 
     def problems(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Return every way in which the specification does not fit the tensors, in words; none if it fits."""
-        problems = [
-            problem
-            for tensor, layout in self._layouts.items()
-            for problem in _layout_problems(tensor, layout, state_dict.get(tensor))
-        ]
-        if problems:
-            return problems
-        for node, uses in self._uses.items():
+        by_tensor = {
+            tensor: _layout_problems(tensor, layout, state_dict.get(tensor)) for tensor, layout in self._layouts.items()
+        }
+        problems = [problem for found in by_tensor.values() for problem in found]
+        for node, places in self._uses.items():
+            uses = [use for use in places if not by_tensor[use.tensor]]
+            if not uses:
+                continue
             first = uses[0]
             expected = _units_at(first, state_dict)
             problems += [
@@ -341,16 +417,66 @@ class PermutationSpec:
         ValueError
             If the specification does not fit, with a line for each way in which it does not.
         """
-        problems = self.problems(model.state_dict())
-        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        problems += [
-            f"node {node!r} is observed at module {observation.module!r}, which the model does not have"
-            for node, observations in self._observations.items()
-            for observation in observations
-            if observation.module not in modules
-        ]
+        state_dict = model.state_dict()
+        problems = self.problems(state_dict)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for node, observations in self._observations.items():
+            units = None if problems else _units_at(self._uses[node][0], state_dict)
+            for observation in observations:
+                problems += _observation_problems(node, observation, modules.get(observation.module), units)
         if problems:
             raise ValueError("\n".join([f"spec does not fit the model in {len(problems)} places:", *problems]))
+
+    def to_json(self) -> str:
+        """Return the specification as a JSON document, a line for each tensor and node, which :meth:`from_json` reads.
+
+        ``tensors`` is the axes map; ``groups`` and ``observe`` are as the arguments of this class. The document names
+        its format and version.
+        """
+        from mudsc_fast.spec import document  # it is built on this module
+
+        return document.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> PermutationSpec:
+        """Return the specification that a document of :meth:`to_json` describes.
+
+        Raises
+        ------
+        ValueError
+            If the text is no JSON or of another format or version, or if a field is missing, unknown, of another type
+            or out of range; the field is named, with what was expected and what came.
+        """
+        from mudsc_fast.spec import document  # it is built on this module
+
+        return document.from_json(text)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the specification to a JSON file, which is complete or, if this fails, as it was before.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        with written_aside(path) as aside:
+            aside.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
+        """Return the specification in a JSON file.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            As :meth:`from_json`, naming the file.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
 
     def describe(self) -> str:
         """Return a table of the nodes: their groups, the nodes whose groups keep the same order, and their places."""
@@ -421,6 +547,12 @@ def _parse_windows(windows: Sequence[Window], position: int) -> tuple[Segment, .
     return tuple(segments)
 
 
+def _entry(segments: Sequence[Segment]) -> Entry:
+    """Return what stands for an axis of these segments in an axes map."""
+    windows = [Window(segment.axis, segment.width) for segment in segments if segment.width is not None]
+    return windows or segments[0].axis
+
+
 def _parse_axis(entry: str | Axis | None, position: int) -> Axis | None:
     return Axis(entry, "produce" if position == 0 else "consume") if isinstance(entry, str) else entry
 
@@ -461,6 +593,23 @@ def _layout_problems(tensor: str, layout: Sequence[Sequence[Segment]], value: Te
                     f"axis {position} of {tensor!r} holds {width} entries of node {segment.axis.node!r}, not a "
                     f"multiple of inner * outer = {segment.axis.inner * segment.axis.outer}"
                 )
+    return problems
+
+
+def _observation_problems(node: str, seen: Observation, module: nn.Module | None, units: int | None) -> list[str]:
+    if module is None:
+        return [f"node {node!r} is observed at module {seen.module!r}, which the model does not have"]
+    problems = []
+    if seen.port == "projection" and getattr(module, "in_proj_weight", None) is None:
+        problems.append(
+            f"node {node!r} is observed at the projection of {seen.module!r}, which must be a MultiheadAttention with "
+            f"one weight for queries, keys and values, got {type(module).__name__}"
+        )
+    if seen.width is not None and units is not None and seen.width != seen.outer * units * seen.inner:
+        problems.append(
+            f"node {node!r} has {units} units, but is observed at {seen.width} entries of the {seen.port} of "
+            f"{seen.module!r}, {seen.outer * units * seen.inner} expected"
+        )
     return problems
 
 

@@ -24,11 +24,12 @@ def llama(
     qkv_bias: bool = False,
     head: Head = "separate",
 ) -> PermutationSpec:
-    """Return the specification of ``LlamaForCausalLM``, ``MistralForCausalLM`` or ``Qwen2ForCausalLM``.
+    """Return the specification of ``LlamaForCausalLM``, or that of Mistral, Qwen2 or Qwen3.
 
     Nodes are ``stream`` and, for each layer, ``layers.0.mlp`` and those of the attention: ``layers.0.attn.q`` (query
     heads) and ``layers.0.attn.kv`` (heads of keys and values) or, where there are as many of one as of the other,
-    ``layers.0.attn.qk`` (heads of queries and keys) and ``layers.0.attn.v`` (units of values, grouped by head).
+    ``layers.0.attn.qk`` (heads of queries and keys) and ``layers.0.attn.v`` (units of values, grouped by head). Norms
+    of queries and keys that all heads share, as in Qwen3, keep their order.
 
     Parameters
     ----------

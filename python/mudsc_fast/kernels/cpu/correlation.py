@@ -64,10 +64,13 @@ def correlate(
     eps: float,
     out: Tensor,
     mirror: Tensor | None,
+    other: Tensor | None,
+    balance: float,
 ) -> None:
     """Write comoment / count / max(row_deviation * column_deviation, eps) to `out`, transposed to `mirror`.
 
-    If `mirror` is `out`, the upper triangle is mirrored into the lower one. Both are blocks of one matrix:
+    With another similarity, what is written is ``balance`` times the quotient and ``1 - balance`` times `other`, as by
+    torch.lerp. If `mirror` is `out`, the upper triangle is mirrored into the lower one. Both are blocks of one matrix:
     rows of contiguous entries, one distance apart.
     """
     _core.correlate(
@@ -83,4 +86,7 @@ def correlate(
         out=out.data_ptr(),
         mirror=0 if mirror is None else mirror.data_ptr(),
         row_stride=out.stride(0),
+        other=0 if other is None else other.data_ptr(),
+        other_stride=0 if other is None else other.stride(0),
+        balance=balance,
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mudsc_fast import _core
+from mudsc_fast.kernels._permute import view_of
 from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.kernels.reference import permute as reference
 from mudsc_fast.ops import _dispatch
@@ -18,8 +17,8 @@ from mudsc_fast.ops import _dispatch
 if TYPE_CHECKING:
     from mudsc_fast.ops.permute import UnitMap
 
-#: A lone mapped axis with fewer elements behind each unit is taken as columns: longer lines, fewer loops.
-_SHORT_LINE = 64
+#: From so many bytes on, a result's first touch costs more than the sum itself, and less on huge pages.
+_HUGE_PAGES = 2**22
 
 
 def permute_merge(
@@ -39,7 +38,7 @@ def permute_merge(
         out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=first.dtype, device=first.device)
     )
     inputs = [tensor.detach().contiguous() for tensor in tensors]
-    view = _view(first.shape, maps)
+    view = view_of(first.shape, maps)
     rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
     _core.permute_merge(
         isa=_dispatch.isa_level(),
@@ -53,34 +52,34 @@ def permute_merge(
         rows=rows.arguments(),
         columns=columns.arguments(),
         out=result.data_ptr(),
+        out_is_new=out is not result and result.nbytes >= _HUGE_PAGES,
     )
     return result if out is None or out is result else out.copy_(result)
 
 
-@dataclass(frozen=True)
-class _View:
-    """A tensor seen as [outer, rows, middle, columns, inner]."""
+def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
+    """Re-index a tensor in place along each axis of `maps`, permutations all, of which the kernel takes two at a time.
 
-    outer: int
-    rows: int
-    row_map: UnitMap | None
-    middle: int
-    columns: int
-    column_map: UnitMap | None
-    inner: int
-
-
-def _view(shape: torch.Size, maps: Mapping[int, UnitMap]) -> _View:
+    A tensor that is not contiguous is copied, permuted and copied back.
+    """
+    target = tensor.detach().contiguous()
     axes = sorted(maps)
-    if not axes:
-        return _View(1, math.prod(shape[:1]), None, 1, math.prod(shape[1:]), None, 1)
-    a, b = axes[0], axes[-1]
-    before, after = math.prod(shape[:a]), math.prod(shape[b + 1 :])
-    if a != b:
-        return _View(before, shape[a], maps[a], math.prod(shape[a + 1 : b]), shape[b], maps[b], after)
-    if after < _SHORT_LINE:
-        return _View(1, before, None, 1, shape[a], maps[a], after)
-    return _View(before, shape[a], maps[a], 1, after, None, 1)
+    for pair in (axes[at : at + 2] for at in range(0, len(axes), 2)):
+        view = view_of(target.shape, {axis: maps[axis] for axis in pair})
+        rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
+        _core.permute_in_place(
+            isa=_dispatch.isa_level(),
+            threads=_dispatch.threads(),
+            dtype=SCALAR_TYPES[target.dtype],
+            outer=view.outer,
+            middle=view.middle,
+            inner=view.inner,
+            rows=rows.arguments(),
+            columns=columns.arguments(),
+            out=target.data_ptr(),
+        )
+    if target.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(target)
 
 
 class _AxisMap:

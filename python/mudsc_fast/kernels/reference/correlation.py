@@ -32,13 +32,18 @@ def correlate(
     eps: float,
     out: Tensor,
     mirror: Tensor | None,
+    other: Tensor | None,
+    balance: float,
 ) -> None:
     """Write comoment / count / max(row_deviation * column_deviation, eps) to `out`, transposed to `mirror`.
 
-    If `mirror` is `out`, the upper triangle is mirrored into the lower one.
+    With another similarity, what is written is ``balance`` times the quotient and ``1 - balance`` times `other`, as by
+    torch.lerp. If `mirror` is `out`, the upper triangle is mirrored into the lower one.
     """
     deviations = torch.outer(row_deviation, column_deviation)
     quotient = (comoment / (count * deviations.clamp_min(eps))).to(out.dtype)
+    if other is not None:
+        quotient = torch.lerp(other, quotient, balance)
     if mirror is out:
         quotient = quotient.triu() + quotient.triu(1).T
     elif mirror is not None:

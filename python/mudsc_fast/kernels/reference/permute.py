@@ -11,6 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mudsc_fast.ops.permute import UnitMap
 
+#: Memory that a permutation in place takes.
+_SCRATCH_BYTES = 64 << 20
+
 
 def permute_merge(
     tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], weights: Sequence[float], out: Tensor | None
@@ -26,6 +29,24 @@ def permute_merge(
     for model in range(1, len(tensors)):
         total += _reindex(tensors[model].to(dtype), maps, model) * weights[model]
     return total.to(first.dtype) if out is None else out.copy_(total)
+
+
+def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
+    """Re-index a tensor in place along each axis of `maps`, permutations all.
+
+    One axis after the other, in slabs across another axis, each by way of a scratch of at most _SCRATCH_BYTES.
+    """
+    target = tensor.detach()
+    for axis, unit_map in maps.items():
+        index = unit_map.index[0].to(target.device)
+        others = [other for other in range(target.ndim) if other != axis]
+        across = max(others, key=lambda other: target.shape[other], default=None)
+        if across is None:
+            target.copy_(target.index_select(axis, index))
+            continue
+        length = max(1, _SCRATCH_BYTES * target.shape[across] // max(target.nbytes, 1))
+        for slab in target.split(length, across):
+            slab.copy_(slab.index_select(axis, index))
 
 
 def _reindex(tensor: Tensor, maps: Mapping[int, UnitMap], model: int) -> Tensor:

@@ -1,0 +1,207 @@
+// What every .cu source includes: CUDA under nvcc, and under a C++ compiler the simulator that runs threads as fibers.
+//
+// Sources are plain CUDA but for four things, which differ between the two: shared arrays (MUDSC_SHARED), dynamic shared
+// memory (dynamic_shared), the grid's barrier (grid_barrier) and launches (launch, launch_cooperative).
+#pragma once
+
+#include <cstdint>
+
+#include "mudsc/cuda.hpp"
+#include "mudsc/types.hpp"
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "../cuda_sim/simulator.hpp"
+#endif
+
+#if defined(__CUDACC__)
+#define MUDSC_SHARED(type, name, count) __shared__ type name[count]
+#else
+#define MUDSC_SHARED(type, name, count) \
+  static const char name##_key = 0;     \
+  type* const name = static_cast<type*>(::mudsc::cuda_sim::shared_array(&name##_key, sizeof(type) * (count)))
+#endif
+
+// Before a loop: four independent loads under way at once.
+#if defined(__CUDACC__)
+#define MUDSC_UNROLL_4 _Pragma("unroll 4")
+#else
+#define MUDSC_UNROLL_4
+#endif
+
+namespace mudsc::cuda {
+
+struct LaunchShape {
+  dim3 blocks;
+  dim3 threads;
+  std::size_t shared_bytes;
+};
+
+// Parameters of a kernel take no part in deduction, so that arguments convert as in a call.
+template <class T>
+struct Exactly {
+  using type = T;
+};
+
+#if defined(__CUDACC__)
+
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char mudsc_dynamic_shared[];
+  return mudsc_dynamic_shared;
+}
+
+inline void check(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the error is reported once
+  throw LaunchError(kernel, cudaGetErrorString(error));
+}
+
+template <class... Parameters>
+void prepare_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream) {
+  check(cudaSetDevice(stream.device), name);
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes > kWithoutAsking) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          name);
+  }
+}
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
+            typename Exactly<Parameters>::type... parameters) {
+  prepare_launch(name, kernel, shape, stream);
+  void* addresses[] = {static_cast<void*>(&parameters)...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), shape.blocks, shape.threads, addresses,
+                         shape.shared_bytes, static_cast<cudaStream_t>(stream.handle)),
+        name);
+}
+
+// All blocks are on the device at the same time, so that they may wait for each other.
+template <class... Parameters>
+void launch_cooperative(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
+                        typename Exactly<Parameters>::type... parameters) {
+  prepare_launch(name, kernel, shape, stream);
+  void* addresses[] = {static_cast<void*>(&parameters)...};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), shape.blocks, shape.threads, addresses,
+                                    shape.shared_bytes, static_cast<cudaStream_t>(stream.handle)),
+        name);
+}
+
+// How many blocks of a cooperative launch the device holds at once.
+template <class... Parameters>
+unsigned cooperative_blocks(const char* name, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes,
+                            Stream stream) {
+  prepare_launch(name, kernel, {dim3(1), dim3(threads), shared_bytes}, stream);
+  int per_multiprocessor = 0, multiprocessors = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, reinterpret_cast<const void*>(kernel), threads,
+                                                      shared_bytes),
+        name);
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, stream.device), name);
+  return static_cast<unsigned>(per_multiprocessor * multiprocessors);
+}
+
+// Bytes of dynamic shared memory that one block can have.
+inline std::size_t shared_memory_limit(Stream stream) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), "(none yet)");
+  return static_cast<std::size_t>(bytes);
+}
+
+#else
+
+inline void grid_barrier() { cuda_sim::grid_barrier(); }
+inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(cuda_sim::dynamic_shared()); }
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
+            typename Exactly<Parameters>::type... parameters) {
+  cuda_sim::launch(name, shape.blocks, shape.threads, shape.shared_bytes, false, [=] { kernel(parameters...); });
+}
+
+template <class... Parameters>
+void launch_cooperative(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
+                        typename Exactly<Parameters>::type... parameters) {
+  cuda_sim::launch(name, shape.blocks, shape.threads, shape.shared_bytes, true, [=] { kernel(parameters...); });
+}
+
+template <class... Parameters>
+unsigned cooperative_blocks(const char*, void (*)(Parameters...), int, std::size_t, Stream) {
+  return cuda_sim::kCooperativeBlocks;
+}
+
+inline std::size_t shared_memory_limit(Stream) { return cuda_sim::shared_memory_limit(); }
+
+#endif
+
+// Storage types of the half formats, distinct so that overloads choose the conversion.
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// The type that numbers of storage type T are computed in.
+template <class T>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(BFloat16 value) {
+  return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16);
+}
+__device__ __forceinline__ float widen(Half value) {
+#if defined(__CUDACC__)
+  return __half2float(__ushort_as_half(value.bits));
+#else
+  // The exponent is rebased by a multiplication: exact for subnormals too.
+  const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
+  const std::uint32_t rebased = __float_as_uint(__uint_as_float(magnitude) * __uint_as_float(0x77800000u));
+  return __uint_as_float(rebased | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | sign);
+#endif
+}
+
+// Unsigned numbers in the order of the floating-point numbers; 0 is less than every one of them but a NaN.
+__device__ __forceinline__ std::uint32_t ordered(float value) {
+  const std::uint32_t bits = __float_as_uint(value);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered(std::uint32_t key) {
+  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+__device__ __forceinline__ unsigned long long ordered(double value) {
+  const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(value));
+  return bits >> 63 ? ~bits : bits | 0x8000000000000000ull;
+}
+__device__ __forceinline__ double from_ordered(unsigned long long key) {
+  return __longlong_as_double(
+      static_cast<long long>(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
+}
+
+// Threads of a block: in the simulator few, where every thread of every barrier costs time.
+#if defined(__CUDACC__)
+constexpr int block_threads(int on_device, int /* simulated */) { return on_device; }
+#else
+constexpr int block_threads(int /* on_device */, int simulated) { return simulated; }
+#endif
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kWarp = 32;
+
+template <class Real>
+constexpr Real infinity = static_cast<Real>(__builtin_huge_val());
+
+}  // namespace mudsc::cuda

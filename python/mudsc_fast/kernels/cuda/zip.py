@@ -1,0 +1,45 @@
+"""Greedy zip in CUDA (csrc/cuda/zip.cu)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels.cuda import _device
+
+
+def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
+    """Cluster units as the function of this name in `kernels.reference` does, with the same result bit for bit.
+
+    The host waits once, at the end, for the number of merges.
+    """
+    source = similarity.detach()
+    if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent
+        source = source.contiguous()
+    units, device = len(source), source.device
+    cluster_of_unit = torch.empty(units, dtype=torch.int64, device=device)
+    values = torch.empty(units - remaining, dtype=torch.float64, device=device)
+    if units == 0:
+        return cluster_of_unit, values
+    merges = torch.empty(1, dtype=torch.int64, device=device)
+    cuda = _device.extension()
+    dtype = _device.SCALAR_TYPES[source.dtype]
+    workspace = _device.workspace(cuda.zip_workspace_bytes(dtype, units, num_models), device)
+    with _device.launching_on(device) as launch:
+        cuda.zip_units(
+            similarity=source.data_ptr(),
+            dtype=dtype,
+            row_stride=source.stride(0),
+            units=units,
+            num_models=num_models,
+            remaining=remaining,
+            budget=budget,
+            shrink=shrink,
+            cluster_of_unit=cluster_of_unit.data_ptr(),
+            values=values.data_ptr(),
+            workspace=workspace.data_ptr(),
+            merges=merges.data_ptr(),
+            device=launch.device,
+            stream=launch.stream,
+        )
+    return cluster_of_unit, values[: int(merges)]

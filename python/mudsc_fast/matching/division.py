@@ -1,0 +1,159 @@
+"""Which tensors the merged networks share, and which stay with the task of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mudsc_fast.spec.axes import PermutationSpec
+
+
+@dataclass(frozen=True)
+class Division:
+    """The tensors of a partial merge.
+
+    Attributes
+    ----------
+    heads
+        Names of the tensors that cannot be compared between the models.
+    comparable
+        The specification without the heads: what is matched.
+    shared
+        Names of the tensors that are merged into one trunk, in the order of the state dict.
+    per_task
+        Names of the tensors of which every task keeps its own.
+    """
+
+    heads: frozenset[str]
+    comparable: PermutationSpec
+    shared: tuple[str, ...]
+    per_task: tuple[str, ...]
+
+
+def divide(
+    state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, stop: Sequence[str], heads: Sequence[str]
+) -> Division:
+    """Divide the tensors of models that have the same names.
+
+    Parameters
+    ----------
+    state_dicts
+        The models' tensors.
+    spec
+        The axes map.
+    stop
+        Nodes, or tensors by their name or its beginning up to a dot: the last that are merged. Of the tensors that
+        nodes link to a stop, in the order of the axes map, those up to it are shared. Where no stop is given, and in
+        parts that no node links to one, all are. A tensor without a node goes with the one before it, one under several
+        names with the first of them that is shared.
+    heads
+        Tensors to keep per task, by their name or its beginning up to a dot.
+
+    Raises
+    ------
+    ValueError
+        If an entry of `stop` or `heads` names nothing, `heads` a part of a tensor's names, or no node is left to match.
+    """
+    names = tuple(state_dicts[0])
+    for head in heads:
+        if not any(_begins(name, head) for name in names):
+            raise ValueError(f"heads names {head!r}, with which no tensor's name begins")
+    own = {name for name in names if any(_begins(name, head) for head in heads)} | _unequal_heads(state_dicts, spec)
+    comparable = spec.without(own) if own else spec
+    trunk = _trunk(spec, stop)
+    in_trunk = True
+    merged = set()
+    for name in names:
+        in_trunk = trunk.get(name, in_trunk)
+        if in_trunk and name not in own:
+            merged.add(name)
+    for tied in _tied_tensors(state_dicts[0]) if len(merged) < len(names) else ():
+        if own.intersection(tied) and not own.issuperset(tied):
+            raise ValueError(f"heads must name all of {', '.join(map(repr, tied))} or none: they are one tensor")
+        if merged.intersection(tied):
+            merged.update(tied)
+    shared = [name for name in names if name in merged]
+    return Division(frozenset(own), comparable, tuple(shared), tuple(name for name in names if name not in merged))
+
+
+def _unequal_heads(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> set[str]:
+    """Return the tensors whose shapes differ only in what the network puts out, with those of the same module."""
+    heads = set()
+    for name, tensor in state_dicts[0].items():
+        shapes = [state_dict[name].shape for state_dict in state_dicts]
+        if all(shape == tensor.shape for shape in shapes) or not _produces_nothing(spec, name):
+            continue
+        layout = spec.layouts.get(name, ())
+        mapped = [i for i, segments in enumerate(layout) if any(segment.axis is not None for segment in segments)]
+        if all(len(shape) == tensor.ndim and all(shape[i] == tensor.shape[i] for i in mapped) for shape in shapes):
+            heads.add(name)
+    modules = {name.rpartition(".")[0] for name in heads} - {""}
+    return heads | {
+        name for name in state_dicts[0] if name.rpartition(".")[0] in modules and _produces_nothing(spec, name)
+    }
+
+
+def _produces_nothing(spec: PermutationSpec, name: str) -> bool:
+    return all(
+        segment.axis is None or segment.axis.role == "consume"
+        for segments in spec.layouts.get(name, ())
+        for segment in segments
+    )
+
+
+def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
+    """Return for each tensor with a node whether it comes up to the stop of its part of the network."""
+    order = {name: position for position, name in enumerate(spec.layouts)}
+    part_of = _linked_parts(spec)
+    last_of_part: dict[str, int] = {}
+    for entry in stop:
+        named = [name for name in _stop_tensors(spec, entry) if name in part_of]
+        if not named:
+            raise ValueError(
+                f"stop must name a node, or begin the name of a tensor that has one, got {entry!r}; nodes: "
+                + ", ".join(spec.nodes)
+            )
+        last = max(named, key=order.__getitem__)
+        part = part_of[last]
+        last_of_part[part] = max(order[last], last_of_part.get(part, -1))
+    return {name: order[name] <= last_of_part.get(part, order[name]) for name, part in part_of.items()}
+
+
+def _stop_tensors(spec: PermutationSpec, entry: str) -> list[str]:
+    """Return the tensors that one stop names: all of a name's beginning, or of the layers that produce a node."""
+    if entry not in spec.nodes:
+        return [name for name in spec.layouts if _begins(name, entry)]
+    uses = [use for use in spec.uses(entry) if use.axis.role == "produce" and use.axis.compared]
+    # The running statistics of a norm come behind its weights and belong to it.
+    modules = {use.tensor.rpartition(".")[0] for use in uses} - {""}
+    tensors = {use.tensor for use in uses}
+    return [name for name in spec.layouts if name in tensors or name.rpartition(".")[0] in modules]
+
+
+def _linked_parts(spec: PermutationSpec) -> dict[str, str]:
+    """Return for each tensor with a node the first tensor of its part: tensors that nodes link to one another."""
+    part_of: dict[str, str] = {}
+    for node in spec.nodes:
+        tensors = [use.tensor for use in spec.uses(node)]
+        joined = {part_of.get(name, name) for name in tensors}
+        first = next(name for name in spec.layouts if name in joined)
+        part_of.update(dict.fromkeys(tensors, first))
+        part_of.update({name: first for name, part in part_of.items() if part in joined})
+    return part_of
+
+
+def _tied_tensors(state_dict: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Return the names of each tensor that has several: an embedding table that is the output layer too."""
+    tensors = dict(state_dict)  # all held at once, so that no two that are read from a file get one address
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            names.setdefault(place, []).append(name)
+    return [tuple(tied) for tied in names.values() if len(tied) > 1]
+
+
+def _begins(name: str, beginning: str) -> bool:
+    return name == beginning or name.startswith(beginning + ".")

@@ -1,0 +1,101 @@
+// Runs every CUDA kernel in the simulator at a tiny size, to be compiled with ThreadSanitizer, which is told of barriers
+// only: two threads that touch the same memory without one between them are reported, in whatever order they ran.
+// With the argument "planted", a kernel without a barrier that it needs, to show that such a race is found.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "device.hpp"
+#include "mudsc/assignment_cuda.hpp"
+#include "mudsc/zip_cuda.hpp"
+
+namespace {
+
+using namespace mudsc;
+
+constexpr int kThreads = 64;
+const cuda::Stream kStream{0, nullptr};
+
+__global__ void neighbours(bool barrier, int* result) {
+  MUDSC_SHARED(int, numbers, kThreads);
+  const unsigned thread = threadIdx.x;
+  numbers[thread] = static_cast<int>(thread);
+  if (barrier) __syncthreads();
+  result[thread] = numbers[(thread + 1) % kThreads];
+}
+
+std::vector<float> some_values(int count, int modulus) {
+  std::vector<float> values(count);
+  unsigned state = 1;
+  for (float& value : values) {
+    state = state * 1664525u + 1013904223u;
+    value = static_cast<float>(state >> 16 & 0xffffu) / 65536.0f;
+    if (modulus > 0) value = static_cast<float>(static_cast<int>(value * static_cast<float>(modulus)));
+  }
+  return values;
+}
+
+void zip(int units, double shrink, std::int64_t budget) {
+  const std::vector<float> similarity = some_values(units * units, 0);
+  std::vector<std::int64_t> clusters(units);
+  std::vector<double> values(units);
+  std::int64_t merges = 0;
+  const ZipProblem problem{similarity.data(), ScalarType::float32, units, units, 2, units / 2, budget, shrink,
+                           clusters.data(), values.data()};
+  std::vector<double> workspace(cuda::zip_workspace_bytes(problem) / 8 + 1);
+  cuda::zip_units(problem, workspace.data(), &merges, kStream);
+}
+
+void assign_batch(int rows, int columns) {
+  const std::vector<float> values = some_values(2 * rows * columns, 5);
+  std::vector<std::int64_t> column_of_row(2 * rows);
+  std::vector<double> row_duals(2 * rows), column_duals(2 * columns), objective(2), gap(2);
+  std::vector<AssignmentStatus> status(2);
+  const AssignmentProblem problem{values.data(), ScalarType::float32, 2, rows, columns, true, 0.0, 1, nullptr,
+                                  column_of_row.data(), row_duals.data(), column_duals.data(), objective.data(),
+                                  gap.data(), status.data()};
+  cuda::assignment_batch(problem, kStream);
+}
+
+void assign_large(int n, int modulus) {
+  const std::vector<float> values = some_values(n * n, modulus);
+  const cuda::LargeProblem problem{values.data(), ScalarType::float32, n, n, true};
+  std::vector<float> prices(n, 0.0f), gaps(n), magnitudes(n);
+  std::vector<std::int64_t> hashes(n), column_of_row(n), counts(2);
+  cuda::assignment_inspect(problem, {prices.data(), gaps.data(), magnitudes.data(), hashes.data()}, kStream);
+  std::vector<std::int32_t> class_of_row(n), pairs(n);
+  for (int i = 0; i < n; ++i) class_of_row[i] = i - i % 2;
+  cuda::assignment_check_classes(problem, class_of_row.data(), kStream);
+  const float epsilon = 0.01f;
+  std::vector<double> workspace(cuda::assignment_bid_workspace_bytes(problem) / 8 + 1);
+  cuda::assignment_bid(problem, {&epsilon, 0, 50, 50 * n, class_of_row.data(), prices.data(), pairs.data(), counts.data()},
+                       workspace.data(), kStream);
+  const std::vector<double> duals(n, 0.0);
+  const int wanted = 3, capacity = 6;
+  std::vector<std::int32_t> columns(n * capacity), sizes(n);
+  std::vector<float> costs(n * capacity);
+  std::vector<double> floors(n), least(n), paired(n);
+  cuda::assignment_list(problem, {nullptr, n, duals.data(), wanted, capacity, columns.data(), costs.data(),
+                                  sizes.data(), floors.data()}, kStream);
+  for (int i = 0; i < n; ++i) column_of_row[i] = i;
+  cuda::assignment_certify(problem, duals.data(), column_of_row.data(), least.data(), paired.data(), kStream);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const bool planted = count > 1 && std::strcmp(arguments[1], "planted") == 0;
+  std::vector<int> result(kThreads);
+  for (std::uint64_t seed = 0; seed < 2; ++seed) {
+    cuda_sim::set_seed(seed);
+    cuda::launch("neighbours", neighbours, {dim3(1), dim3(kThreads), 0}, kStream, !planted, result.data());
+    if (planted) continue;
+    zip(6, 0.5, 3);
+    zip(6, 0.0, 1);
+    assign_batch(6, 9);
+    assign_batch(3, 170);
+    assign_large(8, 0);
+    assign_large(10, 3);
+  }
+  std::puts("done");
+}

@@ -1,0 +1,139 @@
+"""Assignment of problems large enough for lists: memory, matrices that lie column by column, and warm starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment as scipy_solve
+from torch import Tensor
+
+from mudsc_fast import Assignment, linear_assignment, linear_sum_assignment
+
+#: Prints by how many bytes a solve raises resident memory at its peak.
+MEMORY_PROGRAM = """
+import pathlib, sys
+import torch, mudsc_fast
+
+def resident(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+torch.set_num_threads(1)
+mudsc_fast.linear_assignment(torch.rand(1024, 1024))
+generator = torch.Generator().manual_seed(0)
+similarity = torch.rand(4096, 4096, generator=generator)
+if sys.argv[1] == "dead":
+    similarity[torch.rand(4096, generator=generator) < 0.3] = 0
+    similarity.T[torch.rand(4096, generator=generator) < 0.2] = 0
+if sys.argv[1] == "by columns":
+    similarity = similarity.T
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+mudsc_fast.linear_assignment(similarity)
+print(resident("VmHWM") - before)
+"""
+
+
+def check(similarity: Tensor, result: Assignment, maximize: bool = True) -> None:
+    """Compare with scipy, and prove the result by its duals."""
+    exact = similarity.to(torch.float64)
+    rows, columns = scipy_solve(exact.numpy(), maximize)
+    best = float(exact[rows, columns].sum())
+    allowed = 1e-12 * float(exact[rows, columns].abs().sum())
+    assert torch.equal(result.columns.sort().values, torch.arange(len(exact)))
+    assert abs(float(exact.gather(1, result.columns[:, None]).sum()) - best) <= allowed
+    assert abs(float(result.objective) - best) <= allowed
+    assert float(result.gap) >= -allowed
+    assert float(result.gap) <= allowed
+    lack = result.row_duals[:, None] + result.column_duals - exact
+    slack = 1e-13 * float(exact.abs().max())
+    assert float((lack if maximize else -lack).min()) >= -slack
+
+
+def random_matrix(size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["uniform", "dead", "by columns"])
+def test_peak_memory_is_the_input_and_little_more(kind: str) -> None:
+    grown = int(subprocess.check_output([sys.executable, "-c", MEMORY_PROGRAM, kind], text=True))
+    assert grown < 0.1 * 4 * 4096**2
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("size", [129, 300, 700])
+def test_columns_by_columns_is_as_rows_by_rows(size: int, maximize: bool) -> None:
+    similarity = random_matrix(size)
+    by_columns = similarity.T.contiguous().T
+    result = linear_assignment(by_columns, maximize=maximize)
+    check(similarity, result, maximize)
+    assert torch.equal(result.columns, linear_assignment(similarity, maximize=maximize).columns)
+    warm = linear_assignment(by_columns + 0.001, maximize=maximize, warm_start=result)
+    assert torch.equal(warm.columns, result.columns)
+
+
+def test_batch_that_lies_by_columns() -> None:
+    similarity = torch.stack([random_matrix(200, seed) for seed in range(3)])
+    result = linear_assignment(similarity.mT.contiguous().mT)
+    assert torch.equal(result.columns, linear_assignment(similarity).columns)
+
+
+def test_array_that_lies_by_columns() -> None:
+    similarity = random_matrix(300).numpy()
+    rows, columns = linear_sum_assignment(np.asfortranarray(similarity))
+    expected = scipy_solve(similarity)
+    assert np.array_equal(rows, expected[0])
+    assert np.array_equal(columns, expected[1])
+
+
+def test_forbidden_and_invalid_entries_by_columns() -> None:
+    similarity = random_matrix(200)
+    earlier = linear_assignment(similarity)
+    similarity[torch.arange(200), earlier.columns] = -torch.inf
+    by_columns = similarity.T.contiguous().T
+    result = linear_assignment(by_columns, warm_start=earlier)
+    assert torch.equal(result.columns, linear_assignment(similarity).columns)
+    by_columns[:, 7] = -torch.inf
+    with pytest.raises(ValueError, match="infeasible"):
+        linear_assignment(by_columns, warm_start=earlier)
+    by_columns[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="must not hold NaN"):
+        linear_assignment(by_columns)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.01, 0.3, 10.0])
+def test_warm_start_after_noise(noise: float) -> None:
+    similarity = random_matrix(700)
+    earlier = linear_assignment(similarity)
+    changed = similarity + noise * random_matrix(700, 1)
+    check(changed, linear_assignment(changed, warm_start=earlier))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("size", [700, 1003])
+def test_dead_and_repeated_units(size: int) -> None:
+    similarity = random_matrix(size)
+    similarity[::3] = 0
+    similarity[:, ::5] = 0
+    similarity[1::6] = similarity[1].clone()
+    similarity[3] = -0.0
+    result = linear_assignment(similarity)
+    check(similarity, result)
+    for equal in (torch.arange(0, size, 3), torch.arange(1, size, 6)):
+        assert torch.equal(result.columns[equal], result.columns[equal].sort().values)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_lists_prove_the_duals(dtype: torch.dtype, scale: float) -> None:
+    """Costs close to each other and far from 0, where the rounding of scans is as large as their differences."""
+    similarity = (scale * (1 + 1e-3 * random_matrix(650))).to(dtype)
+    check(similarity, linear_assignment(similarity))

@@ -1,0 +1,152 @@
+"""Assignment in CUDA, in the simulator and on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from matrices import FAMILIES, make
+from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
+from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.cuda import _device
+from mudsc_fast.kernels.cuda import assignment as cuda
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def matrix(family: str, rows: int, columns: int, seed: int) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(make(family, rows, columns, seed))).double()
+
+
+def assert_same(found: Solution, wanted: Solution) -> None:
+    for name, value in vars(found).items():
+        assert torch.equal(value.cpu(), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (7, 12), (40, 40), (65, 128)])
+def test_simulated_batches_are_the_cpu_kernels_to_the_bit(simulator: Any, family: str, shape: tuple[int, int]) -> None:
+    batch = torch.stack([matrix(family, *shape, seed) for seed in range(3)])
+    for seed, dtype in enumerate(DTYPES if shape == (7, 12) else DTYPES[2:3]):
+        simulator.set_seed(seed + 1)
+        values = batch.to(dtype)
+        if not bool(values.isfinite().all()):
+            continue
+        for maximize in (False, True):
+            assert_same(cuda.solve(values, maximize, None, 0.0), cpu.solve(values, maximize, None, 0.0))
+
+
+@pytest.mark.parametrize("shape", [(40, 170), (180, 180)])
+@pytest.mark.parametrize("in_shared_memory", [False, True])
+def test_simulated_blocks_of_several_warps(simulator: Any, shape: tuple[int, int], in_shared_memory: bool) -> None:
+    if not in_shared_memory:
+        simulator.set_shared_memory_limit(16 * 1024)
+    simulator.set_seed(3)
+    values = matrix("ties", *shape, 0)[None].float()
+    found, wanted = cuda.solve(values, True, None, 0.0), cpu.solve(values, True, None, 0.0)
+    assert torch.equal(found.objective, wanted.objective)
+    check_proof(values[0].double(), found, True)
+
+
+def check_proof(values: Tensor, solution: Solution, maximize: bool) -> None:
+    sign = 1.0 if maximize else -1.0
+    rows, columns = values.shape
+    scale = 1e-13 * rows * float(values.abs().max())
+    assert len(solution.columns[0].unique()) == rows
+    slack = sign * (solution.row_duals[0][:, None] + solution.column_duals[0] - values)
+    assert float(slack.min()) >= -scale
+    if rows < columns:
+        assert float((sign * solution.column_duals).min()) >= 0
+        free = torch.ones(columns, dtype=torch.bool)
+        free[solution.columns[0]] = False
+        assert not solution.column_duals[0][free].any()
+    assert 0 <= float(solution.gap) <= scale
+    assert float(solution.objective) == pytest.approx(float(values[range(rows), solution.columns[0]].sum()), abs=scale)
+
+
+def test_simulated_forbidden_and_invalid_entries(simulator: Any) -> None:  # noqa: ARG001
+    values = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0))
+    values[0, 2, 3] = torch.inf
+    values[1, 2, 3] = torch.nan
+    values[2, 2, 3] = -torch.inf
+    values[3, 2] = torch.inf
+    solution = cuda.solve(values, False, None, 0.0)
+    assert solution.status.tolist() == [0, INVALID, INVALID, INFEASIBLE]
+    wanted = cpu.solve(values[:1], False, None, 0.0)
+    assert torch.equal(solution.columns[:1], wanted.columns)
+
+
+def test_simulated_warm_start(simulator: Any) -> None:  # noqa: ARG001
+    values = torch.randn(2, 30, 30, generator=torch.Generator().manual_seed(0))
+    prices = cpu.solve(values, True, None, 0.0).column_duals
+    assert_same(cuda.solve(values, True, prices, 0.0), cpu.solve(values, True, prices, 0.0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(90, 90), (130, 170)])
+def test_simulated_large_problems(
+    simulator: Any, monkeypatch: pytest.MonkeyPatch, family: str, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "WANTED", 4)
+    simulator.set_seed(2)
+    for dtype in DTYPES[:3] if family == "uniform" else DTYPES[2:3]:
+        values = matrix(family, *shape, 1).to(dtype)
+        for maximize in (False, True):
+            found, wanted = (module.solve(values[None], maximize, None, 0.0) for module in (cuda, cpu))
+            assert float(found.objective) == pytest.approx(float(wanted.objective), rel=1e-12)
+            check_proof(values.double(), found, maximize)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, family: str) -> None:
+    """The kernel, in several orders, and the plain loops of csrc/cuda_sim/auction_rounds.cpp agree to the bit."""
+    rows = 70
+    values = matrix(family, rows, rows, 5).float()
+    prices, column_of_row = torch.zeros(rows), torch.empty(rows, dtype=torch.int32)
+    with _device.launching_on(values.device) as launch:
+        problem = cuda._LargeProblem(values, True, launch)
+        epsilon = problem.inspect(prices)
+        assert epsilon is not None
+        rounds = simulator.auction_rounds(
+            values.data_ptr(),
+            rows,
+            True,
+            float(epsilon),
+            int(rows * cuda.SHARE_LEFT),
+            cuda.MOST_ROUNDS,
+            cuda.MOST_BIDS * rows,
+            problem.class_of_row.data_ptr(),
+            prices.data_ptr(),
+            column_of_row.data_ptr(),
+        )
+        for seed in range(3):
+            simulator.set_seed(seed)
+            simulated = torch.zeros(rows)
+            pairs, counts = problem.bid(simulated, epsilon)
+            assert torch.equal(simulated, prices)
+            assert torch.equal(pairs, column_of_row)
+            assert counts.tolist() == list(rounds[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 12), (128, 128)])
+def test_batches_on_a_device(gpu: torch.device, family: str, shape: tuple[int, int]) -> None:
+    values = torch.stack([matrix(family, *shape, seed) for seed in range(200)]).float()
+    assert_same(cuda.solve(values.to(gpu), True, None, 0.0), cpu.solve(values, True, None, 0.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(300, 300), (200, 512), (1000, 1000), (900, 1100), (2048, 2048)])
+def test_one_problem_on_a_device(gpu: torch.device, family: str, shape: tuple[int, int]) -> None:
+    values = matrix(family, *shape, 0).float()
+    found = cuda.solve(values[None].to(gpu), True, None, 0.0).to(torch.device("cpu"))
+    wanted = cpu.solve(values[None], True, None, 0.0)
+    assert float(found.objective) == pytest.approx(float(wanted.objective), rel=1e-12)
+    check_proof(values.double(), found, True)

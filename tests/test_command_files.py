@@ -1,0 +1,376 @@
+"""Merging and aligning networks in files, by the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+
+import mudsc_fast
+from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, randomize
+from mudsc_fast import cli
+from mudsc_fast.io import CheckpointError, choose_spec, open_checkpoint
+from mudsc_fast.spec import bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
+from networks import make_mlp
+
+transformers.utils.logging.set_verbosity_error()
+
+SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+TEXT: dict[str, Any] = {
+    "vocab_size": 60,
+    "max_position_embeddings": 12,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+VISION: dict[str, Any] = {**SHAPE, "image_size": 8, "patch_size": 4}
+
+
+def llama_model(**options: Any) -> Any:
+    config = transformers.LlamaConfig(**SHAPE, **TEXT, num_key_value_heads=2, **options)
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2_model(**options: Any) -> Any:
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 12, "vocab_size": 60}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None, **options)
+    )
+
+
+def vit_model() -> Any:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=4))
+
+
+HUGGING_FACE: dict[str, Callable[[], Any]] = {
+    "llama": llama_model,
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SHAPE, **TEXT, num_key_value_heads=4, tie_word_embeddings=True)
+    ),
+    "gpt2": gpt2_model,
+    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE, **TEXT, num_labels=4)),
+    "bert masked": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SHAPE, **TEXT)),
+    "vit": vit_model,
+    "clip": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**SHAPE, **TEXT, "eos_token_id": 2}, vision_config=VISION, projection_dim=10
+        )
+    ),
+}
+
+
+def save_pair(folder: Path, build: Callable[[], Any], **options: Any) -> tuple[str, str]:
+    """Save two random networks as directories of Hugging Face and return their paths."""
+    for index, name in enumerate(("a", "b")):
+        model: Any = randomize(build(), seed=index)
+        model.save_pretrained(folder / name, **options)
+    return str(folder / "a"), str(folder / "b")
+
+
+def save_mlps(folder: Path, suffix: str = ".safetensors", **options: Any) -> tuple[str, str]:
+    paths = []
+    for index, name in enumerate(("a", "b")):
+        state = make_mlp(seed=index, **options).state_dict()
+        path = folder / f"{name}{suffix}"
+        if suffix == ".safetensors":
+            safetensors.torch.save_file(state, path)
+        else:
+            torch.save(state, path)
+        paths.append(str(path))
+    return paths[0], paths[1]
+
+
+def run(*arguments: str | Path) -> None:
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+def failure(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path) -> str:
+    """Run a command that must fail and leave nothing behind; return what it says."""
+    before = sorted(folder.iterdir())
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert sorted(folder.iterdir()) == before
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"mudsc-fast {arguments[0]}: error: ")
+    assert "Traceback" not in shown.err
+    return shown.err
+
+
+def load(path: Path | str) -> Any:
+    config = json.loads((Path(path) / "config.json").read_text())
+    return getattr(transformers, config["architectures"][0]).from_pretrained(path, dtype="auto")
+
+
+def assert_states_equal(found: Any, expected: Any) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_directories_merge_as_loaded_models(name: str, mode: Any, tmp_path: Path) -> None:
+    a, b = save_pair(tmp_path, HUGGING_FACE[name], max_shard_size="20KB")
+    assert (tmp_path / "a" / "model.safetensors.index.json").exists()
+    run("merge", a, b, "--output", tmp_path / "out", "--mode", mode, "--quiet", "--shard-size", "30KB")
+    models = [load(a), load(b)]
+    spec = choose_spec("auto", models[0].state_dict(), json.loads((tmp_path / "a" / "config.json").read_text()))
+    expected = mudsc_fast.merge([model.state_dict() for model in models], spec, mode=mode)
+    assert_states_equal(load(tmp_path / "out").state_dict(), expected.state_dict)
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        with safetensors.safe_open(shard, "pt") as file:
+            tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 it is no mapping
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= 30_000
+
+
+def bert_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(60, (8, 12), generator=generator)} for _ in range(3)]
+
+
+def vit_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"pixel_values": torch.randn(8, 3, 8, 8, generator=generator)} for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("gpt2", "bert_batches"), ("bert masked", "bert_batches"), ("vit", "vit_batches")]
+)
+@pytest.mark.parametrize("space", ["activation", "dual"])
+def test_activations_of_directories(name: str, data: str, space: Any, tmp_path: Path) -> None:
+    a, b = save_pair(tmp_path, HUGGING_FACE[name])
+    where = f"{__name__}:{data}"
+    run("merge", a, b, "--output", tmp_path / "out", "--space", space, "--data", where, "--quiet", "--balance", "0.3")
+    models = [load(a), load(b)]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    spec = choose_spec("auto", models[0].state_dict(), config)
+    expected = mudsc_fast.merge(models, spec, globals()[data](), space=space, balance=0.3)
+    found = load(tmp_path / "out").state_dict()
+    for key, tensor in expected.state_dict.items():
+        torch.testing.assert_close(found[key], tensor)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("output", ["merged.safetensors", "merged.pt", "directory"])
+def test_state_dict_files(suffix: str, output: str, tmp_path: Path) -> None:
+    a, b = save_mlps(tmp_path, suffix)
+    arguments = ["--shard-size", "3KB"] if output == "directory" else []
+    run("merge", a, b, "--output", tmp_path / output, "--weights", "0.7,0.3", "--quiet", *arguments)
+    states = [make_mlp(seed=index).state_dict() for index in (0, 1)]
+    spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
+    expected = mudsc_fast.merge(states, spec, weights=[0.7, 0.3]).state_dict
+    if output == "merged.pt":
+        found = torch.load(tmp_path / output, weights_only=True)
+    elif output == "merged.safetensors":
+        found = safetensors.torch.load_file(tmp_path / output)
+    else:
+        found = open_checkpoint(tmp_path / output).tensors
+        kind = "model" if suffix == ".safetensors" else "pytorch_model"
+        assert len(list((tmp_path / output).glob(f"{kind}-*-of-*"))) > 1
+    assert_states_equal(found, expected)
+
+
+def mlp_batches() -> Any:
+    generator = torch.Generator().manual_seed(4)
+    yield from (torch.randn(30, 20, generator=generator) for _ in range(3))
+
+
+def test_activations_of_files(tmp_path: Path) -> None:
+    a, b = save_mlps(tmp_path)
+    data, model = f"{__name__}:mlp_batches", "networks:make_mlp"
+    run("merge", a, b, "--output", tmp_path / "out.pt", "--mode", "zip", "--data", data, "--model", model, "--quiet")
+    models = [make_mlp(seed=index) for index in (0, 1)]
+    expected = mudsc_fast.merge(models, mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"]), mlp_batches(), mode="zip")
+    assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
+
+
+def test_what_lies_beside_the_weights_is_copied(tmp_path: Path) -> None:
+    a, b = save_pair(tmp_path, gpt2_model)
+    for name in ("tokenizer_config.json", "merges.txt", "spiece.model", "README.md", "training_args.bin"):
+        (tmp_path / "a" / name).write_text("{}")
+    run("merge", a, b, "--output", tmp_path / "out", "--quiet")
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "merges.txt"}
+    assert copied == expected | {"spiece.model"}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [None, "float32", "bfloat16"])
+def test_dtypes(stored: torch.dtype, asked: str | None, tmp_path: Path) -> None:
+    a, b = save_pair(tmp_path, lambda: llama_model().to(stored))
+    run("merge", a, b, "--output", tmp_path / "out", "--quiet", *(["--dtype", asked] if asked else []))
+    models = [load(path) for path in (a, b)]
+    spec = llama(2, 4, 2, 8)
+    expected = mudsc_fast.merge([model.state_dict() for model in models], spec)
+    merged = load(tmp_path / "out")
+    dtype = getattr(torch, asked) if asked else stored
+    assert merged.dtype == dtype
+    for name, tensor in merged.state_dict().items():
+        assert tensor.dtype == dtype
+        near = max(torch.finfo(stored).eps, torch.finfo(dtype).eps)
+        torch.testing.assert_close(tensor.float(), expected.state_dict[name].float(), rtol=near, atol=near)
+
+
+def test_a_wider_dtype_is_not_rounded_before(tmp_path: Path) -> None:
+    a, b = save_mlps(tmp_path, dtype=torch.bfloat16)
+    run("merge", a, b, "--output", tmp_path / "out.safetensors", "--dtype", "float32", "--quiet")
+    merged = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    last = [make_mlp(seed=index, dtype=torch.bfloat16).state_dict()["fc3.bias"].float() for index in (0, 1)]
+    assert torch.equal(merged["fc3.bias"], (last[0] + last[1]) / 2)
+
+
+def test_three_networks_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = save_mlps(tmp_path)
+    report = tmp_path / "report.json"
+    run("merge", a, b, b, "--output", tmp_path / "out.safetensors", "--report", report, "--max-sweeps", "4")
+    shown = capsys.readouterr().out
+    assert "2 nodes matched" in shown
+    assert "out.safetensors" in shown
+    content = json.loads(report.read_text())
+    assert set(content["nodes"]) == {"fc1", "fc2"}
+    for node in content["nodes"].values():
+        assert node["units"] == 32
+        assert -1 <= node["similarity_before"] < node["similarity"] <= 1
+    assert content["bytes_in"] == [content["bytes"]] * 3
+    assert content["bytes"] == sum(tensor.nbytes for tensor in make_mlp().state_dict().values())
+    assert {"weight similarity", "matching", "writing"} <= set(content["seconds"])
+    assert content["arguments"]["max_sweeps"] == 4
+    assert 1 <= len(content["objectives"]) <= 4
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_an_aligned_network_computes_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, other = save_pair(tmp_path, HUGGING_FACE[name])
+    report = tmp_path / "report.json"
+    run("align", base, other, "--output", tmp_path / "out", "--report", report)
+    assert "outputs before and after differ by at most" in capsys.readouterr().out
+    difference = json.loads(report.read_text())["difference"]
+    assert difference["largest"] < 1e-4 * difference["output"]
+    found, before = load(tmp_path / "out").state_dict(), load(other).state_dict()
+    assert any(not torch.equal(found[key], before[key]) for key in before)
+    # Averaging with the base, as any tool does, is the merge.
+    merged = tmp_path / "merged"
+    run("merge", base, other, "--output", merged, "--quiet")
+    first = load(base).state_dict()
+    for key, tensor in load(merged).state_dict().items():
+        torch.testing.assert_close(tensor, (first[key] + found[key]) / 2)
+
+
+def test_aligning_files_with_a_model(tmp_path: Path) -> None:
+    a, b = save_mlps(tmp_path)
+    data, model = f"{__name__}:mlp_batches", "networks:make_mlp"
+    report = tmp_path / "report.json"
+    run("align", a, b, "--output", tmp_path / "c.pt", "--data", data, "--model", model, "--quiet", "--report", report)
+    assert json.loads(report.read_text())["difference"]["largest"] < 1e-5
+    run("align", a, b, "--output", tmp_path / "d.pt", "--quiet", "--report", report)
+    assert json.loads(report.read_text())["difference"] is None
+
+
+def test_a_wrong_specification_changes_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = save_pair(tmp_path, vit_model)
+    spec = vit_huggingface(2, 4, checkpoint_names=True)
+    left = {name for name in spec.layouts if name.endswith("intermediate.dense.bias")}
+    spec.without(left).save(tmp_path / "wrong.json")
+    arguments = ("align", a, b, "--output", tmp_path / "out", "--spec", tmp_path / "wrong.json")
+    assert "the specification does not describe this network" in failure(capsys, tmp_path, *arguments)
+
+
+RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
+    "mlp": (make_mlp, "auto", mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])),
+    "resnet": (lambda: ResNet((2, 1), (8, 16)), "auto", resnet((2, 1), names="cifar")),
+    "resnet bottleneck": (
+        lambda: ResNet((2, 1), (8, 10), shortcut="downsample", head="fc", bottleneck=True),
+        "auto",
+        resnet((2, 1), bottleneck=True),
+    ),
+    "resnet group norm": (
+        lambda: ResNet((1, 2), (8, 16), norm_groups=4),
+        "resnet:norm_groups=4",
+        resnet((1, 2), names="cifar", norm_groups=4),
+    ),
+    "vgg": (
+        lambda: Vgg([(8,), (12, 10)], 8, (24,), batch_norms=False),
+        "auto",
+        vgg((1, 2), positions=4, classifier=("classifier.0", "classifier.3")),
+    ),
+    "vgg batch norm": (
+        lambda: Vgg([(8, 8), (12,)], 12, (24, 20), batch_norms=True),
+        "auto",
+        vgg((2, 1), batch_norms=True, positions=9),
+    ),
+    "vit": (VisionTransformer, "vit:num_heads=3", vit(2, 3, 24)),
+    "swin": (lambda: Swin((1, 2), (2, 4), 16), "auto", swin((1, 2), (2, 4), 16)),
+    "clip": (
+        lambda: Clip((2, 3, 24), (2, 4, 32)),
+        "clip_openai:vision_heads=3,text_heads=4",
+        mudsc_fast.spec.clip_openai(mudsc_fast.spec.Tower(2, 3, 24), mudsc_fast.spec.Tower(2, 4, 32)),
+    ),
+    "llama": (llama_model, "llama:num_heads=4,num_kv_heads=2", llama(2, 4, 2, 8)),
+    "gpt2": (gpt2_model, "gpt2:num_heads=4", gpt2(2, 4, 32)),
+    "bert": (HUGGING_FACE["bert"], "bert:num_heads=4", bert(2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_recognition(name: str) -> None:
+    build, text, expected = RECOGNISED[name]
+    assert choose_spec(text, build().state_dict()) == expected
+
+
+def test_names_of_gpt2_without_its_prefix() -> None:
+    state = {key.removeprefix("transformer."): value for key, value in gpt2_model().state_dict().items()}
+    del state["lm_head.weight"]
+    config = {"model_type": "gpt2", "n_head": 4}
+    spec = choose_spec("auto", state, config)
+    assert spec.nodes == gpt2(2, 4, 32).nodes
+    assert spec.units(state)["stream"] == 32
+
+
+@pytest.mark.parametrize(
+    ("build", "text", "message"),
+    [
+        (VisionTransformer, "auto", r"do not tell num_heads of the family vit: name it, --spec vit:num_heads=N"),
+        (VisionTransformer, "vit:num_heads=5", "not those of the family vit: width must be a multiple of num_heads"),
+        (VisionTransformer, "vit:heads=3,num_heads=3", "no number 'heads'; it takes: num_heads"),
+        (VisionTransformer, "vit:num_heads", r"must be NAME:number=value,..., got 'num_heads'"),
+        (VisionTransformer, "swim", "unknown specification 'swim': expected auto, a .json file or one of bert, clip"),
+        (VisionTransformer, "auto:num_heads=3", "takes no numbers"),
+        (VisionTransformer, "resnet", "not those of the family resnet"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), "auto", r"not recognised by its tensors \(0.weight, 0.bias"),
+        (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), "mlp", "expected nothing but linear layers"),
+    ],
+)
+def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        choose_spec(text, build().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "the model type 't5', which has no specification of its own; those that have: bert, "),
+        ({"model_type": "llama"}, "do not tell num_heads of the family llama"),
+        ({"model_type": "gpt2", "n_head": 4}, "not those of the family gpt2"),
+    ],
+)
+def test_configurations_that_do_not_help(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        choose_spec("auto", llama_model().state_dict(), config)
+
+
+def test_a_tensor_that_no_builder_names() -> None:
+    state = llama_model(attention_bias=True).state_dict()
+    with pytest.raises(CheckpointError, match=r"does not name 2 tensors, model.layers.0.self_attn.o_proj.bias"):
+        choose_spec("llama:num_heads=4,num_kv_heads=2", state)

@@ -1,0 +1,140 @@
+"""The CUDA kernels as nvcc compiles them: registers, spills, and the module on a machine without a driver.
+
+What was compiled is kept in build/cuda_compiled, by a hash of its sources and the compiler, so that only the first run
+takes a minute. `make compiled` runs this file alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "build" / "cuda_compiled"
+ARCHITECTURES = ("80", "90a", "100")
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+#: Registers that leave room for as many blocks on a multiprocessor as planned, of 65,536 by kernel.
+MOST_REGISTERS = {
+    "zip_load": 40,  # 6 blocks of 256 threads
+    "zip_symmetry": 40,
+    "zip_merge": 64,  # 1 block of 1024
+    "assignment_batch_kernel": 128,  # 2 blocks of 256; those of one warp are bounded by shared memory
+    "inspect_rows": 40,
+    "check_classes": 40,
+    "certify_rows": 40,
+    "bid_in_rounds": 64,  # 4 blocks of 256, which wait for each other
+    "list_rows": 64,
+}
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: the CUDA kernels are not compiled")
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@cache
+def key() -> str:
+    """Return a name for the state of all that goes into the kernels."""
+    files = sorted(path for folder in ("cuda", "include", "bindings") for path in (ROOT / "csrc" / folder).rglob("*.*"))
+    content = hashlib.sha256(run(str(NVCC), "--version").encode() + (ROOT / "CMakeLists.txt").read_bytes())
+    for path in files:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def resources(source: str, architecture: str) -> str:
+    """Compile a source and return what the assembler says of its kernels."""
+    report = KEPT / key() / f"{source}.{architecture}.txt"
+    if not report.exists():
+        report.parent.mkdir(parents=True, exist_ok=True)
+        said = run(
+            str(NVCC),
+            "-std=c++17",
+            "--fmad=false",
+            "-Icsrc/include",
+            "-Xptxas=-v",
+            "-Xcompiler=-Wall,-Wextra",
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            "-cubin",
+            f"csrc/cuda/{source}.cu",
+            "-o",
+            report.with_suffix(".cubin"),
+        )
+        report.write_text(said)
+    return report.read_text()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_registers_and_spills(source: str, architecture: str) -> None:
+    report = resources(source, architecture)
+    assert "warning" not in report
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    assert bool(kernels) == (source != "device")
+    for mangled, stack, spilled, registers in kernels:
+        named = [name for name in MOST_REGISTERS if re.search(rf"\d{name}I?", mangled)]
+        assert len(named) == 1, f"no plan for {mangled}"
+        assert int(stack) == int(spilled) == 0, mangled
+        assert int(registers) <= MOST_REGISTERS[named[0]], mangled
+
+
+@pytest.fixture(scope="module")
+def module_folder() -> Path:
+    """Build the module of the CUDA kernels for one architecture and return where it is."""
+    folder = KEPT / key() / f"module-{sys.version_info.major}.{sys.version_info.minor}"
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to build the module of the CUDA kernels")
+    if not list(folder.glob("_cuda.*")):
+        run(
+            "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            folder,
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DMUDSC_CUDA=ON",
+            "-DMUDSC_CUDA_ARCHITECTURES=90a-real",
+            "-DMUDSC_WARNINGS_AS_ERRORS=ON",
+        )
+        run("cmake", "--build", folder, "--target", "_cuda", "--parallel", "2")
+    return folder
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import _cuda
+reason = _cuda.unavailable_reason()
+print(reason)
+if reason:
+    try:
+        _cuda.zip_units(similarity=0, dtype=2, row_stride=2, units=2, num_models=1, remaining=1, budget=0, shrink=0.5,
+                        cluster_of_unit=0, values=0, workspace=0, merges=0, device=0, stream=0)
+    except RuntimeError as error:
+        assert "CUDA kernel zip_load could not be launched: " in str(error), error
+        assert reason in str(error), error
+    else:
+        raise AssertionError("a launch without a device went unnoticed")
+"""
+
+
+@needs_nvcc
+def test_the_module_imports_without_a_driver_and_says_what_is_wrong(module_folder: Path) -> None:
+    run(sys.executable, "-c", PROGRAM, module_folder)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHOWN = {
+    "with_scipy": "the same sum",
+    "with_zipit": "64 clusters, ",
+    "with_mudsc": "merged (128, 64) units: 10 outputs",
+    "with_rebasin": "the network is the same again",
+    "with_pleas": "200 of 200 units found",
+}
+
+
+def test_every_library_has_an_example() -> None:
+    assert {path.stem for path in EXAMPLES.glob("with_*.py")} == set(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert SHOWN[name] in capsys.readouterr().out

@@ -1,0 +1,126 @@
+"""Triton kernels compiled ahead of time for GPUs that need not be there: registers, spills, widths of access."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mudsc_fast.kernels.triton import correlation, permute
+
+assert os.environ.get("TRITON_INTERPRET") != "1", "to be run by tests/test_triton.py"
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+ARCHITECTURES = (80, 90, 100)
+#: What lets 4 programs of 128 threads share the 65536 registers of a multiprocessor.
+MOST_REGISTERS = 128
+ALIGNED = [["tt.divisibility", 16]]
+KINDS = {"rows": (1, 0), "columns": (0, 1), "both": (1, 1), "clusters": (2, 2)}
+
+
+class Compiled:
+    """A kernel's code, and what its machine code takes."""
+
+    def __init__(self, kernel: Any, architecture: int, arguments: dict[str, Any], directory: Path) -> None:
+        names = kernel.arg_names
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for at, name in enumerate(names):
+            value = arguments[name]
+            constant = isinstance(value, (bool, int, float))
+            signature[name] = "constexpr" if constant else value
+            if constant:
+                constants[(at,)] = value
+            elif isinstance(value, tuple):
+                attributes |= {(at, part): ALIGNED for part, kind in enumerate(value) if kind[0] == "*"}
+            else:
+                attributes[(at,)] = ALIGNED
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        code = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        self.ptx = str(code.asm["ptx"])
+        cubin = directory / "kernel.cubin"
+        cubin.write_bytes(code.asm["cubin"])
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found, usage
+        self.registers, self.stack, self.local = map(int, found.groups())
+
+    def accesses(self, instruction: str) -> list[int]:
+        """Return the bits that each access of the PTX to global memory moves."""
+        found = re.findall(instruction + r"\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", self.ptx)
+        return [int(vector or 1) * int(bits) for vector, bits in found]
+
+    def assert_fits(self, most_registers: int) -> None:
+        assert (self.stack, self.local) == (0, 0), "registers spill"
+        assert self.registers <= most_registers
+
+
+def merge_arguments(kinds: tuple[int, int], dtype: str, num_models: int, inner: int, copy: bool) -> dict[str, Any]:
+    rows, columns = kinds
+    launch = permute.launch_of(4096, 2 if dtype in ("bf16", "i16") else 4, 2 in kinds)
+    pointers = dict.fromkeys(("row_index", "row_offsets", "column_index", "column_offsets"), "*i32")
+    return {
+        **pointers, "row_scale": "*fp32", "column_scale": "*fp32", "out": f"*{dtype}",
+        "tensors": (f"*{dtype}",) * num_models, "weights": ("fp32",) * num_models,
+        **dict.fromkeys(("lines", "rows_in", "rows_out", "columns_in", "columns_out"), "i32"), "middle": 1,
+        "INNER": inner, "ROW_KIND": rows, "COLUMN_KIND": columns,
+        "ROW_SCALED": rows == 2, "COLUMN_SCALED": columns == 2, "COPY": copy, "NUM_MODELS": num_models,
+        "BLOCK_LINES": launch.block_lines, "BLOCK_ITEMS": launch.block_items,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_merge(architecture: int, dtype: str, kinds: str, tmp_path: Path) -> None:
+    compiled = Compiled(permute.merge_kernel, architecture, merge_arguments(KINDS[kinds], dtype, 2, 1, False), tmp_path)
+    compiled.assert_fits(MOST_REGISTERS)
+    stores = compiled.accesses("st")
+    assert stores
+    assert set(stores) == {128}
+    if kinds == "rows":
+        # Of both models the row numbers of four lines and four vectors a thread.
+        assert compiled.accesses("ld") == [128] * 2 * (1 + 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_copy_and_convolution(architecture: int, tmp_path: Path) -> None:
+    copied = Compiled(permute.merge_kernel, architecture, merge_arguments((1, 0), "i16", 1, 1, True), tmp_path)
+    copied.assert_fits(MOST_REGISTERS)
+    assert copied.accesses("ld") == [128] * (1 + 4)
+    assert set(copied.accesses("st")) == {128}
+    kernels = Compiled(permute.merge_kernel, architecture, merge_arguments((1, 1), "fp32", 2, 9, False), tmp_path)
+    kernels.assert_fits(MOST_REGISTERS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_group(architecture: int, tmp_path: Path) -> None:
+    arguments = {
+        "table": "*i64", "program_problem": "*i64", "program_tile": "*i64", "like": "*bf16", "weights": "*fp32",
+        "NUM_MODELS": 2, "FIELDS": 16, "BLOCK_LINES": 4, "BLOCK_ITEMS": 128,
+    }  # fmt: skip
+    Compiled(permute.merge_group_kernel, architecture, arguments, tmp_path).assert_fits(168)  # 3 programs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_correlate(architecture: int, dtype: str, tmp_path: Path) -> None:
+    arguments = {
+        "comoment": "*fp64", "row_deviation": "*fp64", "column_deviation": "*fp64",
+        "out": f"*{dtype}", "mirror": f"*{dtype}", "other": f"*{dtype}",
+        "units": "i32", "count": "i32", "row_stride": "i32", "other_stride": "i32", "balance": "fp32",
+        "EPS": 1e-7, "MIRRORED": True, "SYMMETRIC": False, "BLENDED": True, "BLOCK": 32,
+    }  # fmt: skip
+    compiled = Compiled(correlation.correlate_kernel, architecture, arguments, tmp_path)
+    compiled.assert_fits(MOST_REGISTERS)
+    assert 128 in compiled.accesses("ld")

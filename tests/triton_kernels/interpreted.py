@@ -1,0 +1,173 @@
+"""Triton kernels under Triton's interpreter, on odd shapes, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels.reference import correlation as reference_correlation
+from mudsc_fast.kernels.reference import permute as reference
+from mudsc_fast.kernels.triton import correlation, permute
+from mudsc_fast.ops.permute import UnitMap
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "to be run by tests/test_triton.py"
+
+# Sums are rounded once; half types by one unit in the last place of what may have cancelled.
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-6}
+KINDS = ("permutation", "clusters", "scaled clusters", "selection")
+
+
+def random_map(kind: str, num_models: int, units: int) -> UnitMap:
+    if kind == "permutation":
+        return UnitMap.permutation(torch.stack([torch.randperm(units) for _ in range(num_models)]))
+    if kind == "selection":
+        return UnitMap.permutation(torch.randint(units, (num_models, units + 3)), units_in=units)
+    clusters = max(1, units - 2)
+    scale = torch.rand(clusters) + 0.5 if kind == "scaled clusters" else None
+    return UnitMap.clusters(torch.randint(clusters, (num_models, units)), clusters, scale)
+
+
+def assert_as_reference(tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], weights: Sequence[float]) -> None:
+    result = permute.permute_merge(tensors, maps, weights, None)
+    expected = reference.permute_merge(tensors, maps, weights, None)
+    tolerance = TOLERANCE[result.dtype]
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_models", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(1,), (7,), (1, 131), (101, 3), (3, 101), (17, 9, 3, 3), (3, 4, 5, 6), (5, 2, 70), (2, 1030)], ids=str
+)
+def test_equals_reference(dtype: torch.dtype, num_models: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape).to(dtype) for _ in range(num_models)]
+    for number, axes in enumerate(
+        itertools.chain.from_iterable(itertools.combinations(range(len(shape)), c) for c in range(3))
+    ):
+        kinds = [KINDS[(number + at) % 4] for at in range(2)]
+        maps = {axis: random_map(kind, num_models, shape[axis]) for axis, kind in zip(axes, kinds, strict=False)}
+        assert_as_reference(tensors, maps, torch.randn(num_models).tolist())
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+def test_one_model_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty(0, dtype=dtype).element_size()]
+    limits = torch.iinfo(integers)
+    bits = torch.randint(limits.min, limits.max, (13, 7, 3), dtype=integers)
+    for axes in ((), (0,), (1,), (0, 1), (0, 2)):
+        maps = {axis: random_map("permutation", 1, bits.shape[axis]) for axis in axes}
+        expected = bits
+        for axis, unit_map in maps.items():
+            expected = expected.index_select(axis, unit_map.index[0])
+        result = permute.permute_merge([bits.view(dtype)], maps, [1.0], None)
+        assert torch.equal(result.view(integers), expected)
+
+
+def test_unaligned_and_strided_tensors_and_out() -> None:
+    torch.manual_seed(2)
+    tensors = [torch.randn(1 + 37 * 41)[1:].view(37, 41), torch.randn(41, 37).T]
+    maps = {0: random_map("permutation", 2, 37), 1: random_map("clusters", 2, 41)}
+    assert_as_reference(tensors, maps, [0.5, 0.5])
+    expected = reference.permute_merge(tensors, maps, [0.5, 0.5], None)
+    for out in (torch.empty(1 + expected.numel())[1:].view(expected.shape), torch.empty(expected.T.shape).T):
+        assert permute.permute_merge(tensors, maps, [0.5, 0.5], out) is out
+        torch.testing.assert_close(out, expected)
+
+
+def test_empty_axes_and_clusters_without_units() -> None:
+    assert permute.permute_merge([torch.ones(0, 3)] * 2, {1: random_map("clusters", 2, 3)}, [1, 1], None).shape == (
+        0,
+        1,
+    )
+    none = UnitMap.clusters(torch.empty(2, 0, dtype=torch.int64), 4)
+    assert torch.equal(permute.permute_merge([torch.ones(3, 0)] * 2, {1: none}, [1, 1], None), torch.zeros(3, 4))
+    together = UnitMap.clusters(torch.tensor([[3, 3, 3, 1, 1]] * 2), 5)
+    result = permute.permute_merge([torch.ones(5, 3)] * 2, {0: together}, [1.0, 2.0], None)
+    assert result[:, 0].tolist() == [0, 6, 0, 9, 0]
+
+
+def test_half_sums_are_accumulated_in_float32() -> None:
+    units = torch.cat([torch.full((128,), 1.0), torch.full((128,), 2.0**-10)])
+    together = UnitMap.clusters(torch.zeros(1, 256, dtype=torch.int64), 1)
+    for dtype, expected in ((torch.float16, 128.125), (torch.bfloat16, 128.0)):
+        assert permute.permute_merge([units.to(dtype)], {0: together}, [1.0], None).item() == expected
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_group(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    shapes = [(7,), (130,), (20, 9, 3, 3), (0,), (64, 3), (1, 1), (5, 300)]
+    groups = [[torch.randn(shape).to(dtype) for _ in range(3)] for shape in shapes]
+    maps: list[dict[int, UnitMap]] = [
+        {0: random_map(KINDS[number % 4], 3, shape[0])} if shape[0] else {} for number, shape in enumerate(shapes)
+    ]
+    maps[2][1] = random_map("permutation", 3, 9)
+    maps[4] = {}
+    weights = [0.2, 0.3, 0.5]
+    tolerance = TOLERANCE[dtype]
+    for result, tensors, by_axis in zip(permute.permute_merge_group(groups, maps, weights), groups, maps, strict=True):
+        expected = reference.permute_merge(tensors, by_axis, weights, None)
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_reference() -> None:
+    maps = {axis: random_map("permutation", 2, 3) for axis in range(3)}
+    tensors = [torch.randn(3, 3, 3) for _ in range(2)]
+    assert torch.equal(
+        permute.permute_merge(tensors, maps, [1, 1], None), reference.permute_merge(tensors, maps, [1, 1], None)
+    )
+    doubles = [tensor.double() for tensor in tensors]
+    assert permute.permute_merge(doubles, {}, [1, 1], None).dtype == torch.float64
+
+
+def test_launches_fill_the_threads_with_vectors() -> None:
+    for element_size in (2, 4):
+        for items in (1, 3, 500, 4096, 11008, 10**6):
+            launch = permute.launch_of(items, element_size)
+            bytes_of_tile = launch.block_lines * launch.block_items * element_size
+            assert bytes_of_tile == launch.num_warps * 32 * 16 * 4
+            assert launch.block_items >= min(items, 32 * launch.num_warps * 16 // element_size)
+
+
+def test_fastest_launch_computes_the_same() -> None:
+    def seconds(call: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    tensors, maps = [torch.randn(9, 33) for _ in range(2)], {1: random_map("permutation", 2, 33)}
+    launch = permute.fastest_launch(tensors, maps, [0.5, 0.5], seconds)
+    torch.testing.assert_close(
+        permute.permute_merge(tensors, maps, [0.5, 0.5], None, launch),
+        reference.permute_merge(tensors, maps, [0.5, 0.5], None),
+    )
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+@pytest.mark.parametrize("units", [1, 70])
+@pytest.mark.parametrize("balance", [None, 0.3, 0.8])
+def test_correlate(dtype: torch.dtype, units: int, balance: float | None) -> None:
+    """Blocks of one matrix: one with its mirror image elsewhere, one symmetric, one alone."""
+    torch.manual_seed(4)
+    comoment = torch.randn(units, units, dtype=torch.float64)
+    row, column = torch.rand(units, dtype=torch.float64), torch.rand(units, dtype=torch.float64)
+    row[::5] = 0
+    wide = torch.zeros(2, 2 * units, 2 * units, dtype=dtype)
+    other = None if balance is None else torch.randn(units, units + 3).to(dtype)[:, :units]
+    share = 1.0 if balance is None else balance
+    for result, correlate in zip(wide, (correlation.correlate, reference_correlation.correlate), strict=True):
+        diagonal, off = result[:units, :units], result[:units, units:]
+        correlate(comoment, row, column, 7, 0.05, off, result[units:, :units], other, share)
+        correlate(comoment, row, column, 7, 0.05, diagonal, diagonal, other, share)
+        correlate(comoment, row, column, 7, 0.05, result[units:, units:], None, other, share)
+    # The share is a float32 number for the kernel.
+    tolerance = 1e-6 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(wide[0], wide[1], rtol=tolerance, atol=2 * tolerance)
