@@ -1,7 +1,8 @@
 // Shared by the register_<op>.cpp files.
 //
 // Bindings take addresses and sizes that python/mudsc_fast/kernels/cpu has checked, release the GIL and call the
-// kernel of the requested instruction level. They convert and check nothing else.
+// kernel of the requested instruction level. They convert and check nothing else, with one exception: for small
+// arrays register_assignment.cpp checks what it is given and makes the results itself, and declines all else.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -2,12 +2,17 @@
 // with forbidden pairs.
 //
 // R. Jonker and A. Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment problems",
-// Computing 38 (1987), without its column reduction, so that rectangular problems need no padding; the path search is
-// that of D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52 (2016). Duals are double,
-// in which float32 costs are exact.
+// Computing 38 (1987), with column minima as first duals of square problems only, so that rectangular ones need no
+// padding. Duals are double, in which float32 costs are exact.
 //
-// Memory traffic: one read of the matrix per pass of row reduction and one for the certificate; a path search reads
-// the rows of its tree. A row is widened into a buffer of doubles that stays in cache. One thread.
+// Up to 128 columns the choice among equally good assignments is that of D. F. Crouse, "On implementing 2D rectangular
+// assignment algorithms", IEEE TAES 52 (2016), and with it scipy's. His order of search takes longer, so it is gone
+// through only where it can matter: the certificate lists the pairs that are as good as the chosen ones but for
+// rounding, and if exchanges along them lead nowhere but to worse assignments, the optimum is the only one.
+//
+// Memory traffic: the matrix is read once, into a copy in which rows are whole vectors; at the sizes this is for, it
+// stays in cache. The certificate reads the copy once, a path search the rows of its tree. A problem with more columns
+// is not copied: its rows are widened one at a time. One thread.
 #pragma once
 
 #include "assignment_scan.hpp"
@@ -16,109 +21,405 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-template <class T>
-class DenseSolver : private AssignmentState<T> {
-  using State = AssignmentState<T>;
-  using State::column_of_row_;
-  using State::columns_;
-  using State::row_of_column_;
-  using State::rows_;
-  using State::u_;
-  using State::v_;
-  using State::values_;
-  using State::width_;
+// As many costs as there are lanes of doubles.
+inline Lanes widened(const double* costs) { return *reinterpret_cast<const Lanes*>(costs); }
+inline Lanes widened(const float* costs) {
+  typedef float Narrow __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(costs), Lanes);
+}
 
+// Bit k is set if lane k is at most `bound`.
+inline std::uint64_t lanes_at_most(const Lanes& values, double bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(values), _mm512_set1_pd(bound), _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  const __m256d passed = _mm256_cmp_pd(reinterpret_cast<__m256d>(values), _mm256_set1_pd(bound), _CMP_LE_OQ);
+  return static_cast<std::uint64_t>(_mm256_movemask_pd(passed));
+#elif defined(__SSE2__)
+  const __m128d passed = _mm_cmple_pd(reinterpret_cast<__m128d>(values), _mm_set1_pd(bound));
+  return static_cast<std::uint64_t>(_mm_movemask_pd(passed));
+#else
+  std::uint64_t bits = 0;
+  for (std::int64_t k = 0; k < kLanes; ++k) bits |= static_cast<std::uint64_t>(values[k] <= bound) << k;
+  return bits;
+#endif
+}
+
+// The lesser of each lane. Written out because a comparison and a choice take compilers three instructions in a row.
+inline Lanes lesser(const Lanes& a, const Lanes& b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_min_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_min_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Lanes>(_mm_min_pd(reinterpret_cast<__m128d>(a), reinterpret_cast<__m128d>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Lanes greater(const Lanes& a, const Lanes& b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_max_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_max_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Lanes>(_mm_max_pd(reinterpret_cast<__m128d>(a), reinterpret_cast<__m128d>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The least lane, in every lane.
+inline Lanes spread_least(Lanes values) {
+  typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
+  Order order;
+  for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
+  for (std::int64_t step = kLanes / 2; step > 0; step /= 2) {
+    values = lesser(values, __builtin_shuffle(values, order ^ step));
+  }
+  return values;
+}
+
+// Gives equal rows and equal columns an order of their own; needed only where a problem has several optima.
+template <class T>
+class EqualsInOrder : private AssignmentState<T> {
+  using State = AssignmentState<T>;
+
+ public:
+  EqualsInOrder(const AssignmentProblem& problem, std::int64_t index, std::int64_t* row_of_column) : State(problem) {
+    State::begin(problem, index);
+    for (std::int64_t j = 0; j < problem.columns; ++j) {
+      if (row_of_column[j] >= 0) State::assign(row_of_column[j], j);
+    }
+    Buffer<std::uint64_t> row_hashes(problem.rows);
+    for (std::int64_t i = 0; i < problem.rows; ++i) row_hashes[i] = State::sampled_hash(i);
+    State::order_equal_rows(row_hashes);
+    State::order_equal_columns();
+    for (std::int64_t j = 0; j < problem.columns; ++j) row_of_column[j] = State::row_of_column_[j];
+  }
+};
+
+template <class T>
+class DenseSolver {
+  using Number = typename ArithmeticOf<T>::type;  // that costs are copied as
   typedef std::int64_t Indices __attribute__((vector_size(kLanes * sizeof(std::int64_t)), may_alias));
 
  public:
   explicit DenseSolver(const AssignmentProblem& problem)
-      : State(problem),
-        costs_(width_, kInfinity),
-        distance_(width_, kInfinity),
-        tree_distances_(rows_),
-        final_(columns_),
-        parent_(width_),
-        tree_rows_(rows_),
-        tree_columns_(columns_),
-        free_rows_(rows_),
-        open_(columns_),
-        place_(columns_),
-        row_hashes_(rows_) {}
+      : rows_(problem.rows),
+        columns_(problem.columns),
+        width_((problem.columns + kPad - 1) / kPad * kPad),
+        table_size_(std::int64_t{1} << (65 - __builtin_clzll(static_cast<std::uint64_t>(problem.rows)))),
+        copied_(problem.columns <= kMostCopied),
+        sign_(problem.maximize ? Number(-1) : Number(1)) {
+    // Counted first, then taken from one block: small problems are solved sooner than a dozen arrays are allocated.
+    std::int64_t bytes = 0;
+    lay_out([&](auto*& array, std::int64_t count) {
+      (void)array;
+      bytes += block_bytes(count * static_cast<std::int64_t>(sizeof *array));
+    });
+    unsigned char* at = near_;
+    if (bytes > kNearBytes) {
+      far_ = Buffer<unsigned char>(bytes);
+      at = far_.data();
+    }
+    lay_out([&](auto*& array, std::int64_t count) {
+      place(array, at);
+      at += block_bytes(count * static_cast<std::int64_t>(sizeof *array));
+    });
+  }
+  DenseSolver(const DenseSolver&) = delete;
+  DenseSolver& operator=(const DenseSolver&) = delete;
 
   void solve(const AssignmentProblem& problem, std::int64_t index) {
-    State::begin(problem, index);
+    begin(problem, index);
     problem.status[index] = AssignmentStatus::invalid;
-    if (!valid()) return;
+    if (!copy_costs()) return;
     problem.status[index] = AssignmentStatus::infeasible;
-    std::int64_t free_count = 0;
-    for (std::int64_t i = 0; i < rows_; ++i) free_rows_[free_count++] = i;
-    const bool in_order = columns_ <= kMostInOrder;
-    for (int pass = 0; pass < kReductionPasses && free_count > 0 && !in_order; ++pass) {
-      free_count = reduce_rows(free_count);
+    if (columns_ > kMostInOrder && rows_are_constant()) {
+      take_diagonal(problem, index);
+    } else if (columns_ <= kAlwaysInOrder || !search()) {
+      // Whether there is no assignment, too, is left to Crouse's order, which rounds like scipy.
+      if (!search_in_order()) return;
+      certify(problem, index);
+    } else if (!certify(problem, index)) {
+      if (!choose(problem, index)) return;
     }
-    for (std::int64_t k = 0; k < free_count; ++k) {
-      if (!augment(free_rows_[k])) return;
-    }
-    if (!in_order) {
-      State::order_equal_rows(row_hashes_);
-      State::order_equal_columns();
-    }
-    State::certify(problem, index, 1);
+    conclude(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
   }
 
  private:
-  // The two least reduced costs of a row and the column of the least.
   struct BestTwo {
     double first;
     double second;
     std::int64_t column;
   };
 
-  // Up to this many columns rows are matched in their order by path searches alone, which is as fast, and makes every
-  // choice between equally good assignments as Crouse's algorithm does, and with it scipy.
-  static constexpr std::int64_t kMostInOrder = 128;
-  static constexpr int kReductionPasses = 2;
-  // A chain of displaced rows in a pass of row reduction ends after so many steps per row on average; the path search
-  // takes what is left, so chains of ever smaller gains cannot go on for ever.
-  static constexpr std::int64_t kStepsPerRow = 8;
+  // A column that a path search is done with, and what it was then.
+  struct Closed {
+    std::int64_t column;
+    double distance;
+    double dual;
+  };
 
-  // Returns whether no cost is NaN or -inf, and hashes the rows.
-  bool valid() {
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      State::load_row(i, costs_);
-      bool bad = false;
-      // False for NaN and for -inf.
-      for (std::int64_t j = 0; j < columns_; ++j) bad |= !(costs_[j] > -kInfinity);
-      if (bad) return false;
-      row_hashes_[i] = State::sampled_hash(i);
+  // Rows are padded to whole vectors of costs.
+  static constexpr std::int64_t kPad = 64 / static_cast<std::int64_t>(sizeof(Number));
+  // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.
+  static constexpr std::int64_t kMostInOrder = 128;
+  // Up to this many columns his order of search is the fastest too.
+  static constexpr std::int64_t kAlwaysInOrder = 8;
+  // Up to this many columns costs are copied: 16 MB at most.
+  static constexpr std::int64_t kMostCopied = 1448;
+  // Steps of row reduction that chains of displaced rows may take, per row; path searches take what is left. More steps
+  // leave fewer rows, but gain ever less.
+  static constexpr std::int64_t kStepsPerRow = 1;
+  // Pairs that are as good as chosen ones, per row, beyond which an optimum is taken not to be the only one.
+  static constexpr std::int64_t kMostTiesPerRow = 4;
+  // How far rounding can move the cost of an exchange, relative to the largest cost: far more than sums over 128 rows
+  // lose in double, far less than what float32 costs differ by.
+  static constexpr double kRounding = 1.5e-11;
+  static constexpr std::int64_t kNearBytes = 8192;
+  static constexpr std::int64_t kWord = 64;
+
+  static std::int64_t block_bytes(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  template <class Item>
+  static void place(Item*& array, unsigned char* at) {
+    array = reinterpret_cast<Item*>(at);
+  }
+
+  // Chooses between several optimal assignments; false if Crouse's order finds none.
+  bool choose(const AssignmentProblem& problem, std::int64_t index) {
+    if (columns_ <= kMostInOrder) {
+      if (!search_in_order()) return false;
+      certify(problem, index);
+      return true;
+    }
+    EqualsInOrder<T>(problem, index, row_of_column_);
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      if (row_of_column_[j] >= 0) column_of_row_[row_of_column_[j]] = j;
     }
     return true;
   }
 
-  BestTwo best_two(std::int64_t row) {
-    State::load_row(row, costs_);
-    Lanes first = kInfinity - Lanes{}, second = first;
-    for (std::int64_t j = 0; j < width_; j += kLanes) {
-      const Lanes reduced = lanes(costs_, j) - lanes(v_, j);
-      const Lanes larger = reduced < first ? first : reduced;
-      second = larger < second ? larger : second;
-      first = reduced < first ? reduced : first;
+  // Calls take(array, count) for every array.
+  template <class Take>
+  void lay_out(const Take& take) {
+    take(costs_, copied_ ? rows_ * width_ : width_);
+    take(v_, width_);
+    take(u_, rows_);
+    take(distance_, width_);
+    take(parent_, width_ + 1);
+    take(row_of_column_, width_);
+    take(tree_rows_, rows_);
+    take(tree_distances_, rows_);
+    take(closed_, rows_);
+    take(free_rows_, rows_);
+    take(is_free_, (width_ + kWord - 1) / kWord);
+    take(moved_, (width_ + kWord - 1) / kWord);
+    take(open_, columns_);
+    take(places_, columns_);
+    take(ties_, (kMostTiesPerRow + 1) * rows_ + 1);
+    take(tie_begin_, rows_ + 2);
+    take(tied_into_, rows_ + 1);
+    take(sums_, rows_);
+    take(classes_, rows_);
+    take(class_seen_, rows_);
+    take(table_, table_size_);
+  }
+
+  void begin(const AssignmentProblem& problem, std::int64_t index) {
+    values_ = static_cast<const T*>(problem.values) + index * rows_ * columns_;
+    column_of_row_ = problem.column_of_row + index * rows_;
+    given_ = problem.prices == nullptr || rows_ != columns_ ? nullptr : problem.prices + index * columns_;
+  }
+
+  void clear_pairs() {
+    for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
+    for (std::int64_t j = 0; j < columns_; ++j) row_of_column_[j] = -1;
+    for (std::int64_t k = 0; k * kWord < columns_; ++k) {
+      const std::int64_t left = columns_ - k * kWord;
+      is_free_[k] = left >= kWord ? ~std::uint64_t{0} : (std::uint64_t{1} << left) - 1;
     }
-    BestTwo best{least_lane(first), kInfinity, -1};
-    for (std::int64_t j = 0; j < columns_; ++j) {
-      if (costs_[j] - v_[j] == best.first) {
-        best.column = j;
-        break;
+  }
+
+  bool is_free(std::int64_t column) const { return row_of_column_[column] < 0; }
+
+  void assign(std::int64_t row, std::int64_t column) {
+    row_of_column_[column] = row;
+    column_of_row_[row] = column;
+    is_free_[column / kWord] &= ~(std::uint64_t{1} << (column % kWord));
+  }
+
+  double cost(std::int64_t row, std::int64_t column) const {
+    return static_cast<double>(sign_ * widen(values_[row * columns_ + column]));
+  }
+
+  // A row's costs, in whole vectors: behind the last column they are infinite.
+  const Number* row_costs(std::int64_t row) {
+    if (copied_) return costs_ + row * width_;
+    write_costs(row, costs_);
+    return costs_;
+  }
+
+  void write_costs(std::int64_t row, Number* out) const {
+    const T* const values = values_ + row * columns_;
+    for (std::int64_t j = 0; j < columns_; ++j) out[j] = sign_ * widen(values[j]);
+    for (std::int64_t j = columns_; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
+  }
+
+  // Returns whether no cost is NaN or -inf; notes the largest magnitude, and makes column minima the first duals of a
+  // square problem, unless others are given.
+  bool copy_costs() {
+    using Vector = typename VectorOf<Number>::Type;
+    using Memory = typename VectorOf<Number>::Unaligned;
+    constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
+    constexpr Number kInfinite = static_cast<Number>(kInfinity);
+    Number* const minima = reinterpret_cast<Number*>(distance_);
+    for (std::int64_t j = 0; j < width_; ++j) minima[j] = kInfinite;
+    Vector most{}, bad{};
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      Number* const row = copied_ ? costs_ + i * width_ : costs_;
+      write_costs(i, row);
+      Vector sum{};
+      for (std::int64_t j = 0; j < width_; j += kVectorLanes) {
+        const Vector costs = *reinterpret_cast<const Memory*>(row + j);
+        Memory& least = *reinterpret_cast<Memory*>(minima + j);
+        least = costs < least ? costs : least;
+        const Vector opposite = -costs;
+        const Vector magnitude = costs > opposite ? costs : opposite;
+        const Vector finite = magnitude < kInfinite ? magnitude : Vector{};
+        most = finite > most ? finite : most;
+        sum += finite;
+        bad += costs > -kInfinite ? Vector{} : Vector{} + Number(1);  // for NaN and for -inf
+      }
+      sums_[i] = 0;
+      for (std::int64_t k = 0; k < kVectorLanes; ++k) sums_[i] += sum[k];
+    }
+    largest_ = 0.0;
+    double bad_count = 0.0;
+    for (std::int64_t k = 0; k < kVectorLanes; ++k) {
+      const double candidate = static_cast<double>(most[k]);
+      largest_ = candidate > largest_ ? candidate : largest_;
+      bad_count += static_cast<double>(bad[k]);
+    }
+    const bool start_at_minima = rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder;
+    for (std::int64_t j = width_; j-- > 0;) {
+      const double least = static_cast<double>(minima[j]);
+      v_[j] = start_at_minima && least < kInfinity ? least : 0.0;
+    }
+    if (given_ != nullptr) {
+      for (std::int64_t j = 0; j < columns_; ++j) v_[j] = static_cast<double>(sign_) * given_[j];
+    }
+    return bad_count == 0.0;
+  }
+
+  // Whether every row is one finite cost, over and over: a look at the first row unless it is.
+  bool rows_are_constant() const {
+    if (!copied_) return false;
+    const std::size_t overlap = static_cast<std::size_t>(columns_ - 1) * sizeof(Number);
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const Number* const costs = costs_ + i * width_;
+      if (std::memcmp(costs, costs + 1, overlap) != 0 || !(costs[0] < static_cast<Number>(kInfinity))) return false;
+    }
+    return true;
+  }
+
+  // All assignments are equally good.
+  void take_diagonal(const AssignmentProblem& problem, std::int64_t index) {
+    clear_pairs();
+    for (std::int64_t j = 0; j < width_; ++j) v_[j] = 0.0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      assign(i, i);
+      problem.row_duals[index * rows_ + i] = cost(i, 0);
+    }
+  }
+
+  // Numbers rows by the first row that is equal in every entry, found by the sum of the row. What is left out, as where
+  // rows are not copied, only takes longer.
+  void find_classes() {
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      classes_[i] = static_cast<std::int32_t>(i);
+      class_seen_[i] = 0;
+    }
+    searches_ = 0;
+    if (!copied_) return;
+    for (std::int64_t k = 0; k < table_size_; ++k) table_[k] = -1;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const double sum = static_cast<double>(sums_[i]);
+      std::uint64_t bits;
+      std::memcpy(&bits, &sum, sizeof bits);
+      const std::uint64_t hash = (bits * 0x9e3779b97f4a7c15u) >> 32;
+      for (std::int64_t at = static_cast<std::int64_t>(hash) & (table_size_ - 1);; at = (at + 1) & (table_size_ - 1)) {
+        const std::int32_t other = table_[at];
+        if (other < 0) {
+          table_[at] = static_cast<std::int32_t>(i);
+          break;
+        }
+        const std::size_t bytes = static_cast<std::size_t>(columns_) * sizeof(Number);
+        if (sums_[i] == sums_[other] && std::memcmp(costs_ + i * width_, costs_ + other * width_, bytes) == 0) {
+          classes_[i] = other;
+          break;
+        }
       }
     }
-    // The second least over all lanes: a lane's second, or the first of a lane other than the best's.
-    const std::int64_t best_lane = best.column % kLanes;
-    for (std::int64_t k = 0; k < kLanes; ++k) {
-      const double candidate = k == best_lane ? second[k] : first[k];
-      best.second = candidate < best.second ? candidate : best.second;
+  }
+
+  // Finds an optimal assignment, whichever is found first; false if there is none.
+  bool search() {
+    clear_pairs();
+    std::int64_t free_count = rows_;
+    for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
+    free_count = reduce_rows(free_count);
+    if (free_count > 0) find_classes();
+    for (std::int64_t k = 0; k < free_count; ++k) {
+      if (!augment(free_rows_[k])) return false;
     }
-    return best;
+    return true;
+  }
+
+  // Finds the optimal assignment that Crouse's algorithm finds: rows are matched in their order.
+  bool search_in_order() {
+    clear_pairs();
+    for (std::int64_t j = 0; j < width_; ++j) v_[j] = 0.0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (!augment_in_order(i)) return false;
+    }
+    return true;
+  }
+
+  BestTwo best_two(const Number* costs) const {
+    // Two of each, so that one need not wait for the other.
+    Lanes first[2], second[2];
+    Indices at[2];
+    for (int part = 0; part < 2; ++part) {
+      first[part] = second[part] = kInfinity - Lanes{};
+      at[part] = Indices{};
+    }
+    const auto take = [&](std::int64_t j, int part) {
+      const Lanes reduced = widened(costs + j) - widened(v_ + j);
+      at[part] = reduced < first[part] ? j - Indices{} : at[part];
+      second[part] = lesser(second[part], greater(reduced, first[part]));
+      first[part] = lesser(reduced, first[part]);
+    };
+    std::int64_t j = 0;
+    for (; j + 2 * kLanes <= width_; j += 2 * kLanes) {
+      take(j, 0);
+      take(j + kLanes, 1);
+    }
+    if (j < width_) take(j, 0);
+    at[0] = first[1] < first[0] ? at[1] : at[0];
+    second[0] = lesser(lesser(second[0], second[1]), greater(first[0], first[1]));
+    first[0] = lesser(first[0], first[1]);
+    const Lanes least = spread_least(first[0]);
+    const std::int64_t lane = __builtin_ctzll(lanes_at_most(first[0], least[0]));
+    alignas(64) std::int64_t columns[kLanes];
+    *reinterpret_cast<Indices*>(columns) = at[0];
+    // The second least over all lanes: a lane's second, or the first of a lane other than the best's.
+    Indices lanes_in_order;
+    for (std::int64_t k = 0; k < kLanes; ++k) lanes_in_order[k] = k;
+    const Lanes others = lanes_in_order == lane ? second[0] : first[0];
+    return BestTwo{least[0], spread_least(others)[0], columns[lane] + lane};
   }
 
   // Gives each free row its best column at a price that makes its second best as good; the row displaced goes on.
@@ -128,22 +429,21 @@ class DenseSolver : private AssignmentState<T> {
     for (std::int64_t k = 0; k < free_count; ++k) {
       std::int64_t row = free_rows_[k];
       for (;;) {
-        const BestTwo best = best_two(row);
+        const Number* const costs = row_costs(row);
+        const BestTwo best = best_two(costs);
         const bool lowers = best.second < kInfinity && best.first < best.second;
         std::int64_t column = best.column;
-        if (best.first == kInfinity || (!lowers && row_of_column_[column] >= 0)) {
+        if (best.first == kInfinity || (!lowers && !is_free(column))) {
           // No finite second choice, or a tie: another column may be as good and free, which a path search sees.
-          if (best.first < kInfinity) column = free_column_at(best.first);
+          if (best.first < kInfinity) column = free_column_at(costs, best.first);
           if (best.first == kInfinity || column < 0) {
             free_rows_[kept++] = row;
             break;
           }
         }
         if (lowers) v_[column] -= best.second - best.first;
-        u_[row] = lowers ? best.second : best.first;
         const std::int64_t displaced = row_of_column_[column];
-        row_of_column_[column] = row;
-        column_of_row_[row] = column;
+        assign(row, column);
         if (displaced < 0) break;
         column_of_row_[displaced] = -1;
         if (--steps < 0) {
@@ -156,97 +456,312 @@ class DenseSolver : private AssignmentState<T> {
     return kept;
   }
 
-  // First column without a row whose reduced cost, for the row in costs_, is `reduced`; -1 if there is none.
-  std::int64_t free_column_at(double reduced) const {
-    for (std::int64_t j = 0; j < columns_; ++j) {
-      if (row_of_column_[j] < 0 && costs_[j] - v_[j] == reduced) return j;
+  // First column without a row whose reduced cost is `reduced`, the row's least; -1 if there is none.
+  std::int64_t free_column_at(const Number* costs, double reduced) const {
+    for (std::int64_t j = 0; j < width_; j += kLanes) {
+      const std::uint64_t free = is_free_[j / kWord] >> (j % kWord);
+      const std::uint64_t tied = lanes_at_most(widened(costs + j) - widened(v_ + j), reduced) & free;
+      if (tied != 0) return j + __builtin_ctzll(tied);
     }
     return -1;
   }
 
-  // Grows a shortest path tree from a free row until it meets a free column, then exchanges along the path. Sums are
-  // made in Crouse's order, so that what ties for him ties here.
-  bool augment(std::int64_t root) {
-    u_[root] = 0.0;
-    distance_.fill(kInfinity);
-    // Open columns, in the order that decides ties.
-    for (std::int64_t k = 0; k < columns_; ++k) {
-      open_[k] = columns_ - 1 - k;
-      place_[columns_ - 1 - k] = k;
+  // Lowers the distances of open columns to through(costs, duals), where that is less, with `row` as their parent.
+  // Returns the least distance. Closed columns have a dual of -inf, which no path can go through.
+  template <class Through>
+  double relax(std::int64_t row, const Through& through) {
+    const Number* const costs = row_costs(row);
+    const Indices parent = row - Indices{};
+    // Two of them, so that one need not wait for the other.
+    Lanes least[2] = {kInfinity - Lanes{}, kInfinity - Lanes{}};
+    const auto take = [&](std::int64_t j, int part) {
+      const Lanes candidate = through(widened(costs + j), widened(v_ + j));
+      const Lanes known = widened(distance_ + j);
+      Indices& parents = *reinterpret_cast<Indices*>(parent_ + j);
+      parents = candidate < known ? parent : parents;
+      const Lanes updated = lesser(candidate, known);
+      *reinterpret_cast<Lanes*>(distance_ + j) = updated;
+      least[part] = lesser(updated, least[part]);
+    };
+    std::int64_t j = 0;
+    for (; j + 2 * kLanes <= width_; j += 2 * kLanes) {
+      take(j, 0);
+      take(j + kLanes, 1);
     }
-    std::int64_t tree_size = 0, row = root, sink = -1;
-    double reached = 0.0;
-    while (sink < 0) {
-      tree_rows_[tree_size] = row;
-      tree_distances_[tree_size++] = reached;
-      const std::int64_t column = nearest_column(row, reached);
-      if (column < 0) return false;
-      reached = distance_[column];
-      if (row_of_column_[column] < 0) {
-        sink = column;
-      } else {
-        tree_columns_[tree_size - 1] = column;
-        final_[tree_size - 1] = reached;
-        distance_[column] = -kInfinity;  // closed: no distance is less
-        const std::int64_t last = open_[columns_ - tree_size];
-        open_[place_[column]] = last;
-        place_[last] = place_[column];
-        row = row_of_column_[column];
+    if (j < width_) take(j, 0);
+    return spread_least(lesser(least[0], least[1]))[0];
+  }
+
+  double least_distance() const {
+    Lanes least = kInfinity - Lanes{};
+    for (std::int64_t j = 0; j < width_; j += kLanes) least = lesser(widened(distance_ + j), least);
+    return spread_least(least)[0];
+  }
+
+  // Calls visit(bits, begin) for each 64 columns from `begin` of which some are at the distance, until it returns
+  // false.
+  template <class Visit>
+  void for_columns_at(double distance, const Visit& visit) const {
+    for (std::int64_t begin = 0; begin < width_; begin += kWord) {
+      const std::int64_t end = begin + kWord < width_ ? begin + kWord : width_;
+      std::uint64_t bits = 0;
+      for (std::int64_t j = begin; j < end; j += kLanes) {
+        bits |= lanes_at_most(widened(distance_ + j), distance) << (j - begin);
       }
+      if (bits != 0 && !visit(bits, begin)) return;
     }
-    for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += reached - tree_distances_[k];
-    for (std::int64_t k = 0; k + 1 < tree_size; ++k) v_[tree_columns_[k]] -= reached - final_[k];
+  }
+
+  void close(std::int64_t column, double distance, std::int64_t count) {
+    closed_[count] = Closed{column, distance, v_[column]};
+    v_[column] = -kInfinity;
+    distance_[column] = kInfinity;
+  }
+
+  // Gives closed columns their duals back: as they were, or lowered by what they were nearer than `reached`.
+  void reopen(std::int64_t count, double reached) {
+    for (std::int64_t k = 0; k < count; ++k) {
+      const double nearer = reached < kInfinity ? reached - closed_[k].distance : 0.0;
+      v_[closed_[k].column] = closed_[k].dual - nearer;
+    }
+  }
+
+  // Exchanges columns along the path from `root` to `sink`.
+  void exchange(std::int64_t root, std::int64_t sink) {
     for (std::int64_t column = sink;;) {
-      const std::int64_t path_row = parent_[column], next = column_of_row_[path_row];
-      row_of_column_[column] = path_row;
-      column_of_row_[path_row] = column;
-      if (path_row == root) return true;
+      const std::int64_t row = parent_[column], next = column_of_row_[row];
+      assign(row, column);
+      if (row == root) return;
       column = next;
     }
   }
 
-  // Lowers the distances of open columns through `row` and returns the nearest; -1 if none can be reached. Of several,
-  // the last free one in the order of open_, or else the first.
-  std::int64_t nearest_column(std::int64_t row, double reached) {
-    State::load_row(row, costs_);
-    const double dual = u_[row];
-    Lanes least = kInfinity - Lanes{};
-    const Lanes infinite = least;
-    const Indices through_row = row - Indices{};
-    for (std::int64_t j = 0; j < width_; j += kLanes) {
-      const Lanes through = ((reached + lanes(costs_, j)) - dual) - lanes(v_, j);
-      const Lanes known = lanes(distance_, j);
-      const auto nearer = through < known;
-      const Lanes updated = nearer ? through : known;
-      store(distance_, j, updated);
-      Indices& parents = *reinterpret_cast<Indices*>(parent_.data() + j);
-      parents = nearer ? through_row : parents;
-      const Lanes open = updated == -infinite ? infinite : updated;
-      least = open < least ? open : least;
-    }
-    const double nearest = least_lane(least);
-    if (nearest == kInfinity) return -1;
-    std::int64_t found = -1;
-    for (std::int64_t begin = 0; begin < width_; begin += kPadding) {
-      const double* const distances = distance_.data() + begin;
-      std::uint32_t ties = at_most(distances, nearest) & ~at_most(distances, -kInfinity);
-      for (; ties != 0; ties &= ties - 1) {
-        const std::int64_t j = begin + __builtin_ctz(ties);
-        const bool is_free = row_of_column_[j] < 0;
-        const bool found_free = found >= 0 && row_of_column_[found] < 0;
-        if (found < 0 || (is_free && (!found_free || place_[j] > place_[found])) ||
-            (!is_free && !found_free && place_[j] < place_[found])) {
-          found = j;
-        }
+  // Grows a shortest path tree from a free row until it meets a free column, then exchanges along the path.
+  bool augment(std::int64_t root) {
+    for (std::int64_t j = 0; j < width_; ++j) distance_[j] = kInfinity;
+    ++searches_;
+    std::int64_t closed_count = 0, row = root;
+    double reached = -kInfinity, offset = 0.0;
+    for (;;) {
+      // Of equal rows only the first one that a search reaches can lower any distance.
+      std::int32_t& seen = class_seen_[classes_[row]];
+      const double least =
+          seen == searches_
+              ? least_distance()
+              : relax(row, [&](const Lanes& costs, const Lanes& duals) { return (costs - duals) + offset; });
+      seen = searches_;
+      if (least == kInfinity) break;
+      reached = least > reached ? least : reached;  // rounding must not shorten a path
+      const std::int64_t column = any_column_at(least);
+      if (is_free(column)) {
+        reopen(closed_count, reached);
+        exchange(root, column);
+        return true;
       }
+      row = row_of_column_[column];
+      offset = reached - (cost(row, column) - v_[column]);
+      close(column, reached, closed_count++);
     }
+    reopen(closed_count, kInfinity);
+    return false;
+  }
+
+  // A column at the least distance, one without a row if there is one.
+  std::int64_t any_column_at(double least) const {
+    std::int64_t found = -1;
+    for_columns_at(least, [&](std::uint64_t bits, std::int64_t begin) {
+      const std::uint64_t free = bits & is_free_[begin / kWord];
+      if (found < 0 || free != 0) found = begin + __builtin_ctzll(free != 0 ? free : bits);
+      return free == 0;
+    });
     return found;
   }
 
-  Buffer<double> costs_, distance_;  // padded with infinity to whole vectors
-  Buffer<double> tree_distances_, final_;
-  Buffer<std::int64_t> parent_, tree_rows_, tree_columns_, free_rows_, open_, place_;
-  Buffer<std::uint64_t> row_hashes_;
+  // The same with sums and choices in Crouse's order, so that what ties for him ties here.
+  bool augment_in_order(std::int64_t root) {
+    u_[root] = 0.0;
+    for (std::int64_t j = 0; j < width_; ++j) distance_[j] = kInfinity;
+    order_columns();
+    std::int64_t tree_size = 0, row = root, sink = -1;
+    double reached = 0.0;
+    for (;;) {
+      tree_rows_[tree_size] = row;
+      tree_distances_[tree_size++] = reached;
+      const double dual = u_[row], start = reached;
+      reached = relax(row, [&](const Lanes& costs, const Lanes& duals) { return ((start + costs) - dual) - duals; });
+      if (reached == kInfinity) return false;
+      const std::int64_t column = ordered_column_at(reached);
+      if (is_free(column)) {
+        sink = column;
+        break;
+      }
+      row = row_of_column_[column];
+      close_in_order(column, reached, tree_size - 1);
+    }
+    for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += reached - tree_distances_[k];
+    reopen(tree_size - 1, reached);
+    exchange(root, sink);
+    return true;
+  }
+
+  // Open columns in Crouse's order: from the last to the first, a closed one replaced by the one at the end.
+  void order_columns() {
+    for (std::int64_t k = 0; k < columns_; ++k) {
+      open_[k] = columns_ - 1 - k;
+      places_[k] = columns_ - 1 - k;
+    }
+    for (std::int64_t k = 0; k * kWord < columns_; ++k) moved_[k] = 0;
+  }
+
+  void close_in_order(std::int64_t column, double distance, std::int64_t count) {
+    const std::int64_t last = open_[columns_ - 1 - count], place = places_[column];
+    open_[place] = last;
+    places_[last] = place;
+    moved_[last / kWord] |= std::uint64_t{1} << (last % kWord);
+    close(column, distance, count);
+  }
+
+  // Of the columns at the least distance the last without a row, or else the first, in the order of open columns. Those
+  // that have not moved stand there from the last column to the first.
+  std::int64_t ordered_column_at(double least) const {
+    std::int64_t found = -1, first_free = -1, last_taken = -1;
+    const auto consider = [&](std::int64_t j) {
+      const bool free = is_free(j);
+      const bool better = found < 0 || (free != is_free(found) ? free : free == (places_[j] > places_[found]));
+      found = better ? j : found;
+    };
+    for_columns_at(least, [&](std::uint64_t bits, std::int64_t begin) {
+      const std::uint64_t moved = moved_[begin / kWord], unmatched = is_free_[begin / kWord];
+      const std::uint64_t free = bits & ~moved & unmatched, taken = bits & ~moved & ~unmatched;
+      if (free != 0 && first_free < 0) first_free = begin + __builtin_ctzll(free);
+      if (taken != 0) last_taken = begin + kWord - 1 - __builtin_clzll(taken);
+      for (std::uint64_t rest = bits & moved; rest != 0; rest &= rest - 1) consider(begin + __builtin_ctzll(rest));
+      return true;
+    });
+    if (first_free >= 0) consider(first_free);
+    if (last_taken >= 0) consider(last_taken);
+    return found;
+  }
+
+  // Writes row duals from column duals, over every entry, so that feasibility does not rest on the search. Returns
+  // whether no other assignment is as good, but for rounding.
+  bool certify(const AssignmentProblem& problem, std::int64_t index) {
+    if (rows_ < columns_) {
+      for (std::int64_t j = 0; j < columns_; ++j) v_[j] = v_[j] < 0.0 ? v_[j] : 0.0;
+    }
+    double* const row_duals = problem.row_duals + index * rows_;
+    rounding_ = kRounding * largest_;
+    bool countable = rounding_ < kInfinity;
+    tie_begin_[0] = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const Number* const costs = row_costs(i);
+      if (countable) countable = list_ties(i, costs, row_duals[i]);
+      if (!countable) row_duals[i] = least_reduced_cost(costs);
+    }
+    return countable && ties_lead_nowhere();
+  }
+
+  double least_reduced_cost(const Number* costs) const {
+    Lanes least = kInfinity - Lanes{};
+    for (std::int64_t j = 0; j < width_; j += kLanes) {
+      const Lanes reduced = widened(costs + j) - widened(v_ + j);
+      least = lesser(reduced, least);
+    }
+    return spread_least(least)[0];
+  }
+
+  // Lists the rows that have the columns that a row could as well have, row `rows_` standing for none; false if there
+  // are too many. Writes the row's least reduced cost.
+  bool list_ties(std::int64_t row, const Number* costs, double& least_cost) {
+    const std::int64_t matched = column_of_row_[row];
+    double least = static_cast<double>(costs[matched]) - v_[matched];
+    const double bound = least + rounding_;
+    std::int32_t count = tie_begin_[row];
+    for (std::int64_t begin = 0; begin < width_; begin += kWord) {
+      const std::int64_t end = begin + kWord < width_ ? begin + kWord : width_;
+      std::uint64_t bits = 0;
+      for (std::int64_t j = begin; j < end; j += kLanes) {
+        bits |= lanes_at_most(widened(costs + j) - widened(v_ + j), bound) << (j - begin);
+      }
+      for (; bits != 0; bits &= bits - 1) {
+        const std::int64_t column = begin + __builtin_ctzll(bits);
+        if (column == matched) continue;
+        if (count == kMostTiesPerRow * rows_) return false;
+        const double reduced = static_cast<double>(costs[column]) - v_[column];
+        least = reduced < least ? reduced : least;
+        ties_[count++] = static_cast<std::int32_t>(is_free(column) ? rows_ : row_of_column_[column]);
+      }
+    }
+    tie_begin_[row + 1] = count;
+    least_cost = least;
+    return true;
+  }
+
+  // Whether no exchange of columns along listed ties comes round to where it began: rows that nothing leads to are taken
+  // away, with the ties from them, until none are left. A free column leads on to rows whose own one is as good free.
+  bool ties_lead_nowhere() {
+    for (std::int64_t i = 0; i <= rows_; ++i) tied_into_[i] = 0;
+    std::int32_t count = tie_begin_[rows_];
+    if (rows_ < columns_) {
+      for (std::int64_t j = 0; j < columns_ && count < (kMostTiesPerRow + 1) * rows_; ++j) {
+        if (!is_free(j) && v_[j] >= -rounding_) ties_[count++] = static_cast<std::int32_t>(row_of_column_[j]);
+      }
+    }
+    tie_begin_[rows_ + 1] = count;
+    for (std::int32_t k = 0; k < count; ++k) ++tied_into_[ties_[k]];
+    std::int64_t stacked = 0, left = rows_ + 1;
+    std::int64_t* const stack = parent_;
+    for (std::int64_t i = 0; i <= rows_; ++i) {
+      if (tied_into_[i] == 0) stack[stacked++] = i;
+    }
+    while (stacked > 0) {
+      const std::int64_t row = stack[--stacked];
+      --left;
+      for (std::int32_t k = tie_begin_[row]; k < tie_begin_[row + 1]; ++k) {
+        if (--tied_into_[ties_[k]] == 0) stack[stacked++] = ties_[k];
+      }
+    }
+    return left == 0;
+  }
+
+  // Writes the signs of duals, the objective and the gap.
+  void conclude(const AssignmentProblem& problem, std::int64_t index) const {
+    const double sign = static_cast<double>(sign_);
+    double* const row_duals = problem.row_duals + index * rows_;
+    double objective = 0.0, slack = 0.0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const double matched = cost(i, column_of_row_[i]);
+      objective += matched;
+      slack += matched - v_[column_of_row_[i]] - row_duals[i];
+      row_duals[i] *= sign;
+    }
+    double* const column_duals = problem.column_duals + index * columns_;
+    for (std::int64_t j = 0; j < columns_; ++j) column_duals[j] = sign * v_[j] + 0.0;
+    problem.objective[index] = sign * objective;
+    problem.gap[index] = slack;
+  }
+
+  std::int64_t rows_, columns_, width_;
+  std::int64_t table_size_;  // a power of 2, at least twice the rows
+  bool copied_;
+  Number sign_;
+  const T* values_ = nullptr;
+  const double* given_ = nullptr;
+  std::int64_t* column_of_row_ = nullptr;
+  double largest_ = 0.0, rounding_ = 0.0;
+  // Arrays over columns are whole vectors; duals and costs behind the last column are 0 and infinite.
+  Number* costs_;
+  double *v_, *u_, *distance_, *tree_distances_;
+  std::int64_t *parent_, *row_of_column_, *tree_rows_, *free_rows_, *open_, *places_;
+  Closed* closed_;
+  std::uint64_t *is_free_, *moved_;
+  std::int32_t *ties_, *tie_begin_, *tied_into_;
+  Number* sums_;  // of the magnitudes of a row's costs
+  // Equal rows: the class of a row, the last search that reached a class, and a hash table of rows.
+  std::int32_t *classes_, *class_seen_, *table_;
+  std::int32_t searches_ = 0;
+  Buffer<unsigned char> far_;
+  alignas(64) unsigned char near_[kNearBytes];
 };
 
 }  // namespace

@@ -1,10 +1,19 @@
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 __version__: Final[str]
 compiler: Final[str]
 isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
 
+def assign_array(cost_matrix: object, maximize: object, /) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None: ...
+def solve_array(
+    similarity: object, maximize: object, /
+) -> (
+    tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None
+): ...
 def linear_assignment(
     *,
     isa: int,

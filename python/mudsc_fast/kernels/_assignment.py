@@ -13,14 +13,14 @@ OPTIMAL, INVALID, INFEASIBLE = 0, 1, 2
 
 @dataclass(frozen=True)
 class Solution:
-    """Solutions of a batch of [n, m] problems, n <= m, with the duals of :class:`mudsc_fast.Assignment`."""
+    """Solutions of [..., n, m] problems, n <= m, with the duals of :class:`mudsc_fast.Assignment`."""
 
-    columns: Tensor  # [batch, n] int64
-    row_duals: Tensor  # [batch, n] float64
-    column_duals: Tensor  # [batch, m] float64
-    objective: Tensor  # [batch] float64
-    gap: Tensor  # [batch] float64
-    status: Tensor  # [batch] int32; the rest of a problem that is not optimal is undefined
+    columns: Tensor  # [..., n] int64
+    row_duals: Tensor  # [..., n] float64
+    column_duals: Tensor  # [..., m] float64
+    objective: Tensor  # [...] float64
+    gap: Tensor  # [...] float64
+    status: Tensor  # [...] int32; the rest of a problem that is not optimal is undefined
 
     def to(self, device: torch.device) -> Solution:
         """Return the solution on a device."""

@@ -76,6 +76,10 @@ def backend_for(op: str, device_type: str) -> str:
     return requested
 
 
+#: Returns the back end that the enclosing `use_backend` names, or None.
+requested = _requested.get
+
+
 def choose(op: str, device: torch.device, kernels: Mapping[str, Kernel]) -> Kernel:
     """Return the kernel of `kernels` (by back end) that serves `op` on `device`."""
     return kernels[backend_for(op, device.type)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mudsc_fast import _checks
-from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, Solution
+from mudsc_fast import _checks, _core
+from mudsc_fast.kernels._assignment import INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
 from mudsc_fast.ops import _arrays, _dispatch, _library
+
+_NUMPY_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -94,36 +96,33 @@ def linear_assignment(
     On a CUDA device up to 512 columns are assigned in scipy's order of choice; beyond, equally good choices may be
     others than on the CPU. The search is there always to the end.
     """
+    if warm_start is None and tolerance == 0 and _dispatch.requested() is None and not _library.traced(similarity):
+        # A small matrix is solved sooner than the general way below is gone through.
+        solved = _core.solve_array(similarity.numpy() if _is_plain(similarity) else similarity, maximize)
+        if solved is not None:
+            return Assignment(*map(torch.from_numpy, solved))
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:
         raise ValueError(f"similarity must be [..., n, m], got shape {list(values.shape)}")
     if _library.traced(values) and warm_start is None:
         return Assignment(*torch.ops.mudsc_fast.linear_assignment(values, maximize, tolerance))
-    batch, (rows, columns) = values.shape[:-2], values.shape[-2:]
-    flat = values.reshape(batch.numel(), rows, columns)
-    transposed = rows > columns
+    rows, columns = values.shape[-2:]
     share = _checks.check_number("tolerance", tolerance)
     if share < 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    solution = _solve(flat.transpose(1, 2) if transposed else flat, maximize, _prices(warm_start, values), share)
-    if bool((solution.status == INVALID).any()):
-        raise ValueError(f"similarity must not hold NaN or {'+inf' if maximize else '-inf'}")
-    if bool((solution.status == INFEASIBLE).any()):
+    prices = _prices(warm_start, values)
+    solution = _solve(values.mT if rows > columns else values, maximize, prices, share)
+    if bool(solution.status.any()):
+        if bool((solution.status == INVALID).any()):
+            raise ValueError(f"similarity must not hold NaN or {'+inf' if maximize else '-inf'}")
         raise ValueError("similarity is infeasible: forbidden pairs leave no assignment")
-    assigned, row_duals, column_duals = solution.columns, solution.row_duals, solution.column_duals
-    if transposed:
-        row_of_column = assigned
-        row_duals, column_duals = column_duals, row_duals
-        assigned = torch.full((len(flat), rows), -1, dtype=torch.int64, device=values.device)
-        order = torch.arange(columns, device=values.device).expand(row_of_column.shape)
-        assigned.scatter_(1, row_of_column, order)
-    return Assignment(
-        columns=assigned.reshape(*batch, rows),
-        objective=solution.objective.reshape(batch),
-        row_duals=row_duals.reshape(*batch, rows),
-        column_duals=column_duals.reshape(*batch, columns),
-        gap=solution.gap.reshape(batch),
-    )
+    if rows <= columns:
+        return Assignment(solution.columns, solution.objective, solution.row_duals, solution.column_duals, solution.gap)
+    row_of_column = solution.columns
+    assigned = torch.full(values.shape[:-1], -1, dtype=torch.int64, device=values.device)
+    order = torch.arange(columns, device=values.device).expand(row_of_column.shape)
+    assigned.scatter_(-1, row_of_column, order)
+    return Assignment(assigned, solution.objective, solution.column_duals, solution.row_duals, solution.gap)
 
 
 def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any, Any]:
@@ -151,6 +150,19 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     TypeError
         If the entries are not real numbers.
     """
+    # A small matrix is solved sooner than the general way is gone through.
+    if _dispatch.requested() is None:
+        indices = _core.assign_array(cost_matrix, maximize)
+        if indices is not None:
+            return indices
+        if _is_plain(cost_matrix):
+            indices = _core.assign_array(cost_matrix.numpy(), maximize)
+            if indices is not None:
+                return torch.from_numpy(indices[0]), torch.from_numpy(indices[1])
+    return _assign_any(cost_matrix, maximize)
+
+
+def _assign_any(cost_matrix: Any, maximize: bool) -> tuple[Any, Any]:
     if isinstance(cost_matrix, Tensor) or (
         not hasattr(cost_matrix, "__array__") and hasattr(cost_matrix, "__dlpack__")
     ):
@@ -162,12 +174,11 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
         raise ValueError(f"expected a matrix (2-D array), got a {values.ndim} array")
     rows, columns = values.shape
     transposed = rows > columns
-    solution = _solve((values.T if transposed else values)[None], maximize, None, 0.0)
-    if bool((solution.status == INVALID).any()):
-        raise ValueError("matrix contains invalid numeric entries")
-    if bool((solution.status == INFEASIBLE).any()):
-        raise ValueError("cost matrix is infeasible")
-    partner = solution.columns[0]
+    solution = _solve(values.T if transposed else values, maximize, None, 0.0)
+    if bool(solution.status.any()):
+        invalid = bool((solution.status == INVALID).any())
+        raise ValueError("matrix contains invalid numeric entries" if invalid else "cost matrix is infeasible")
+    partner = solution.columns
     order = torch.arange(len(partner), device=values.device)
     if transposed:
         row_indices, by_row = partner.sort()
@@ -177,21 +188,28 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     return indices if isinstance(cost_matrix, Tensor) else (indices[0].cpu().numpy(), indices[1].cpu().numpy())
 
 
-def _solve(flat: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
-    batch, rows, columns = flat.shape
-    if batch == 0 or rows == 0:
-        none = torch.zeros(batch, dtype=torch.float64, device=flat.device)
+def _solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
+    if similarity.numel() == 0:
+        *batch, rows, columns = similarity.shape
+        none = torch.zeros(batch, dtype=torch.float64, device=similarity.device)
         return Solution(
-            columns=torch.zeros(batch, rows, dtype=torch.int64, device=flat.device),
-            row_duals=none[:, None].expand(batch, rows).clone(),
-            column_duals=none[:, None].expand(batch, columns).clone(),
+            columns=torch.zeros(*batch, rows, dtype=torch.int64, device=similarity.device),
+            row_duals=none[..., None].expand(*batch, rows).clone(),
+            column_duals=none[..., None].expand(*batch, columns).clone(),
             objective=none,
             gap=none.clone(),
-            status=torch.zeros(batch, dtype=torch.int32, device=flat.device),
+            status=torch.zeros(batch, dtype=torch.int32, device=similarity.device),
         )
     kernels = {"cuda": cuda.solve, "cpu": cpu.solve, "reference": reference.solve}
-    kernel = _dispatch.choose("assignment", flat.device, kernels)
-    return kernel(flat, maximize, prices, tolerance)
+    kernel = _dispatch.choose("assignment", similarity.device, kernels)
+    return kernel(similarity, maximize, prices, tolerance)
+
+
+def _is_plain(value: Any) -> TypeGuard[Tensor]:
+    """Return whether the value is a tensor that numpy sees without a copy."""
+    if type(value) is not Tensor or not value.is_cpu or value.dtype not in _NUMPY_DTYPES:
+        return False
+    return value.layout == torch.strided and not value.requires_grad and not value.is_neg()
 
 
 def _as_tensor(argument: str, value: object) -> Tensor:
@@ -224,4 +242,4 @@ def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
         )
     if values.shape[-2] != values.shape[-1] or not bool(torch.isfinite(warm_start.column_duals).all()):
         return None
-    return warm_start.column_duals.to(values.device).reshape(-1, values.shape[-1])
+    return warm_start.column_duals.to(values.device)

@@ -27,13 +27,20 @@ LARGEST, SMALLEST = 1e35, 1e-28
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
-    """Solve [batch, n, m] problems with 0 < n <= m, exactly whatever the tolerance.
+    """Solve [..., n, m] problems with 0 < n <= m, exactly whatever the tolerance.
 
     Large problems in float64, those with entries that are not finite and those of extreme magnitude are solved on
     the CPU.
     """
-    rows, columns = similarity.shape[1:]
-    values = similarity.detach().contiguous()
+    *batch, rows, columns = similarity.shape
+    values = similarity.detach().reshape(-1, rows, columns).contiguous()
+    starts = None if prices is None else prices.reshape(-1, columns)
+    solution = _solve_all(values, maximize, starts, tolerance)
+    return Solution(**{name: value.reshape(*batch, *value.shape[1:]) for name, value in vars(solution).items()})
+
+
+def _solve_all(values: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
+    rows, columns = values.shape[1:]
     with _device.launching_on(values.device) as launch:
         if columns <= MOST_COLUMNS_OF_A_BLOCK and _device.extension().assignment_batch_fits(rows, columns, *launch):
             return _solve_batch(values, maximize, prices, launch)

@@ -13,17 +13,21 @@ from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, OPTIMAL, Solutio
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:  # noqa: ARG001
-    """Solve [batch, n, m] problems with 0 < n <= m, exactly whatever the tolerance."""
+    """Solve [..., n, m] problems with 0 < n <= m, exactly whatever the tolerance."""
     sign = -1.0 if maximize else 1.0
+    values = similarity.detach().to(torch.float64)
+    problems = values.reshape(-1, *values.shape[-2:])
+    starts = None if prices is None else prices.reshape(-1, prices.shape[-1])
     solved = [
-        _solve_one(sign * problem.to(torch.float64), None if prices is None else sign * prices[index])
-        for index, problem in enumerate(similarity.detach())
+        _solve_one(sign * problem, None if starts is None else sign * starts[index])
+        for index, problem in enumerate(problems)
     ]
-    columns, row_duals, column_duals, status = (torch.stack(parts) for parts in zip(*solved, strict=True))
-    chosen = similarity.to(torch.float64).gather(2, columns[..., None]).squeeze(2)
-    objective = chosen.sum(1)
-    slack = sign * chosen - column_duals.gather(1, columns) - row_duals
-    return Solution(columns, sign * row_duals, sign * column_duals + 0.0, objective, slack.sum(1), status)
+    columns, row_duals, column_duals, status = (
+        torch.stack(parts).reshape(values.shape[:-2] + parts[0].shape) for parts in zip(*solved, strict=True)
+    )
+    chosen = values.gather(-1, columns[..., None]).squeeze(-1)
+    slack = sign * chosen - column_duals.gather(-1, columns) - row_duals
+    return Solution(columns, sign * row_duals, sign * column_duals + 0.0, chosen.sum(-1), slack.sum(-1), status)
 
 
 def _solve_one(cost: Tensor, prices: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
