@@ -96,7 +96,8 @@ def linear_assignment(
     On a CUDA device up to 512 columns are assigned in scipy's order of choice; beyond, equally good choices may be
     others than on the CPU. The search is there always to the end.
     """
-    if warm_start is None and tolerance == 0 and _dispatch.requested() is None and not _library.traced(similarity):
+    traced = _library.traced(similarity)
+    if not traced and warm_start is None and tolerance == 0 and _dispatch.requested() is None:
         # A small matrix is solved sooner than the general way below is gone through.
         solved = _core.solve_array(similarity.numpy() if _is_plain(similarity) else similarity, maximize)
         if solved is not None:
@@ -104,7 +105,7 @@ def linear_assignment(
     values = _as_tensor("similarity", similarity)
     if values.ndim < 2:
         raise ValueError(f"similarity must be [..., n, m], got shape {list(values.shape)}")
-    if _library.traced(values) and warm_start is None:
+    if traced and warm_start is None:
         return Assignment(*torch.ops.mudsc_fast.linear_assignment(values, maximize, tolerance))
     rows, columns = values.shape[-2:]
     share = _checks.check_number("tolerance", tolerance)
