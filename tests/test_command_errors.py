@@ -417,6 +417,7 @@ def test_memory_does_not_grow_with_the_models(tmp_path: Path) -> None:
         done = subprocess.run([*command, "--quiet", "--max-sweeps", "1"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / output).stat().st_size > 250 * 10**6
-        # Layers and their similarity take 4 to 8 MB; sums of a few nodes are kept between visits.
-        assert int(done.stdout) < 120
+        # Layers and their similarity take 4 to 8 MB; sums of a few nodes are kept between visits: 80 to 130 MB by the
+        # heap's holes. The models take 504 MB.
+        assert int(done.stdout) < 160
         (tmp_path / output).unlink()

@@ -5,6 +5,7 @@ import torch
 
 import mudsc_fast
 from conftest import load_golden
+from mudsc_fast.matching import node as node_module
 from mudsc_fast.matching.node import align_units, with_first, zip_all_units
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
@@ -94,7 +95,8 @@ def test_running_statistics_follow_and_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize(("units", "groups"), [(300, 1), (24, 4)])
-def test_earlier_solutions_change_nothing(units: int, groups: int) -> None:
+def test_earlier_solutions_change_nothing(monkeypatch: pytest.MonkeyPatch, units: int, groups: int) -> None:
+    monkeypatch.setattr(node_module, "_LEAST_UNITS_TO_KEEP", 0)
     torch.manual_seed(0)
     similarity = torch.randn(2, units, units)
     earlier: dict[str, Assignment] = {}

@@ -17,6 +17,10 @@ from mudsc_fast.spec.axes import Role
 
 Mode = Literal["align", "zip"]
 
+#: Solutions for so many units are worth keeping for the next visit. Smaller ones are found in milliseconds, and kept
+#: among the workspaces of a heap they would cost more memory than their own.
+_LEAST_UNITS_TO_KEEP = 2048
+
 #: The similarity blocks that a mode reads: model 0 with every other model, or all with all.
 BLOCKS_OF_MODE: dict[Mode, Blocks] = {"align": "cross", "zip": "full"}
 
@@ -211,7 +215,7 @@ def _pair_groups(
         size = units // groups
         split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
         solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
-        if earlier is not None:
+        if earlier is not None and similarity.shape[-1] >= _LEAST_UNITS_TO_KEEP:
             # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
             earlier[node] = Assignment(*(getattr(solution, entry.name).clone() for entry in fields(Assignment)))
         inner[node] = solution.columns
