@@ -726,19 +726,8 @@ class DenseSolver {
 
   // Writes the signs of duals, the objective and the gap.
   void conclude(const AssignmentProblem& problem, std::int64_t index) const {
-    const double sign = static_cast<double>(sign_);
-    double* const row_duals = problem.row_duals + index * rows_;
-    double objective = 0.0, slack = 0.0;
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      const double matched = cost(i, column_of_row_[i]);
-      objective += matched;
-      slack += matched - v_[column_of_row_[i]] - row_duals[i];
-      row_duals[i] *= sign;
-    }
-    double* const column_duals = problem.column_duals + index * columns_;
-    for (std::int64_t j = 0; j < columns_; ++j) column_duals[j] = sign * v_[j] + 0.0;
-    problem.objective[index] = sign * objective;
-    problem.gap[index] = slack;
+    write_proof(problem, index, static_cast<double>(sign_), v_,
+                [this](std::int64_t i, std::int64_t j) { return cost(i, j); });
   }
 
   std::int64_t rows_, columns_, width_;

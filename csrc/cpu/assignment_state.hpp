@@ -18,19 +18,6 @@ typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), may_al
 
 inline std::int64_t padded(std::int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 
-// Buffers are aligned to 64 bytes and padded to whole vectors.
-inline const Lanes& lanes(const Buffer<double>& buffer, std::int64_t at) {
-  return *reinterpret_cast<const Lanes*>(buffer.data() + at);
-}
-inline void store(Buffer<double>& buffer, std::int64_t at, const Lanes& value) {
-  *reinterpret_cast<Lanes*>(buffer.data() + at) = value;
-}
-inline double least_lane(const Lanes& lanes) {
-  double least = lanes[0];
-  for (std::int64_t k = 1; k < kLanes; ++k) least = lanes[k] < least ? lanes[k] : least;
-  return least;
-}
-
 // Heap sort: no recursion, no extra memory, bounded by n log n.
 template <class Less>
 inline void sort(std::int64_t* items, std::int64_t count, const Less& less) {
@@ -67,6 +54,26 @@ inline void mix(std::uint64_t& hash, double value) {
   hash ^= hash >> 29;
 }
 
+// Writes duals, objective and gap of a problem solved as `sign` times its values, minimised: from its pairs, its column
+// duals `v`, and least reduced costs in place of its row duals. What the pairs lack to equality is the gap.
+template <class Cost>
+inline void write_proof(const AssignmentProblem& problem, std::int64_t index, double sign, const double* v,
+                        const Cost& cost) {
+  const std::int64_t* const column_of_row = problem.column_of_row + index * problem.rows;
+  double* const row_duals = problem.row_duals + index * problem.rows;
+  double* const column_duals = problem.column_duals + index * problem.columns;
+  double objective = 0.0, slack = 0.0;
+  for (std::int64_t i = 0; i < problem.rows; ++i) {
+    const double matched = cost(i, column_of_row[i]);
+    objective += matched;
+    slack += matched - v[column_of_row[i]] - row_duals[i];
+    row_duals[i] *= sign;
+  }
+  for (std::int64_t j = 0; j < problem.columns; ++j) column_duals[j] = sign * v[j] + 0.0;
+  problem.objective[index] = sign * objective;
+  problem.gap[index] = slack;
+}
+
 // One problem at a time, minimised: cost = value, or -value to maximise. At the end u_i + v_j <= cost_ij with equality
 // for pairs and, where there are more columns than rows, v_j <= 0 and v_j = 0 for columns without a row.
 template <class T>
@@ -75,9 +82,8 @@ class AssignmentState {
   explicit AssignmentState(const AssignmentProblem& problem)
       : rows_(problem.rows),
         columns_(problem.columns),
-        width_(padded(problem.columns)),
         sign_(problem.maximize ? -1.0 : 1.0),
-        v_(width_, 0.0),
+        v_(padded(problem.columns), 0.0),
         u_(rows_, 0.0),
         row_of_column_(columns_),
         hashes_(columns_),
@@ -100,13 +106,6 @@ class AssignmentState {
 
   double cost(std::int64_t row, std::int64_t column) const {
     return sign_ * static_cast<double>(widen(values_[row * columns_ + column]));
-  }
-
-  // Writes a row's costs to `costs`; entries behind the last column are left alone.
-  void load_row(std::int64_t row, Buffer<double>& costs) const {
-    const T* const values = values_ + row * columns_;
-    double* const out = costs.data();
-    for (std::int64_t j = 0; j < columns_; ++j) out[j] = sign_ * static_cast<double>(widen(values[j]));
   }
 
   void assign(std::int64_t row, std::int64_t column) {
@@ -220,31 +219,9 @@ class AssignmentState {
                      });
   }
 
-  // Recomputes the row duals from the column duals over every entry, so that feasibility does not rest on the search,
-  // and adds up what the pairs lack to equality: the distance between the objective and the dual bound.
-  void certify(const AssignmentProblem& problem, std::int64_t index, int threads) {
-    double* const row_duals = problem.row_duals + index * rows_;
-    auto body = [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) row_duals[i] = least_reduced_cost(i);
-    };
-    parallel_for(threads, rows_, kEntriesPerThread / columns_ + 1, body);
-    conclude(problem, index);
-  }
-
   // Writes duals, objective and gap, from least reduced costs in place of the row duals.
-  void conclude(const AssignmentProblem& problem, std::int64_t index) {
-    double* const row_duals = problem.row_duals + index * rows_;
-    double objective = 0.0, slack = 0.0;
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      const double matched = cost(i, column_of_row_[i]);
-      objective += matched;
-      slack += matched - v_[column_of_row_[i]] - row_duals[i];
-      row_duals[i] *= sign_;
-    }
-    double* const column_duals = problem.column_duals + index * columns_;
-    for (std::int64_t j = 0; j < columns_; ++j) column_duals[j] = sign_ * v_[j] + 0.0;
-    problem.objective[index] = sign_ * objective;
-    problem.gap[index] = slack;
+  void conclude(const AssignmentProblem& problem, std::int64_t index) const {
+    write_proof(problem, index, sign_, v_.data(), [this](std::int64_t i, std::int64_t j) { return cost(i, j); });
   }
 
   // Entries that are worth a thread of their own.
@@ -252,7 +229,7 @@ class AssignmentState {
   // Entries of a row or column that its hash samples.
   static constexpr std::int64_t kSamples = 32;
 
-  std::int64_t rows_, columns_, width_;
+  std::int64_t rows_, columns_;
   double sign_;
   const T* values_ = nullptr;
   std::int64_t* column_of_row_ = nullptr;
@@ -260,34 +237,6 @@ class AssignmentState {
   Buffer<std::int64_t> row_of_column_;
 
  private:
-  double least_reduced_cost(std::int64_t row) const {
-    const T* const values = values_ + row * columns_;
-    const double* const v = v_.data();
-    Lanes least[4];
-    for (Lanes& part : least) part = kInfinity - Lanes{};
-    std::int64_t j = 0;
-    for (; j + 4 * kLanes <= columns_; j += 4 * kLanes) {
-      for (std::int64_t part = 0; part < 4; ++part) {
-        Lanes reduced;
-        for (std::int64_t k = 0; k < kLanes; ++k) {
-          const std::int64_t at = j + part * kLanes + k;
-          reduced[k] = sign_ * static_cast<double>(widen(values[at])) - v[at];
-        }
-        least[part] = reduced < least[part] ? reduced : least[part];
-      }
-    }
-    double result = kInfinity;
-    for (const Lanes& part : least) {
-      const double candidate = least_lane(part);
-      result = candidate < result ? candidate : result;
-    }
-    for (; j < columns_; ++j) {
-      const double reduced = sign_ * static_cast<double>(widen(values[j])) - v[j];
-      result = reduced < result ? reduced : result;
-    }
-    return result;
-  }
-
   // An odd number that is another one for every position.
   static std::uint32_t weight(std::int64_t position) {
     const std::uint32_t mixed = (static_cast<std::uint32_t>(position) + 1u) * 0x9e3779b9u;
