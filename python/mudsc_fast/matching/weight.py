@@ -77,7 +77,7 @@ class WeightSimilarity:
 
         With another similarity, e.g. of activations: ``balance * weight + (1 - balance) * other``, the dual space.
         """
-        around = {other: matching.get(other) for other in self._spec.neighbours(node)}
+        around = {neighbour: matching.get(neighbour) for neighbour in self._spec.neighbours(node)}
         kept = self._kept.get(node)
         if kept is None or not self._follow(node, kept, around):
             kept = _Kept(self._computed(node, around), around)
@@ -148,19 +148,21 @@ class WeightSimilarity:
         if only is not None and only.cluster_of_member is not None:
             tensor = only.of(model, tensor, part.layout)
 
-        def map_of(axis: Axis) -> UnitMap | None:
-            matched = around[axis.node]
-            opposite: Role = "produce" if axis.role == "consume" else "consume"
-            if only is None or axis.node != only.node:
-                return None if matched is None else matched.unit_map(opposite, self._model_weights, model)
-            scale = None if matched is None else matched.unit_map(opposite, self._model_weights, model).scale
-            return only.map_of(model, self._units[axis.node], scale)
+        maps = {axis: self._map_of(model, axis, around[axis.node], only) for axis in part.layout if axis is not None}
+        if any(unit_map is not None for unit_map in maps.values()):
+            tensor = reindex([tensor], [(Segment(axis),) for axis in part.layout], maps.__getitem__, [1.0])
+        return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
 
-        if all(axis is None or map_of(axis) is None for axis in part.layout):
-            return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
-        layout = [(Segment(axis),) for axis in part.layout]
-        whole = reindex([tensor], layout, map_of, [1.0])
-        return whole.unflatten(part.position, part.split)  # type: ignore[no-any-return]
+    def _map_of(self, model: int, axis: Axis, matched: NodeMatching | None, only: _Selection | None) -> UnitMap | None:
+        """Return how one model's units on an axis become the merged ones, or those selected; None if they stay."""
+        selected = only if only is not None and axis.node == only.node else None
+        if selected is not None and selected.cluster_of_member is None:
+            return UnitMap.permutation(selected.members[model][None], units_in=self._units[axis.node])
+        if matched is None:
+            return None
+        opposite: Role = "produce" if axis.role == "consume" else "consume"
+        whole = matched.unit_map(opposite, self._model_weights, model)
+        return whole if selected is None else selected.map_of_members(model, whole)
 
 
 @dataclass
@@ -253,15 +255,11 @@ class _Selection:
                 tensor = chosen.flatten(position, position + 2)
         return tensor
 
-    def map_of(self, model: int, units: int, scale: Tensor | None) -> UnitMap:
-        """Return how a model's units become the selected ones; of clusters, how the members of :meth:`of` do.
-
-        `scale` is that of all clusters.
-        """
-        if self.cluster_of_member is None:
-            return UnitMap.permutation(self.members[model][None], units_in=units)
-        chosen = None if scale is None else scale[self.merged]
-        return UnitMap.clusters(self.cluster_of_member[model][None], len(self.merged), chosen)
+    def map_of_members(self, model: int, whole: UnitMap) -> UnitMap:
+        """Return how the members of :meth:`of` become the selected clusters; `whole` is the map of all units."""
+        assert self.cluster_of_member is not None  # only clusters have members
+        scale = None if whole.scale is None else whole.scale[self.merged]
+        return UnitMap.clusters(self.cluster_of_member[model][None], len(self.merged), scale)
 
 
 @dataclass(frozen=True)
