@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.spec import PermutationSpec
 
 MLP_AXES = {
@@ -74,3 +75,10 @@ def random_permutations(spec: PermutationSpec, model: nn.Module, seed: int) -> d
     """Return a random order of the units of every node."""
     generator = torch.Generator().manual_seed(seed)
     return {node: torch.randperm(units, generator=generator) for node, units in spec.units(model.state_dict()).items()}
+
+
+def assert_recovered(matching: Mapping[str, NodeMatching], permutations: Mapping[str, Tensor]) -> None:
+    """Assert that a network was matched with its permuted copy, whose unit k is the network's unit permutation[k]."""
+    for node, permutation in permutations.items():
+        clusters = matching[node].cluster_of_unit
+        assert torch.equal(clusters[1], clusters[0][permutation]), node

@@ -32,7 +32,7 @@ from mudsc_fast.spec import (
     vit,
     vit_huggingface,
 )
-from networks import make_mlp
+from networks import assert_recovered, make_mlp
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -222,10 +222,7 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
     model = make_model(case)
     copied, permutations = permuted_copy(case, model, seed=2)
     result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], space=space)
-    for node, permutation in permutations.items():
-        clusters = result.matching[node].cluster_of_unit
-        # Unit k of the copy is unit permutation[k] of the network.
-        assert torch.equal(clusters[1], clusters[0][permutation]), node
+    assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
@@ -239,9 +236,7 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
     model = make_model(case)
     copied, permutations = permuted_copy(case, model, seed=2)
     result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], mode="zip")
-    for node, permutation in permutations.items():
-        clusters = result.matching[node].cluster_of_unit
-        assert torch.equal(clusters[1], clusters[0][permutation]), node
+    assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)

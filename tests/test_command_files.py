@@ -20,17 +20,10 @@ from mudsc_fast import cli
 from mudsc_fast.io import CheckpointError, choose_spec, open_checkpoint
 from mudsc_fast.spec import bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
 from networks import make_mlp
+from test_builders import SHAPE, TEXT
 
 transformers.utils.logging.set_verbosity_error()
 
-SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
-TEXT: dict[str, Any] = {
-    "vocab_size": 60,
-    "max_position_embeddings": 12,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 VISION: dict[str, Any] = {**SHAPE, "image_size": 8, "patch_size": 4}
 
 

@@ -21,6 +21,7 @@ from architectures import FeedForward, ResNet, Vgg, VisionTransformer, calibrate
 from mudsc_fast import Observation, PermutationSpec, Space
 from mudsc_fast.spec import Axis, Groups, llama, mlp
 from mudsc_fast.spec.trace import derive, graph
+from networks import assert_recovered
 from test_builders import CASES, SHAPE, TEXT, Case, causal, images, outputs, permuted_copy, tokens
 
 PAGE = Path(__file__).parent.parent / "docs" / "derivation.md"
@@ -294,9 +295,7 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
     model = make(case)
     copied, permutations = permuted_copy(case, model, seed=2)
     result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], space=space)
-    for node, permutation in permutations.items():
-        clusters = result.matching[node].cluster_of_unit
-        assert torch.equal(clusters[1], clusters[0][permutation]), node
+    assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
@@ -308,9 +307,7 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
     model = make(case)
     copied, permutations = permuted_copy(case, model, seed=2)
     result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], mode="zip")
-    for node, permutation in permutations.items():
-        clusters = result.matching[node].cluster_of_unit
-        assert torch.equal(clusters[1], clusters[0][permutation]), node
+    assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
