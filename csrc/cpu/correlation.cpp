@@ -1,8 +1,8 @@
 // The passes around the matrix product of a correlation; the product itself is torch's.
 //
 // center_features: x - mean(x) in float32 (float64 where asked for), NaN as 0, with the sums in double. The features
-// are read once, in their own layout and dtype; the centred copy is written, and read and written once more from
-// cache (unit-major: a tile of units at a time) or in streams (sample-major). Threads take disjoint units.
+// are read in their own layout and dtype, and the centred copy is written: unit-major, a tile of units at a time is
+// read once and centred in cache; sample-major, the features are read a second time. Threads take disjoint units.
 //
 // accumulate_comoment: one read of the product, one read and write of the double co-moments. Threads take rows.
 //
@@ -27,10 +27,22 @@ constexpr std::int64_t kTile = 32;
 // Elements per thread that outweigh starting it.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
 
+// NaN as 0, by a mask: of a choice compilers make a branch, and no vectors.
+inline float or_zero(float value) {
+  const std::uint32_t bits = float_to_bits(value);
+  return bits_to_float(bits & (0u - std::uint32_t{(bits & 0x7fffffffu) <= 0x7f800000u}));
+}
+inline double or_zero(double value) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= std::uint64_t{0} - std::uint64_t{(bits & 0x7fffffffffffffffu) <= 0x7ff0000000000000u};
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+// As the type that is computed in: float64 of a float32 is exact.
 template <class Out, class T>
-Out or_zero(T value) {
-  const auto wide = widen(value);
-  return wide == wide ? static_cast<Out>(wide) : Out(0);
+Out number_of(T value) {
+  return static_cast<Out>(or_zero(widen(value)));
 }
 
 inline double sum_of(const double (&lanes)[kLanes]) {
@@ -72,9 +84,9 @@ double center_row(Out* row, double mean, std::int64_t count) {
 template <class T, class Out>
 void read_run(Out* __restrict to, const T* __restrict from, std::int64_t stride, std::int64_t count) {
   if (stride == 1) {
-    for (std::int64_t e = 0; e < count; ++e) to[e] = or_zero<Out>(from[e]);
+    for (std::int64_t e = 0; e < count; ++e) to[e] = number_of<Out>(from[e]);
   } else {
-    for (std::int64_t e = 0; e < count; ++e) to[e] = or_zero<Out>(from[e * stride]);
+    for (std::int64_t e = 0; e < count; ++e) to[e] = number_of<Out>(from[e * stride]);
   }
 }
 
@@ -99,31 +111,38 @@ void center_unit_major(const CenterProblem& p, std::int64_t begin, std::int64_t 
   }
 }
 
+// One sample of some units is added to their sums.
+template <class T, class Out>
+void add_sample(const T* __restrict from, std::int64_t units, double* __restrict sums) {
+  for (std::int64_t unit = 0; unit < units; ++unit) sums[unit] += static_cast<double>(number_of<Out>(from[unit]));
+}
+
+template <class T, class Out>
+void center_sample(const T* __restrict from, std::int64_t units, const double* __restrict mean, Out* __restrict to,
+                   double* __restrict squares) {
+  for (std::int64_t unit = 0; unit < units; ++unit) {
+    const Out value = static_cast<Out>(static_cast<double>(number_of<Out>(from[unit])) - mean[unit]);
+    to[unit] = value;
+    squares[unit] += static_cast<double>(value) * static_cast<double>(value);
+  }
+}
+
 template <class T, class Out>
 void center_sample_major(const CenterProblem& p, std::int64_t begin, std::int64_t end) {
-  const std::int64_t samples = p.outer * p.inner;
-  const T* const features = static_cast<const T*>(p.features);
-  double* const __restrict mean = p.mean;
-  double* const __restrict squares = p.squares;
-  for (std::int64_t unit = begin; unit < end; ++unit) mean[unit] = squares[unit] = 0;
-  Out* __restrict row = static_cast<Out*>(p.centered);
+  const std::int64_t samples = p.outer * p.inner, units = end - begin;
+  const T* const features = static_cast<const T*>(p.features) + begin;
+  Out* const centered = static_cast<Out*>(p.centered) + begin;
+  double* const mean = p.mean + begin;
+  double* const squares = p.squares + begin;
+  auto sample = [&](std::int64_t o, std::int64_t i) { return features + o * p.outer_stride + i * p.inner_stride; };
+  for (std::int64_t unit = 0; unit < units; ++unit) mean[unit] = squares[unit] = 0;
   for (std::int64_t o = 0; o < p.outer; ++o) {
-    for (std::int64_t i = 0; i < p.inner; ++i, row += p.units) {
-      const T* const __restrict from = features + o * p.outer_stride + i * p.inner_stride;
-      for (std::int64_t unit = begin; unit < end; ++unit) {
-        const Out value = or_zero<Out>(from[unit]);
-        row[unit] = value;
-        mean[unit] += static_cast<double>(value);
-      }
-    }
+    for (std::int64_t i = 0; i < p.inner; ++i) add_sample<T, Out>(sample(o, i), units, mean);
   }
-  for (std::int64_t unit = begin; unit < end; ++unit) mean[unit] /= static_cast<double>(samples);
-  row = static_cast<Out*>(p.centered);
-  for (std::int64_t s = 0; s < samples; ++s, row += p.units) {
-    for (std::int64_t unit = begin; unit < end; ++unit) {
-      const Out value = static_cast<Out>(static_cast<double>(row[unit]) - mean[unit]);
-      row[unit] = value;
-      squares[unit] += static_cast<double>(value) * static_cast<double>(value);
+  for (std::int64_t unit = 0; unit < units; ++unit) mean[unit] /= static_cast<double>(samples);
+  for (std::int64_t o = 0; o < p.outer; ++o) {
+    for (std::int64_t i = 0; i < p.inner; ++i) {
+      center_sample<T, Out>(sample(o, i), units, mean, centered + (o * p.inner + i) * p.units, squares);
     }
   }
 }

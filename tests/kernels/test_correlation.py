@@ -15,7 +15,7 @@ from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import correlation
 from mudsc_fast.ops._dispatch import use_backend
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Workspace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("cpu", "reference")
@@ -82,10 +82,28 @@ def test_center_equals_reference_in_any_layout(dtype: torch.dtype, double: bool)
         features = (layout * 3 + 5).to(dtype)
         features[0, 0, 0] = math.nan
         for strided in (features, torch.empty_like(layout, dtype=dtype).copy_(features)):
-            found, expected = cpu.center(strided, to), reference.center(strided, to)
+            memory = torch.empty(2, strided.numel(), dtype=to)
+            found, expected = cpu.center(strided, memory[0]), reference.center(strided, memory[1])
             tolerance = 1e-13 if to == torch.float64 else 1e-6
             for one, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_sums_that_share_a_workspace_are_the_same() -> None:
+    torch.manual_seed(0)
+    workspace = Workspace()
+    kinds = [(9, torch.float32), (33, torch.float64), (5, torch.bfloat16), (33, torch.float32)]
+    sharing = [CorrelationAccumulator(2, units, blocks="full") for units, _ in kinds]
+    alone = [CorrelationAccumulator(2, units, blocks="full") for units, _ in kinds]
+    for sums in sharing:
+        sums.workspace = workspace
+    for samples in (40, 100, 7):
+        for (units, dtype), *pair in zip(kinds, sharing, alone, strict=True):
+            features = torch.randn(2, samples, units).to(dtype)
+            for sums in pair:
+                sums.update(*features)
+    for one, other in zip(sharing, alone, strict=True):
+        assert torch.equal(one.finalize(), other.finalize())
 
 
 @pytest.mark.usefixtures("isa")
@@ -341,7 +359,7 @@ def test_threads_do_not_change_the_sums() -> None:
             sums, out = comoment.clone(), torch.empty(600, 600)
             cpu.accumulate(sums, product, row, row)
             cpu.correlate(sums, row, row, 5, 1e-7, out, out, None, 1.0)
-            results.append([*cpu.center(features, torch.float32), sums, out])
+            results.append([*cpu.center(features, torch.empty(features.numel())), sums, out])
         assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 

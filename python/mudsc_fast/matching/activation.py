@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mudsc_fast._files import written_aside
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.spec.axes import Observation, PermutationSpec
 
 _FORMAT = "mudsc_fast statistics 1"
@@ -81,6 +81,18 @@ class MatchingStatistics:
         """Add what was seen of a node: as :meth:`mudsc_fast.ops.CorrelationAccumulator.update`."""
         self._similarities.pop(node, None)
         self._sums[node].update(*features, channel_axis=channel_axis)
+
+    @contextmanager
+    def shared_workspace(self) -> Iterator[None]:
+        """Let all updates of the enclosed code compute in the same memory."""
+        workspace = Workspace()
+        for sums in self._sums.values():
+            sums.workspace = workspace
+        try:
+            yield
+        finally:
+            for sums in self._sums.values():
+                sums.workspace = None
 
     def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
         """Return a node's similarity; computed once, and kept until there are more samples. Not to be modified.
@@ -229,6 +241,7 @@ def collect_statistics(
     num_batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
+        stack.enter_context(statistics.shared_workspace())
         if autocast is not None:
             for kind in sorted({next(iter(model.state_dict().values())).device.type for model in models}):
                 stack.enter_context(torch.autocast(kind, dtype=autocast))

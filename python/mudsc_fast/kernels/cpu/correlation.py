@@ -10,8 +10,8 @@ from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.ops import _dispatch
 
 
-def center(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [outer, C, inner] less their mean, as [C, samples] of `dtype`, with NaN as 0.
+def center(features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
     The second and third results are [C] in float64: the mean, and the sum of squares of the first. The first
     keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
@@ -20,7 +20,7 @@ def center(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     outer, units, inner = features.shape
     samples = outer * inner
     unit_major = features.stride(1) != 1 or (features.stride(2) == 1 and inner > 1)
-    centered = torch.empty((units, samples) if unit_major else (samples, units), dtype=dtype)
+    centered = memory.view((units, samples) if unit_major else (samples, units))
     mean, squares = torch.empty(units, dtype=torch.float64), torch.empty(units, dtype=torch.float64)
     _core.center_features(
         isa=_dispatch.isa_level(),
@@ -33,7 +33,7 @@ def center(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
         outer_stride=features.stride(0),
         unit_stride=features.stride(1),
         inner_stride=features.stride(2),
-        centered_dtype=SCALAR_TYPES[dtype],
+        centered_dtype=SCALAR_TYPES[memory.dtype],
         unit_major=unit_major,
         centered=centered.data_ptr(),
         mean=mean.data_ptr(),

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 
-def center(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [outer, C, inner] less their mean, as [C, samples] of `dtype`, with NaN as 0.
+def center(features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
     The second and third results are [C] in float64: the mean, and the sum of squares of the first.
     """
     units = features.transpose(0, 1).flatten(1).to(torch.float64)
     units = torch.where(units.isnan(), 0.0, units)
     mean = units.mean(1)
-    centered = (units - mean[:, None]).to(dtype)
+    centered = memory.view(units.shape).copy_(units - mean[:, None])
     return centered, mean, centered.to(torch.float64).square().sum(1)
 
 
