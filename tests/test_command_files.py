@@ -18,7 +18,7 @@ import mudsc_fast
 from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, randomize
 from mudsc_fast import cli
 from mudsc_fast.io import CheckpointError, choose_spec, open_checkpoint
-from mudsc_fast.spec import bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
+from mudsc_fast.spec import PermutationSpec, bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
 from networks import make_mlp
 from test_builders import SHAPE, TEXT
 
@@ -338,7 +338,11 @@ def test_names_of_gpt2_without_its_prefix() -> None:
         (VisionTransformer, "vit:num_heads=5", "not those of the family vit: width must be a multiple of num_heads"),
         (VisionTransformer, "vit:heads=3,num_heads=3", "no number 'heads'; it takes: num_heads"),
         (VisionTransformer, "vit:num_heads", r"must be NAME:number=value,..., got 'num_heads'"),
-        (VisionTransformer, "swim", "unknown specification 'swim': expected auto, a .json file or one of bert, clip"),
+        (
+            VisionTransformer,
+            "swim",
+            "unknown specification 'swim': expected auto, derive, a .json file or one of bert, clip",
+        ),
         (VisionTransformer, "auto:num_heads=3", "takes no numbers"),
         (VisionTransformer, "resnet", "not those of the family resnet"),
         (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), "auto", r"not recognised by its tensors \(0.weight, 0.bias"),
@@ -353,7 +357,13 @@ def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "t5"}, "the model type 't5', which has no specification of its own; those that have: bert, "),
+        ({"model_type": "t6"}, "building a network of the model type 't6' by transformers failed: ValueError: "),
+        ({"model_type": "t5", "architectures": ["T6"]}, "transformers has no T6, which config.json names"),
+        (
+            {"model_type": "whisper"},
+            "there is no batch to derive the specification of WhisperModel with",
+        ),
+        ({"model_type": "phi"}, "PhiModel has no 'model.embed_tokens.weight', as 21 of the 21 tensors in files"),
         ({"model_type": "llama"}, "do not tell num_heads of the family llama"),
         ({"model_type": "gpt2", "n_head": 4}, "not those of the family gpt2"),
     ],
@@ -361,6 +371,44 @@ def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: 
 def test_configurations_that_do_not_help(config: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         choose_spec("auto", llama_model().state_dict(), config)
+
+
+def qwen3_model(**options: Any) -> Any:
+    config = transformers.Qwen3Config(**SHAPE, **TEXT, num_key_value_heads=2, head_dim=8, **options)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_networks_without_a_builder_are_derived(tied: bool, tmp_path: Path) -> None:
+    a, b = save_pair(tmp_path, lambda: qwen3_model(tie_word_embeddings=tied))
+    run("merge", a, b, "--output", tmp_path / "out")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(path) for path in (a, b)]
+    spec = PermutationSpec.from_model(models[0], {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
+    merged = mudsc_fast.merge([model.state_dict() for model in models], spec, space="weight")
+    assert_states_equal(load(tmp_path / "out").state_dict(), merged.state_dict)
+    run("align", a, b, "--output", tmp_path / "aligned", "--spec", "derive")
+    tokens = torch.randint(60, (2, 9))
+    found, expected = load(tmp_path / "aligned")(tokens).logits, models[1](tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_of_the_user_is_derived(tmp_path: Path) -> None:
+    a, b = save_mlps(tmp_path)
+    given = ("--spec", "derive", "--model", "networks:make_mlp", "--data", f"{__name__}:mlp_batches")
+    run("merge", a, b, "--output", tmp_path / "out.safetensors", *given)
+    models = [make_mlp(seed=index) for index in (0, 1)]
+    expected = mudsc_fast.merge(models, PermutationSpec.from_model(models[0], torch.zeros(1, 20)), mlp_batches())
+    assert_states_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected.state_dict)
+
+
+def test_deriving_needs_something_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = save_mlps(tmp_path)
+    for arguments, message in (
+        ((), "--spec derive needs a directory with a config.json, or --model and --data"),
+        (("--model", "networks:make_mlp"), "deriving the specification of what --model builds needs --data"),
+    ):
+        shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "out", "--spec", "derive", *arguments)
+        assert message in shown
 
 
 def test_a_tensor_that_no_builder_names() -> None:

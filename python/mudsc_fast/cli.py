@@ -69,7 +69,7 @@ def _add_align(parser: argparse.ArgumentParser) -> None:
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="a new directory, or a new file by its suffix")
-    parser.add_argument("--spec", default="auto", help="auto, NAME, NAME:number=value,... or FILE.json")
+    parser.add_argument("--spec", default="auto", help="auto, derive, NAME, NAME:number=value,... or FILE.json")
     parser.add_argument("--space", choices=get_args(Space), help="by default dual if there is --data, else weight")
     parser.add_argument("--balance", type=float, default=0.5, help="share of the weights in the dual space")
     parser.add_argument("--data", metavar="MODULE:FUNCTION", help="a function that returns or yields batches")

@@ -16,6 +16,7 @@ import mudsc_fast
 from mudsc_fast._checks import check_choice, check_share
 from mudsc_fast.io import models as loading
 from mudsc_fast.io.checkpoint import FORMAT_OF_SUFFIX, Checkpoint, CheckpointError, Format, open_checkpoint, read_json
+from mudsc_fast.io.derivation import derive_from_build
 from mudsc_fast.io.recognition import choose_spec
 from mudsc_fast.io.writing import (
     TensorSize,
@@ -357,6 +358,11 @@ def _match(
     space = ("weight" if data is None else "dual") if space is None else space
     check_choice("space", space, get_args(Space))
     _check_together(checkpoints)
+    if spec == "derive" and build is not None:
+        if data is None:
+            raise CheckpointError("deriving the specification of what --model builds needs --data")
+        data = loading.Rewindable(data)
+        spec = derive_from_build(build, data.first(), checkpoints[0].tensors)
     chosen = _spec_of_all(checkpoints, spec)
     activations = None
     timings: dict[str, float] = {}
@@ -472,6 +478,8 @@ def _spec_of_all(checkpoints: Sequence[Checkpoint], spec: PermutationSpec | str)
         return spec
     first = choose_spec(spec, checkpoints[0].tensors, checkpoints[0].config)
     for checkpoint in checkpoints[1:]:
+        if checkpoint.config == checkpoints[0].config:
+            continue
         if choose_spec(spec, checkpoint.tensors, checkpoint.config) != first:
             raise CheckpointError(
                 f"{checkpoints[0].path} and {checkpoint.path} do not go together: by their configurations they are of "

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +23,19 @@ _SAMPLES, _TOKENS = 2, 16
 
 
 class Rewindable(Iterable[Any]):
-    """Batches of which the first is remembered, where they can be read only once."""
+    """Batches of which the first can be looked at before, during and after reading them, even if only once."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
         self._first: list[Any] = []
+        self._behind_first: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self._behind_first is not None:
+            rest, self._behind_first = self._behind_first, None
+            yield self._first[0]
+            yield from rest
+            return
         for batch in self._batches:
             if not self._first:
                 self._first.append(batch)
@@ -43,8 +49,12 @@ class Rewindable(Iterable[Any]):
         CheckpointError
             If there is none.
         """
-        for _ in () if self._first else self:
-            break
+        if not self._first:
+            rest = iter(self._batches)
+            for batch in rest:
+                self._first.append(batch)
+                self._behind_first = rest
+                break
         if not self._first:
             raise CheckpointError("the data function must yield at least one batch, got none")
         return self._first[0]
@@ -158,7 +168,7 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
         if not isinstance(output, Tensor):
             return f"the model returns no tensor, but {type(output).__name__}"
         return [output.float()]
-    inputs = _random_inputs(model)
+    inputs = random_inputs(model)
     if not inputs:
         return f"there is no batch for {type(model).__name__}"
     result = model(**inputs)
@@ -166,7 +176,7 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
     return ordered or f"{type(model).__name__} returns nothing whose order is fixed"
 
 
-def _random_inputs(model: nn.Module) -> dict[str, Tensor]:
+def random_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Return random tokens and pixels for a model of Hugging Face, as far as it takes them."""
     taken = inspect.signature(model.forward).parameters
     config: Any = model.config
@@ -193,15 +203,27 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         raise CheckpointError(
             f"{checkpoint.path}: running this network needs transformers: pip install 'mudsc-fast[huggingface]'"
         ) from error
-    names = checkpoint.config.get("architectures") or ["AutoModel"]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise CheckpointError(f"{checkpoint.path}: transformers has no {names[0]}, which config.json names")
+    kind = class_of_config(transformers, checkpoint.config)
     with _quiet(transformers), users_code(f"loading {checkpoint.path} by transformers"):
         model: nn.Module = kind.from_pretrained(
             checkpoint.path, dtype="auto" if dtype is None else dtype, local_files_only=True
         )
     return model.eval()
+
+
+def class_of_config(transformers: Any, config: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that a configuration names.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such class.
+    """
+    names = config.get("architectures") or ["AutoModel"]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise CheckpointError(f"transformers has no {names[0]}, which config.json names")
+    return kind
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mudsc_fast.io.checkpoint import CheckpointError
+from mudsc_fast.io.derivation import derive_from_config
 from mudsc_fast.spec import (
     PermutationSpec,
     Tower,
@@ -44,8 +45,9 @@ def choose_spec(text: str, tensors: Tensors, config: Mapping[str, Any] | None = 
     Parameters
     ----------
     text
-        ``"auto"``; a builder's name with what the tensors' shapes do not tell, e.g. ``"vit:num_heads=12"``; or the path
-        of a ``.json`` file of :meth:`PermutationSpec.save`.
+        ``"auto"``; a builder's name with what the tensors' shapes do not tell, e.g. ``"vit:num_heads=12"``;
+        ``"derive"``, from what the network that the configuration describes computes, which ``"auto"`` does as well
+        where there is no builder; or the path of a ``.json`` file of :meth:`PermutationSpec.save`.
     tensors
         The tensors by name.
     config
@@ -65,9 +67,18 @@ def choose_spec(text: str, tensors: Tensors, config: Mapping[str, Any] | None = 
     if name == "auto":
         if rest:
             raise CheckpointError(f"--spec auto takes no numbers, got {text!r}: name a family: {_choices()}")
-        name = _family_of_config(config) if config and config.get("model_type") else _family_of_names(tensors)
+        kind = config.get("model_type") if config else None
+        name = _FAMILY_OF_MODEL_TYPE.get(str(kind), "derive") if kind else _family_of_names(tensors)
+    if name == "derive" and not rest:
+        if not config:
+            raise CheckpointError("--spec derive needs a directory with a config.json, or --model and --data")
+        spec = derive_from_config(config, tensors)
+        _check_fits(spec, tensors, "the derived specification", every_tensor=False)
+        return spec
     if name not in _FAMILIES:
-        raise CheckpointError(f"unknown specification {text!r}: expected auto, a .json file or one of {_choices()}")
+        raise CheckpointError(
+            f"unknown specification {text!r}: expected auto, derive, a .json file or one of {_choices()}"
+        )
     options = _Options(name, _numbers(text, rest), config or {})
     try:
         spec = _FAMILIES[name](tensors, options)
@@ -155,17 +166,6 @@ def _numbers(text: str, rest: str) -> dict[str, int]:
         except ValueError:
             raise CheckpointError(f"--spec must be NAME:number=value,..., got {entry!r} in {text!r}") from None
     return numbers
-
-
-def _family_of_config(config: Mapping[str, Any]) -> str:
-    kind = str(config["model_type"])
-    family = _FAMILY_OF_MODEL_TYPE.get(kind)
-    if family is None:
-        raise CheckpointError(
-            f"config.json names the model type {kind!r}, which has no specification of its own; those that have: "
-            f"{', '.join(sorted(_FAMILY_OF_MODEL_TYPE))}. Give a .json file to --spec"
-        )
-    return family
 
 
 def _family_of_names(tensors: Tensors) -> str:

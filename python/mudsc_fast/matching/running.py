@@ -28,16 +28,28 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
     if forward is not None:
         forward(model, moved)
         return
-    inputs = moved[0] if isinstance(moved, (tuple, list)) and moved else moved
+    inputs = inputs_of(moved)
     if isinstance(inputs, Mapping):
         model(**inputs)
-    elif isinstance(inputs, Tensor):
-        model(inputs)
     else:
-        raise TypeError(
-            "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, "
-            f"got {type(batch).__name__}" + (f" of {type(inputs).__name__}" if inputs is not moved else "")
-        )
+        model(inputs)
+
+
+def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
+    """Return what of a batch the model is called with: its only argument, or keyword arguments.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a tensor nor a dict, and no tuple or list that begins with one.
+    """
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(inputs, (Mapping, Tensor)):
+        return inputs
+    raise TypeError(
+        "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, "
+        f"got {type(batch).__name__}" + (f" of {type(inputs).__name__}" if inputs is not batch else "")
+    )
 
 
 @contextmanager
