@@ -189,6 +189,16 @@ def test_activations_of_files(tmp_path: Path) -> None:
     assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
 
 
+def test_precision_is_that_of_both_spaces(tmp_path: Path) -> None:
+    a, b = save_mlps(tmp_path)
+    given = ("--data", f"{__name__}:mlp_batches", "--model", "networks:make_mlp", "--precision", "bfloat16")
+    run("merge", a, b, "--output", tmp_path / "out.pt", *given)
+    models = [make_mlp(seed=index) for index in (0, 1)]
+    spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
+    expected = mudsc_fast.merge(models, spec, mlp_batches(), precision="bfloat16")
+    assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
+
+
 def test_what_lies_beside_the_weights_is_copied(tmp_path: Path) -> None:
     a, b = save_pair(tmp_path, gpt2_model)
     for name in ("tokenizer_config.json", "merges.txt", "spiece.model", "README.md", "training_args.bin"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,26 @@ def test_files_that_hold_no_statistics(tmp_path: Path, content: bytes) -> None:
         MatchingStatistics.load(path)
     with pytest.raises(FileNotFoundError):
         MatchingStatistics.load(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("units"), r"statistics\.pt must be a file of .*: no entry 'units'"),
+        (lambda state: state["sums"].pop("fc1"), "no entry 'fc1'"),
+        (lambda state: state["sums"]["fc1"].pop("mean"), "state must have the entry 'mean'"),
+        (lambda state: state.update(blocks="upper"), "blocks must be 'cross' or 'full', got 'upper'"),
+        (lambda state: state.update(spec="{"), "JSON"),
+    ],
+)
+def test_files_that_lack_something(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "statistics.pt"
+    mudsc_fast.collect_statistics(models(), MLP_SPEC, batches()).save(path)
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message):
+        MatchingStatistics.load(path)
 
 
 def test_autocast_runs_the_models_in_half_precision() -> None:

@@ -17,6 +17,7 @@ from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.merge import Space
 from mudsc_fast.ops._dispatch import KERNELS, backend_for, isa_level, threads
+from mudsc_fast.ops.correlation import Precision
 
 if TYPE_CHECKING:
     from mudsc_fast.io import WriteResult
@@ -77,6 +78,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-state", type=int, default=0, help="seed of the order of the sweeps")
     parser.add_argument("--max-sweeps", type=int, default=100, help="most sweeps over the nodes")
     parser.add_argument("--patience", type=int, default=5, help="sweeps without improvement before the end")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="float32", help="of the products that compare units"
+    )
     parser.add_argument("--format", choices=("safetensors", "torch"), help="by default that of the first input")
     parser.add_argument("--shard-size", help="most bytes of a file in a directory, e.g. 200MB; 5GB by default")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what was done as JSON")
@@ -134,6 +138,7 @@ def _shared(given: argparse.Namespace) -> dict[str, Any]:
         "random_state": given.random_state,
         "max_sweeps": given.max_sweeps,
         "patience": given.patience,
+        "precision": given.precision,
         "file_format": given.format,
         "shard_size": given.shard_size,
         "progress": not given.quiet and sys.stderr.isatty(),

@@ -31,6 +31,7 @@ from mudsc_fast.matching.activation import MatchingStatistics, collect_statistic
 from mudsc_fast.matching.apply import merge_state_dicts, reindex
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching
 from mudsc_fast.merge import Space, prepare_matching
+from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, PermutationSpec
 
@@ -150,6 +151,7 @@ def merge_checkpoints(
     random_state: int = 0,
     max_sweeps: int = 100,
     patience: int = 5,
+    precision: Precision = "float32",
     dtype: torch.dtype | None = None,
     file_format: Format | None = None,
     shard_size: str | None = None,
@@ -174,7 +176,7 @@ def merge_checkpoints(
         Batches to run the models on, as for :func:`mudsc_fast.merge`; needed for the activation and the dual space.
     build
         Makes a module that takes the tensors, for `data`; not needed for directories of Hugging Face.
-    mode, space, balance, weights, shrink, budget, random_state, max_sweeps, patience, progress
+    mode, space, balance, weights, shrink, budget, random_state, max_sweeps, patience, precision, progress
         As for :func:`mudsc_fast.merge`.
     dtype
         Dtype of the floating point tensors in the output; by default their own.
@@ -208,6 +210,7 @@ def merge_checkpoints(
         random_state=random_state,
         max_sweeps=max_sweeps,
         patience=patience,
+        precision=precision,
         progress=progress,
     )
 
@@ -237,6 +240,7 @@ def align_checkpoints(
     random_state: int = 0,
     max_sweeps: int = 100,
     patience: int = 5,
+    precision: Precision = "float32",
     file_format: Format | None = None,
     shard_size: str | None = None,
     check: bool = True,
@@ -250,7 +254,9 @@ def align_checkpoints(
     ----------
     base, other
         Checkpoints, as for :func:`open_checkpoint`; `other` is written anew.
-    output, spec, data, build, space, balance, random_state, max_sweeps, patience, file_format, shard_size, progress
+    output, spec, data, build, space, balance, random_state, max_sweeps, patience, precision
+        As for :func:`merge_checkpoints`.
+    file_format, shard_size, progress
         As for :func:`merge_checkpoints`; what lies beside the weights is copied from `other`.
     check
         Whether to compute outputs of the network before and after, in float32, on a small batch: of random tokens or
@@ -279,6 +285,7 @@ def align_checkpoints(
         random_state=random_state,
         max_sweeps=max_sweeps,
         patience=patience,
+        precision=precision,
         progress=progress,
     )
     source = checkpoints[1]
@@ -351,6 +358,7 @@ def _match(
     mode: Mode,
     space: Space | None,
     balance: float,
+    precision: Precision,
     progress: bool,
     **arguments: Any,
 ) -> tuple[_Found, PermutationSpec]:
@@ -370,7 +378,7 @@ def _match(
         if data is None:
             raise CheckpointError(f"the {space} space needs data: name a function that yields batches")
         began = time.perf_counter()
-        activations = _activations(checkpoints, spec, chosen, data, build, mode, progress)
+        activations = _activations(checkpoints, spec, chosen, data, build, mode, precision, progress)
         timings["activations"] = time.perf_counter() - began
     prepared = prepare_matching(
         [checkpoint.tensors for checkpoint in checkpoints],
@@ -378,6 +386,7 @@ def _match(
         activations,
         mode=mode,
         space=space,
+        precision=precision,
         progress=progress,
         **arguments,
     )
@@ -395,6 +404,7 @@ def _activations(
     data: Iterable[Any],
     build: Callable[[], nn.Module] | None,
     mode: Mode,
+    precision: Precision,
     progress: bool,
 ) -> MatchingStatistics:
     models = [loading.load_model(checkpoint, build) for checkpoint in checkpoints]
@@ -405,7 +415,9 @@ def _activations(
         observed = chosen
     observed.validate(models[0])
     with loading.users_code("running the networks on the data"):
-        statistics = collect_statistics(models, observed, data, blocks=BLOCKS_OF_MODE[mode], progress=progress)
+        statistics = collect_statistics(
+            models, observed, data, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
+        )
     statistics.spec = chosen
     return statistics
 

@@ -171,10 +171,14 @@ class MatchingStatistics:
             raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {error}") from None
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save in the format {_FORMAT!r}")
-        spec = PermutationSpec.from_json(state["spec"])
-        loaded = cls(spec, state["units"], state["num_models"], blocks=state["blocks"], device=device)
-        for node, sums in loaded._sums.items():
-            sums.load_state_dict(state["sums"][node])
+        try:
+            spec = PermutationSpec.from_json(state["spec"])
+            loaded = cls(spec, state["units"], state["num_models"], blocks=state["blocks"], device=device)
+            for node, sums in loaded._sums.items():
+                sums.load_state_dict(state["sums"][node])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {reason}") from error
         return loaded
 
     def __repr__(self) -> str:
