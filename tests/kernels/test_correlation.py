@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -95,13 +96,15 @@ def test_sums_that_share_a_workspace_are_the_same() -> None:
     kinds = [(9, torch.float32), (33, torch.float64), (5, torch.bfloat16), (33, torch.float32)]
     sharing = [CorrelationAccumulator(2, units, blocks="full") for units, _ in kinds]
     alone = [CorrelationAccumulator(2, units, blocks="full") for units, _ in kinds]
-    for sums in sharing:
-        sums.workspace = workspace
-    for samples in (40, 100, 7):
-        for (units, dtype), *pair in zip(kinds, sharing, alone, strict=True):
-            features = torch.randn(2, samples, units).to(dtype)
-            for sums in pair:
-                sums.update(*features)
+    with ExitStack() as stack:
+        for sums in sharing:
+            stack.enter_context(sums.computing_in(workspace))
+        for samples in (40, 100, 7):
+            for (units, dtype), *pair in zip(kinds, sharing, alone, strict=True):
+                features = torch.randn(2, samples, units).to(dtype)
+                for sums in pair:
+                    sums.update(*features)
+                    sums.replace(list(features), list(features.flip(0)))
     for one, other in zip(sharing, alone, strict=True):
         assert torch.equal(one.finalize(), other.finalize())
 

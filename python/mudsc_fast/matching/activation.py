@@ -83,16 +83,12 @@ class MatchingStatistics:
         self._sums[node].update(*features, channel_axis=channel_axis)
 
     @contextmanager
-    def shared_workspace(self) -> Iterator[None]:
+    def computing_in(self, workspace: Workspace) -> Iterator[None]:
         """Let all updates of the enclosed code compute in the same memory."""
-        workspace = Workspace()
-        for sums in self._sums.values():
-            sums.workspace = workspace
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for sums in self._sums.values():
-                sums.workspace = None
+                stack.enter_context(sums.computing_in(workspace))
+            yield
 
     def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
         """Return a node's similarity; computed once, and kept until there are more samples. Not to be modified.
@@ -245,7 +241,7 @@ def collect_statistics(
     num_batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(statistics.shared_workspace())
+        stack.enter_context(statistics.computing_in(Workspace()))
         if autocast is not None:
             for kind in sorted({next(iter(model.state_dict().values())).device.type for model in models}):
                 stack.enter_context(torch.autocast(kind, dtype=autocast))

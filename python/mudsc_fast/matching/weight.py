@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import NodeMatching
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
+from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, PermutationSpec, Role, Segment
 
@@ -92,14 +92,15 @@ class WeightSimilarity:
             len(self._state_dicts), self._units[node], blocks=self._blocks, device=device, precision=self._precision
         )
         short: list[list[Tensor]] = []
-        for part in self._parts[node]:
-            features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
-            if part.samples >= _SHORT:
-                sums.update(*features, channel_axis=part.position + 1)
-            else:
-                short.append([feature.movedim(part.position + 1, 0).flatten(1) for feature in features])
-        if short:
-            sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
+        with sums.computing_in(Workspace()):
+            for part in self._parts[node]:
+                features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
+                if part.samples >= _SHORT:
+                    sums.update(*features, channel_axis=part.position + 1)
+                else:
+                    short.append([feature.movedim(part.position + 1, 0).flatten(1) for feature in features])
+            if short:
+                sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
         return sums
 
     def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
@@ -120,12 +121,13 @@ class WeightSimilarity:
                 work += part.samples * change.share * (1 if change.reordered else 2)
         if work >= sum(part.samples for part in self._parts[node]):
             return False
-        for part, change in exchanged:
-            old = [self._slices(model, part, kept.around, change.old) for model in range(len(self._state_dicts))]
-            new = [self._slices(model, part, around, change.new) for model in range(len(self._state_dicts))]
-            if change.reordered:
-                new[0] = old[0]  # alignments keep the first model's order
-            kept.sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
+        with kept.sums.computing_in(Workspace()):
+            for part, change in exchanged:
+                old = [self._slices(model, part, kept.around, change.old) for model in range(len(self._state_dicts))]
+                new = [self._slices(model, part, around, change.new) for model in range(len(self._state_dicts))]
+                if change.reordered:
+                    new[0] = old[0]  # alignments keep the first model's order
+                kept.sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
         kept.around = around
         return True
 

@@ -127,8 +127,7 @@ class CorrelationAccumulator:
         self._num_samples = 0
         #: Of features that were not checked before they were added: whether they were fit to be.
         self._in_range: Tensor | None = None
-        #: Where updates compute, for as long as somebody keeps it; None for memory of their own.
-        self.workspace: Workspace | None = None
+        self._workspace: Workspace | None = None
         self._mean = torch.zeros(num_models, units, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._mean)
         shape = (len(self._pairs()), units, units)
@@ -138,6 +137,15 @@ class CorrelationAccumulator:
     def num_samples(self) -> int:
         """Number of samples so far."""
         return self._num_samples
+
+    @contextmanager
+    def computing_in(self, workspace: Workspace) -> Iterator[None]:
+        """Let the updates of the enclosed code compute in the given memory, rather than each in its own."""
+        self._workspace = workspace
+        try:
+            yield
+        finally:
+            self._workspace = None
 
     @torch.no_grad()
     def update(self, *features: _arrays.Array, channel_axis: int = 1) -> None:
@@ -194,7 +202,7 @@ class CorrelationAccumulator:
         sums = cls.__new__(cls)
         sums._num_models, sums._units = mean.shape
         sums._blocks, sums._dtype, sums._num_samples = blocks, torch.float32, num_samples
-        sums._precision, sums._in_range, sums.workspace = precision, None, None
+        sums._precision, sums._in_range, sums._workspace = precision, None, None
         sums._mean, sums._squares, sums._comoments = mean, squares, comoments
         return sums
 
@@ -505,7 +513,7 @@ class CorrelationAccumulator:
             self._mean.device,
             {"cpu": cpu.center, "cuda": reference.center, "reference": reference.center},
         )
-        workspace = self.workspace or Workspace()
+        workspace = self._workspace or Workspace()
         memory = [workspace.empty(f"centered {i}", v.numel(), dtype, v.device) for i, v in enumerate(chunk)]
         centered, means, squares = zip(*(center(v, m) for v, m in zip(chunk, memory, strict=True)), strict=True)
         if unchecked and not all(bool(mean.isfinite().all()) for mean in means):
@@ -513,11 +521,14 @@ class CorrelationAccumulator:
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
-        wide, shape = centered[0].dtype, self._comoments.shape[1:]
-        product = workspace.empty("product", shape.numel(), wide, self._mean.device).view(shape)
+        product = self._product_memory(workspace, centered[0].dtype)
         products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
         with _products_in(self._precision):
             self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
+
+    def _product_memory(self, workspace: Workspace, dtype: torch.dtype) -> Tensor:
+        shape = self._comoments.shape[1:]
+        return workspace.empty("product", shape.numel(), dtype, self._mean.device).view(shape)
 
     def _exchange(
         self,
@@ -533,7 +544,7 @@ class CorrelationAccumulator:
             after.append(before[-1] if same else _deviations(new, mean, dtype))
         accumulate = self._accumulate_kernel()
         none = torch.zeros_like(self._mean[0])
-        product = torch.empty_like(self._comoments[0], dtype=dtype)
+        product = self._product_memory(self._workspace or Workspace(), dtype)
         for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
             with _products_in(self._precision):
                 if stays[i]:
