@@ -24,8 +24,9 @@ Blocks = Literal["cross", "full"]
 #: What operands of the matrix products are rounded to.
 Precision = Literal["float32", "bfloat16"]
 
-#: Samples that are centred and multiplied at a time: at least so many that the product dominates, and beyond
-#: that no more than fill this many numbers of all models.
+#: Samples that are centred and multiplied at a time: at least so many that the product dominates, half as many as there
+#: are units (adding a product to the sums moves 20 bytes for each pair of units), and beyond that no more than fill this
+#: many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
 
@@ -67,8 +68,8 @@ class CorrelationAccumulator:
     are from zero and however they drift.
 
     Memory: 8 bytes for each pair of units ("cross": (N-1) C^2 pairs, "full": N (N+1)/2 C^2). An update takes
-    besides one [C, C] product and the centred copies of one chunk, at most max(2048, 2^23 / (N C)) samples of
-    N C numbers, in float32 (float64 for float64 features). Features whose strides do not let the axes before
+    besides one [C, C] product and the centred copies of one chunk, at most max(2048, C / 2, 2^23 / (N C)) samples
+    of N C numbers, in float32 (float64 for float64 features). Features whose strides do not let the axes before
     the units, or those behind, be seen as one are copied as a whole.
 
     On a CUDA device features of up to 32 bits are read in their own layout by one kernel that multiplies on tensor
@@ -444,7 +445,7 @@ class CorrelationAccumulator:
         self._num_samples, self._in_range = num_samples, None
 
     def _chunk_samples(self) -> int:
-        return max(_LEAST_CHUNK, _CHUNK_NUMBERS // (self._num_models * self._units))
+        return max(_LEAST_CHUNK, self._units // 2, _CHUNK_NUMBERS // (self._num_models * self._units))
 
     def _configuration(self) -> dict[str, Any]:
         return {"num_models": self._num_models, "units": self._units, "blocks": self._blocks}
