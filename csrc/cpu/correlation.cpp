@@ -1,8 +1,9 @@
 // The passes around the matrix product of a correlation; the product itself is torch's.
 //
 // center_features: x - mean(x) in float32 (float64 where asked for), NaN as 0, with the sums in double. The features
-// are read in their own layout and dtype, and the centred copy is written: unit-major, a tile of units at a time is
-// read once and centred in cache; sample-major, the features are read a second time. Threads take disjoint units.
+// are read in their own layout and dtype, in the order that indices of the samples give, so that a gathered copy never
+// exists, and the centred copy is written: unit-major, a tile of units at a time is read once and centred in cache;
+// sample-major, the features are read a second time. Threads take disjoint units.
 //
 // accumulate_comoment: one read of the product, one read and write of the double co-moments. Threads take rows.
 //
@@ -90,6 +91,19 @@ void read_run(Out* __restrict to, const T* __restrict from, std::int64_t stride,
   }
 }
 
+// Sample index[e] at place e. Meanwhile the same part of the next run is fetched: the processor sees no pattern.
+template <class T, class Out>
+void read_indexed(Out* __restrict to, const T* __restrict from, std::int64_t stride,
+                  const std::int32_t* __restrict index, std::int64_t count, const T* next) {
+  for (std::int64_t e = 0; e < count; e += kLanes) {
+    const std::int64_t last = e + kLanes < count ? e + kLanes : count;
+    __builtin_prefetch(next + e * stride);
+    for (std::int64_t k = e; k < last; ++k) to[k] = number_of<Out>(from[index[k] * stride]);
+  }
+}
+
+inline std::int64_t place(const std::int32_t* index, std::int64_t at) { return index == nullptr ? at : index[at]; }
+
 template <class T, class Out>
 void center_unit_major(const CenterProblem& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t samples = p.outer * p.inner;
@@ -99,8 +113,13 @@ void center_unit_major(const CenterProblem& p, std::int64_t begin, std::int64_t 
     const std::int64_t last = first + kUnitTile < end ? first + kUnitTile : end;
     for (std::int64_t o = 0; o < p.outer; ++o) {
       for (std::int64_t unit = first; unit < last; ++unit) {
-        read_run(centered + unit * samples + o * p.inner, features + o * p.outer_stride + unit * p.unit_stride,
-                 p.inner_stride, p.inner);
+        Out* const to = centered + unit * samples + o * p.inner;
+        const T* const from = features + place(p.outer_index, o) * p.outer_stride + unit * p.unit_stride;
+        if (p.inner_index == nullptr) {
+          read_run(to, from, p.inner_stride, p.inner);
+        } else {
+          read_indexed(to, from, p.inner_stride, p.inner_index, p.inner, from + p.unit_stride);
+        }
       }
     }
     for (std::int64_t unit = first; unit < last; ++unit) {
@@ -134,7 +153,9 @@ void center_sample_major(const CenterProblem& p, std::int64_t begin, std::int64_
   Out* const centered = static_cast<Out*>(p.centered) + begin;
   double* const mean = p.mean + begin;
   double* const squares = p.squares + begin;
-  auto sample = [&](std::int64_t o, std::int64_t i) { return features + o * p.outer_stride + i * p.inner_stride; };
+  auto sample = [&](std::int64_t o, std::int64_t i) {
+    return features + place(p.outer_index, o) * p.outer_stride + place(p.inner_index, i) * p.inner_stride;
+  };
   for (std::int64_t unit = 0; unit < units; ++unit) mean[unit] = squares[unit] = 0;
   for (std::int64_t o = 0; o < p.outer; ++o) {
     for (std::int64_t i = 0; i < p.inner; ++i) add_sample<T, Out>(sample(o, i), units, mean);

@@ -82,6 +82,8 @@ def center_features(
     outer_stride: int,
     unit_stride: int,
     inner_stride: int,
+    outer_index: int,
+    inner_index: int,
     centered_dtype: int,
     unit_major: bool,
     centered: int,

@@ -17,6 +17,7 @@ from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import correlation
 from mudsc_fast.ops._dispatch import use_backend
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Workspace
+from mudsc_fast.ops.permute import UnitMap, permute_merge
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("cpu", "reference")
@@ -107,6 +108,28 @@ def test_sums_that_share_a_workspace_are_the_same() -> None:
                     sums.replace(list(features), list(features.flip(0)))
     for one, other in zip(sharing, alone, strict=True):
         assert torch.equal(one.finalize(), other.finalize())
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_center_by_index_equals_reference(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    to = torch.float64 if dtype == torch.float64 else torch.float32
+    for layout in (torch.randn(5, 37, 9), torch.randn(1, 18, 71), torch.randn(50, 33, 1), torch.randn(4, 40, 21).mT):
+        features = (layout * 3 + 5).to(dtype)
+        features[0, 0, 0] = math.nan
+        for outer, inner in ((0, None), (None, 2), (0, 2)):
+            indices = [  # some samples twice, some not at all, more than there are
+                None if axis is None else torch.randint(layout.shape[axis], (60,), dtype=torch.int32)
+                for axis in (outer, inner)
+            ]
+            lengths = [layout.shape[axis] if index is None else 60 for axis, index in zip((0, 2), indices, strict=True)]
+            memory = torch.empty(2, math.prod(lengths) * layout.shape[1], dtype=to)
+            found = cpu.center(features, memory[0], *indices)
+            expected = reference.center(features, memory[1], *indices)
+            tolerance = 1e-13 if to == torch.float64 else 1e-6
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.usefixtures("isa")
@@ -442,6 +465,62 @@ def test_products_with_itself_by_blocks(units: int) -> None:
     features = features_of(2, 30, units)
     expected = correlate_directly(units_first(features)).float()
     torch.testing.assert_close(accumulated(features), expected, rtol=0, atol=2e-6)
+
+
+def maps_of(kind: str, *lengths: int) -> list[UnitMap]:
+    """Return a map of two models for each length: permutations, selections of more samples, or clusters."""
+    if kind == "permutations":
+        return [UnitMap.permutation(torch.stack([torch.arange(n), torch.randperm(n)])) for n in lengths]
+    if kind == "selections":
+        return [UnitMap.permutation(torch.randint(n, (2, n + 3)), units_in=n) for n in lengths]
+    return [UnitMap.clusters(torch.randint(n, (2, n)), n, torch.rand(n)) for n in lengths]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["permutations", "selections", "clusters"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_samples_are_reindexed_where_they_are_summed(
+    backend: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(correlation, "_LEAST_CHUNK", 50)
+    monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", 50)
+    features = [one.to(dtype) for one in features_of(2, 3, 7, 11, 5, 4)]
+    for channel_axis, axes in ((2, (1,)), (0, (1,)), (-1, (1,)), (0, (-1,)), (2, (0, 3)), (1, ())):
+        maps = dict(zip(axes, maps_of(kind, *(features[0].shape[axis] for axis in axes)), strict=True))
+        sums = CorrelationAccumulator(2, features[0].shape[channel_axis], dtype=torch.float64, blocks="full")
+        with use_backend(backend):
+            copies = [
+                permute_merge([one], {axis: unit_map.of_model(i) for axis, unit_map in maps.items()}, weights=[1.0])
+                for i, one in enumerate(features)
+            ]
+            sums.update(*features, channel_axis=channel_axis, maps=maps)
+            expected = accumulated(copies, axis=channel_axis, dtype=torch.float64)
+        assert sums.num_samples == copies[0].numel() // copies[0].shape[channel_axis]
+        # The same operations on the same numbers: nothing rounds differently.
+        assert torch.equal(sums.finalize(), expected)
+
+
+@pytest.mark.parametrize(
+    ("maps", "error", "message"),
+    [
+        ([0], TypeError, "maps must be a mapping from axis to UnitMap, got list"),
+        ({0: maps_of("permutations", 5)[0]}, ValueError, r"maps\[0\] must take 4 units"),
+        ({2: maps_of("permutations", 4)[0]}, ValueError, "maps has axis 2, but the tensors have 2 axes"),
+        (
+            {-1: maps_of("permutations", 3)[0]},
+            ValueError,
+            "maps must be of axes other than the units', got one of axis 1",
+        ),
+        ({0: maps_of("permutations", 4)[0].of_model(0)}, ValueError, r"maps\[0\] must be of as many models"),
+    ],
+)
+def test_bad_maps_change_nothing(maps: Any, error: type[Exception], message: str) -> None:
+    sums = CorrelationAccumulator(2, 3)
+    with pytest.raises(error, match=message):
+        sums.update(*features_of(2, 4, 3), maps=maps)
+    assert sums.num_samples == 0
 
 
 @pytest.mark.parametrize("blocks", ["cross", "full"])

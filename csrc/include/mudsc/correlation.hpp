@@ -18,6 +18,8 @@ struct CenterProblem {
   std::int64_t outer_stride;
   std::int64_t unit_stride;
   std::int64_t inner_stride;
+  const std::int32_t* outer_index;  // [outer] and [inner]: which sample of the features stands at each place;
+  const std::int32_t* inner_index;  // null for the same one
   ScalarType centered_dtype;  // float32, or float64; float64 features need float64
   bool unit_major;            // whether `centered` is [units, samples] or, for unit_stride 1 only, [samples, units]
   void* centered;

@@ -48,7 +48,7 @@ def merge_state_dicts(
             merged[name] = reindex(tensors, layout, map_of, model_weights)
     # Biases and norms, many and small: all together.
     for alike in vectors.values():
-        splits = [_split(state_dicts[0][name].shape, spec.layouts.get(name, ()), map_of) for name in alike]
+        splits = [split_axes(state_dicts[0][name].shape, spec.layouts.get(name, ()), map_of) for name in alike]
         groups = [
             [state_dict[name].detach().reshape(split.shape) for state_dict in state_dicts]
             for name, split in zip(alike, splits, strict=True)
@@ -174,7 +174,7 @@ def reindex(
                 whole = [*layout[:position], (Segment(segment.axis),), *layout[position + 1 :]]
                 parts.append(reindex(windows, whole, map_of, weights))
             return torch.cat(parts, position)
-    split = _split(tensors[0].shape, layout, map_of)
+    split = split_axes(tensors[0].shape, layout, map_of)
     result = permute_merge([tensor.reshape(split.shape) for tensor in tensors], split.maps, weights=weights)
     joined, begin = [], 0
     for factors in split.factors:
@@ -184,7 +184,7 @@ def reindex(
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """A tensor's shape with each re-indexed axis as (outer, units, inner): its maps, and in how many each axis is."""
 
     shape: list[int]
@@ -192,8 +192,9 @@ class _Split:
     factors: list[int]
 
 
-def _split(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of: MapOfAxis) -> _Split:
-    split = _Split([], {}, [])
+def split_axes(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of: MapOfAxis) -> Split:
+    """Return how a tensor is seen so that the axes which `map_of` re-indexes are axes of units alone."""
+    split = Split([], {}, [])
     for position, length in enumerate(shape):
         axis = layout[position][0].axis if position < len(layout) else None
         unit_map = None if axis is None else map_of(axis)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mudsc_fast.matching.apply import reindex
+from mudsc_fast.matching.apply import reindex, split_axes
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.ops.permute import UnitMap
@@ -94,14 +94,31 @@ class WeightSimilarity:
         short: list[list[Tensor]] = []
         with sums.computing_in(Workspace()):
             for part in self._parts[node]:
-                features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
                 if part.samples >= _SHORT:
-                    sums.update(*features, channel_axis=part.position + 1)
+                    self._add(sums, part, around)
                 else:
+                    features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
                     short.append([feature.movedim(part.position + 1, 0).flatten(1) for feature in features])
             if short:
                 sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
         return sums
+
+    def _add(self, sums: CorrelationAccumulator, part: _Part, around: Mapping[str, NodeMatching | None]) -> None:
+        """Add what a part holds of the node: the features of :meth:`_slices`, re-indexed where they are summed."""
+        maps = {axis: self._map_of(None, axis, around[axis.node]) for axis in part.layout if axis is not None}
+        windows = [self._window(model, part) for model in range(len(self._state_dicts))]
+        split = split_axes(windows[0].shape, [(Segment(axis),) for axis in part.layout], maps.get)
+        at = sum(split.factors[: part.position])
+        shape = [*split.shape[:at], *part.split, *split.shape[at + 1 :]]
+        by_axis = {axis if axis < at else axis + 2: unit_map for axis, unit_map in split.maps.items()}
+        sums.update(*(window.reshape(shape) for window in windows), channel_axis=at + 1, maps=by_axis)
+
+    def _window(self, model: int, part: _Part) -> Tensor:
+        """Return the part of a model's tensor that is meant."""
+        tensor = self._state_dicts[model][part.tensor].detach()
+        for position, start, width in part.windows:
+            tensor = tensor.narrow(position, start, width)
+        return tensor
 
     def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
         """Bring a node's sums up to date with its neighbours; return False if starting anew is as cheap."""
@@ -144,9 +161,7 @@ class WeightSimilarity:
         vectors use the two matrices of a cluster in the opposite way to the merge itself. With `only`, of one
         neighbour no more than the merged units selected.
         """
-        tensor = self._state_dicts[model][part.tensor].detach()
-        for position, start, width in part.windows:
-            tensor = tensor.narrow(position, start, width)
+        tensor = self._window(model, part)
         if only is not None and only.cluster_of_member is not None:
             tensor = only.of(model, tensor, part.layout)
 
@@ -155,16 +170,21 @@ class WeightSimilarity:
             tensor = reindex([tensor], [(Segment(axis),) for axis in part.layout], maps.__getitem__, [1.0])
         return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
 
-    def _map_of(self, model: int, axis: Axis, matched: NodeMatching | None, only: _Selection | None) -> UnitMap | None:
-        """Return how one model's units on an axis become the merged ones, or those selected; None if they stay."""
+    def _map_of(
+        self, model: int | None, axis: Axis, matched: NodeMatching | None, only: _Selection | None = None
+    ) -> UnitMap | None:
+        """Return how units on an axis become the merged ones, or those selected; None if they stay.
+
+        Those of one model, or where none are selected those of all models together.
+        """
         selected = only if only is not None and axis.node == only.node else None
-        if selected is not None and selected.cluster_of_member is None:
+        if selected is not None and model is not None and selected.cluster_of_member is None:
             return UnitMap.permutation(selected.members[model][None], units_in=self._units[axis.node])
         if matched is None:
             return None
         opposite: Role = "produce" if axis.role == "consume" else "consume"
         whole = matched.unit_map(opposite, self._model_weights, model)
-        return whole if selected is None else selected.map_of_members(model, whole)
+        return whole if selected is None or model is None else selected.map_of_members(model, whole)
 
 
 @dataclass

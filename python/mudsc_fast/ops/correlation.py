@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import _arrays, _dispatch, _library
+from mudsc_fast.ops.permute import UnitMap, check_maps, permute_merge
 
 #: Which pairs of models are compared: model 0 with each other model, or all with all.
 Blocks = Literal["cross", "full"]
@@ -24,9 +26,9 @@ Blocks = Literal["cross", "full"]
 #: What operands of the matrix products are rounded to.
 Precision = Literal["float32", "bfloat16"]
 
-#: Samples that are centred and multiplied at a time: at least so many that the product dominates, half as many as there
-#: are units (adding a product to the sums moves 20 bytes for each pair of units), and beyond that no more than fill this
-#: many numbers of all models.
+#: Samples that are centred and multiplied at a time: at least so many that the product dominates, half as many as
+#: there are units (adding a product to the sums moves 20 bytes for each pair of units), and beyond that no more than
+#: fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
 
@@ -149,7 +151,9 @@ class CorrelationAccumulator:
             self._workspace = None
 
     @torch.no_grad()
-    def update(self, *features: _arrays.Array, channel_axis: int = 1) -> None:
+    def update(
+        self, *features: _arrays.Array, channel_axis: int = 1, maps: Mapping[int, UnitMap] | None = None
+    ) -> None:
         """Add the samples of one batch.
 
         Parameters
@@ -161,33 +165,45 @@ class CorrelationAccumulator:
             Batches without samples change nothing. Gradients are not recorded.
         channel_axis
             The axis of the units; negative ones count from the end.
+        maps
+            How the samples of the N models are re-indexed along other axes, as for
+            :func:`mudsc_fast.ops.permute_merge`. On the CPU one permutation takes no pass and no memory of its own: the
+            features are read in its order while they are centred. Other maps, and other devices, re-index first.
 
         Raises
         ------
         TypeError
-            If a feature is no tensor or of another dtype.
+            If a feature is no tensor or of another dtype, or `maps` is no mapping of axes to UnitMaps.
         ValueError
-            If the number of tensors is not N, a shape or device is wrong (the tensor is named), the axis is
-            out of range, or a feature is infinite. The sums are unchanged then. (On a CUDA device it is finalize,
-            or another use of the sums, that raises for infinite features.)
+            If the number of tensors is not N, a shape or device is wrong (the tensor is named), an axis is out of
+            range, a map does not fit or is of the units' axis, or a feature is infinite. The sums are unchanged then.
+            (On a CUDA device it is finalize, or another use of the sums, that raises for infinite features.)
         """
         if _library.traced(features[0] if features else None):
-            self._traced_update([_checks.check_tensor("features", feature) for feature in features], channel_axis)
+            tensors = [_checks.check_tensor("features", feature) for feature in features]
+            self._traced_update(tensors if maps is None else _reindexed(tensors, maps), channel_axis)
             return
         checked = self._check_features(features, channel_axis)
+        by_axis = {} if maps is None else check_maps(maps, checked)
+        axis = channel_axis % checked[0].ndim
+        if axis in by_axis:
+            raise ValueError(f"maps must be of axes other than the units', got one of axis {axis}")
+        if not self._reads_in_order_of(by_axis, checked[0]):
+            checked, by_axis = _reindexed(checked, by_axis), {}
         views = [_flat(feature, channel_axis) for feature in checked]
         if self._takes_as_they_are(views):
             for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], cuda.chunk_samples(self._units)):
                 self._add_samples([view[outer, :, inner] for view in views])
             return
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
-        chunks = list(_chunks(views[0].shape[0], views[0].shape[2], self._chunk_samples()))
+        samples = [_Samples.of(view, checked[0].shape, axis, by_axis, model) for model, view in enumerate(views)]
+        chunks = list(_chunks(*samples[0].shape, self._chunk_samples()))
         if len(chunks) == 1:  # Its means show infinities; of several chunks none may be added before all are known.
-            self._add_chunk(views, dtype, unchecked=checked)
+            self._add_chunk(samples, dtype, unchecked=checked)
             return
         _check_not_infinite(checked)
         for outer, inner in chunks:
-            self._add_chunk([view[outer, :, inner] for view in views], dtype)
+            self._add_chunk([one.chunk(outer, inner) for one in samples], dtype)
 
     @classmethod
     def of_sums(
@@ -484,6 +500,13 @@ class CorrelationAccumulator:
         if not self._is_in_range():
             raise ValueError(_OUT_OF_RANGE)
 
+    def _reads_in_order_of(self, maps: Mapping[int, UnitMap], feature: Tensor) -> bool:
+        """Return whether features need no copy in the order of `maps`: centring indexes one axis with 32 bits."""
+        if not maps:
+            return True
+        is_one = len(maps) == 1 and all(unit_map.is_permutation for unit_map in maps.values())
+        return is_one and feature.device.type == "cpu" and feature.numel() // self._units < 2**31
+
     def _takes_as_they_are(self, views: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
         backend = _dispatch.backend_for("correlation", self._mean.device.type)
@@ -507,16 +530,18 @@ class CorrelationAccumulator:
         self._mean += shift * (samples.count / total)
         self._num_samples = total
 
-    def _add_chunk(self, chunk: list[Tensor], dtype: torch.dtype, unchecked: Sequence[Tensor] = ()) -> None:
+    def _add_chunk(self, chunk: list[_Samples], dtype: torch.dtype, unchecked: Sequence[Tensor] = ()) -> None:
         """Add some samples of each model; `unchecked` are the same features, if they may be infinite."""
         center = _dispatch.choose(
             "correlation",
             self._mean.device,
             {"cpu": cpu.center, "cuda": reference.center, "reference": reference.center},
         )
-        workspace = self._workspace or Workspace()
-        memory = [workspace.empty(f"centered {i}", v.numel(), dtype, v.device) for i, v in enumerate(chunk)]
-        centered, means, squares = zip(*(center(v, m) for v, m in zip(chunk, memory, strict=True)), strict=True)
+        workspace, device = self._workspace or Workspace(), self._mean.device
+        numbers = self._units * math.prod(chunk[0].shape)
+        memory = [workspace.empty(f"centered {model}", numbers, dtype, device) for model in range(len(chunk))]
+        results = [center(one.view, m, one.outer, one.inner) for one, m in zip(chunk, memory, strict=True)]
+        centered, means, squares = zip(*results, strict=True)
         if unchecked and not all(bool(mean.isfinite().all()) for mean in means):
             _check_not_infinite(unchecked)
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
@@ -603,6 +628,65 @@ class CorrelationAccumulator:
         columns = slice(j * self._units, (j + 1) * self._units)
         block = result[rows, columns]
         return block, block if i == j else result[columns, rows]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Features of one model, seen as [outer, C, inner], and which of them to take along either axis of samples.
+
+    Attributes
+    ----------
+    view
+        The features.
+    outer, inner
+        int32 places in that axis of `view`; None for all in order.
+    """
+
+    view: Tensor
+    outer: Tensor | None
+    inner: Tensor | None
+
+    @classmethod
+    def of(
+        cls, view: Tensor, shape: Sequence[int], units_axis: int, maps: Mapping[int, UnitMap], model: int
+    ) -> _Samples:
+        """Return one model's features, of `shape` before they were seen as `view`, in the order of one map or none."""
+        outer = inner = None
+        for axis, unit_map in maps.items():
+            begin, end = (0, units_axis) if axis < units_axis else (units_axis + 1, len(shape))
+            before, after = math.prod(shape[begin:axis]), math.prod(shape[axis + 1 : end])
+            slices = torch.arange(before)[:, None, None] * unit_map.units_in
+            places = (slices + unit_map.index[model].to("cpu")[:, None]) * after + torch.arange(after)
+            if axis < units_axis:
+                outer = places.flatten().to(torch.int32)
+            else:
+                inner = places.flatten().to(torch.int32)
+        return cls(view, outer, inner)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of samples along both axes."""
+        return (
+            self.view.shape[0] if self.outer is None else len(self.outer),
+            self.view.shape[2] if self.inner is None else len(self.inner),
+        )
+
+    def chunk(self, outer: slice, inner: slice) -> _Samples:
+        """Return some of the samples."""
+        view = self.view
+        view = view[outer] if self.outer is None else view
+        view = view[:, :, inner] if self.inner is None else view
+        return _Samples(
+            view, None if self.outer is None else self.outer[outer], None if self.inner is None else self.inner[inner]
+        )
+
+
+def _reindexed(features: Sequence[Tensor], maps: Mapping[int, UnitMap]) -> list[Tensor]:
+    """Return copies of the features of each model in the order of its maps."""
+    return [
+        permute_merge([feature], {axis: unit_map.of_model(model) for axis, unit_map in maps.items()}, weights=[1.0])
+        for model, feature in enumerate(features)
+    ]
 
 
 def _correlate_by_triton(*arguments: Any) -> None:

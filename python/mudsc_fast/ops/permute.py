@@ -67,6 +67,10 @@ class UnitMap:
         """Number N of models."""
         return int(self.index.shape[0])
 
+    def of_model(self, model: int) -> UnitMap:
+        """Return the map of one of the models by itself."""
+        return UnitMap(self.index[model : model + 1], self.units_in, self.units_out, self.is_permutation, self.scale)
+
     @classmethod
     def permutation(cls, index: _arrays.Array, *, units_in: int | None = None) -> UnitMap:
         """Return the map under which output unit k of model i is its input unit ``index[i, k]``.
@@ -176,7 +180,7 @@ def permute_merge(
         while gradients are recorded: none are implemented, so call under ``torch.no_grad()`` or detach.
     """
     checked = _check_tensors(tensors)
-    by_axis = _check_maps(maps, checked)
+    by_axis = check_maps(maps, checked)
     factors = _check_weights(weights, len(checked))
     if _library.traced(checked[0]):
         return _traced_merge(checked, by_axis, factors, out)
@@ -245,7 +249,7 @@ def permute_merge_group(
                 f"groups[{number}] must have as many tensors as groups[0], {len(first)}, got {len(tensors)}"
             )
         _check_same(f"groups[{number}]", tensors[0], "groups[0]", tensors[0].shape, first[0])
-    by_axis = [_check_maps(of_group, tensors) for of_group, tensors in zip(maps, checked, strict=True)]
+    by_axis = [check_maps(of_group, tensors) for of_group, tensors in zip(maps, checked, strict=True)]
     factors = _check_weights(weights, len(first))
     kernel = _dispatch.choose("permute", first[0].device, _GROUP_MERGES)
     with torch.no_grad():
@@ -281,7 +285,7 @@ def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> Tensor:
     """
     checked = _check_tensors([tensor])
     _check_places("tensor", tensor)
-    by_axis = _check_maps(maps, checked)
+    by_axis = check_maps(maps, checked)
     for axis, unit_map in by_axis.items():
         _check_bijection(f"maps[{axis}]", unit_map)
     kernel = _dispatch.choose("permute", tensor.device, _IN_PLACE)
@@ -355,7 +359,8 @@ def _check_same(argument: str, tensor: Tensor, other: str, shape: Sequence[int],
         raise ValueError(f"{argument} must be on the device of {other}, {like.device}, got {tensor.device}")
 
 
-def _check_maps(maps: Mapping[int, UnitMap], tensors: list[Tensor]) -> dict[int, UnitMap]:
+def check_maps(maps: Mapping[int, UnitMap], tensors: list[Tensor]) -> dict[int, UnitMap]:
+    """Return maps by non-negative axis if they fit the tensors, one of each model."""
     if not isinstance(maps, Mapping):
         raise TypeError(f"maps must be a mapping from axis to UnitMap, got {type(maps).__name__}")
     shape = tensors[0].shape

@@ -10,14 +10,18 @@ from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.ops import _dispatch
 
 
-def center(features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def center(
+    features: Tensor, memory: Tensor, outer_index: Tensor | None = None, inner_index: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
     The second and third results are [C] in float64: the mean, and the sum of squares of the first. The first
     keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
-    tensor.
+    tensor. The indices, int32, are of the features to take along the outer and the inner axis; all in order if None.
     """
-    outer, units, inner = features.shape
+    units = features.shape[1]
+    outer = features.shape[0] if outer_index is None else len(outer_index)
+    inner = features.shape[2] if inner_index is None else len(inner_index)
     samples = outer * inner
     unit_major = features.stride(1) != 1 or (features.stride(2) == 1 and inner > 1)
     centered = memory.view((units, samples) if unit_major else (samples, units))
@@ -33,6 +37,8 @@ def center(features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         outer_stride=features.stride(0),
         unit_stride=features.stride(1),
         inner_stride=features.stride(2),
+        outer_index=0 if outer_index is None else outer_index.data_ptr(),
+        inner_index=0 if inner_index is None else inner_index.data_ptr(),
         centered_dtype=SCALAR_TYPES[memory.dtype],
         unit_major=unit_major,
         centered=centered.data_ptr(),

@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 
-def center(features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def center(
+    features: Tensor, memory: Tensor, outer_index: Tensor | None = None, inner_index: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
-    The second and third results are [C] in float64: the mean, and the sum of squares of the first.
+    The second and third results are [C] in float64: the mean, and the sum of squares of the first. The
+    indices, int32, are of the features to take along the outer and the inner axis; all in order if None.
     """
+    for axis, index in ((0, outer_index), (2, inner_index)):
+        if index is not None:
+            features = features.index_select(axis, index)
     units = features.transpose(0, 1).flatten(1).to(torch.float64)
     units = torch.where(units.isnan(), 0.0, units)
     mean = units.mean(1)
