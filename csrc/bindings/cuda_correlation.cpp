@@ -27,7 +27,7 @@ void correlation_product(int dtype, std::uintptr_t rows, const Strides& row_stri
                          std::uintptr_t columns, const Strides& column_strides, std::uintptr_t column_shift,
                          std::int64_t outer, std::int64_t units, std::int64_t inner, bool symmetric, std::int64_t parts,
                          std::int64_t samples_per_part, std::uintptr_t products, std::uintptr_t row_sums,
-                         std::uintptr_t column_sums, int device, std::uintptr_t stream) {
+                         std::uintptr_t column_sums, bool warpgroups, int device, std::uintptr_t stream) {
   const cuda::ProductProblem problem{static_cast<ScalarType>(dtype),
                                      view_of(rows, row_strides, row_shift),
                                      view_of(columns, column_strides, column_shift),
@@ -39,7 +39,8 @@ void correlation_product(int dtype, std::uintptr_t rows, const Strides& row_stri
                                      samples_per_part,
                                      pointer<float>(products),
                                      pointer<double>(row_sums),
-                                     pointer<double>(column_sums)};
+                                     pointer<double>(column_sums),
+                                     warpgroups};
   const py::gil_scoped_release released;
   cuda::correlation_product(problem, stream_of(device, stream));
 }
@@ -92,7 +93,7 @@ void register_cuda_correlation(py::module_& module) {
              py::arg("row_strides"), py::arg("row_shift"), py::arg("columns"), py::arg("column_strides"),
              py::arg("column_shift"), py::arg("outer"), py::arg("units"), py::arg("inner"), py::arg("symmetric"),
              py::arg("parts"), py::arg("samples_per_part"), py::arg("products"), py::arg("row_sums"),
-             py::arg("column_sums"), py::arg("device"), py::arg("stream"));
+             py::arg("column_sums"), py::arg("warpgroups"), py::arg("device"), py::arg("stream"));
   module.def("correlation_join", &correlation_join, py::kw_only(), py::arg("product_dtype"), py::arg("products"),
              py::arg("parts"), py::arg("units"), py::arg("symmetric"), py::arg("rows"), py::arg("columns"),
              py::arg("comoment"), py::arg("device"), py::arg("stream"));

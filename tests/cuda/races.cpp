@@ -97,7 +97,7 @@ void correlate(int units, int samples, int bytes, bool units_adjacent, float off
   cuda::correlation_shift({dtype, view, 1, units, samples}, kStream);
   std::vector<double> row_sums(4 * units), column_sums(4 * units), comoment(units * units, 0.0);
   cuda::correlation_product({dtype, view, view, 1, units, samples, false, 2, (samples / 2 + 63) / 64 * 64,
-                             products.data(), row_sums.data(), column_sums.data()}, kStream);
+                             products.data(), row_sums.data(), column_sums.data(), warpgroups}, kStream);
   const std::vector<double> vectors(2 * units, 1.0);
   cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(),
                           comoment.data()}, kStream);

@@ -89,6 +89,7 @@ class Samples:
                 products=products.data_ptr(),
                 row_sums=sums[0].data_ptr() if takes_rows else 0,
                 column_sums=sums[1].data_ptr() if takes_columns else 0,
+                warpgroups=False,
                 device=launch.device,
                 stream=launch.stream,
             )
