@@ -18,15 +18,10 @@ constexpr int kUnits = 128, kThreads = 256;
 static_assert(kUnits % kTile == 0, "entries of a symmetric product that correlation_join reads are in tiles that are written");
 // Slabs under way by cp.async.
 constexpr int kAhead = 2;
-constexpr std::size_t kPattern = 1024;
 
 struct alignas(16) Quad {
   float of[4];
 };
-
-__device__ __forceinline__ unsigned char* aligned_shared() {
-  return dynamic_shared() + ((0u - shared_address(dynamic_shared())) % kPattern);
-}
 
 // Where features are copied to and what wgmma multiplies: halves as they are.
 template <class Source, class Stored, bool kUnitsAdjacent>
@@ -37,7 +32,7 @@ class Stages {
   using Feed = Feeder<Source, Operands, kThreads>;
   // What is multiplied, what was multiplied last, and what is copied.
   static constexpr int kStages = kAhead + 2;
-  static constexpr std::size_t kBytes = kPattern + kStages * 2 * sizeof(Stored) * Operands::kNumbers;
+  static constexpr std::size_t kBytes = Operands::kPatternBytes + kStages * 2 * sizeof(Stored) * Operands::kNumbers;
 
   __device__ Stages(const Work& work, const Samples& samples)
       : work_(work), row_feed_(work.rows, samples), column_feed_(work.columns, samples) {}
@@ -81,7 +76,7 @@ class Stages {
     return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
   }
   __device__ static __forceinline__ Stored* rows(int slab) {
-    return reinterpret_cast<Stored*>(aligned_shared()) + slab % kStages * 2 * Operands::kNumbers;
+    return reinterpret_cast<Stored*>(Operands::first_pattern(dynamic_shared())) + slab % kStages * 2 * Operands::kNumbers;
   }
   __device__ static __forceinline__ Stored* columns(int slab) { return rows(slab) + Operands::kNumbers; }
 
@@ -101,7 +96,7 @@ class Stages<Source, float, kUnitsAdjacent> {
   using Feed = Feeder<Source, Copied, kThreads>;
   static constexpr int kSplitTiles = 4;  // big and small of rows, then of columns
   static constexpr std::size_t kBytes =
-      kPattern + sizeof(float) * (2 * kSplitTiles * Operands::kNumbers + kAhead * 2 * Copied::kNumbers);
+      Operands::kPatternBytes + sizeof(float) * (2 * kSplitTiles * Operands::kNumbers + kAhead * 2 * Copied::kNumbers);
 
   __device__ Stages(const Work& work, const Samples& samples)
       : work_(work), row_feed_(work.rows, samples), column_feed_(work.columns, samples) {}
@@ -189,7 +184,7 @@ class Stages<Source, float, kUnitsAdjacent> {
     return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
   }
   __device__ static __forceinline__ float* rows(int slab) {
-    return reinterpret_cast<float*>(aligned_shared()) + slab % 2 * kSplitTiles * Operands::kNumbers;
+    return reinterpret_cast<float*>(Operands::first_pattern(dynamic_shared())) + slab % 2 * kSplitTiles * Operands::kNumbers;
   }
   __device__ static __forceinline__ float* columns(int slab) { return rows(slab) + 2 * Operands::kNumbers; }
   __device__ static __forceinline__ float* copied_rows(int slab) {
@@ -240,7 +235,12 @@ __global__ void __launch_bounds__(kThreads, 1) correlation_wgmma_kernel(const Pr
   if (!work.find<Source, Stored, kUnits, kThreads>(problem, shifts)) return;
   multiply_tile<Stages<Source, Stored, kUnitsAdjacent>>(problem, work);
 #else
-  static_cast<void>(problem);
+  // No result that could be taken for one.
+  const std::int64_t units = problem.units, row = static_cast<std::int64_t>(blockIdx.y) * kUnits + threadIdx.x % kUnits;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kUnits;
+  for (std::int64_t column = first + threadIdx.x / kUnits; column < first + kUnits; column += kThreads / kUnits) {
+    if (row < units && column < units) problem.products[(blockIdx.z * units + row) * units + column] = nanf("");
+  }
 #endif
 }
 

@@ -22,6 +22,8 @@ struct Accumulator {
   float values[4];
 };
 
+__device__ __forceinline__ unsigned shared_address(const void* pointer);
+
 // Operands of wgmma in shared memory: rows of 128 bytes in which chunks of 16 are swizzled, eight rows to a pattern of 1024
 // bytes. A row is a unit's samples or, for units that are adjacent (halves only), a sample's units; a tile of more units than
 // such a row holds is several tiles of `kSamples` rows.
@@ -41,6 +43,10 @@ struct SwizzledLayout {
     return row * kRowNumbers + ((along / kChunk ^ row % 8) * kChunk) + along % kChunk;
   }
 
+  // Where in shared memory a tile can begin: where the pattern does.
+  __device__ static __forceinline__ unsigned char* first_pattern(unsigned char* memory) {
+    return memory + (0u - shared_address(memory)) % kPatternBytes;
+  }
   // The matrix descriptor of `units` x 32 bytes of samples: of units from a multiple of 64 on, of the step-th 32 bytes.
   __device__ static __forceinline__ std::uint64_t operand(const T* tile, int first_unit, int step);
 };

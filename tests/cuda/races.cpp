@@ -82,8 +82,9 @@ void assign_large(int n, int modulus) {
   cuda::assignment_certify(problem, duals.data(), column_of_row.data(), least.data(), paired.data(), kStream);
 }
 
-// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of `offset`.
-void correlate(int units, int samples, int bytes, bool units_adjacent, float offset) {
+// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of `offset`;
+// multiplied by mma.sync or by warpgroups.
+void correlate(int units, int samples, int bytes, bool units_adjacent, float offset, bool warpgroups) {
   std::vector<float> values = some_values(units * samples, 0);
   std::vector<std::uint16_t> halves(values.size());
   for (std::size_t k = 0; k < values.size(); ++k) {
@@ -121,9 +122,11 @@ int main(int count, char** arguments) {
     assign_batch(3, 170);
     assign_large(8, 0);
     assign_large(10, 3);
-    correlate(36, 250, 4, true, 0.0f);
-    correlate(16, 260, 2, false, -0.5f);
-    correlate(9, 70, 2, true, 8.0f);
+    correlate(36, 250, 4, true, 0.0f, false);
+    correlate(16, 260, 2, false, -0.5f, false);
+    correlate(9, 70, 2, true, 8.0f, false);
+    // The large tile takes a while: each of its two kernels once.
+    seed == 0 ? correlate(20, 300, 4, true, 0.0f, true) : correlate(16, 700, 2, true, -0.5f, true);
   }
   std::puts("done");
 }

@@ -39,7 +39,7 @@ struct ProductProblem {
   float* products;                // [parts, units, units]
   double* row_sums;               // null, or [parts, 2, units]: of x - shift, and of its square
   double* column_sums;            // the same of y; null if symmetric
-  // By wgmma, which devices of compute capability 9.0 have, and only code for 9.0a: other code writes nothing.
+  // By wgmma, which devices of compute capability 9.0 have, and code for 9.0a uses: other code writes NaN.
   bool warpgroups;
 };
 

@@ -1,4 +1,4 @@
-"""Streaming correlation in CUDA (csrc/cuda/correlation.cu)."""
+"""Streaming correlation in CUDA (csrc/cuda/correlation.cu, correlation_product.cu, correlation_wgmma.cu)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mudsc_fast.kernels.cuda import _device
+from mudsc_fast.kernels.cuda import _device, _tensor_cores
 
 #: Element types that are multiplied on tensor cores; others take the reference.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,15 +35,18 @@ class Samples:
     features
         One [outer, C, inner] tensor per model, all of one shape, dtype of `DTYPES` and device, any strides. NaN counts
         as 0.
+    instructions
+        What multiplies, a name of `_tensor_cores`; None for what the device is known to do rightly.
     """
 
-    def __init__(self, features: list[Tensor]) -> None:
+    def __init__(self, features: list[Tensor], instructions: str | None = None) -> None:
         self._features = features
         self._outer, self._units, self._inner = features[0].shape
         if self._outer > 1 and all(_is_one_run(one) for one in features):
             self._outer, self._inner = 1, self._outer * self._inner
         self.count = self._outer * self._inner
         self._device = features[0].device
+        self._instructions = instructions or tensor_cores(self._device).instructions
         self._shifts = torch.empty(len(features), self._units, device=self._device)
         self._sums: list[Tensor | None] = [None] * len(features)
         with _device.launching_on(self._device) as launch:
@@ -89,7 +92,7 @@ class Samples:
                 products=products.data_ptr(),
                 row_sums=sums[0].data_ptr() if takes_rows else 0,
                 column_sums=sums[1].data_ptr() if takes_columns else 0,
-                warpgroups=False,
+                warpgroups=self._instructions == _tensor_cores.WGMMA,
                 device=launch.device,
                 stream=launch.stream,
             )
@@ -126,6 +129,18 @@ class Samples:
     def _strides(self, feature: Tensor) -> tuple[int, int, int]:
         outer, unit, inner = feature.stride()
         return outer, unit, outer if feature.shape[2] == 1 else inner
+
+
+def tensor_cores(device: torch.device) -> _tensor_cores.Choice:
+    """Return which tensor-core instructions multiply on `device`, and why."""
+    return _tensor_cores.choose(device, _products)
+
+
+def _products(features: list[Tensor], axis: int, instructions: str) -> list[Tensor]:
+    """Return the product of two models and their sums of squares, for a comparison of instructions."""
+    samples = Samples([one[:, :, None] if axis == 1 else one[None] for one in features], instructions)
+    product = samples.product(0, 1)
+    return [product.parts.sum(0), samples.squares(0), samples.squares(1)]
 
 
 def chunk_samples(units: int) -> int:
