@@ -46,8 +46,8 @@ void correlation_product(int dtype, std::uintptr_t rows, const Strides& row_stri
 }
 
 void correlation_join(int product_dtype, std::uintptr_t products, std::int64_t parts, std::int64_t units,
-                      bool symmetric, std::uintptr_t rows, std::uintptr_t columns, std::uintptr_t comoment, int device,
-                      std::uintptr_t stream) {
+                      bool symmetric, std::uintptr_t rows, std::uintptr_t columns, double weight,
+                      std::uintptr_t comoment, int device, std::uintptr_t stream) {
   const cuda::JoinProblem problem{static_cast<ScalarType>(product_dtype),
                                   pointer<const void>(products),
                                   parts,
@@ -55,6 +55,7 @@ void correlation_join(int product_dtype, std::uintptr_t products, std::int64_t p
                                   symmetric,
                                   pointer<const double>(rows),
                                   pointer<const double>(columns),
+                                  weight,
                                   pointer<double>(comoment)};
   const py::gil_scoped_release released;
   cuda::correlation_join(problem, stream_of(device, stream));
@@ -96,7 +97,7 @@ void register_cuda_correlation(py::module_& module) {
              py::arg("column_sums"), py::arg("warpgroups"), py::arg("device"), py::arg("stream"));
   module.def("correlation_join", &correlation_join, py::kw_only(), py::arg("product_dtype"), py::arg("products"),
              py::arg("parts"), py::arg("units"), py::arg("symmetric"), py::arg("rows"), py::arg("columns"),
-             py::arg("comoment"), py::arg("device"), py::arg("stream"));
+             py::arg("weight"), py::arg("comoment"), py::arg("device"), py::arg("stream"));
   module.def("correlation_blend", &correlation_blend, py::kw_only(), py::arg("comoment"), py::arg("row_deviation"),
              py::arg("column_deviation"), py::arg("units"), py::arg("count"), py::arg("eps"), py::arg("dtype"),
              py::arg("out"), py::arg("mirror"), py::arg("row_stride"), py::arg("other"), py::arg("other_stride"),

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kJoinThreads) correlation_join_kernel(const Jo
     for (std::int64_t part = 1; part < problem.parts; ++part) {
       sum += static_cast<double>(products[part * units * units + k]);
     }
-    comoments[k] += (sum + first * problem.columns[k]) + second * problem.columns[units + k];
+    comoments[k] += problem.weight * ((sum + first * problem.columns[k]) + second * problem.columns[units + k]);
   }
 }
 

@@ -101,7 +101,7 @@ void correlate(int units, int samples, int bytes, bool units_adjacent, float off
                              products.data(), row_sums.data(), column_sums.data(), warpgroups}, kStream);
   const std::vector<double> vectors(2 * units, 1.0);
   cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(),
-                          comoment.data()}, kStream);
+                          1.0, comoment.data()}, kStream);
   std::vector<float> result(units * units);
   cuda::correlation_blend({comoment.data(), vectors.data(), vectors.data(), units, 1.0, 1e-7, ScalarType::float32,
                             result.data(), result.data(), units, nullptr, 0, 1.0, 1}, kStream);

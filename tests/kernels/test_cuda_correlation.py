@@ -239,6 +239,31 @@ def test_other_methods(simulated: Any) -> None:  # noqa: ARG001
     torch.testing.assert_close(one.finalize(), correlate_directly(samples_of(both)), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("stays", [False, True])
+def test_replaced_samples(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch, stays: bool, blocks: Any, dtype: Any
+) -> None:
+    """No product is left to torch; the sums are those of the new samples."""
+    simulated.set_seed(3)
+    monkeypatch.setattr(CorrelationAccumulator, "_exchange", None)
+    old, kept, new = ([3 + one for one in features_of(3, 4, 9, 20, seed=seed, dtype=dtype)] for seed in range(3))
+    old[1][2, 3] = new[2][1, 4] = math.nan
+    if stays:
+        new[1] = old[1]
+    sums = CorrelationAccumulator(3, 9, blocks=blocks, dtype=torch.float64)
+    sums.update(*old)
+    sums.update(*kept)
+    sums.replace(old, new)
+    both = [torch.cat(pair) for pair in zip(new, kept, strict=True)]
+    torch.testing.assert_close(sums.finalize(), accumulated(both, blocks), rtol=0, atol=2e-6)
+    reordered = [new[0], *(one.flip(0) for one in new[1:])]
+    sums.replace(new, reordered, reordered=True)
+    both = [torch.cat(pair) for pair in zip(reordered, kept, strict=True)]
+    torch.testing.assert_close(sums.finalize(), accumulated(both, blocks), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float16, torch.float32)])
 def test_other_types_take_the_reference(simulated: Any, dtypes: tuple[torch.dtype, ...]) -> None:  # noqa: ARG001
     assert_correlated([one.to(dtype) for one, dtype in zip(features_of(2, 40, 9), dtypes, strict=True)])

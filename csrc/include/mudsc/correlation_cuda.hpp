@@ -43,7 +43,7 @@ struct ProductProblem {
   bool warpgroups;
 };
 
-// comoment += sum of products + outer(rows[0], columns[0]) + outer(rows[1], columns[1]).
+// comoment += weight * (sum of products + outer(rows[0], columns[0]) + outer(rows[1], columns[1])).
 struct JoinProblem {
   ScalarType product_dtype;  // float32 or float64
   const void* products;      // [parts, units, units]
@@ -52,6 +52,7 @@ struct JoinProblem {
   bool symmetric;         // as above: entries that are not written are not read
   const double* rows;     // [2, units]
   const double* columns;  // [2, units]
+  double weight;
   double* comoment;       // [units, units]
 };
 

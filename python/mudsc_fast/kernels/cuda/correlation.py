@@ -155,11 +155,21 @@ def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shif
 
 
 def join(
-    comoment: Tensor, product: Product, samples: Samples, i: int, j: int, row_shift: Tensor, column_shift: Tensor
+    comoment: Tensor,
+    product: Product,
+    samples: Samples,
+    i: int,
+    j: int,
+    row_shift: Tensor,
+    column_shift: Tensor,
+    weight: float = 1.0,
 ) -> None:
-    """Add the co-moment of samples about their mean, and outer(row_shift, column_shift), to `comoment`."""
+    """Add the co-moment of samples about their mean, and outer(row_shift, column_shift), to `comoment`.
+
+    `weight` is 1, or -1 to take both away.
+    """
     rows = torch.stack([samples.sum(i) / -samples.count, row_shift])
-    _join(comoment, product.parts, product.symmetric, rows, torch.stack([samples.sum(j), column_shift]))
+    _join(comoment, product.parts, product.symmetric, rows, torch.stack([samples.sum(j), column_shift]), weight)
 
 
 def correlate(
@@ -194,7 +204,9 @@ def correlate(
         )
 
 
-def _join(comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, columns: Tensor) -> None:
+def _join(
+    comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, columns: Tensor, weight: float = 1.0
+) -> None:
     with _device.launching_on(comoment.device) as launch:
         _device.extension().correlation_join(
             product_dtype=_device.SCALAR_TYPES[products.dtype],
@@ -204,6 +216,7 @@ def _join(comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, col
             symmetric=symmetric,
             rows=rows.data_ptr(),
             columns=columns.data_ptr(),
+            weight=weight,
             comoment=comoment.data_ptr(),
             device=launch.device,
             stream=launch.stream,
