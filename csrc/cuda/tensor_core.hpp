@@ -1,7 +1,8 @@
 // Tensor cores, matrix loads and asynchronous copies: PTX on the device, the same arithmetic in C++ in the simulator.
 //
 // The products of a step are exact and their sum is rounded towards zero, as tensor cores do; operands in TF32 lose the
-// low 13 bits. Asynchronous work is done when it is waited for, as late as a device may do it.
+// low 13 bits. Asynchronous work is done when it is waited for, as late as a device may do it; copies, with some seeds of
+// the simulator, at once.
 #pragma once
 
 #include <type_traits>
@@ -229,23 +230,20 @@ inline unsigned shared_address(const void* pointer) { return cuda_sim::shared_ad
 inline void note_write(const void* to, std::size_t bytes) { cuda_sim::note_write(to, bytes); }
 inline void fence_writes() { cuda_sim::fence_writes(); }
 
-// Copies of one thread, made when they are waited for.
+// Copies of one thread.
 class AsyncCopies {
  public:
   template <int kBytes>
   void copy(void* to, const void* from, bool inside) {
-    copies_[copied_++ % kMost] = {to, from, inside ? kBytes : 0, kBytes};
+    const Copy one{to, from, inside ? kBytes : 0, kBytes};
+    if (cuda_sim::copies_at_once()) return make(one);
+    copies_[copied_++ % kMost] = one;
   }
   void close_group() { ends_[groups_++ % kMost] = copied_; }
   template <int kLeft>
   void wait() {
     const int end = groups_ > kLeft ? ends_[(groups_ - 1 - kLeft) % kMost] : 0;
-    for (; done_ < end; ++done_) {
-      const Copy& one = copies_[done_ % kMost];
-      std::memset(one.to, 0, static_cast<std::size_t>(one.written));
-      if (one.read > 0) std::memcpy(one.to, one.from, static_cast<std::size_t>(one.read));
-      note_write(one.to, static_cast<std::size_t>(one.written));
-    }
+    for (; done_ < end; ++done_) make(copies_[done_ % kMost]);
   }
 
  private:
@@ -254,6 +252,11 @@ class AsyncCopies {
     const void* from;
     int read, written;
   };
+  static void make(const Copy& one) {
+    std::memset(one.to, 0, static_cast<std::size_t>(one.written));
+    if (one.read > 0) std::memcpy(one.to, one.from, static_cast<std::size_t>(one.read));
+    note_write(one.to, static_cast<std::size_t>(one.written));
+  }
   static constexpr int kMost = 128;
   Copy copies_[kMost];
   int ends_[kMost];

@@ -408,6 +408,7 @@ class Launch {
 }  // namespace
 
 void set_seed(std::uint64_t seed) { chosen_seed = seed; }
+bool copies_at_once() { return chosen_seed % 3 == 1; }
 std::size_t shared_memory_limit() { return shared_limit; }
 void set_shared_memory_limit(std::size_t bytes) { shared_limit = std::min(bytes, kLargestSharedMemory); }
 

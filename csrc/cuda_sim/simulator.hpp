@@ -32,6 +32,8 @@ constexpr unsigned kCooperativeBlocks = 3;
 
 // Order of the fibers of later launches: 0 is ascending; odd seeds let a warp run ahead, even ones mix all threads.
 void set_seed(std::uint64_t seed);
+// Whether asynchronous copies are made at once, as with some seeds, or when they are waited for.
+bool copies_at_once();
 // Bytes of dynamic shared memory that a block can have: what the largest devices have unless a test sets less.
 std::size_t shared_memory_limit();
 void set_shared_memory_limit(std::size_t bytes);
