@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mudsc_fast import cli
 from mudsc_fast.kernels.cpu import correlation as cpu
-from mudsc_fast.kernels.cuda import _tensor_cores
+from mudsc_fast.kernels.cuda import _device, _tensor_cores
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
@@ -418,6 +420,22 @@ def test_instructions_that_the_environment_names(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MUDSC_TENSOR_CORES", "hmma")
     with pytest.raises(ValueError, match=r"MUDSC_TENSOR_CORES must be 'mma\.sync' or 'wgmma', got 'hmma'"):
         cuda.tensor_cores(CPU)
+
+
+def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(_device, "unavailable_reason", lambda: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "tensor_cores", lambda _: _tensor_cores.choose(CPU, planted(0)))
+    said = cli._tensor_cores()["tensor cores"]
+    assert re.fullmatch(r"cuda:0 mma\.sync \(wgmma gives other products of .* by \S+ of their size\)", said)
+
+    def fail(_: torch.device) -> None:
+        raise RuntimeError("an illegal instruction")
+
+    monkeypatch.setattr(cuda, "tensor_cores", fail)
+    assert cli._tensor_cores() == {"tensor cores": "cuda:0 none (an illegal instruction)"}
+    monkeypatch.setattr(_device, "unavailable_reason", lambda: "no driver")
+    assert cli._tensor_cores() == {}
 
 
 @pytest.mark.gpu
