@@ -3,7 +3,8 @@
 What is measured is an update of two models' features, "cross": for float32, 2 T C^2 operations and the sums, from
 features that lie [T, C]. Beside it, in the same run: torch.mm alone, in float32, with TF32 and in bfloat16 (no mean, no
 sums of squares, no NaN), and the accumulator as published, the second moment of both models' units together. The
-result is compared with float64 on some of the units. The floor of an update is, on a GPU, three products in TF32 for
+result is compared with float64 on some of the units. On a device of compute capability 9.0 this is done with wgmma and
+with mma.sync. The floor of an update is, on a GPU, three products in TF32 for
 float32 and one in bfloat16 for that, on a CPU one in float32; of finalize, the time to copy as many bytes.
 
     pytest benchmarks/bench_correlation.py --benchmark-only --benchmark-columns=min,mean,rounds -s
@@ -20,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels.cuda import _tensor_cores
 from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 
@@ -32,6 +34,10 @@ MOST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 1e-6}
 SIZES = [("cpu", 256, 8192), ("cpu", 768, 8192)]
 if torch.cuda.is_available():
     SIZES += [("cuda", units, 65536) for units in (768, 2048, 4096, 8192)]
+#: What multiplies, on a device that has both; elsewhere what there is.
+INSTRUCTIONS = [""]
+if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    INSTRUCTIONS = [_tensor_cores.WGMMA, _tensor_cores.MMA_SYNC]
 
 Benchmark = Any  # pytest-benchmark declares no types
 
@@ -81,9 +87,22 @@ def error_of(result: Tensor, features: list[Tensor]) -> float:
     return float((result[:CHECKED, :CHECKED].double() - exact).abs().max())
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "units", "samples"), SIZES)
-def test_update(benchmark: Benchmark, device: str, units: int, samples: int, dtype: torch.dtype) -> None:
+def test_update(
+    benchmark: Benchmark,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    units: int,
+    samples: int,
+    dtype: torch.dtype,
+    instructions: str,
+) -> None:
+    if device == "cuda":
+        monkeypatch.setenv("MUDSC_TENSOR_CORES", instructions)
+    elif instructions == _tensor_cores.MMA_SYNC:
+        pytest.skip("tensor cores are on a GPU")
     benchmark.group = f"correlation on {device}, C = {units}, T = {samples}, {dtype}"
     features = features_of(device, units, samples, dtype)
 
@@ -111,12 +130,13 @@ def test_update(benchmark: Benchmark, device: str, units: int, samples: int, dty
     benchmark.extra_info.update(
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         backend=_dispatch.backend_for("correlation", device),
+        instructions=instructions,
         teraflops=round(2 * samples * units**2 / taken / 1e12, 3),
         error=error,
         times_the_floor=round(taken / floor, 2),
         **{f"times_faster_than_{name}": round(other / taken, 2) for name, other in peers.items()},
     )
-    print(f"\nC = {units}, {dtype} on {device}: {taken:.5f} s, {benchmark.extra_info}")
+    print(f"\nC = {units}, {dtype} on {device} {instructions}: {taken:.5f} s, {benchmark.extra_info}")
     assert error <= MOST_ERROR[dtype]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import families
 import mudsc_fast
-from mudsc_fast.kernels.cuda import _device
+from mudsc_fast.kernels.cuda import _device, correlation
 
 DEADLINE = time.monotonic() + float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "240"))
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted")
@@ -146,6 +146,12 @@ def permute_rows(rate: float) -> list[Row]:
     ]
 
 
+def instructions_to_measure() -> list[str]:
+    """Return what the device can multiply with, if it is seen to do it rightly."""
+    chosen = correlation.tensor_cores(torch.device("cuda", torch.cuda.current_device())).instructions
+    return list(dict.fromkeys([chosen, "mma.sync"]))
+
+
 def correlation_rows(rate: float) -> list[Row]:
     rows: list[Row] = []
     for units in (768, 2048, 4096):
@@ -159,16 +165,20 @@ def correlation_rows(rate: float) -> list[Row]:
             accumulator.update(*features)
             return accumulator.finalize()
 
-        rows.append(
-            {
-                "op": "correlation",
-                "size": f"{units} units, {samples} samples",
-                "family": "gaussian",
-                "ms": median_milliseconds(run),
-                "float32_product_ms": median_milliseconds(lambda features=features: features[0].T @ features[1]),  # type: ignore[misc]
-                "floor_ms": floor_milliseconds(2 * 4 * samples * units, rate),
-            }
-        )
+        product_ms = median_milliseconds(lambda features=features: features[0].T @ features[1])  # type: ignore[misc]
+        for instructions in instructions_to_measure():
+            os.environ["MUDSC_TENSOR_CORES"] = instructions
+            rows.append(
+                {
+                    "op": "correlation",
+                    "size": f"{units} units, {samples} samples",
+                    "family": f"gaussian, {instructions}",
+                    "ms": median_milliseconds(run),
+                    "float32_product_ms": product_ms,
+                    "floor_ms": floor_milliseconds(2 * 4 * samples * units, rate),
+                }
+            )
+        del os.environ["MUDSC_TENSOR_CORES"]
     return rows
 
 
@@ -188,7 +198,14 @@ def main() -> None:
     folder = Path(sys.argv[1])
     gpu = torch.cuda.get_device_name()
     rate = copy_rate()
-    facts = {"gpu": gpu, "torch": torch.__version__, "mudsc_fast": mudsc_fast.__version__, "copy_bytes_per_s": rate}
+    chosen = correlation.tensor_cores(torch.device("cuda", torch.cuda.current_device()))
+    facts = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "mudsc_fast": mudsc_fast.__version__,
+        "copy_bytes_per_s": rate,
+        "tensor_cores": f"{chosen.instructions}: {chosen.reason}",
+    }
     rows: list[Row] = []
     failures: dict[str, str] = {}
     for part in (batch_rows, zip_rows, permute_rows, correlation_rows, assignment_rows):

@@ -48,7 +48,7 @@ rm -rf "$output/measured" && mkdir -p "$output/measured"
 MUDSC_BENCHMARK_SECONDS=100 PYTHONPATH=$site:benchmarks \
   step benchmarks 150 "$python" benchmarks/bench_cuda.py "$output/measured"
 cat "$output/measured/cuda.md" 2>/dev/null
-step bench_correlation 60 "$python" -m pytest -q -s --benchmark-only benchmarks/bench_correlation.py
+step bench_correlation 90 "$python" -m pytest -q -s --benchmark-only benchmarks/bench_correlation.py
 grep "^C = " "$output/bench_correlation.log"
 rm -rf "$site"
 if ((${#failed[@]})); then

@@ -26,6 +26,7 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 MOST_REGISTERS = {
     "correlation_shift_kernel": 40,
     "correlation_product_kernel": 255,  # 1 block of 256: two accumulators of 64 numbers in each thread
+    "correlation_wgmma_kernel": 255,  # the same
     "correlation_join_kernel": 80,  # 3 blocks of 256
     "correlation_blend_kernel": 64,
     "zip_load": 40,  # 6 blocks of 256 threads
@@ -39,11 +40,18 @@ MOST_REGISTERS = {
     "list_rows": 64,
 }
 
-#: Tensor-core instructions that the kernels of these mangled names must have; f is float, S3_ the type before it.
+#: Tensor-core instructions that the kernels of these sources and mangled names must have, on every architecture and on
+#: 9.0a; f is float, S3_ the type before it.
 TENSOR_INSTRUCTIONS = {
-    r"correlation_product_kernelI\w*fLb": "HMMA.1688.F32.TF32",
-    r"correlation_product_kernelI\w*8BFloat16ES\w*_Lb": "HMMA.16816.F32.BF16",
-    r"correlation_product_kernelI\w*4HalfES\w*_Lb": "HMMA.16816.F32 ",
+    ("correlation_product", r"correlation_product_kernelI\w*fLb"): "HMMA.1688.F32.TF32",
+    ("correlation_product", r"correlation_product_kernelI\w*8BFloat16ES\w*_Lb"): "HMMA.16816.F32.BF16",
+    ("correlation_product", r"correlation_product_kernelI\w*4HalfES\w*_Lb"): "HMMA.16816.F32 ",
+}
+WARPGROUP_INSTRUCTIONS = {
+    ("correlation_wgmma", r"correlation_wgmma_kernelI\w*fLb"): "HGMMA.64x128x8.F32.TF32",
+    ("correlation_wgmma", r"correlation_wgmma_kernelI\w*8BFloat16ES\w*_Lb0"): r"HGMMA.64x128x16.F32.BF16 ",
+    ("correlation_wgmma", r"correlation_wgmma_kernelI\w*8BFloat16ES\w*_Lb1"): r".tnspA.tnspB",
+    ("correlation_wgmma", r"correlation_wgmma_kernelI\w*4HalfES\w*_Lb"): "HGMMA.64x128x16.F32 ",
 }
 
 NVCC = shutil.which("nvcc")
@@ -94,6 +102,8 @@ def resources(source: str, architecture: str) -> str:
 def test_registers_and_spills(source: str, architecture: str) -> None:
     report = resources(source, architecture)
     assert "warning" not in report
+    # What the assembler says where it makes asynchronous products wait for each other.
+    assert "serialized" not in report
     kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
         report,
@@ -121,14 +131,45 @@ def disassembler() -> str | None:
 @pytest.mark.skipif(disassembler() is None, reason="cuobjdump was not found: machine code is not inspected")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_are_made_on_tensor_cores(architecture: str) -> None:
-    resources("correlation", architecture)
-    code = run(str(disassembler()), "-sass", KEPT / key() / f"correlation.{architecture}.cubin")
-    _, *functions = re.split(r"Function : (?=\w)", code)
-    for pattern, instruction in TENSOR_INSTRUCTIONS.items():
-        kernels = [function for function in functions if re.search(pattern, function.split()[0])]
+    expected = {**TENSOR_INSTRUCTIONS, **(WARPGROUP_INSTRUCTIONS if architecture == "90a" else {})}
+    for (source, pattern), instruction in expected.items():
+        kernels = [code for name, code in machine_code(source, architecture) if re.search(pattern, name)]
         assert kernels, f"no kernel is called {pattern}"
         for kernel in kernels:
-            assert instruction in kernel, kernel.split()[0]
+            assert instruction in kernel, pattern
+
+
+@cache
+def machine_code(source: str, architecture: str) -> list[tuple[str, str]]:
+    """Return the names of a source's kernels, and their machine code."""
+    resources(source, architecture)
+    code = run(str(disassembler()), "-sass", KEPT / key() / f"{source}.{architecture}.cubin")
+    _, *functions = re.split(r"Function : (?=\w)", code)
+    return [(function.split()[0], function) for function in functions]
+
+
+@needs_nvcc
+@pytest.mark.skipif(disassembler() is None, reason="cuobjdump was not found: machine code is not inspected")
+def test_nothing_touches_registers_that_warpgroups_multiply_into() -> None:
+    """A slab's products follow one another, and until they are waited for their registers are left alone.
+
+    Behind the last product the machine code goes back to the preparation of the next slab, which ends with the wait.
+    """
+    kernels = machine_code("correlation_wgmma", "90a")
+    for name, code in kernels:
+        products = 12 if re.search("fLb", name) else 4
+        steps = re.findall(r"WARPGROUP\.ARRIVE|HGMMA|WARPGROUP\.DEPBAR", code)
+        assert steps == ["WARPGROUP.DEPBAR", "WARPGROUP.ARRIVE", *["HGMMA"] * products, "WARPGROUP.DEPBAR"], name
+        (first,) = set(re.findall(r"HGMMA\S+ R(\d+),", code))
+        registers = {f"R{int(first) + k}" for k in range(64)}
+        instructions = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+        last = max(at for at, what in instructions if "HGMMA" in what)
+        back = next(re.search(r"BRA 0x([0-9a-f]+)", what) for at, what in instructions if at > last)
+        assert back is not None, name
+        wait = next(at for at, what in instructions if "WARPGROUP.DEPBAR" in what)
+        between = [what for at, what in instructions if int(back[1], 16) <= at < wait]
+        assert len(between) > 100
+        assert not [what for what in between if registers & set(re.findall(r"\bR\d+\b", what))], name
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ void correlation_product(int dtype, std::uintptr_t rows, const Strides& row_stri
                          std::uintptr_t columns, const Strides& column_strides, std::uintptr_t column_shift,
                          std::int64_t outer, std::int64_t units, std::int64_t inner, bool symmetric, std::int64_t parts,
                          std::int64_t samples_per_part, std::uintptr_t products, std::uintptr_t row_sums,
-                         std::uintptr_t column_sums, int device, std::uintptr_t stream) {
+                         std::uintptr_t column_sums, bool warpgroups, int device, std::uintptr_t stream) {
   const cuda::ProductProblem problem{static_cast<ScalarType>(dtype),
                                      view_of(rows, row_strides, row_shift),
                                      view_of(columns, column_strides, column_shift),
@@ -39,14 +39,15 @@ void correlation_product(int dtype, std::uintptr_t rows, const Strides& row_stri
                                      samples_per_part,
                                      pointer<float>(products),
                                      pointer<double>(row_sums),
-                                     pointer<double>(column_sums)};
+                                     pointer<double>(column_sums),
+                                     warpgroups};
   const py::gil_scoped_release released;
   cuda::correlation_product(problem, stream_of(device, stream));
 }
 
 void correlation_join(int product_dtype, std::uintptr_t products, std::int64_t parts, std::int64_t units,
-                      bool symmetric, std::uintptr_t rows, std::uintptr_t columns, std::uintptr_t comoment, int device,
-                      std::uintptr_t stream) {
+                      bool symmetric, std::uintptr_t rows, std::uintptr_t columns, double weight,
+                      std::uintptr_t comoment, int device, std::uintptr_t stream) {
   const cuda::JoinProblem problem{static_cast<ScalarType>(product_dtype),
                                   pointer<const void>(products),
                                   parts,
@@ -54,6 +55,7 @@ void correlation_join(int product_dtype, std::uintptr_t products, std::int64_t p
                                   symmetric,
                                   pointer<const double>(rows),
                                   pointer<const double>(columns),
+                                  weight,
                                   pointer<double>(comoment)};
   const py::gil_scoped_release released;
   cuda::correlation_join(problem, stream_of(device, stream));
@@ -92,10 +94,10 @@ void register_cuda_correlation(py::module_& module) {
              py::arg("row_strides"), py::arg("row_shift"), py::arg("columns"), py::arg("column_strides"),
              py::arg("column_shift"), py::arg("outer"), py::arg("units"), py::arg("inner"), py::arg("symmetric"),
              py::arg("parts"), py::arg("samples_per_part"), py::arg("products"), py::arg("row_sums"),
-             py::arg("column_sums"), py::arg("device"), py::arg("stream"));
+             py::arg("column_sums"), py::arg("warpgroups"), py::arg("device"), py::arg("stream"));
   module.def("correlation_join", &correlation_join, py::kw_only(), py::arg("product_dtype"), py::arg("products"),
              py::arg("parts"), py::arg("units"), py::arg("symmetric"), py::arg("rows"), py::arg("columns"),
-             py::arg("comoment"), py::arg("device"), py::arg("stream"));
+             py::arg("weight"), py::arg("comoment"), py::arg("device"), py::arg("stream"));
   module.def("correlation_blend", &correlation_blend, py::kw_only(), py::arg("comoment"), py::arg("row_deviation"),
              py::arg("column_deviation"), py::arg("units"), py::arg("count"), py::arg("eps"), py::arg("dtype"),
              py::arg("out"), py::arg("mirror"), py::arg("row_stride"), py::arg("other"), py::arg("other_stride"),

@@ -43,6 +43,8 @@ constexpr unsigned kLanes = 32;
 constexpr unsigned kMostThreads = 1024;
 constexpr unsigned char kPoison = 0xcd;
 constexpr std::size_t kLargestSharedMemory = 227 * 1024;
+constexpr std::uint32_t kDynamicSharedBegin = 1040;  // on a device, behind what is static
+constexpr std::size_t kFenceBytes = 16;              // stores are fenced in pieces of so many
 
 // A place of execution with a stack of its own.
 struct Context {
@@ -94,6 +96,7 @@ struct Fiber {
   std::uint32_t mask = 0;  // of the exchange that it waits in
   std::uint64_t value = 0;
   std::uint64_t received[kLanes];
+  std::vector<std::uint32_t> unfenced;  // pieces of dynamic shared memory
 };
 
 struct Block {
@@ -101,6 +104,8 @@ struct Block {
   std::vector<std::uint32_t> live_lanes;  // by warp
   std::vector<std::pair<const void*, std::unique_ptr<unsigned char[]>>> arrays;
   std::unique_ptr<unsigned char[]> dynamic;
+  std::size_t dynamic_bytes = 0;
+  std::vector<std::uint32_t> unfenced_stores;  // by piece of dynamic shared memory, of all threads
   std::vector<char> warp_order;  // addresses that stand for happens-before in ThreadSanitizer
   char block_order = 0;
   unsigned live = 0;
@@ -271,6 +276,8 @@ class Launch {
     block->live_lanes.resize(warps, 0);
     block->warp_order.resize(warps);
     block->dynamic = poisoned(shared_bytes_);
+    block->dynamic_bytes = shared_bytes_;
+    block->unfenced_stores.resize((shared_bytes_ + kFenceBytes - 1) / kFenceBytes);
     block->live = count;
     const dim3 place(index % blocks_.x, index / blocks_.x % blocks_.y, index / blocks_.x / blocks_.y);
     for (unsigned rank = 0; rank < count; ++rank) {
@@ -401,6 +408,7 @@ class Launch {
 }  // namespace
 
 void set_seed(std::uint64_t seed) { chosen_seed = seed; }
+bool copies_at_once() { return chosen_seed % 3 == 1; }
 std::size_t shared_memory_limit() { return shared_limit; }
 void set_shared_memory_limit(std::size_t bytes) { shared_limit = std::min(bytes, kLargestSharedMemory); }
 
@@ -482,5 +490,43 @@ void* shared_array(const void* key, std::size_t bytes) {
 }
 
 void* dynamic_shared() { return current->block->dynamic.get(); }
+
+void fail(const char* message) {
+  const Aside aside;
+  running->fail(message);
+}
+
+std::uint32_t shared_address(const void* pointer) {
+  return kDynamicSharedBegin + static_cast<std::uint32_t>(static_cast<const unsigned char*>(pointer) -
+                                                          current->block->dynamic.get());
+}
+
+void note_write(const void* to, std::size_t bytes) {
+  const Aside aside;
+  Block& block = *current->block;
+  const std::size_t begin = shared_address(to) - kDynamicSharedBegin;
+  for (std::size_t piece = begin / kFenceBytes; piece * kFenceBytes < begin + bytes; ++piece) {
+    ++block.unfenced_stores[piece];
+    current->unfenced.push_back(static_cast<std::uint32_t>(piece));
+  }
+}
+
+void fence_writes() {
+  const Aside aside;
+  for (const std::uint32_t piece : current->unfenced) --current->block->unfenced_stores[piece];
+  current->unfenced.clear();
+}
+
+const void* read_by_tensor_core(std::uint32_t address, std::size_t bytes) {
+  const Block& block = *current->block;
+  const std::size_t begin = address - kDynamicSharedBegin;
+  if (address < kDynamicSharedBegin || begin + bytes > block.dynamic_bytes) {
+    fail("a tensor core reads outside the block's dynamic shared memory");
+  }
+  if (block.unfenced_stores[begin / kFenceBytes] != 0) {
+    fail("a tensor core reads what was stored without fence.proxy.async");
+  }
+  return block.dynamic.get() + begin;
+}
 
 }  // namespace mudsc::cuda_sim

@@ -32,6 +32,8 @@ constexpr unsigned kCooperativeBlocks = 3;
 
 // Order of the fibers of later launches: 0 is ascending; odd seeds let a warp run ahead, even ones mix all threads.
 void set_seed(std::uint64_t seed);
+// Whether asynchronous copies are made at once, as with some seeds, or when they are waited for.
+bool copies_at_once();
 // Bytes of dynamic shared memory that a block can have: what the largest devices have unless a test sets less.
 std::size_t shared_memory_limit();
 void set_shared_memory_limit(std::size_t bytes);
@@ -52,6 +54,17 @@ void grid_barrier();
 const std::uint64_t* warp_exchange(std::uint32_t mask, std::uint64_t value);
 void* shared_array(const void* key, std::size_t bytes);
 void* dynamic_shared();
+
+// Ends the launch with an error.
+void fail(const char* message);
+
+// Addresses in the block's dynamic shared memory, which on a device does not begin at a round one.
+std::uint32_t shared_address(const void* pointer);
+// A store of this thread that tensor cores may read, and its fence.proxy.async, which makes its stores visible to them.
+void note_write(const void* to, std::size_t bytes);
+void fence_writes();
+// Where they read. Reading what lies outside, or was stored without a fence since, is an error.
+const void* read_by_tensor_core(std::uint32_t address, std::size_t bytes);
 
 template <class T>
 inline T from_bits(std::uint64_t bits) {

@@ -13,7 +13,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import _core
-from mudsc_fast.kernels.cuda import _device
+from mudsc_fast.kernels.cuda import _device, correlation
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.merge import Space
 from mudsc_fast.ops._dispatch import KERNELS, backend_for, isa_level, threads
@@ -179,6 +179,7 @@ def info() -> str:
         "torch": torch.__version__,
         "extension": f"built by {_core.compiler}",
         "CUDA kernels": f"off ({_device.unavailable_reason()})" if _device.unavailable_reason() else "on",
+        **_tensor_cores(),
         "instruction levels": f"{', '.join(_core.isa_levels)}; in use: {_core.isa_levels[isa_level()]}",
         "devices": ", ".join(devices),
         "threads": str(threads()),
@@ -191,6 +192,20 @@ def info() -> str:
         for op in KERNELS
     ]
     return "\n".join(lines)
+
+
+def _tensor_cores() -> dict[str, str]:
+    """Return what multiplies on each CUDA device, and why."""
+    if _device.unavailable_reason():
+        return {}
+    found = []
+    for index in range(torch.cuda.device_count()):
+        try:
+            instructions, reason = correlation.tensor_cores(torch.device("cuda", index))
+        except RuntimeError as error:
+            instructions, reason = "none", str(error)
+        found.append(f"cuda:{index} {instructions} ({reason})")
+    return {"tensor cores": ", ".join(found)}
 
 
 def _kernel_name(op: str, device_type: str) -> str:

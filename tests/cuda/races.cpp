@@ -82,8 +82,9 @@ void assign_large(int n, int modulus) {
   cuda::assignment_certify(problem, duals.data(), column_of_row.data(), least.data(), paired.data(), kStream);
 }
 
-// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of `offset`.
-void correlate(int units, int samples, int bytes, bool units_adjacent, float offset) {
+// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of `offset`;
+// multiplied by mma.sync or by warpgroups.
+void correlate(int units, int samples, int bytes, bool units_adjacent, float offset, bool warpgroups) {
   std::vector<float> values = some_values(units * samples, 0);
   std::vector<std::uint16_t> halves(values.size());
   for (std::size_t k = 0; k < values.size(); ++k) {
@@ -97,10 +98,10 @@ void correlate(int units, int samples, int bytes, bool units_adjacent, float off
   cuda::correlation_shift({dtype, view, 1, units, samples}, kStream);
   std::vector<double> row_sums(4 * units), column_sums(4 * units), comoment(units * units, 0.0);
   cuda::correlation_product({dtype, view, view, 1, units, samples, false, 2, (samples / 2 + 63) / 64 * 64,
-                             products.data(), row_sums.data(), column_sums.data()}, kStream);
+                             products.data(), row_sums.data(), column_sums.data(), warpgroups}, kStream);
   const std::vector<double> vectors(2 * units, 1.0);
   cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(),
-                          comoment.data()}, kStream);
+                          1.0, comoment.data()}, kStream);
   std::vector<float> result(units * units);
   cuda::correlation_blend({comoment.data(), vectors.data(), vectors.data(), units, 1.0, 1e-7, ScalarType::float32,
                             result.data(), result.data(), units, nullptr, 0, 1.0, 1}, kStream);
@@ -121,9 +122,15 @@ int main(int count, char** arguments) {
     assign_batch(3, 170);
     assign_large(8, 0);
     assign_large(10, 3);
-    correlate(36, 250, 4, true, 0.0f);
-    correlate(16, 260, 2, false, -0.5f);
-    correlate(9, 70, 2, true, 8.0f);
+    correlate(36, 250, 4, true, 0.0f, false);
+    correlate(16, 260, 2, false, -0.5f, false);
+    correlate(9, 70, 2, true, 8.0f, false);
+  }
+  if (!planted) {
+    // With copies made at once, and threads so mixed that the report's history reaches back.
+    cuda_sim::set_seed(4);
+    correlate(20, 300, 4, true, 0.0f, true);
+    correlate(16, 700, 2, true, -0.5f, true);
   }
   std::puts("done");
 }

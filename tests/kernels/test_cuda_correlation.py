@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mudsc_fast import cli
 from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.cuda import _device, _tensor_cores
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
@@ -22,11 +25,25 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture
-def simulated(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def used(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let accumulators on the CPU use the CUDA kernels, in the simulator."""
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, "correlation": {"cpu": ("cuda",), "other": ()}})
     monkeypatch.setattr(_dispatch, "_is_usable", lambda _: True)
     return simulator
+
+
+@pytest.fixture(params=[_tensor_cores.MMA_SYNC, _tensor_cores.WGMMA])
+def simulated(used: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Simulate products by either instruction."""
+    monkeypatch.setenv("MUDSC_TENSOR_CORES", request.param)
+    return used
+
+
+@pytest.fixture
+def warpgroups_simulated(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Simulate products by wgmma."""
+    monkeypatch.setenv("MUDSC_TENSOR_CORES", _tensor_cores.WGMMA)
+    return used
 
 
 def features_of(num_models: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -224,6 +241,31 @@ def test_other_methods(simulated: Any) -> None:  # noqa: ARG001
     torch.testing.assert_close(one.finalize(), correlate_directly(samples_of(both)), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("stays", [False, True])
+def test_replaced_samples(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch, stays: bool, blocks: Any, dtype: Any
+) -> None:
+    """No product is left to torch; the sums are those of the new samples."""
+    simulated.set_seed(3)
+    monkeypatch.setattr(CorrelationAccumulator, "_exchange", None)
+    old, kept, new = ([3 + one for one in features_of(3, 4, 9, 20, seed=seed, dtype=dtype)] for seed in range(3))
+    old[1][2, 3] = new[2][1, 4] = math.nan
+    if stays:
+        new[1] = old[1]
+    sums = CorrelationAccumulator(3, 9, blocks=blocks, dtype=torch.float64)
+    sums.update(*old)
+    sums.update(*kept)
+    sums.replace(old, new)
+    both = [torch.cat(pair) for pair in zip(new, kept, strict=True)]
+    torch.testing.assert_close(sums.finalize(), accumulated(both, blocks), rtol=0, atol=2e-6)
+    reordered = [new[0], *(one.flip(0) for one in new[1:])]
+    sums.replace(new, reordered, reordered=True)
+    both = [torch.cat(pair) for pair in zip(reordered, kept, strict=True)]
+    torch.testing.assert_close(sums.finalize(), accumulated(both, blocks), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float16, torch.float32)])
 def test_other_types_take_the_reference(simulated: Any, dtypes: tuple[torch.dtype, ...]) -> None:  # noqa: ARG001
     assert_correlated([one.to(dtype) for one, dtype in zip(features_of(2, 40, 9), dtypes, strict=True)])
@@ -275,11 +317,155 @@ def test_blend_in_one_pass(simulated: Any, blocks: Any) -> None:  # noqa: ARG001
     torch.testing.assert_close(found, torch.lerp(other, plain, 0.7), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float16, 20.0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_several_tiles_of_warpgroups(warpgroups_simulated: Any, axis: int, dtype: torch.dtype, offset: float) -> None:
+    """A tile of wgmma is as large in the simulator as on a device."""
+    warpgroups_simulated.set_seed(4)
+    features = [(offset + one).to(dtype) for one in features_of(2, 210, 134)]
+    features[0][7, 131] = features[1][5, 3] = math.nan
+    arranged = [one.movedim(1, axis).contiguous() for one in features]
+    if dtype == torch.float16:  # the other units are not shifted
+        arranged[0] = torch.where(torch.arange(134).view(-1, 1).movedim(0, axis) < 128, arranged[0] - 20, arranged[0])
+    assert_correlated(arranged, axis)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def comparison(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the first use of the simulator compare products anew, of few units and samples."""
+    monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
+    monkeypatch.setattr(_tensor_cores, "_UNITS", 24)
+    monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
+    _tensor_cores._compared.cache_clear()
+    yield used
+    _tensor_cores._compared.cache_clear()
+
+
+def test_the_first_use_of_a_device_compares_products(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    product = comparison.correlation_product
+    monkeypatch.setattr(
+        comparison,
+        "correlation_product",
+        lambda **given: launched.append(given["warpgroups"]) or product(**given),  # type: ignore[func-returns-value]
+    )
+    assert cuda.tensor_cores(CPU) == ("wgmma", "gives the products of mma.sync")
+    assert len(launched) == 24
+    features = [one[:, :, None] for one in features_of(2, 40, 9)]
+    cuda.Samples(features).product(0, 1)
+    assert launched[24:] == [True]
+
+
+def planted(which: int) -> Callable[[list[Tensor], int, str], list[Tensor]]:
+    """Return products of which those by wgmma are wrong in one entry of the product (0) or a model's squares (1, 2)."""
+
+    def multiply(features: list[Tensor], axis: int, instructions: str) -> list[Tensor]:
+        results = cuda._products(features, axis, instructions)
+        if instructions == _tensor_cores.WGMMA:
+            results[which].view(-1)[7] *= 1.01
+        return results
+
+    return multiply
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_device_whose_products_differ_takes_mma_sync(comparison: Any, which: int) -> None:  # noqa: ARG001
+    instructions, reason = _tensor_cores.choose(CPU, planted(which))
+    assert instructions == "mma.sync"
+    assert reason.startswith("wgmma gives other products of torch.float32 features of mean 0.0, units adjacent, by ")
+
+
+def test_a_wrong_kernel_is_not_used(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    product = comparison.correlation_product
+
+    def wrong(**given: Any) -> None:
+        launched.append(given["warpgroups"])
+        product(**{**given, "rows": given["columns"] if given["warpgroups"] else given["rows"]})
+
+    monkeypatch.setattr(comparison, "correlation_product", wrong)
+    assert_correlated(features_of(2, 70, 37))
+    assert_correlated(features_of(2, 70, 37, seed=1))
+    assert launched.count(True) == 1
+    assert cuda.tensor_cores(CPU).instructions == "mma.sync"
+
+
+def test_a_build_without_wgmma_takes_mma_sync(comparison: Any) -> None:  # noqa: ARG001
+    def multiply(features: list[Tensor], axis: int, instructions: str) -> list[Tensor]:  # noqa: ARG001
+        return [torch.full((3, 3), torch.nan if instructions == _tensor_cores.WGMMA else 1.0)]
+
+    assert _tensor_cores.choose(CPU, multiply) == (
+        "mma.sync",
+        "wgmma was not compiled: this build has no code for 9.0a",
+    )
+
+
+def test_a_comparison_that_fails_says_how_to_avoid_it(comparison: Any) -> None:  # noqa: ARG001
+    def multiply(*_: object) -> list[Tensor]:
+        raise RuntimeError("an illegal instruction was encountered")
+
+    with pytest.raises(RuntimeError, match=r"setting MUDSC_TENSOR_CORES=mma\.sync avoids both: an illegal instruction"):
+        _tensor_cores.choose(CPU, multiply)
+
+
+def test_instructions_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tensor_cores, "_capability", lambda _: (8, 0))
+    monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
+    assert cuda.tensor_cores(CPU) == ("mma.sync", "compute capability is not 9.0")
+    monkeypatch.setenv("MUDSC_TENSOR_CORES", "wgmma")
+    assert cuda.tensor_cores(CPU) == ("wgmma", "named by MUDSC_TENSOR_CORES")
+    monkeypatch.setenv("MUDSC_TENSOR_CORES", "hmma")
+    with pytest.raises(ValueError, match=r"MUDSC_TENSOR_CORES must be 'mma\.sync' or 'wgmma', got 'hmma'"):
+        cuda.tensor_cores(CPU)
+
+
+def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(_device, "unavailable_reason", lambda: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "tensor_cores", lambda _: _tensor_cores.choose(CPU, planted(0)))
+    said = cli._tensor_cores()["tensor cores"]
+    assert re.fullmatch(r"cuda:0 mma\.sync \(wgmma gives other products of .* by \S+ of their size\)", said)
+
+    def fail(_: torch.device) -> None:
+        raise RuntimeError("an illegal instruction")
+
+    monkeypatch.setattr(cuda, "tensor_cores", fail)
+    assert cli._tensor_cores() == {"tensor cores": "cuda:0 none (an illegal instruction)"}
+    monkeypatch.setattr(_device, "unavailable_reason", lambda: "no driver")
+    assert cli._tensor_cores() == {}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("instructions", [_tensor_cores.MMA_SYNC, _tensor_cores.WGMMA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["half", "bfloat", "single"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("samples", "units", "offset"), [(70, 16, 0.0), (5000, 300, 100.0), (20000, 768, 0.0)])
-def test_on_a_device(gpu: torch.device, samples: int, units: int, offset: float, dtype: torch.dtype, axis: int) -> None:
+def test_on_a_device(
+    gpu: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: int,
+    units: int,
+    offset: float,
+    dtype: torch.dtype,
+    axis: int,
+    instructions: str,
+) -> None:
+    if instructions == _tensor_cores.WGMMA and torch.cuda.get_device_capability(gpu) != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.setenv("MUDSC_TENSOR_CORES", instructions)
     features = [(offset + one).to(dtype).to(gpu) for one in features_of(2, samples, units)]
     features[0][3] = math.nan
     assert_correlated([one.movedim(1, axis).contiguous() for one in features], axis)
+
+
+@pytest.mark.gpu
+def test_a_device_of_compute_capability_9_0_multiplies_by_wgmma(gpu: torch.device) -> None:
+    if torch.cuda.get_device_capability(gpu) != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    assert cuda.tensor_cores(torch.device("cuda", torch.cuda.current_device())) == (
+        "wgmma",
+        "gives the products of mma.sync",
+    )

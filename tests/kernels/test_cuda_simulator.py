@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -39,3 +40,34 @@ def test_a_warp_function_and_an_exited_lane(simulator: Any, seed: int) -> None:
 def test_a_failed_launch_names_the_kernel(simulator: Any, threads: int) -> None:
     with pytest.raises(RuntimeError, match="CUDA kernel wait_apart could not be launched: invalid configuration"):
         simulator.check_block_size(threads)
+
+
+#: What the warpgroup of check_warpgroup may forget; 0 is nothing.
+STORES_FENCE, REGISTERS_FENCE, WAIT = 1, 2, 3
+
+
+def product_of_warpgroup() -> torch.Tensor:
+    k = torch.arange(8.0)
+    return (torch.arange(64.0)[:, None] + k) @ (torch.arange(128.0)[:, None] - k).T
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_warpgroup_multiplies_what_its_descriptors_say(simulator: Any, seed: int) -> None:
+    simulator.set_seed(seed)
+    found = torch.tensor(simulator.check_warpgroup(0)).reshape(64, 128)
+    assert torch.equal(found, product_of_warpgroup())
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "message"),
+    [(STORES_FENCE, "stored without fence.proxy.async"), (REGISTERS_FENCE, "without a wgmma.fence")],
+)
+def test_a_warpgroup_that_forgets_a_fence(simulator: Any, forgotten: int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"multiply_once: a .*{message}"):
+        simulator.check_warpgroup(forgotten)
+
+
+def test_a_warpgroup_reads_as_late_as_it_may(simulator: Any) -> None:
+    """What is stored before a product is waited for is what it multiplies."""
+    found = torch.tensor(simulator.check_warpgroup(WAIT)).reshape(64, 128)
+    assert not torch.equal(found, product_of_warpgroup())

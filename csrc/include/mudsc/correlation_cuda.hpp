@@ -33,15 +33,17 @@ struct ProductProblem {
   std::int64_t outer;
   std::int64_t units;
   std::int64_t inner;
-  bool symmetric;  // rows are columns: entries below the diagonal's tiles (correlation_tile) are not written
+  bool symmetric;  // rows are columns: entries below the diagonal's tiles (correlation_tile) need not be written
   std::int64_t parts;
   std::int64_t samples_per_part;  // a multiple of 64
   float* products;                // [parts, units, units]
   double* row_sums;               // null, or [parts, 2, units]: of x - shift, and of its square
   double* column_sums;            // the same of y; null if symmetric
+  // By wgmma, which devices of compute capability 9.0 have, and code for 9.0a uses: other code writes NaN.
+  bool warpgroups;
 };
 
-// comoment += sum of products + outer(rows[0], columns[0]) + outer(rows[1], columns[1]).
+// comoment += weight * (sum of products + outer(rows[0], columns[0]) + outer(rows[1], columns[1])).
 struct JoinProblem {
   ScalarType product_dtype;  // float32 or float64
   const void* products;      // [parts, units, units]
@@ -50,6 +52,7 @@ struct JoinProblem {
   bool symmetric;         // as above: entries that are not written are not read
   const double* rows;     // [2, units]
   const double* columns;  // [2, units]
+  double weight;
   double* comoment;       // [units, units]
 };
 

@@ -250,7 +250,8 @@ class CorrelationAccumulator:
         old, new
             One tensor per model each, as for :meth:`update`, all of one shape. Samples of `old` that were never added
             make the sums meaningless; nothing can notice. Where a model's samples stay, pass the same tensor in both:
-            its products with the other models then cost half.
+            its products with the other models then cost half (but where a kernel reads features as they lie, on a CUDA
+            device).
         channel_axis
             The axis of the units; negative ones count from the end.
         reordered
@@ -277,9 +278,15 @@ class CorrelationAccumulator:
         stays = [o is n for o, n in zip(before, after, strict=True)]
         shift, squares = torch.zeros_like(self._mean), torch.zeros_like(self._squares)
         shape = views[0][0].shape
-        for outer, inner in _chunks(shape[0], shape[2], self._chunk_samples()):
+        as_they_are = self._takes_as_they_are([view for pair in views for view in pair])
+        limit = cuda.chunk_samples(self._units) if as_they_are else self._chunk_samples()
+        for outer, inner in _chunks(shape[0], shape[2], limit):
             chunk = [(o[outer, :, inner], n[outer, :, inner]) for o, n in views]
-            self._exchange(chunk, stays, dtype, None if reordered else (shift, squares))
+            changes = None if reordered else (shift, squares)
+            if as_they_are:
+                self._exchange_samples(chunk, stays, changes)
+            else:
+                self._exchange(chunk, stays, dtype, changes)
         if not reordered:
             self._shift(shift, squares)
 
@@ -521,14 +528,38 @@ class CorrelationAccumulator:
             product = samples.product(i, j)
             row_shift, column_shift = samples.mean(i) - self._mean[i], samples.mean(j) - self._mean[j]
             cuda.join(own, product, samples, i, j, weight * row_shift, column_shift)
-        in_range = [samples.are_in_range(i) for i in range(self._num_models)]
-        if self._in_range is not None:
-            in_range.append(self._in_range)
-        self._in_range = torch.stack(in_range).all()
+        self._note_range([samples.are_in_range(i) for i in range(self._num_models)])
         shift = torch.stack([samples.mean(i) for i in range(self._num_models)]) - self._mean
         self._squares += torch.stack([samples.squares(i) for i in range(self._num_models)]) + weight * shift * shift
         self._mean += shift * (samples.count / total)
         self._num_samples = total
+
+    def _exchange_samples(
+        self, chunk: list[tuple[Tensor, Tensor]], stays: list[bool], changes: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Do what `_exchange` does, with sums that are taken beside the products."""
+        changed = [i for i in range(self._num_models) if not stays[i]]
+        for views, sign in zip(zip(*chunk, strict=True), (-1, 1), strict=True):
+            samples = cuda.Samples(list(views))
+            for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
+                if stays[i] and stays[j]:
+                    continue
+                product = samples.product(i, j)
+                row_shift, column_shift = samples.mean(i) - self._mean[i], samples.mean(j) - self._mean[j]
+                cuda.join(own, product, samples, i, j, samples.count * row_shift, column_shift, sign)
+            if changed:
+                self._note_range([samples.are_in_range(i) for i in changed])
+            if changes is not None:
+                for i in changed:
+                    shift = samples.mean(i) - self._mean[i]
+                    changes[0][i] += sign * samples.count * shift
+                    changes[1][i] += sign * (samples.squares(i) + samples.count * shift * shift)
+
+    def _note_range(self, in_range: list[Tensor]) -> None:
+        """Remember whether features that were not checked were in range."""
+        if self._in_range is not None:
+            in_range = [*in_range, self._in_range]
+        self._in_range = torch.stack(in_range).all()
 
     def _add_chunk(self, chunk: list[_Samples], dtype: torch.dtype, unchecked: Sequence[Tensor] = ()) -> None:
         """Add some samples of each model; `unchecked` are the same features, if they may be infinite."""

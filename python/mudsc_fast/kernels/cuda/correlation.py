@@ -1,4 +1,4 @@
-"""Streaming correlation in CUDA (csrc/cuda/correlation.cu)."""
+"""Streaming correlation in CUDA (csrc/cuda/correlation.cu, correlation_product.cu, correlation_wgmma.cu)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mudsc_fast.kernels.cuda import _device
+from mudsc_fast.kernels.cuda import _device, _tensor_cores
 
 #: Element types that are multiplied on tensor cores; others take the reference.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,15 +35,18 @@ class Samples:
     features
         One [outer, C, inner] tensor per model, all of one shape, dtype of `DTYPES` and device, any strides. NaN counts
         as 0.
+    instructions
+        What multiplies, a name of `_tensor_cores`; None for what the device is known to do rightly.
     """
 
-    def __init__(self, features: list[Tensor]) -> None:
+    def __init__(self, features: list[Tensor], instructions: str | None = None) -> None:
         self._features = features
         self._outer, self._units, self._inner = features[0].shape
         if self._outer > 1 and all(_is_one_run(one) for one in features):
             self._outer, self._inner = 1, self._outer * self._inner
         self.count = self._outer * self._inner
         self._device = features[0].device
+        self._instructions = instructions or tensor_cores(self._device).instructions
         self._shifts = torch.empty(len(features), self._units, device=self._device)
         self._sums: list[Tensor | None] = [None] * len(features)
         with _device.launching_on(self._device) as launch:
@@ -89,6 +92,7 @@ class Samples:
                 products=products.data_ptr(),
                 row_sums=sums[0].data_ptr() if takes_rows else 0,
                 column_sums=sums[1].data_ptr() if takes_columns else 0,
+                warpgroups=self._instructions == _tensor_cores.WGMMA,
                 device=launch.device,
                 stream=launch.stream,
             )
@@ -127,6 +131,18 @@ class Samples:
         return outer, unit, outer if feature.shape[2] == 1 else inner
 
 
+def tensor_cores(device: torch.device) -> _tensor_cores.Choice:
+    """Return which tensor-core instructions multiply on `device`, and why."""
+    return _tensor_cores.choose(device, _products)
+
+
+def _products(features: list[Tensor], axis: int, instructions: str) -> list[Tensor]:
+    """Return the product of two models and their sums of squares, for a comparison of instructions."""
+    samples = Samples([one[:, :, None] if axis == 1 else one[None] for one in features], instructions)
+    product = samples.product(0, 1)
+    return [product.parts.sum(0), samples.squares(0), samples.squares(1)]
+
+
 def chunk_samples(units: int) -> int:
     """Return how many samples make good use of one product of `units` units."""
     return _PART_SAMPLES * _wanted_parts(units)
@@ -139,11 +155,21 @@ def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shif
 
 
 def join(
-    comoment: Tensor, product: Product, samples: Samples, i: int, j: int, row_shift: Tensor, column_shift: Tensor
+    comoment: Tensor,
+    product: Product,
+    samples: Samples,
+    i: int,
+    j: int,
+    row_shift: Tensor,
+    column_shift: Tensor,
+    weight: float = 1.0,
 ) -> None:
-    """Add the co-moment of samples about their mean, and outer(row_shift, column_shift), to `comoment`."""
+    """Add the co-moment of samples about their mean, and outer(row_shift, column_shift), to `comoment`.
+
+    `weight` is 1, or -1 to take both away.
+    """
     rows = torch.stack([samples.sum(i) / -samples.count, row_shift])
-    _join(comoment, product.parts, product.symmetric, rows, torch.stack([samples.sum(j), column_shift]))
+    _join(comoment, product.parts, product.symmetric, rows, torch.stack([samples.sum(j), column_shift]), weight)
 
 
 def correlate(
@@ -178,7 +204,9 @@ def correlate(
         )
 
 
-def _join(comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, columns: Tensor) -> None:
+def _join(
+    comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, columns: Tensor, weight: float = 1.0
+) -> None:
     with _device.launching_on(comoment.device) as launch:
         _device.extension().correlation_join(
             product_dtype=_device.SCALAR_TYPES[products.dtype],
@@ -188,6 +216,7 @@ def _join(comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, col
             symmetric=symmetric,
             rows=rows.data_ptr(),
             columns=columns.data_ptr(),
+            weight=weight,
             comoment=comoment.data_ptr(),
             device=launch.device,
             stream=launch.stream,

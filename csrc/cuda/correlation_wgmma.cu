@@ -1,0 +1,260 @@
+// The product of a correlation by wgmma, for devices of compute capability 9.0 (code for 9.0a).
+//
+// What is computed, and how it is rounded, is as in correlation_product.cu. A block of two warpgroups has a tile of
+// 128 x 128 pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go
+// on: a slab is multiplied while the next one is made ready and two further ones are copied.
+//   float32 (and halves that are shifted): TF32 operands must lie along the samples. Threads read what was copied, in its own
+//     layout, repair it, split it, and store both parts swizzled; two pairs of such tiles take turns.
+//   halves: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs take turns.
+// Two accumulators of 64 numbers a thread and one block a multiprocessor, as there.
+// Shared memory a slab of float32: 32 kB arrive, 32 kB are read, 64 kB stored and 144 kB read by wgmma in 1536 cycles of
+// tensor cores at their nominal rate; of halves 32 kB arrive, are read and stored, and 48 kB are read, in 512.
+#include "correlation_product.hpp"
+
+namespace mudsc::cuda {
+namespace {
+
+constexpr int kUnits = 128, kThreads = 256;
+static_assert(kUnits % kTile == 0, "entries of a symmetric product that correlation_join reads are in tiles that are written");
+// Slabs under way by cp.async.
+constexpr int kAhead = 2;
+
+struct alignas(16) Quad {
+  float of[4];
+};
+
+// Where features are copied to and what wgmma multiplies: halves as they are.
+template <class Source, class Stored, bool kUnitsAdjacent>
+class Stages {
+ public:
+  using Operands = SwizzledLayout<Stored, kUnitsAdjacent, kUnits>;
+  using Sums = WarpgroupSums<Stored, kUnitsAdjacent>;
+  using Feed = Feeder<Source, Operands, kThreads>;
+  // What is multiplied, what was multiplied last, and what is copied.
+  static constexpr int kStages = kAhead + 2;
+  static constexpr std::size_t kBytes = Operands::kPatternBytes + kStages * 2 * sizeof(Stored) * Operands::kNumbers;
+
+  __device__ Stages(const Work& work, const Samples& samples)
+      : work_(work), row_feed_(work.rows, samples), column_feed_(work.columns, samples) {}
+
+  __device__ __forceinline__ void fetch(int slab) {
+    const std::int64_t first = first_sample(slab);
+    if (first < work_.end) {
+      row_feed_.fetch(rows(slab), first, copies_);
+      column_feed_.fetch(columns(slab), first, copies_);
+    }
+    copies_.close_group();  // also without copies, so that groups count slabs
+  }
+
+  // Until the slab can be multiplied. Products of slabs before the last must be over in this thread.
+  __device__ __forceinline__ void prepare(int slab) {
+    copies_.wait<kAhead - 1>();
+    row_feed_.repair(rows(slab), first_sample(slab));
+    column_feed_.repair(columns(slab), first_sample(slab));
+    fence_writes();
+    __syncthreads();  // the slab is there, and that before the last, which the next copies overwrite, was multiplied
+    fetch(slab + kAhead);
+    if (work_.sums_rows) row_sums_.template add<Operands>(rows(slab));
+    if (work_.sums_columns) column_sums_.template add<Operands>(columns(slab));
+  }
+
+  __device__ __forceinline__ void multiply(int slab, int first_row, Sums& sums) const {
+    MUDSC_UNROLL
+    for (int step = 0; step < Operands::kSamples / Sums::kDepth; ++step) {
+      sums.multiply(Operands::operand(rows(slab), first_row, step), Operands::operand(columns(slab), 0, step),
+                    step == 0);
+    }
+  }
+
+  __device__ void write_sums(const Product& problem) {
+    copies_.wait<0>();
+    work_.write_sums(problem, row_sums_, column_sums_, reinterpret_cast<double*>(dynamic_shared()));
+  }
+
+ private:
+  __device__ __forceinline__ std::int64_t first_sample(int slab) const {
+    return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
+  }
+  __device__ static __forceinline__ Stored* rows(int slab) {
+    return reinterpret_cast<Stored*>(Operands::first_pattern(dynamic_shared())) + slab % kStages * 2 * Operands::kNumbers;
+  }
+  __device__ static __forceinline__ Stored* columns(int slab) { return rows(slab) + Operands::kNumbers; }
+
+  const Work& work_;
+  Feed row_feed_, column_feed_;
+  AsyncCopies copies_;
+  UnitSums<kUnits, kThreads> row_sums_, column_sums_;
+};
+
+// Float32: copied in its own layout, then split.
+template <class Source, bool kUnitsAdjacent>
+class Stages<Source, float, kUnitsAdjacent> {
+ public:
+  using Copied = PaddedLayout<float, kUnitsAdjacent, kUnits>;
+  using Operands = SwizzledLayout<float, false, kUnits>;
+  using Sums = WarpgroupSums<float, false>;
+  using Feed = Feeder<Source, Copied, kThreads>;
+  static constexpr int kSplitTiles = 4;  // big and small of rows, then of columns
+  static constexpr std::size_t kBytes =
+      Operands::kPatternBytes + sizeof(float) * (2 * kSplitTiles * Operands::kNumbers + kAhead * 2 * Copied::kNumbers);
+
+  __device__ Stages(const Work& work, const Samples& samples)
+      : work_(work), row_feed_(work.rows, samples), column_feed_(work.columns, samples) {}
+
+  __device__ __forceinline__ void fetch(int slab) {
+    const std::int64_t first = first_sample(slab);
+    if (first < work_.end) {
+      row_feed_.fetch(copied_rows(slab), first, copies_);
+      column_feed_.fetch(copied_columns(slab), first, copies_);
+    }
+    copies_.close_group();
+  }
+
+  __device__ __forceinline__ void prepare(int slab) {
+    copies_.wait<kAhead - 1>();
+    __syncthreads();  // the slab is there, and that before the last, which is overwritten now, was multiplied
+    split(work_.rows, copied_rows(slab), rows(slab), slab, row_sums_);
+    split(work_.columns, copied_columns(slab), columns(slab), slab, column_sums_);
+    fence_writes();
+    __syncthreads();  // all of it is split
+    fetch(slab + kAhead);
+  }
+
+  // Small terms first.
+  __device__ __forceinline__ void multiply(int slab, int first_row, Sums& sums) const {
+    const float *const big_rows = rows(slab), *const small_rows = big_rows + Operands::kNumbers;
+    const float *const big_columns = columns(slab), *const small_columns = big_columns + Operands::kNumbers;
+    multiply(small_rows, big_columns, first_row, true, sums);
+    multiply(big_rows, small_columns, first_row, false, sums);
+    multiply(big_rows, big_columns, first_row, false, sums);
+  }
+
+  __device__ void write_sums(const Product& problem) {
+    copies_.wait<0>();
+    work_.write_sums(problem, row_sums_, column_sums_, reinterpret_cast<double*>(dynamic_shared()));
+  }
+
+ private:
+  __device__ static __forceinline__ void multiply(const float* a, const float* b, int first_row, bool from_zero,
+                                                  Sums& sums) {
+    MUDSC_UNROLL
+    for (int step = 0; step < Operands::kSamples / Sums::kDepth; ++step) {
+      sums.multiply(Operands::operand(a, first_row, step), Operands::operand(b, 0, step), from_zero && step == 0);
+    }
+  }
+
+  // A thread takes four samples of a unit at a time: the lanes of a warp read and store adjacent units.
+  __device__ __forceinline__ void split(const Side& side, const float* from, float* big, int slab,
+                                        UnitSums<kUnits, kThreads>& sums) const {
+    const int unit = static_cast<int>(threadIdx.x) % kUnits;
+    const float shift = side.shift[unit];
+    const std::int64_t inside = work_.end - first_sample(slab);
+    float slab_sum = 0, slab_squares = 0;
+    MUDSC_UNROLL
+    for (int turn = 0; turn < Operands::kSamples * kUnits / (4 * kThreads); ++turn) {
+      const int first = 4 * (turn * (kThreads / kUnits) + static_cast<int>(threadIdx.x) / kUnits);
+      Quad numbers, bigs, smalls;
+      if constexpr (kUnitsAdjacent) {
+        MUDSC_UNROLL
+        for (int k = 0; k < 4; ++k) numbers.of[k] = from[Copied::at(unit, first + k)];
+      } else {
+        numbers = *reinterpret_cast<const Quad*>(from + Copied::at(unit, first));
+      }
+      Split<4> parts;
+      MUDSC_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const float value = numbers.of[k] == numbers.of[k] ? numbers.of[k] : 0.0f;
+        const float repaired = first + k < inside ? value - shift : 0.0f;
+        slab_sum += repaired;
+        slab_squares += repaired * repaired;
+        parts.set(k, repaired);
+        bigs.of[k] = __uint_as_float(parts.big[k]);
+        smalls.of[k] = __uint_as_float(parts.small[k]);
+      }
+      float* const to = big + Operands::at(unit, first);
+      *reinterpret_cast<Quad*>(to) = bigs;
+      *reinterpret_cast<Quad*>(to + Operands::kNumbers) = smalls;
+      note_write(to, sizeof(Quad));
+      note_write(to + Operands::kNumbers, sizeof(Quad));
+    }
+    sums.add(slab_sum, slab_squares);
+  }
+
+  __device__ __forceinline__ std::int64_t first_sample(int slab) const {
+    return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
+  }
+  __device__ static __forceinline__ float* rows(int slab) {
+    return reinterpret_cast<float*>(Operands::first_pattern(dynamic_shared())) + slab % 2 * kSplitTiles * Operands::kNumbers;
+  }
+  __device__ static __forceinline__ float* columns(int slab) { return rows(slab) + 2 * Operands::kNumbers; }
+  __device__ static __forceinline__ float* copied_rows(int slab) {
+    return rows(0) + 2 * kSplitTiles * Operands::kNumbers + slab % kAhead * 2 * Copied::kNumbers;
+  }
+  __device__ static __forceinline__ float* copied_columns(int slab) { return copied_rows(slab) + Copied::kNumbers; }
+
+  const Work& work_;
+  Feed row_feed_, column_feed_;
+  AsyncCopies copies_;
+  UnitSums<kUnits, kThreads> row_sums_, column_sums_;
+};
+
+template <class Stages>
+__device__ __forceinline__ void multiply_tile(const Product& problem, const Work& work) {
+  using Sums = typename Stages::Sums;
+  static_assert(Sums::kColumns == kUnits && Sums::kRows * kThreads / Sums::kThreads == kUnits, "warpgroups fill the tile");
+  constexpr int kSamples = Stages::Operands::kSamples;
+  // The same in all lanes, so that descriptors can be made in uniform registers.
+  const int first_row = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / Sums::kThreads, 0) * Sums::kRows;
+  const int slabs = static_cast<int>((work.end - work.begin + kSamples - 1) / kSamples);
+  Stages stages(work, {problem.outer, problem.inner, work.end});
+  Sums sums;
+  float total[Sums::kNumbers] = {};
+  for (int slab = 0; slab < kAhead; ++slab) stages.fetch(slab);
+  for (int slab = 0; slab < slabs; ++slab) {
+    stages.prepare(slab);
+    sums.wait();
+    MUDSC_UNROLL
+    for (int k = 0; k < Sums::kNumbers; ++k) total[k] += sums.values[k];
+    sums.begin();
+    stages.multiply(slab, first_row, sums);
+    sums.close_group();
+  }
+  sums.wait();
+  stages.write_sums(problem);
+  MUDSC_UNROLL
+  for (int k = 0; k < Sums::kNumbers; ++k) {
+    work.write(problem, first_row + Sums::row(k), Sums::column(k), total[k] + sums.values[k]);
+  }
+}
+
+template <class Source, class Stored, bool kUnitsAdjacent>
+__global__ void __launch_bounds__(kThreads, 1) correlation_wgmma_kernel(const Product problem) {
+#if MUDSC_HAS_WGMMA
+  MUDSC_SHARED(float, shifts, 2 * kUnits);
+  Work work;
+  if (!work.find<Source, Stored, kUnits, kThreads>(problem, shifts)) return;
+  multiply_tile<Stages<Source, Stored, kUnitsAdjacent>>(problem, work);
+#else
+  // No result that could be taken for one.
+  const std::int64_t units = problem.units, row = static_cast<std::int64_t>(blockIdx.y) * kUnits + threadIdx.x % kUnits;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kUnits;
+  for (std::int64_t column = first + threadIdx.x / kUnits; column < first + kUnits; column += kThreads / kUnits) {
+    if (row < units && column < units) problem.products[(blockIdx.z * units + row) * units + column] = nanf("");
+  }
+#endif
+}
+
+struct Wgmma {
+  template <class Source, class Stored, bool kUnitsAdjacent>
+  static void launch(const Product& product, const ProductProblem& problem, Stream stream) {
+    cuda::launch("correlation_wgmma", correlation_wgmma_kernel<Source, Stored, kUnitsAdjacent>,
+                 {grid_of(problem, kUnits), dim3(kThreads), Stages<Source, Stored, kUnitsAdjacent>::kBytes}, stream,
+                 product);
+  }
+};
+
+}  // namespace
+
+void launch_warpgroup_product(const ProductProblem& problem, Stream stream) { launch_product<Wgmma>(problem, stream); }
+
+}  // namespace mudsc::cuda
