@@ -138,12 +138,15 @@ class DenseSolver {
     problem.status[index] = AssignmentStatus::infeasible;
     if (columns_ > kMostInOrder && rows_are_constant()) {
       take_diagonal(problem, index);
-    } else if (columns_ <= kAlwaysInOrder || !search()) {
+    } else if (columns_ <= kAlwaysInOrder || (columns_ <= kMostInOrder && has_zeros_) || !search()) {
       // Whether there is no assignment, too, is left to Crouse's order, which rounds like scipy.
-      if (!search_in_order()) return;
-      certify(problem, index);
+      if (!solve_in_order(problem, index)) return;
     } else if (!certify(problem, index)) {
-      if (!choose(problem, index)) return;
+      if (columns_ > kMostInOrder) {
+        order_equals(problem, index);
+      } else if (!solve_in_order(problem, index)) {
+        return;
+      }
     }
     conclude(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
@@ -156,11 +159,14 @@ class DenseSolver {
     std::int64_t column;
   };
 
-  // A column that a path search is done with, and what it was then.
+  // A column that a path search is done with, and what it was then; in Crouse's order also the column that took its
+  // place.
   struct Closed {
     std::int64_t column;
     double distance;
     double dual;
+    std::int64_t place;
+    std::int64_t successor;
   };
 
   // Rows are padded to whole vectors of costs.
@@ -168,7 +174,7 @@ class DenseSolver {
   // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.
   static constexpr std::int64_t kMostInOrder = 128;
   // Up to this many columns his order of search is the fastest too.
-  static constexpr std::int64_t kAlwaysInOrder = 8;
+  static constexpr std::int64_t kAlwaysInOrder = 12;
   // Up to this many columns costs are copied: 16 MB at most.
   static constexpr std::int64_t kMostCopied = 1448;
   // Steps of row reduction that chains of displaced rows may take, per row; path searches take what is left. More steps
@@ -188,18 +194,21 @@ class DenseSolver {
     array = reinterpret_cast<Item*>(at);
   }
 
-  // Chooses between several optimal assignments; false if Crouse's order finds none.
-  bool choose(const AssignmentProblem& problem, std::int64_t index) {
-    if (columns_ <= kMostInOrder) {
-      if (!search_in_order()) return false;
-      certify(problem, index);
-      return true;
-    }
+  // Finds Crouse's assignment, or beyond his columns one like it; false if there is none.
+  bool solve_in_order(const AssignmentProblem& problem, std::int64_t index) {
+    if (!search_in_order()) return false;
+    bound_column_duals();
+    double* const row_duals = problem.row_duals + index * rows_;
+    for (std::int64_t i = 0; i < rows_; ++i) row_duals[i] = least_reduced_cost(row_costs(i));
+    if (columns_ > kMostInOrder) order_equals(problem, index);
+    return true;
+  }
+
+  void order_equals(const AssignmentProblem& problem, std::int64_t index) {
     EqualsInOrder<T>(problem, index, row_of_column_);
     for (std::int64_t j = 0; j < columns_; ++j) {
       if (row_of_column_[j] >= 0) column_of_row_[row_of_column_[j]] = j;
     }
-    return true;
   }
 
   // Calls take(array, count) for every array.
@@ -211,8 +220,6 @@ class DenseSolver {
     take(distance_, width_);
     take(parent_, width_ + 1);
     take(row_of_column_, width_);
-    take(tree_rows_, rows_);
-    take(tree_distances_, rows_);
     take(closed_, rows_);
     take(free_rows_, rows_);
     take(is_free_, (width_ + kWord - 1) / kWord);
@@ -268,8 +275,8 @@ class DenseSolver {
     for (std::int64_t j = columns_; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
   }
 
-  // Returns whether no cost is NaN or -inf; notes the largest magnitude, and makes column minima the first duals of a
-  // square problem, unless others are given.
+  // Returns whether no cost is NaN or -inf; notes the largest magnitude and whether there are several rows or columns of
+  // zeros, and makes column minima the first duals of a square problem, unless there are, or others are given.
   bool copy_costs() {
     using Vector = typename VectorOf<Number>::Type;
     using Memory = typename VectorOf<Number>::Unaligned;
@@ -303,7 +310,8 @@ class DenseSolver {
       largest_ = candidate > largest_ ? candidate : largest_;
       bad_count += static_cast<double>(bad[k]);
     }
-    const bool start_at_minima = rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder;
+    note_zeros(minima);
+    const bool start_at_minima = rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder && !has_zeros_;
     for (std::int64_t j = width_; j-- > 0;) {
       const double least = static_cast<double>(minima[j]);
       v_[j] = start_at_minima && least < kInfinity ? least : 0.0;
@@ -312,6 +320,18 @@ class DenseSolver {
       for (std::int64_t j = 0; j < columns_; ++j) v_[j] = static_cast<double>(sign_) * given_[j];
     }
     return bad_count == 0.0;
+  }
+
+  // Notes whether there are several rows of zeros, or as it seems columns, beside better ones. They can exchange their
+  // partners, so that the optimum is not the only one, and column minima would make all columns as dear as theirs.
+  void note_zeros(const Number* minima) {
+    std::int64_t zero_rows = 0, zero_columns = 0, better_columns = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) zero_rows += sums_[i] == 0;
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      zero_columns += minima[j] == 0;
+      better_columns += minima[j] < 0;
+    }
+    has_zeros_ = zero_rows > 1 || (rows_ == columns_ && zero_columns > 1 && better_columns > 0);
   }
 
   // Whether every row is one finite cost, over and over: a look at the first row unless it is.
@@ -335,15 +355,16 @@ class DenseSolver {
     }
   }
 
-  // Numbers rows by the first row that is equal in every entry, found by the sum of the row. What is left out, as where
-  // rows are not copied, only takes longer.
-  void find_classes() {
+  // Numbers rows by the first row that is equal in every entry, found by the sum of the row, and returns how many are not
+  // the first. What is left out, as where rows are not copied, only takes longer.
+  std::int64_t find_classes() {
+    std::int64_t repeated = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
       classes_[i] = static_cast<std::int32_t>(i);
       class_seen_[i] = 0;
     }
     searches_ = 0;
-    if (!copied_) return;
+    if (!copied_) return 0;
     for (std::int64_t k = 0; k < table_size_; ++k) table_[k] = -1;
     for (std::int64_t i = 0; i < rows_; ++i) {
       const double sum = static_cast<double>(sums_[i]);
@@ -359,19 +380,22 @@ class DenseSolver {
         const std::size_t bytes = static_cast<std::size_t>(columns_) * sizeof(Number);
         if (sums_[i] == sums_[other] && std::memcmp(costs_ + i * width_, costs_ + other * width_, bytes) == 0) {
           classes_[i] = other;
+          ++repeated;
           break;
         }
       }
     }
+    return repeated;
   }
 
-  // Finds an optimal assignment, whichever is found first; false if there is none.
+  // Finds an optimal assignment, whichever is found first; false if there is none, or if another will be wanted.
   bool search() {
     clear_pairs();
     std::int64_t free_count = rows_;
     for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
     free_count = reduce_rows(free_count);
-    if (free_count > 0) find_classes();
+    if (free_count < 0) return false;
+    if (free_count > 0 && find_classes() > 0 && columns_ <= kMostInOrder) return false;
     for (std::int64_t k = 0; k < free_count; ++k) {
       if (!augment(free_rows_[k])) return false;
     }
@@ -382,6 +406,8 @@ class DenseSolver {
   bool search_in_order() {
     clear_pairs();
     for (std::int64_t j = 0; j < width_; ++j) v_[j] = 0.0;
+    for (std::int64_t j = 0; j < columns_; ++j) open_[j] = places_[j] = columns_ - 1 - j;
+    for (std::int64_t k = 0; k * kWord < columns_; ++k) moved_[k] = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
       if (!augment_in_order(i)) return false;
     }
@@ -423,9 +449,11 @@ class DenseSolver {
   }
 
   // Gives each free row its best column at a price that makes its second best as good; the row displaced goes on.
-  // Returns how many rows stay free, listed in free_rows_.
+  // Returns how many rows stay free, listed in free_rows_; -1 once so many rows had several best columns that there
+  // will be a choice to make in Crouse's order.
   std::int64_t reduce_rows(std::int64_t free_count) {
     std::int64_t steps = kStepsPerRow * rows_, kept = 0;
+    std::int64_t ties_left = columns_ <= kMostInOrder ? rows_ / 4 : free_count + steps;
     for (std::int64_t k = 0; k < free_count; ++k) {
       std::int64_t row = free_rows_[k];
       for (;;) {
@@ -435,6 +463,7 @@ class DenseSolver {
         std::int64_t column = best.column;
         if (best.first == kInfinity || (!lowers && !is_free(column))) {
           // No finite second choice, or a tie: another column may be as good and free, which a path search sees.
+          if (best.first < kInfinity && --ties_left < 0) return -1;
           if (best.first < kInfinity) column = free_column_at(costs, best.first);
           if (best.first == kInfinity || column < 0) {
             free_rows_[kept++] = row;
@@ -492,6 +521,20 @@ class DenseSolver {
     return spread_least(lesser(least[0], least[1]))[0];
   }
 
+  // The first of them: distances of all columns from the row that a search begins at.
+  double reach_from(std::int64_t root) {
+    const Number* const costs = row_costs(root);
+    const Indices parent = root - Indices{};
+    Lanes least = kInfinity - Lanes{};
+    for (std::int64_t j = 0; j < width_; j += kLanes) {
+      const Lanes reduced = widened(costs + j) - widened(v_ + j);
+      *reinterpret_cast<Lanes*>(distance_ + j) = reduced;
+      *reinterpret_cast<Indices*>(parent_ + j) = parent;
+      least = lesser(reduced, least);
+    }
+    return spread_least(least)[0];
+  }
+
   double least_distance() const {
     Lanes least = kInfinity - Lanes{};
     for (std::int64_t j = 0; j < width_; j += kLanes) least = lesser(widened(distance_ + j), least);
@@ -513,7 +556,9 @@ class DenseSolver {
   }
 
   void close(std::int64_t column, double distance, std::int64_t count) {
-    closed_[count] = Closed{column, distance, v_[column]};
+    closed_[count].column = column;
+    closed_[count].distance = distance;
+    closed_[count].dual = v_[column];
     v_[column] = -kInfinity;
     distance_[column] = kInfinity;
   }
@@ -538,19 +583,10 @@ class DenseSolver {
 
   // Grows a shortest path tree from a free row until it meets a free column, then exchanges along the path.
   bool augment(std::int64_t root) {
-    for (std::int64_t j = 0; j < width_; ++j) distance_[j] = kInfinity;
-    ++searches_;
-    std::int64_t closed_count = 0, row = root;
-    double reached = -kInfinity, offset = 0.0;
-    for (;;) {
-      // Of equal rows only the first one that a search reaches can lower any distance.
-      std::int32_t& seen = class_seen_[classes_[row]];
-      const double least =
-          seen == searches_
-              ? least_distance()
-              : relax(row, [&](const Lanes& costs, const Lanes& duals) { return (costs - duals) + offset; });
-      seen = searches_;
-      if (least == kInfinity) break;
+    class_seen_[classes_[root]] = ++searches_;
+    double least = reach_from(root), reached = -kInfinity;
+    std::int64_t closed_count = 0;
+    while (least < kInfinity) {
       reached = least > reached ? least : reached;  // rounding must not shorten a path
       const std::int64_t column = any_column_at(least);
       if (is_free(column)) {
@@ -558,9 +594,15 @@ class DenseSolver {
         exchange(root, column);
         return true;
       }
-      row = row_of_column_[column];
-      offset = reached - (cost(row, column) - v_[column]);
+      const std::int64_t row = row_of_column_[column];
+      const double offset = reached - (cost(row, column) - v_[column]);
       close(column, reached, closed_count++);
+      // Of equal rows only the first one that a search reaches can lower any distance.
+      std::int32_t& seen = class_seen_[classes_[row]];
+      least = seen == searches_
+                  ? least_distance()
+                  : relax(row, [&](const Lanes& costs, const Lanes& duals) { return (costs - duals) + offset; });
+      seen = searches_;
     }
     reopen(closed_count, kInfinity);
     return false;
@@ -580,45 +622,45 @@ class DenseSolver {
   // The same with sums and choices in Crouse's order, so that what ties for him ties here.
   bool augment_in_order(std::int64_t root) {
     u_[root] = 0.0;
-    for (std::int64_t j = 0; j < width_; ++j) distance_[j] = kInfinity;
-    order_columns();
-    std::int64_t tree_size = 0, row = root, sink = -1;
-    double reached = 0.0;
-    for (;;) {
-      tree_rows_[tree_size] = row;
-      tree_distances_[tree_size++] = reached;
+    double reached = reach_from(root);
+    if (reached == kInfinity) return false;
+    std::int64_t column = ordered_column_at(reached), closed_count = 0;
+    for (; !is_free(column); ++closed_count) {
+      close_in_order(column, reached, closed_count);
+      const std::int64_t row = row_of_column_[column];
       const double dual = u_[row], start = reached;
       reached = relax(row, [&](const Lanes& costs, const Lanes& duals) { return ((start + costs) - dual) - duals; });
       if (reached == kInfinity) return false;
-      const std::int64_t column = ordered_column_at(reached);
-      if (is_free(column)) {
-        sink = column;
-        break;
-      }
-      row = row_of_column_[column];
-      close_in_order(column, reached, tree_size - 1);
+      column = ordered_column_at(reached);
     }
-    for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += reached - tree_distances_[k];
-    reopen(tree_size - 1, reached);
-    exchange(root, sink);
+    u_[root] += reached;
+    for (std::int64_t k = 0; k < closed_count; ++k) {
+      u_[row_of_column_[closed_[k].column]] += reached - closed_[k].distance;
+    }
+    reopen(closed_count, reached);
+    restore_order(closed_count);
+    exchange(root, column);
     return true;
   }
 
-  // Open columns in Crouse's order: from the last to the first, a closed one replaced by the one at the end.
-  void order_columns() {
-    for (std::int64_t k = 0; k < columns_; ++k) {
-      open_[k] = columns_ - 1 - k;
-      places_[k] = columns_ - 1 - k;
-    }
-    for (std::int64_t k = 0; k * kWord < columns_; ++k) moved_[k] = 0;
-  }
-
+  // Open columns are in Crouse's order: from the last to the first, a closed one replaced by the one at the end.
   void close_in_order(std::int64_t column, double distance, std::int64_t count) {
     const std::int64_t last = open_[columns_ - 1 - count], place = places_[column];
     open_[place] = last;
     places_[last] = place;
     moved_[last / kWord] |= std::uint64_t{1} << (last % kWord);
+    closed_[count].place = place;
+    closed_[count].successor = last;
     close(column, distance, count);
+  }
+
+  void restore_order(std::int64_t closed_count) {
+    for (std::int64_t k = 0; k < closed_count; ++k) {
+      const std::int64_t place = closed_[k].place, successor = closed_[k].successor;
+      open_[place] = columns_ - 1 - place;
+      places_[successor] = columns_ - 1 - successor;
+      moved_[successor / kWord] = 0;
+    }
   }
 
   // Of the columns at the least distance the last without a row, or else the first, in the order of open columns. Those
@@ -646,9 +688,7 @@ class DenseSolver {
   // Writes row duals from column duals, over every entry, so that feasibility does not rest on the search. Returns
   // whether no other assignment is as good, but for rounding.
   bool certify(const AssignmentProblem& problem, std::int64_t index) {
-    if (rows_ < columns_) {
-      for (std::int64_t j = 0; j < columns_; ++j) v_[j] = v_[j] < 0.0 ? v_[j] : 0.0;
-    }
+    bound_column_duals();
     double* const row_duals = problem.row_duals + index * rows_;
     rounding_ = kRounding * largest_;
     bool countable = rounding_ < kInfinity;
@@ -659,6 +699,11 @@ class DenseSolver {
       if (!countable) row_duals[i] = least_reduced_cost(costs);
     }
     return countable && ties_lead_nowhere();
+  }
+
+  void bound_column_duals() {
+    if (rows_ == columns_) return;
+    for (std::int64_t j = 0; j < columns_; ++j) v_[j] = v_[j] < 0.0 ? v_[j] : 0.0;
   }
 
   double least_reduced_cost(const Number* costs) const {
@@ -733,6 +778,7 @@ class DenseSolver {
   std::int64_t rows_, columns_, width_;
   std::int64_t table_size_;  // a power of 2, at least twice the rows
   bool copied_;
+  bool has_zeros_ = false;  // several rows or columns of nothing else
   Number sign_;
   const T* values_ = nullptr;
   const double* given_ = nullptr;
@@ -740,8 +786,8 @@ class DenseSolver {
   double largest_ = 0.0, rounding_ = 0.0;
   // Arrays over columns are whole vectors; duals and costs behind the last column are 0 and infinite.
   Number* costs_;
-  double *v_, *u_, *distance_, *tree_distances_;
-  std::int64_t *parent_, *row_of_column_, *tree_rows_, *free_rows_, *open_, *places_;
+  double *v_, *u_, *distance_;
+  std::int64_t *parent_, *row_of_column_, *free_rows_, *open_, *places_;
   Closed* closed_;
   std::uint64_t *is_free_, *moved_;
   std::int32_t *ties_, *tie_begin_, *tied_into_;
