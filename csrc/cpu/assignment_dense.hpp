@@ -21,11 +21,19 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// As many costs as there are lanes of doubles.
+// As many costs as there are lanes of doubles. Written out because compilers take the conversion apart.
 inline Lanes widened(const double* costs) { return *reinterpret_cast<const Lanes*>(costs); }
 inline Lanes widened(const float* costs) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtps_pd(0xff, _mm256_load_ps(costs)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_cvtps_pd(_mm_load_ps(costs)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Lanes>(_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(costs)))));
+#else
   typedef float Narrow __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(costs), Lanes);
+#endif
 }
 
 // Bit k is set if lane k is at most `bound`.
@@ -78,6 +86,15 @@ inline Lanes spread_least(Lanes values) {
     values = lesser(values, __builtin_shuffle(values, order ^ step));
   }
   return values;
+}
+
+// Writes one entry of an array of whole vectors. A vector is written, because the next read of it would wait for a part.
+inline void set_entry(double* array, std::int64_t index, double value) {
+  typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
+  Order order;
+  for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
+  Lanes& lanes = *reinterpret_cast<Lanes*>(array + index / kLanes * kLanes);
+  lanes = order == index % kLanes ? value - Lanes{} : lanes;
 }
 
 // Gives equal rows and equal columns an order of their own; needed only where a problem has several optima.
@@ -237,6 +254,7 @@ class DenseSolver {
 
   void begin(const AssignmentProblem& problem, std::int64_t index) {
     values_ = static_cast<const T*>(problem.values) + index * rows_ * columns_;
+    next_ = index + 1 < problem.batch ? values_ + rows_ * columns_ : nullptr;
     column_of_row_ = problem.column_of_row + index * rows_;
     given_ = problem.prices == nullptr || rows_ != columns_ ? nullptr : problem.prices + index * columns_;
   }
@@ -259,7 +277,8 @@ class DenseSolver {
   }
 
   double cost(std::int64_t row, std::int64_t column) const {
-    return static_cast<double>(sign_ * widen(values_[row * columns_ + column]));
+    return static_cast<double>(copied_ ? costs_[row * width_ + column]
+                                       : sign_ * widen(values_[row * columns_ + column]));
   }
 
   // A row's costs, in whole vectors: behind the last column they are infinite.
@@ -271,8 +290,29 @@ class DenseSolver {
 
   void write_costs(std::int64_t row, Number* out) const {
     const T* const values = values_ + row * columns_;
-    for (std::int64_t j = 0; j < columns_; ++j) out[j] = sign_ * widen(values[j]);
-    for (std::int64_t j = columns_; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
+    std::int64_t j = 0;
+    if constexpr (sizeof(T) == sizeof(Number)) {
+      // In whole vectors to the end, with entries of the next row that are made infinite: what is written piece by piece
+      // cannot be read as a vector at once.
+      using Vector = typename VectorOf<Number>::Type;
+      using Memory = typename VectorOf<Number>::Unaligned;
+      using Bits = typename VectorOf<Number>::Bits;
+      constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
+      const auto costs_at = [&](std::int64_t begin) -> Vector {
+        return sign_ * Vector(*reinterpret_cast<const Memory*>(values + begin));
+      };
+      for (; j + kVectorLanes <= columns_; j += kVectorLanes) *reinterpret_cast<Memory*>(out + j) = costs_at(j);
+      if (j < columns_ && row * columns_ + j + kVectorLanes <= rows_ * columns_) {
+        Bits lanes;
+        for (std::int64_t k = 0; k < kVectorLanes; ++k) lanes[k] = static_cast<std::int32_t>(k);
+        const Bits left = static_cast<std::int32_t>(columns_ - j) - Bits{};
+        const Vector costs = costs_at(j);
+        *reinterpret_cast<Memory*>(out + j) = lanes < left ? costs : static_cast<Number>(kInfinity) - Vector{};
+        j += kVectorLanes;
+      }
+    }
+    for (; j < columns_; ++j) out[j] = sign_ * widen(values[j]);
+    for (; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
   }
 
   // Returns whether no cost is NaN or -inf; notes the largest magnitude and whether there are several rows or columns of
@@ -456,6 +496,7 @@ class DenseSolver {
     std::int64_t ties_left = columns_ <= kMostInOrder ? rows_ / 4 : free_count + steps;
     for (std::int64_t k = 0; k < free_count; ++k) {
       std::int64_t row = free_rows_[k];
+      prefetch_next(row);
       for (;;) {
         const Number* const costs = row_costs(row);
         const BestTwo best = best_two(costs);
@@ -470,7 +511,7 @@ class DenseSolver {
             break;
           }
         }
-        if (lowers) v_[column] -= best.second - best.first;
+        if (lowers) set_entry(v_, column, v_[column] - (best.second - best.first));
         const std::int64_t displaced = row_of_column_[column];
         assign(row, column);
         if (displaced < 0) break;
@@ -483,6 +524,13 @@ class DenseSolver {
       }
     }
     return kept;
+  }
+
+  // Fetches a row of the next problem of a batch, which the search need not wait for.
+  void prefetch_next(std::int64_t row) const {
+    if (next_ == nullptr) return;
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t j = 0; j < columns_; j += kLine) __builtin_prefetch(next_ + row * columns_ + j, 0, 2);
   }
 
   // First column without a row whose reduced cost is `reduced`, the row's least; -1 if there is none.
@@ -545,22 +593,25 @@ class DenseSolver {
   // false.
   template <class Visit>
   void for_columns_at(double distance, const Visit& visit) const {
-    for (std::int64_t begin = 0; begin < width_; begin += kWord) {
-      const std::int64_t end = begin + kWord < width_ ? begin + kWord : width_;
+    const auto at = [&](std::int64_t j) { return lanes_at_most(widened(distance_ + j), distance); };
+    std::int64_t begin = 0;
+    for (; begin + kWord <= width_; begin += kWord) {
       std::uint64_t bits = 0;
-      for (std::int64_t j = begin; j < end; j += kLanes) {
-        bits |= lanes_at_most(widened(distance_ + j), distance) << (j - begin);
-      }
+#pragma GCC unroll 32
+      for (std::int64_t k = 0; k < kWord; k += kLanes) bits |= at(begin + k) << k;
       if (bits != 0 && !visit(bits, begin)) return;
     }
+    std::uint64_t bits = 0;
+    for (std::int64_t j = begin; j < width_; j += kLanes) bits |= at(j) << (j - begin);
+    if (bits != 0) visit(bits, begin);
   }
 
   void close(std::int64_t column, double distance, std::int64_t count) {
     closed_[count].column = column;
     closed_[count].distance = distance;
     closed_[count].dual = v_[column];
-    v_[column] = -kInfinity;
-    distance_[column] = kInfinity;
+    set_entry(v_, column, -kInfinity);
+    set_entry(distance_, column, kInfinity);
   }
 
   // Gives closed columns their duals back: as they were, or lowered by what they were nearer than `reached`.
@@ -781,6 +832,7 @@ class DenseSolver {
   bool has_zeros_ = false;  // several rows or columns of nothing else
   Number sign_;
   const T* values_ = nullptr;
+  const T* next_ = nullptr;  // values of the next problem
   const double* given_ = nullptr;
   std::int64_t* column_of_row_ = nullptr;
   double largest_ = 0.0, rounding_ = 0.0;
