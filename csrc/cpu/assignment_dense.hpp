@@ -176,6 +176,12 @@ class DenseSolver {
     std::int64_t column;
   };
 
+  // A column whose dual may have been lowered, and what it was before.
+  struct Lowered {
+    std::int64_t column;
+    double dual;
+  };
+
   // A column that a path search is done with, and what it was then; in Crouse's order also the column that took its
   // place.
   struct Closed {
@@ -194,9 +200,11 @@ class DenseSolver {
   static constexpr std::int64_t kAlwaysInOrder = 12;
   // Up to this many columns costs are copied: 16 MB at most.
   static constexpr std::int64_t kMostCopied = 1448;
-  // Steps of row reduction that chains of displaced rows may take, per row; path searches take what is left. More steps
-  // leave fewer rows, but gain ever less.
-  static constexpr std::int64_t kStepsPerRow = 1;
+  // Steps of row reduction, per row; path searches take the rows that are left. More steps leave fewer, but gain ever
+  // less.
+  static constexpr std::int64_t kStepsPerRow = 2;
+  // Rows whose best columns are looked for together, as registers allow.
+  static constexpr std::int64_t kAtOnce = kLanes < 8 ? 2 : 4;
   // Pairs that are as good as chosen ones, per row, beyond which an optimum is taken not to be the only one.
   static constexpr std::int64_t kMostTiesPerRow = 4;
   // How far rounding can move the cost of an exchange, relative to the largest cost: far more than sums over 128 rows
@@ -431,10 +439,11 @@ class DenseSolver {
   // Finds an optimal assignment, whichever is found first; false if there is none, or if another will be wanted.
   bool search() {
     clear_pairs();
-    std::int64_t free_count = rows_;
-    for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
-    free_count = reduce_rows(free_count);
-    if (free_count < 0) return false;
+    if (!reduce_rows()) return false;
+    std::int64_t free_count = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (column_of_row_[i] < 0) free_rows_[free_count++] = i;
+    }
     if (free_count > 0 && find_classes() > 0 && columns_ <= kMostInOrder) return false;
     for (std::int64_t k = 0; k < free_count; ++k) {
       if (!augment(free_rows_[k])) return false;
@@ -454,81 +463,101 @@ class DenseSolver {
     return true;
   }
 
-  BestTwo best_two(const Number* costs) const {
-    // Two of each, so that one need not wait for the other.
-    Lanes first[2], second[2];
-    Indices at[2];
-    for (int part = 0; part < 2; ++part) {
-      first[part] = second[part] = kInfinity - Lanes{};
-      at[part] = Indices{};
+  // The least two reduced costs of each lane, and where the least is.
+  struct LaneBests {
+    Lanes first = kInfinity - Lanes{};
+    Lanes second = kInfinity - Lanes{};
+    Indices at{};
+
+    void take(const Lanes& reduced, std::int64_t j) {
+      at = reduced < first ? j - Indices{} : at;
+      second = lesser(second, greater(reduced, first));
+      first = lesser(reduced, first);
     }
-    const auto take = [&](std::int64_t j, int part) {
-      const Lanes reduced = widened(costs + j) - widened(v_ + j);
-      at[part] = reduced < first[part] ? j - Indices{} : at[part];
-      second[part] = lesser(second[part], greater(reduced, first[part]));
-      first[part] = lesser(reduced, first[part]);
-    };
-    std::int64_t j = 0;
-    for (; j + 2 * kLanes <= width_; j += 2 * kLanes) {
-      take(j, 0);
-      take(j + kLanes, 1);
+
+    BestTwo overall() const {
+      const Lanes least = spread_least(first);
+      const std::int64_t lane = __builtin_ctzll(lanes_at_most(first, least[0]));
+      alignas(64) std::int64_t columns[kLanes];
+      *reinterpret_cast<Indices*>(columns) = at;
+      // The second least over all lanes: a lane's second, or the first of a lane other than the best's.
+      Indices lanes_in_order;
+      for (std::int64_t k = 0; k < kLanes; ++k) lanes_in_order[k] = k;
+      const Lanes others = lanes_in_order == lane ? second : first;
+      return BestTwo{least[0], spread_least(others)[0], columns[lane] + lane};
     }
-    if (j < width_) take(j, 0);
-    at[0] = first[1] < first[0] ? at[1] : at[0];
-    second[0] = lesser(lesser(second[0], second[1]), greater(first[0], first[1]));
-    first[0] = lesser(first[0], first[1]);
-    const Lanes least = spread_least(first[0]);
-    const std::int64_t lane = __builtin_ctzll(lanes_at_most(first[0], least[0]));
-    alignas(64) std::int64_t columns[kLanes];
-    *reinterpret_cast<Indices*>(columns) = at[0];
-    // The second least over all lanes: a lane's second, or the first of a lane other than the best's.
-    Indices lanes_in_order;
-    for (std::int64_t k = 0; k < kLanes; ++k) lanes_in_order[k] = k;
-    const Lanes others = lanes_in_order == lane ? second[0] : first[0];
-    return BestTwo{least[0], spread_least(others)[0], columns[lane] + lane};
+  };
+
+  // Several rows at a time, so that one need not wait for the other.
+  template <std::int64_t kRows>
+  void find_best_two(const Number* const* costs, BestTwo* best) const {
+    LaneBests bests[kRows];
+    for (std::int64_t j = 0; j < width_; j += kLanes) {
+      const Lanes duals = widened(v_ + j);
+      for (std::int64_t k = 0; k < kRows; ++k) bests[k].take(widened(costs[k] + j) - duals, j);
+    }
+    for (std::int64_t k = 0; k < kRows; ++k) best[k] = bests[k].overall();
   }
 
-  // Gives each free row its best column at a price that makes its second best as good; the row displaced goes on.
-  // Returns how many rows stay free, listed in free_rows_; -1 once so many rows had several best columns that there
-  // will be a choice to make in Crouse's order.
-  std::int64_t reduce_rows(std::int64_t free_count) {
-    std::int64_t steps = kStepsPerRow * rows_, kept = 0;
-    std::int64_t ties_left = columns_ <= kMostInOrder ? rows_ / 4 : free_count + steps;
-    for (std::int64_t k = 0; k < free_count; ++k) {
-      std::int64_t row = free_rows_[k];
-      prefetch_next(row);
-      for (;;) {
-        const Number* const costs = row_costs(row);
-        const BestTwo best = best_two(costs);
-        const bool lowers = best.second < kInfinity && best.first < best.second;
-        std::int64_t column = best.column;
-        if (best.first == kInfinity || (!lowers && !is_free(column))) {
-          // No finite second choice, or a tie: another column may be as good and free, which a path search sees.
-          if (best.first < kInfinity && --ties_left < 0) return -1;
-          if (best.first < kInfinity) column = free_column_at(costs, best.first);
-          if (best.first == kInfinity || column < 0) {
-            free_rows_[kept++] = row;
-            break;
-          }
-        }
-        if (lowers) set_entry(v_, column, v_[column] - (best.second - best.first));
-        const std::int64_t displaced = row_of_column_[column];
-        assign(row, column);
-        if (displaced < 0) break;
-        column_of_row_[displaced] = -1;
-        if (--steps < 0) {
-          free_rows_[kept++] = displaced;
+  // Rows in turn take their best column at a price that makes their second best as good; a row displaced waits for
+  // another turn. False once so many rows had several best columns that there will be a choice to make in Crouse's
+  // order.
+  bool reduce_rows() {
+    std::int64_t ties_left = columns_ <= kMostInOrder ? rows_ / 4 : kStepsPerRow * rows_;
+    std::int64_t waiting = rows_, front = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
+    for (std::int64_t step = 0; step < kStepsPerRow * rows_ && waiting > 0;) {
+      const std::int64_t count = copied_ && waiting >= kAtOnce ? kAtOnce : 1;
+      std::int64_t rows[kAtOnce];
+      const Number* costs[kAtOnce];
+      for (std::int64_t k = 0; k < count; ++k) {
+        rows[k] = free_rows_[front];
+        costs[k] = row_costs(rows[k]);
+        front = front + 1 < rows_ ? front + 1 : 0;
+        prefetch_next(step++);
+      }
+      waiting -= count;
+      BestTwo best[kAtOnce];
+      count == 1 ? find_best_two<1>(costs, best) : find_best_two<kAtOnce>(costs, best);
+      Lowered lowered[kAtOnce];
+      for (std::int64_t k = 0; k < count; ++k) {
+        for (std::int64_t before = 0; before < k; ++before) {
+          const Lowered& other = lowered[before];
+          if (static_cast<double>(costs[k][other.column]) - other.dual > best[k].second) continue;
+          find_best_two<1>(costs + k, best + k);
           break;
         }
-        row = displaced;
+        if (best[k].first == best[k].second && --ties_left < 0) return false;
+        lowered[k] = Lowered{best[k].column, v_[best[k].column]};
+        const std::int64_t displaced = take_best(rows[k], costs[k], best[k]);
+        if (displaced < 0) continue;
+        const std::int64_t back = front + waiting++;
+        free_rows_[back < rows_ ? back : back - rows_] = displaced;
       }
     }
-    return kept;
+    return true;
+  }
+
+  // Gives a row its best column. Returns the row that had it, or -1.
+  std::int64_t take_best(std::int64_t row, const Number* costs, const BestTwo& best) {
+    if (best.first == kInfinity) return -1;
+    const bool lowers = best.second < kInfinity && best.first < best.second;
+    std::int64_t column = best.column;
+    if (!lowers && !is_free(column)) {
+      // No finite second choice, or a tie: another column may be as good and free, which a path search sees.
+      column = free_column_at(costs, best.first);
+      if (column < 0) return -1;
+    }
+    if (lowers) set_entry(v_, column, v_[column] - (best.second - best.first));
+    const std::int64_t displaced = row_of_column_[column];
+    assign(row, column);
+    if (displaced >= 0) column_of_row_[displaced] = -1;
+    return displaced;
   }
 
   // Fetches a row of the next problem of a batch, which the search need not wait for.
   void prefetch_next(std::int64_t row) const {
-    if (next_ == nullptr) return;
+    if (next_ == nullptr || row >= rows_) return;
     constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
     for (std::int64_t j = 0; j < columns_; j += kLine) __builtin_prefetch(next_ + row * columns_ + j, 0, 2);
   }
@@ -589,11 +618,10 @@ class DenseSolver {
     return spread_least(least)[0];
   }
 
-  // Calls visit(bits, begin) for each 64 columns from `begin` of which some are at the distance, until it returns
-  // false.
-  template <class Visit>
-  void for_columns_at(double distance, const Visit& visit) const {
-    const auto at = [&](std::int64_t j) { return lanes_at_most(widened(distance_ + j), distance); };
+  // Calls visit(bits, begin) for each 64 columns from `begin` of which some bits are set, until it returns false. at(j)
+  // gives the bits of as many columns as there are lanes.
+  template <class At, class Visit>
+  void for_words(const At& at, const Visit& visit) const {
     std::int64_t begin = 0;
     for (; begin + kWord <= width_; begin += kWord) {
       std::uint64_t bits = 0;
@@ -604,6 +632,11 @@ class DenseSolver {
     std::uint64_t bits = 0;
     for (std::int64_t j = begin; j < width_; j += kLanes) bits |= at(j) << (j - begin);
     if (bits != 0) visit(bits, begin);
+  }
+
+  template <class Visit>
+  void for_columns_at(double distance, const Visit& visit) const {
+    for_words([&](std::int64_t j) { return lanes_at_most(widened(distance_ + j), distance); }, visit);
   }
 
   void close(std::int64_t column, double distance, std::int64_t count) {
@@ -773,21 +806,21 @@ class DenseSolver {
     double least = static_cast<double>(costs[matched]) - v_[matched];
     const double bound = least + rounding_;
     std::int32_t count = tie_begin_[row];
-    for (std::int64_t begin = 0; begin < width_; begin += kWord) {
-      const std::int64_t end = begin + kWord < width_ ? begin + kWord : width_;
-      std::uint64_t bits = 0;
-      for (std::int64_t j = begin; j < end; j += kLanes) {
-        bits |= lanes_at_most(widened(costs + j) - widened(v_ + j), bound) << (j - begin);
-      }
-      for (; bits != 0; bits &= bits - 1) {
+    bool fits = true;
+    const auto at = [&](std::int64_t j) { return lanes_at_most(widened(costs + j) - widened(v_ + j), bound); };
+    for_words(at, [&](std::uint64_t bits, std::int64_t begin) {
+      for (; bits != 0 && fits; bits &= bits - 1) {
         const std::int64_t column = begin + __builtin_ctzll(bits);
         if (column == matched) continue;
-        if (count == kMostTiesPerRow * rows_) return false;
+        fits = count < kMostTiesPerRow * rows_;
+        if (!fits) break;
         const double reduced = static_cast<double>(costs[column]) - v_[column];
         least = reduced < least ? reduced : least;
         ties_[count++] = static_cast<std::int32_t>(is_free(column) ? rows_ : row_of_column_[column]);
       }
-    }
+      return fits;
+    });
+    if (!fits) return false;
     tie_begin_[row + 1] = count;
     least_cost = least;
     return true;
