@@ -50,7 +50,9 @@ MOST_SECONDS = float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "20"))
 ALWAYS_RUN = 512
 #: How far float64 sums may lie from each other, in units of the sum of the assigned entries' magnitudes.
 ROUNDING = 1e-12
-SMALL = (8, 16, 32, 64)
+SMALL = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
+#: Families of small matrices: one optimum, ties everywhere, and rows and columns that can exchange their partners.
+SMALL_FAMILIES = ("independent", "integer_ties", "dead_units")
 BATCH, BATCH_SIZE = 1024, 128
 THREADS = (1, 2)
 
@@ -281,20 +283,26 @@ def test_hard_families(benchmark: Benchmark, table: Table) -> None:
 
 
 @pytest.mark.parametrize("function", ["linear_assignment", "linear_sum_assignment"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("family", SMALL_FAMILIES)
 @pytest.mark.parametrize("size", SMALL)
-def test_call_overhead(benchmark: Benchmark, size: int, function: str) -> None:
-    """Measure small matrices, where the call costs more than the search; given and returned as scipy's are."""
+def test_call_overhead(benchmark: Benchmark, size: int, family: str, dtype: str, function: str) -> None:
+    """Measure small matrices, of which the least cost the call more than the search; given and returned as scipy's."""
     benchmark.group = f"assignment, call overhead, n = {size}"
-    similarity = families.load("independent", size)
+    similarity = families.load(family, size).astype(dtype)
     solve = getattr(mudsc_fast, function)
-    own_seconds, result = run(benchmark, lambda: solve(similarity, maximize=True), budget=0.05)
-    scipy_seconds, (_, expected) = shortest(lambda: scipy_solve(similarity, maximize=True), budget=0.05)
-    columns = result.columns if function == "linear_assignment" else torch.from_numpy(result[1])
-    assert np.array_equal(columns.numpy(), expected)
-    benchmark.extra_info.update(scipy_microseconds=scipy_seconds * 1e6, times_scipy=scipy_seconds / own_seconds)
+    calls = range(max(1, 4096 // size**2))
+    own_seconds, results = run(benchmark, lambda: [solve(similarity, maximize=True) for _ in calls], budget=0.05)
+    scipy_seconds, expected = shortest(lambda: [scipy_solve(similarity, maximize=True) for _ in calls], budget=0.05)
+    columns = results[0].columns.numpy() if function == "linear_assignment" else results[0][1]
+    values = [similarity[range(size), chosen].sum(dtype=np.float64) for chosen in (columns, expected[0][1])]
+    assert abs(values[0] - values[1]) <= ROUNDING * size * np.abs(similarity).max()
+    own_microseconds, scipy_microseconds = (seconds * 1e6 / len(calls) for seconds in (own_seconds, scipy_seconds))
+    ratio = scipy_seconds / own_seconds
+    benchmark.extra_info.update(microseconds=own_microseconds, scipy_microseconds=scipy_microseconds, times_scipy=ratio)
     print(
-        f"\n{function}, n = {size}: {own_seconds * 1e6:.1f} us, scipy {scipy_seconds * 1e6:.1f} us, "
-        f"x scipy {scipy_seconds / own_seconds:.2f}"
+        f"\n{function}, {family}, {dtype}, n = {size}: {own_microseconds:.2f} us, scipy {scipy_microseconds:.2f} us, "
+        f"x scipy {ratio:.2f}"
     )
 
 

@@ -21,11 +21,19 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// As many costs as there are lanes of doubles.
+// As many costs as there are lanes of doubles. Written out because compilers take the conversion apart.
 inline Lanes widened(const double* costs) { return *reinterpret_cast<const Lanes*>(costs); }
 inline Lanes widened(const float* costs) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtps_pd(0xff, _mm256_load_ps(costs)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_cvtps_pd(_mm_load_ps(costs)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Lanes>(_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(costs)))));
+#else
   typedef float Narrow __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(costs), Lanes);
+#endif
 }
 
 // Bit k is set if lane k is at most `bound`.
@@ -78,6 +86,15 @@ inline Lanes spread_least(Lanes values) {
     values = lesser(values, __builtin_shuffle(values, order ^ step));
   }
   return values;
+}
+
+// Writes one entry of an array of whole vectors. A vector is written, because the next read of it would wait for a part.
+inline void set_entry(double* array, std::int64_t index, double value) {
+  typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
+  Order order;
+  for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
+  Lanes& lanes = *reinterpret_cast<Lanes*>(array + index / kLanes * kLanes);
+  lanes = order == index % kLanes ? value - Lanes{} : lanes;
 }
 
 // Gives equal rows and equal columns an order of their own; needed only where a problem has several optima.
@@ -138,12 +155,15 @@ class DenseSolver {
     problem.status[index] = AssignmentStatus::infeasible;
     if (columns_ > kMostInOrder && rows_are_constant()) {
       take_diagonal(problem, index);
-    } else if (columns_ <= kAlwaysInOrder || !search()) {
+    } else if (columns_ <= kAlwaysInOrder || (columns_ <= kMostInOrder && has_zeros_) || !search()) {
       // Whether there is no assignment, too, is left to Crouse's order, which rounds like scipy.
-      if (!search_in_order()) return;
-      certify(problem, index);
+      if (!solve_in_order(problem, index)) return;
     } else if (!certify(problem, index)) {
-      if (!choose(problem, index)) return;
+      if (columns_ > kMostInOrder) {
+        order_equals(problem, index);
+      } else if (!solve_in_order(problem, index)) {
+        return;
+      }
     }
     conclude(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
@@ -156,11 +176,20 @@ class DenseSolver {
     std::int64_t column;
   };
 
-  // A column that a path search is done with, and what it was then.
+  // A column whose dual may have been lowered, and what it was before.
+  struct Lowered {
+    std::int64_t column;
+    double dual;
+  };
+
+  // A column that a path search is done with, and what it was then; in Crouse's order also the column that took its
+  // place.
   struct Closed {
     std::int64_t column;
     double distance;
     double dual;
+    std::int64_t place;
+    std::int64_t successor;
   };
 
   // Rows are padded to whole vectors of costs.
@@ -168,12 +197,14 @@ class DenseSolver {
   // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.
   static constexpr std::int64_t kMostInOrder = 128;
   // Up to this many columns his order of search is the fastest too.
-  static constexpr std::int64_t kAlwaysInOrder = 8;
+  static constexpr std::int64_t kAlwaysInOrder = 12;
   // Up to this many columns costs are copied: 16 MB at most.
   static constexpr std::int64_t kMostCopied = 1448;
-  // Steps of row reduction that chains of displaced rows may take, per row; path searches take what is left. More steps
-  // leave fewer rows, but gain ever less.
-  static constexpr std::int64_t kStepsPerRow = 1;
+  // Steps of row reduction, per row; path searches take the rows that are left. More steps leave fewer, but gain ever
+  // less.
+  static constexpr std::int64_t kStepsPerRow = 2;
+  // Rows whose best columns are looked for together, as registers allow.
+  static constexpr std::int64_t kAtOnce = kLanes < 8 ? 2 : 4;
   // Pairs that are as good as chosen ones, per row, beyond which an optimum is taken not to be the only one.
   static constexpr std::int64_t kMostTiesPerRow = 4;
   // How far rounding can move the cost of an exchange, relative to the largest cost: far more than sums over 128 rows
@@ -188,18 +219,21 @@ class DenseSolver {
     array = reinterpret_cast<Item*>(at);
   }
 
-  // Chooses between several optimal assignments; false if Crouse's order finds none.
-  bool choose(const AssignmentProblem& problem, std::int64_t index) {
-    if (columns_ <= kMostInOrder) {
-      if (!search_in_order()) return false;
-      certify(problem, index);
-      return true;
-    }
+  // Finds Crouse's assignment, or beyond his columns one like it; false if there is none.
+  bool solve_in_order(const AssignmentProblem& problem, std::int64_t index) {
+    if (!search_in_order()) return false;
+    bound_column_duals();
+    double* const row_duals = problem.row_duals + index * rows_;
+    for (std::int64_t i = 0; i < rows_; ++i) row_duals[i] = least_reduced_cost(row_costs(i));
+    if (columns_ > kMostInOrder) order_equals(problem, index);
+    return true;
+  }
+
+  void order_equals(const AssignmentProblem& problem, std::int64_t index) {
     EqualsInOrder<T>(problem, index, row_of_column_);
     for (std::int64_t j = 0; j < columns_; ++j) {
       if (row_of_column_[j] >= 0) column_of_row_[row_of_column_[j]] = j;
     }
-    return true;
   }
 
   // Calls take(array, count) for every array.
@@ -211,8 +245,6 @@ class DenseSolver {
     take(distance_, width_);
     take(parent_, width_ + 1);
     take(row_of_column_, width_);
-    take(tree_rows_, rows_);
-    take(tree_distances_, rows_);
     take(closed_, rows_);
     take(free_rows_, rows_);
     take(is_free_, (width_ + kWord - 1) / kWord);
@@ -230,6 +262,7 @@ class DenseSolver {
 
   void begin(const AssignmentProblem& problem, std::int64_t index) {
     values_ = static_cast<const T*>(problem.values) + index * rows_ * columns_;
+    next_ = index + 1 < problem.batch ? values_ + rows_ * columns_ : nullptr;
     column_of_row_ = problem.column_of_row + index * rows_;
     given_ = problem.prices == nullptr || rows_ != columns_ ? nullptr : problem.prices + index * columns_;
   }
@@ -252,7 +285,8 @@ class DenseSolver {
   }
 
   double cost(std::int64_t row, std::int64_t column) const {
-    return static_cast<double>(sign_ * widen(values_[row * columns_ + column]));
+    return static_cast<double>(copied_ ? costs_[row * width_ + column]
+                                       : sign_ * widen(values_[row * columns_ + column]));
   }
 
   // A row's costs, in whole vectors: behind the last column they are infinite.
@@ -264,12 +298,33 @@ class DenseSolver {
 
   void write_costs(std::int64_t row, Number* out) const {
     const T* const values = values_ + row * columns_;
-    for (std::int64_t j = 0; j < columns_; ++j) out[j] = sign_ * widen(values[j]);
-    for (std::int64_t j = columns_; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
+    std::int64_t j = 0;
+    if constexpr (sizeof(T) == sizeof(Number)) {
+      // In whole vectors to the end, with entries of the next row that are made infinite: what is written piece by piece
+      // cannot be read as a vector at once.
+      using Vector = typename VectorOf<Number>::Type;
+      using Memory = typename VectorOf<Number>::Unaligned;
+      using Bits = typename VectorOf<Number>::Bits;
+      constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
+      const auto costs_at = [&](std::int64_t begin) -> Vector {
+        return sign_ * Vector(*reinterpret_cast<const Memory*>(values + begin));
+      };
+      for (; j + kVectorLanes <= columns_; j += kVectorLanes) *reinterpret_cast<Memory*>(out + j) = costs_at(j);
+      if (j < columns_ && row * columns_ + j + kVectorLanes <= rows_ * columns_) {
+        Bits lanes;
+        for (std::int64_t k = 0; k < kVectorLanes; ++k) lanes[k] = static_cast<std::int32_t>(k);
+        const Bits left = static_cast<std::int32_t>(columns_ - j) - Bits{};
+        const Vector costs = costs_at(j);
+        *reinterpret_cast<Memory*>(out + j) = lanes < left ? costs : static_cast<Number>(kInfinity) - Vector{};
+        j += kVectorLanes;
+      }
+    }
+    for (; j < columns_; ++j) out[j] = sign_ * widen(values[j]);
+    for (; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
   }
 
-  // Returns whether no cost is NaN or -inf; notes the largest magnitude, and makes column minima the first duals of a
-  // square problem, unless others are given.
+  // Returns whether no cost is NaN or -inf; notes the largest magnitude and whether there are several rows or columns of
+  // zeros, and makes column minima the first duals of a square problem, unless there are, or others are given.
   bool copy_costs() {
     using Vector = typename VectorOf<Number>::Type;
     using Memory = typename VectorOf<Number>::Unaligned;
@@ -303,7 +358,8 @@ class DenseSolver {
       largest_ = candidate > largest_ ? candidate : largest_;
       bad_count += static_cast<double>(bad[k]);
     }
-    const bool start_at_minima = rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder;
+    note_zeros(minima);
+    const bool start_at_minima = rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder && !has_zeros_;
     for (std::int64_t j = width_; j-- > 0;) {
       const double least = static_cast<double>(minima[j]);
       v_[j] = start_at_minima && least < kInfinity ? least : 0.0;
@@ -312,6 +368,18 @@ class DenseSolver {
       for (std::int64_t j = 0; j < columns_; ++j) v_[j] = static_cast<double>(sign_) * given_[j];
     }
     return bad_count == 0.0;
+  }
+
+  // Notes whether there are several rows of zeros, or as it seems columns, beside better ones. They can exchange their
+  // partners, so that the optimum is not the only one, and column minima would make all columns as dear as theirs.
+  void note_zeros(const Number* minima) {
+    std::int64_t zero_rows = 0, zero_columns = 0, better_columns = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) zero_rows += sums_[i] == 0;
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      zero_columns += minima[j] == 0;
+      better_columns += minima[j] < 0;
+    }
+    has_zeros_ = zero_rows > 1 || (rows_ == columns_ && zero_columns > 1 && better_columns > 0);
   }
 
   // Whether every row is one finite cost, over and over: a look at the first row unless it is.
@@ -335,15 +403,16 @@ class DenseSolver {
     }
   }
 
-  // Numbers rows by the first row that is equal in every entry, found by the sum of the row. What is left out, as where
-  // rows are not copied, only takes longer.
-  void find_classes() {
+  // Numbers rows by the first row that is equal in every entry, found by the sum of the row, and returns how many are not
+  // the first. What is left out, as where rows are not copied, only takes longer.
+  std::int64_t find_classes() {
+    std::int64_t repeated = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
       classes_[i] = static_cast<std::int32_t>(i);
       class_seen_[i] = 0;
     }
     searches_ = 0;
-    if (!copied_) return;
+    if (!copied_) return 0;
     for (std::int64_t k = 0; k < table_size_; ++k) table_[k] = -1;
     for (std::int64_t i = 0; i < rows_; ++i) {
       const double sum = static_cast<double>(sums_[i]);
@@ -359,19 +428,23 @@ class DenseSolver {
         const std::size_t bytes = static_cast<std::size_t>(columns_) * sizeof(Number);
         if (sums_[i] == sums_[other] && std::memcmp(costs_ + i * width_, costs_ + other * width_, bytes) == 0) {
           classes_[i] = other;
+          ++repeated;
           break;
         }
       }
     }
+    return repeated;
   }
 
-  // Finds an optimal assignment, whichever is found first; false if there is none.
+  // Finds an optimal assignment, whichever is found first; false if there is none, or if another will be wanted.
   bool search() {
     clear_pairs();
-    std::int64_t free_count = rows_;
-    for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
-    free_count = reduce_rows(free_count);
-    if (free_count > 0) find_classes();
+    if (!reduce_rows()) return false;
+    std::int64_t free_count = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (column_of_row_[i] < 0) free_rows_[free_count++] = i;
+    }
+    if (free_count > 0 && find_classes() > 0 && columns_ <= kMostInOrder) return false;
     for (std::int64_t k = 0; k < free_count; ++k) {
       if (!augment(free_rows_[k])) return false;
     }
@@ -382,78 +455,111 @@ class DenseSolver {
   bool search_in_order() {
     clear_pairs();
     for (std::int64_t j = 0; j < width_; ++j) v_[j] = 0.0;
+    for (std::int64_t j = 0; j < columns_; ++j) open_[j] = places_[j] = columns_ - 1 - j;
+    for (std::int64_t k = 0; k * kWord < columns_; ++k) moved_[k] = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
       if (!augment_in_order(i)) return false;
     }
     return true;
   }
 
-  BestTwo best_two(const Number* costs) const {
-    // Two of each, so that one need not wait for the other.
-    Lanes first[2], second[2];
-    Indices at[2];
-    for (int part = 0; part < 2; ++part) {
-      first[part] = second[part] = kInfinity - Lanes{};
-      at[part] = Indices{};
+  // The least two reduced costs of each lane, and where the least is.
+  struct LaneBests {
+    Lanes first = kInfinity - Lanes{};
+    Lanes second = kInfinity - Lanes{};
+    Indices at{};
+
+    void take(const Lanes& reduced, std::int64_t j) {
+      at = reduced < first ? j - Indices{} : at;
+      second = lesser(second, greater(reduced, first));
+      first = lesser(reduced, first);
     }
-    const auto take = [&](std::int64_t j, int part) {
-      const Lanes reduced = widened(costs + j) - widened(v_ + j);
-      at[part] = reduced < first[part] ? j - Indices{} : at[part];
-      second[part] = lesser(second[part], greater(reduced, first[part]));
-      first[part] = lesser(reduced, first[part]);
-    };
-    std::int64_t j = 0;
-    for (; j + 2 * kLanes <= width_; j += 2 * kLanes) {
-      take(j, 0);
-      take(j + kLanes, 1);
+
+    BestTwo overall() const {
+      const Lanes least = spread_least(first);
+      const std::int64_t lane = __builtin_ctzll(lanes_at_most(first, least[0]));
+      alignas(64) std::int64_t columns[kLanes];
+      *reinterpret_cast<Indices*>(columns) = at;
+      // The second least over all lanes: a lane's second, or the first of a lane other than the best's.
+      Indices lanes_in_order;
+      for (std::int64_t k = 0; k < kLanes; ++k) lanes_in_order[k] = k;
+      const Lanes others = lanes_in_order == lane ? second : first;
+      return BestTwo{least[0], spread_least(others)[0], columns[lane] + lane};
     }
-    if (j < width_) take(j, 0);
-    at[0] = first[1] < first[0] ? at[1] : at[0];
-    second[0] = lesser(lesser(second[0], second[1]), greater(first[0], first[1]));
-    first[0] = lesser(first[0], first[1]);
-    const Lanes least = spread_least(first[0]);
-    const std::int64_t lane = __builtin_ctzll(lanes_at_most(first[0], least[0]));
-    alignas(64) std::int64_t columns[kLanes];
-    *reinterpret_cast<Indices*>(columns) = at[0];
-    // The second least over all lanes: a lane's second, or the first of a lane other than the best's.
-    Indices lanes_in_order;
-    for (std::int64_t k = 0; k < kLanes; ++k) lanes_in_order[k] = k;
-    const Lanes others = lanes_in_order == lane ? second[0] : first[0];
-    return BestTwo{least[0], spread_least(others)[0], columns[lane] + lane};
+  };
+
+  // Several rows at a time, so that one need not wait for the other.
+  template <std::int64_t kRows>
+  void find_best_two(const Number* const* costs, BestTwo* best) const {
+    LaneBests bests[kRows];
+    for (std::int64_t j = 0; j < width_; j += kLanes) {
+      const Lanes duals = widened(v_ + j);
+      for (std::int64_t k = 0; k < kRows; ++k) bests[k].take(widened(costs[k] + j) - duals, j);
+    }
+    for (std::int64_t k = 0; k < kRows; ++k) best[k] = bests[k].overall();
   }
 
-  // Gives each free row its best column at a price that makes its second best as good; the row displaced goes on.
-  // Returns how many rows stay free, listed in free_rows_.
-  std::int64_t reduce_rows(std::int64_t free_count) {
-    std::int64_t steps = kStepsPerRow * rows_, kept = 0;
-    for (std::int64_t k = 0; k < free_count; ++k) {
-      std::int64_t row = free_rows_[k];
-      for (;;) {
-        const Number* const costs = row_costs(row);
-        const BestTwo best = best_two(costs);
-        const bool lowers = best.second < kInfinity && best.first < best.second;
-        std::int64_t column = best.column;
-        if (best.first == kInfinity || (!lowers && !is_free(column))) {
-          // No finite second choice, or a tie: another column may be as good and free, which a path search sees.
-          if (best.first < kInfinity) column = free_column_at(costs, best.first);
-          if (best.first == kInfinity || column < 0) {
-            free_rows_[kept++] = row;
-            break;
-          }
-        }
-        if (lowers) v_[column] -= best.second - best.first;
-        const std::int64_t displaced = row_of_column_[column];
-        assign(row, column);
-        if (displaced < 0) break;
-        column_of_row_[displaced] = -1;
-        if (--steps < 0) {
-          free_rows_[kept++] = displaced;
+  // Rows in turn take their best column at a price that makes their second best as good; a row displaced waits for
+  // another turn. False once so many rows had several best columns that there will be a choice to make in Crouse's
+  // order.
+  bool reduce_rows() {
+    std::int64_t ties_left = columns_ <= kMostInOrder ? rows_ / 4 : kStepsPerRow * rows_;
+    std::int64_t waiting = rows_, front = 0;
+    for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
+    for (std::int64_t step = 0; step < kStepsPerRow * rows_ && waiting > 0;) {
+      const std::int64_t count = copied_ && waiting >= kAtOnce ? kAtOnce : 1;
+      std::int64_t rows[kAtOnce];
+      const Number* costs[kAtOnce];
+      for (std::int64_t k = 0; k < count; ++k) {
+        rows[k] = free_rows_[front];
+        costs[k] = row_costs(rows[k]);
+        front = front + 1 < rows_ ? front + 1 : 0;
+        prefetch_next(step++);
+      }
+      waiting -= count;
+      BestTwo best[kAtOnce];
+      count == 1 ? find_best_two<1>(costs, best) : find_best_two<kAtOnce>(costs, best);
+      Lowered lowered[kAtOnce];
+      for (std::int64_t k = 0; k < count; ++k) {
+        for (std::int64_t before = 0; before < k; ++before) {
+          const Lowered& other = lowered[before];
+          if (static_cast<double>(costs[k][other.column]) - other.dual > best[k].second) continue;
+          find_best_two<1>(costs + k, best + k);
           break;
         }
-        row = displaced;
+        if (best[k].first == best[k].second && --ties_left < 0) return false;
+        lowered[k] = Lowered{best[k].column, v_[best[k].column]};
+        const std::int64_t displaced = take_best(rows[k], costs[k], best[k]);
+        if (displaced < 0) continue;
+        const std::int64_t back = front + waiting++;
+        free_rows_[back < rows_ ? back : back - rows_] = displaced;
       }
     }
-    return kept;
+    return true;
+  }
+
+  // Gives a row its best column. Returns the row that had it, or -1.
+  std::int64_t take_best(std::int64_t row, const Number* costs, const BestTwo& best) {
+    if (best.first == kInfinity) return -1;
+    const bool lowers = best.second < kInfinity && best.first < best.second;
+    std::int64_t column = best.column;
+    if (!lowers && !is_free(column)) {
+      // No finite second choice, or a tie: another column may be as good and free, which a path search sees.
+      column = free_column_at(costs, best.first);
+      if (column < 0) return -1;
+    }
+    if (lowers) set_entry(v_, column, v_[column] - (best.second - best.first));
+    const std::int64_t displaced = row_of_column_[column];
+    assign(row, column);
+    if (displaced >= 0) column_of_row_[displaced] = -1;
+    return displaced;
+  }
+
+  // Fetches a row of the next problem of a batch, which the search need not wait for.
+  void prefetch_next(std::int64_t row) const {
+    if (next_ == nullptr || row >= rows_) return;
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t j = 0; j < columns_; j += kLine) __builtin_prefetch(next_ + row * columns_ + j, 0, 2);
   }
 
   // First column without a row whose reduced cost is `reduced`, the row's least; -1 if there is none.
@@ -492,30 +598,53 @@ class DenseSolver {
     return spread_least(lesser(least[0], least[1]))[0];
   }
 
+  // The first of them: distances of all columns from the row that a search begins at.
+  double reach_from(std::int64_t root) {
+    const Number* const costs = row_costs(root);
+    const Indices parent = root - Indices{};
+    Lanes least = kInfinity - Lanes{};
+    for (std::int64_t j = 0; j < width_; j += kLanes) {
+      const Lanes reduced = widened(costs + j) - widened(v_ + j);
+      *reinterpret_cast<Lanes*>(distance_ + j) = reduced;
+      *reinterpret_cast<Indices*>(parent_ + j) = parent;
+      least = lesser(reduced, least);
+    }
+    return spread_least(least)[0];
+  }
+
   double least_distance() const {
     Lanes least = kInfinity - Lanes{};
     for (std::int64_t j = 0; j < width_; j += kLanes) least = lesser(widened(distance_ + j), least);
     return spread_least(least)[0];
   }
 
-  // Calls visit(bits, begin) for each 64 columns from `begin` of which some are at the distance, until it returns
-  // false.
-  template <class Visit>
-  void for_columns_at(double distance, const Visit& visit) const {
-    for (std::int64_t begin = 0; begin < width_; begin += kWord) {
-      const std::int64_t end = begin + kWord < width_ ? begin + kWord : width_;
+  // Calls visit(bits, begin) for each 64 columns from `begin` of which some bits are set, until it returns false. at(j)
+  // gives the bits of as many columns as there are lanes.
+  template <class At, class Visit>
+  void for_words(const At& at, const Visit& visit) const {
+    std::int64_t begin = 0;
+    for (; begin + kWord <= width_; begin += kWord) {
       std::uint64_t bits = 0;
-      for (std::int64_t j = begin; j < end; j += kLanes) {
-        bits |= lanes_at_most(widened(distance_ + j), distance) << (j - begin);
-      }
+#pragma GCC unroll 32
+      for (std::int64_t k = 0; k < kWord; k += kLanes) bits |= at(begin + k) << k;
       if (bits != 0 && !visit(bits, begin)) return;
     }
+    std::uint64_t bits = 0;
+    for (std::int64_t j = begin; j < width_; j += kLanes) bits |= at(j) << (j - begin);
+    if (bits != 0) visit(bits, begin);
+  }
+
+  template <class Visit>
+  void for_columns_at(double distance, const Visit& visit) const {
+    for_words([&](std::int64_t j) { return lanes_at_most(widened(distance_ + j), distance); }, visit);
   }
 
   void close(std::int64_t column, double distance, std::int64_t count) {
-    closed_[count] = Closed{column, distance, v_[column]};
-    v_[column] = -kInfinity;
-    distance_[column] = kInfinity;
+    closed_[count].column = column;
+    closed_[count].distance = distance;
+    closed_[count].dual = v_[column];
+    set_entry(v_, column, -kInfinity);
+    set_entry(distance_, column, kInfinity);
   }
 
   // Gives closed columns their duals back: as they were, or lowered by what they were nearer than `reached`.
@@ -538,19 +667,10 @@ class DenseSolver {
 
   // Grows a shortest path tree from a free row until it meets a free column, then exchanges along the path.
   bool augment(std::int64_t root) {
-    for (std::int64_t j = 0; j < width_; ++j) distance_[j] = kInfinity;
-    ++searches_;
-    std::int64_t closed_count = 0, row = root;
-    double reached = -kInfinity, offset = 0.0;
-    for (;;) {
-      // Of equal rows only the first one that a search reaches can lower any distance.
-      std::int32_t& seen = class_seen_[classes_[row]];
-      const double least =
-          seen == searches_
-              ? least_distance()
-              : relax(row, [&](const Lanes& costs, const Lanes& duals) { return (costs - duals) + offset; });
-      seen = searches_;
-      if (least == kInfinity) break;
+    class_seen_[classes_[root]] = ++searches_;
+    double least = reach_from(root), reached = -kInfinity;
+    std::int64_t closed_count = 0;
+    while (least < kInfinity) {
       reached = least > reached ? least : reached;  // rounding must not shorten a path
       const std::int64_t column = any_column_at(least);
       if (is_free(column)) {
@@ -558,9 +678,15 @@ class DenseSolver {
         exchange(root, column);
         return true;
       }
-      row = row_of_column_[column];
-      offset = reached - (cost(row, column) - v_[column]);
+      const std::int64_t row = row_of_column_[column];
+      const double offset = reached - (cost(row, column) - v_[column]);
       close(column, reached, closed_count++);
+      // Of equal rows only the first one that a search reaches can lower any distance.
+      std::int32_t& seen = class_seen_[classes_[row]];
+      least = seen == searches_
+                  ? least_distance()
+                  : relax(row, [&](const Lanes& costs, const Lanes& duals) { return (costs - duals) + offset; });
+      seen = searches_;
     }
     reopen(closed_count, kInfinity);
     return false;
@@ -580,45 +706,45 @@ class DenseSolver {
   // The same with sums and choices in Crouse's order, so that what ties for him ties here.
   bool augment_in_order(std::int64_t root) {
     u_[root] = 0.0;
-    for (std::int64_t j = 0; j < width_; ++j) distance_[j] = kInfinity;
-    order_columns();
-    std::int64_t tree_size = 0, row = root, sink = -1;
-    double reached = 0.0;
-    for (;;) {
-      tree_rows_[tree_size] = row;
-      tree_distances_[tree_size++] = reached;
+    double reached = reach_from(root);
+    if (reached == kInfinity) return false;
+    std::int64_t column = ordered_column_at(reached), closed_count = 0;
+    for (; !is_free(column); ++closed_count) {
+      close_in_order(column, reached, closed_count);
+      const std::int64_t row = row_of_column_[column];
       const double dual = u_[row], start = reached;
       reached = relax(row, [&](const Lanes& costs, const Lanes& duals) { return ((start + costs) - dual) - duals; });
       if (reached == kInfinity) return false;
-      const std::int64_t column = ordered_column_at(reached);
-      if (is_free(column)) {
-        sink = column;
-        break;
-      }
-      row = row_of_column_[column];
-      close_in_order(column, reached, tree_size - 1);
+      column = ordered_column_at(reached);
     }
-    for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += reached - tree_distances_[k];
-    reopen(tree_size - 1, reached);
-    exchange(root, sink);
+    u_[root] += reached;
+    for (std::int64_t k = 0; k < closed_count; ++k) {
+      u_[row_of_column_[closed_[k].column]] += reached - closed_[k].distance;
+    }
+    reopen(closed_count, reached);
+    restore_order(closed_count);
+    exchange(root, column);
     return true;
   }
 
-  // Open columns in Crouse's order: from the last to the first, a closed one replaced by the one at the end.
-  void order_columns() {
-    for (std::int64_t k = 0; k < columns_; ++k) {
-      open_[k] = columns_ - 1 - k;
-      places_[k] = columns_ - 1 - k;
-    }
-    for (std::int64_t k = 0; k * kWord < columns_; ++k) moved_[k] = 0;
-  }
-
+  // Open columns are in Crouse's order: from the last to the first, a closed one replaced by the one at the end.
   void close_in_order(std::int64_t column, double distance, std::int64_t count) {
     const std::int64_t last = open_[columns_ - 1 - count], place = places_[column];
     open_[place] = last;
     places_[last] = place;
     moved_[last / kWord] |= std::uint64_t{1} << (last % kWord);
+    closed_[count].place = place;
+    closed_[count].successor = last;
     close(column, distance, count);
+  }
+
+  void restore_order(std::int64_t closed_count) {
+    for (std::int64_t k = 0; k < closed_count; ++k) {
+      const std::int64_t place = closed_[k].place, successor = closed_[k].successor;
+      open_[place] = columns_ - 1 - place;
+      places_[successor] = columns_ - 1 - successor;
+      moved_[successor / kWord] = 0;
+    }
   }
 
   // Of the columns at the least distance the last without a row, or else the first, in the order of open columns. Those
@@ -646,9 +772,7 @@ class DenseSolver {
   // Writes row duals from column duals, over every entry, so that feasibility does not rest on the search. Returns
   // whether no other assignment is as good, but for rounding.
   bool certify(const AssignmentProblem& problem, std::int64_t index) {
-    if (rows_ < columns_) {
-      for (std::int64_t j = 0; j < columns_; ++j) v_[j] = v_[j] < 0.0 ? v_[j] : 0.0;
-    }
+    bound_column_duals();
     double* const row_duals = problem.row_duals + index * rows_;
     rounding_ = kRounding * largest_;
     bool countable = rounding_ < kInfinity;
@@ -659,6 +783,11 @@ class DenseSolver {
       if (!countable) row_duals[i] = least_reduced_cost(costs);
     }
     return countable && ties_lead_nowhere();
+  }
+
+  void bound_column_duals() {
+    if (rows_ == columns_) return;
+    for (std::int64_t j = 0; j < columns_; ++j) v_[j] = v_[j] < 0.0 ? v_[j] : 0.0;
   }
 
   double least_reduced_cost(const Number* costs) const {
@@ -677,21 +806,21 @@ class DenseSolver {
     double least = static_cast<double>(costs[matched]) - v_[matched];
     const double bound = least + rounding_;
     std::int32_t count = tie_begin_[row];
-    for (std::int64_t begin = 0; begin < width_; begin += kWord) {
-      const std::int64_t end = begin + kWord < width_ ? begin + kWord : width_;
-      std::uint64_t bits = 0;
-      for (std::int64_t j = begin; j < end; j += kLanes) {
-        bits |= lanes_at_most(widened(costs + j) - widened(v_ + j), bound) << (j - begin);
-      }
-      for (; bits != 0; bits &= bits - 1) {
+    bool fits = true;
+    const auto at = [&](std::int64_t j) { return lanes_at_most(widened(costs + j) - widened(v_ + j), bound); };
+    for_words(at, [&](std::uint64_t bits, std::int64_t begin) {
+      for (; bits != 0 && fits; bits &= bits - 1) {
         const std::int64_t column = begin + __builtin_ctzll(bits);
         if (column == matched) continue;
-        if (count == kMostTiesPerRow * rows_) return false;
+        fits = count < kMostTiesPerRow * rows_;
+        if (!fits) break;
         const double reduced = static_cast<double>(costs[column]) - v_[column];
         least = reduced < least ? reduced : least;
         ties_[count++] = static_cast<std::int32_t>(is_free(column) ? rows_ : row_of_column_[column]);
       }
-    }
+      return fits;
+    });
+    if (!fits) return false;
     tie_begin_[row + 1] = count;
     least_cost = least;
     return true;
@@ -733,15 +862,17 @@ class DenseSolver {
   std::int64_t rows_, columns_, width_;
   std::int64_t table_size_;  // a power of 2, at least twice the rows
   bool copied_;
+  bool has_zeros_ = false;  // several rows or columns of nothing else
   Number sign_;
   const T* values_ = nullptr;
+  const T* next_ = nullptr;  // values of the next problem
   const double* given_ = nullptr;
   std::int64_t* column_of_row_ = nullptr;
   double largest_ = 0.0, rounding_ = 0.0;
   // Arrays over columns are whole vectors; duals and costs behind the last column are 0 and infinite.
   Number* costs_;
-  double *v_, *u_, *distance_, *tree_distances_;
-  std::int64_t *parent_, *row_of_column_, *tree_rows_, *free_rows_, *open_, *places_;
+  double *v_, *u_, *distance_;
+  std::int64_t *parent_, *row_of_column_, *free_rows_, *open_, *places_;
   Closed* closed_;
   std::uint64_t *is_free_, *moved_;
   std::int32_t *ties_, *tie_begin_, *tied_into_;
