@@ -6,9 +6,10 @@
 // padding. Duals are double, in which float32 costs are exact.
 //
 // Up to 128 columns the choice among equally good assignments is that of D. F. Crouse, "On implementing 2D rectangular
-// assignment algorithms", IEEE TAES 52 (2016), and with it scipy's. His order of search takes longer, so it is gone
-// through only where it can matter: the certificate lists the pairs that are as good as the chosen ones but for
-// rounding, and if exchanges along them lead nowhere but to worse assignments, the optimum is the only one.
+// assignment algorithms", IEEE TAES 52 (2016), and with it scipy's. His order of search takes longer beyond a dozen
+// columns, so it is gone through only where it can matter: at once where zeros, equal rows or many ties say so, else
+// after the certificate, which lists the pairs that are as good as the chosen ones but for rounding. If exchanges along
+// them lead nowhere but to worse assignments, the optimum is the only one.
 //
 // Memory traffic: the matrix is read once, into a copy in which rows are whole vectors; at the sizes this is for, it
 // stays in cache. The certificate reads the copy once, a path search the rows of its tree. A problem with more columns
@@ -29,7 +30,8 @@ inline Lanes widened(const float* costs) {
 #elif defined(__AVX2__)
   return reinterpret_cast<Lanes>(_mm256_cvtps_pd(_mm_load_ps(costs)));
 #elif defined(__SSE2__)
-  return reinterpret_cast<Lanes>(_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(costs)))));
+  const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(costs));
+  return reinterpret_cast<Lanes>(_mm_cvtps_pd(_mm_castsi128_ps(narrow)));
 #else
   typedef float Narrow __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(costs), Lanes);
