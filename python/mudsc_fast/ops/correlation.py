@@ -511,8 +511,9 @@ class CorrelationAccumulator:
         """Return whether features need no copy in the order of `maps`: centring indexes one axis with 32 bits."""
         if not maps:
             return True
+        centred_here = feature.device.type == "cpu" and _dispatch.backend_for("correlation", "cpu") != "cuda"
         is_one = len(maps) == 1 and all(unit_map.is_permutation for unit_map in maps.values())
-        return is_one and feature.device.type == "cpu" and feature.numel() // self._units < 2**31
+        return centred_here and is_one and feature.numel() // self._units < 2**31
 
     def _takes_as_they_are(self, views: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
