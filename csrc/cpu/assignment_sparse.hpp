@@ -81,10 +81,7 @@ class SparseSolver : private AssignmentState<T> {
         class_of_row_(rows_),
         stack_(rows_),
         gaps_(rows_),
-        distance_(columns_),
-        parent_(columns_),
-        seen_(columns_),
-        closed_(columns_),
+        reached_(columns_),
         class_seen_(rows_),
         row_distance_(rows_),
         tree_rows_(rows_),
@@ -126,8 +123,7 @@ class SparseSolver : private AssignmentState<T> {
     }
     for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
     stamp_ = 0;
-    seen_.fill(0);
-    closed_.fill(0);
+    reached_.fill(Reached{0.0, -1, 0});
     class_seen_.fill(0);
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
     order_classes();
@@ -162,7 +158,7 @@ class SparseSolver : private AssignmentState<T> {
   static constexpr int kMostThreads = 64;
   // Rows that a thread takes at a time, to list them all, and to look into their lists.
   static constexpr std::int64_t kListGrain = 32;
-  static constexpr std::int64_t kLookGrain = 16;
+  static constexpr std::int64_t kLookGrain = 8;
   // How far rounding can move a reduced cost of type Scan, relative to the numbers it is made of: two roundings.
   static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
 
@@ -192,6 +188,14 @@ class SparseSolver : private AssignmentState<T> {
   struct Event {
     double distance;
     std::int64_t what;  // a column, or columns_ + a row that is to be listed again
+  };
+
+  // A column in the path search that wrote its stamp: twice the number of the search, and one more once its distance is
+  // final. All of it is one access to memory.
+  struct Reached {
+    double distance;
+    std::int32_t parent;  // the row that it was reached from
+    std::int32_t stamp;
   };
 
   // What listing a row needs besides the row; one for each thread.
@@ -257,6 +261,7 @@ class SparseSolver : private AssignmentState<T> {
       if (!(most < kLargest)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
       raise(largest, most);
       row_hashes_[i] = State::sampled_hash(i);
+      mix(row_hashes_[i], lists_[i].size > 0 ? least_listed(i) : 0.0);
     });
     largest_ = largest;
     // The slack of given duals was set before the size of the costs was known: the floors lack as much.
@@ -270,6 +275,17 @@ class SparseSolver : private AssignmentState<T> {
       for (std::int64_t i = 0; i < rows_; ++i) lists_[i].floor -= static_cast<double>(kRounding) * largest_;
     }
     return finite && (largest > kSmallest || largest == 0);
+  }
+
+  // The least reduced cost of a row as it was just listed, which equal rows share.
+  double least_listed(std::int64_t row) const {
+    const List& list = lists_[row];
+    Scan least = list.costs[0] - scan_v_[list.columns[0]];
+    for (std::int64_t k = 1; k < list.size; ++k) {
+      const Scan cost = list.costs[k] - scan_v_[list.columns[k]];
+      least = cost < least ? cost : least;
+    }
+    return static_cast<double>(least);
   }
 
   // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.
@@ -396,6 +412,15 @@ class SparseSolver : private AssignmentState<T> {
     list_row(row, wanted, scratch, upcoming);
   }
 
+  // Fetches a list that will soon be looked into, the place of which is known or comes fast.
+  void fetch_list(std::int64_t row) const {
+    const List& list = lists_[row];
+    for (std::int64_t k = 0; k < kFirstCapacity; k += 16) {
+      __builtin_prefetch(list.columns + k);
+      __builtin_prefetch(list.costs + k);
+    }
+  }
+
   // The least two reduced costs in a row's list. Returns whether they are known to be the row's.
   bool look_up(std::int64_t row, Known known, BestTwo& best) const {
     const List& list = lists_[row];
@@ -429,6 +454,8 @@ class SparseSolver : private AssignmentState<T> {
   // threads, each while the one that its thread will most likely take next is fetched.
   void find_bids(const std::int64_t* rows, std::int64_t count, Known known) {
     in_parallel(count, kLookGrain, [&](std::int64_t k, Scratch&) {
+      __builtin_prefetch(&lists_[rows[k + 4 < count ? k + 4 : k]]);
+      fetch_list(rows[k + 2 < count ? k + 2 : k]);
       if (!look_up(rows[k], known, bids_[k])) bids_[k].column = -1;
     });
     std::int64_t exhausted = 0;
@@ -663,16 +690,16 @@ class SparseSolver : private AssignmentState<T> {
       double distance = offset + (static_cast<double>(list.costs[k]) - v_[column]);
       if (distance < reached) distance = reached;  // rounding must not shorten a path
       if (distance >= sink_distance_) continue;
-      if (seen_[column] == stamp_) {
-        if (closed_[column] == stamp_ || distance >= distance_[column]) continue;
-      }
-      seen_[column] = stamp_;
-      distance_[column] = distance;
-      parent_[column] = row;
-      if (row_of_column_[column] < 0) {
+      Reached& reached_column = reached_[column];
+      if (reached_column.stamp > 2 * stamp_) continue;
+      if (reached_column.stamp == 2 * stamp_ && distance >= reached_column.distance) continue;
+      reached_column = Reached{distance, static_cast<std::int32_t>(row), static_cast<std::int32_t>(2 * stamp_)};
+      const std::int64_t paired = row_of_column_[column];
+      if (paired < 0) {
         sink_distance_ = distance;
         sink_ = column;
       } else {
+        __builtin_prefetch(&lists_[paired]);
         push(distance, column);
       }
     }
@@ -695,6 +722,7 @@ class SparseSolver : private AssignmentState<T> {
     relax(root, false);
     while (heap_size_ > 0 && heap_[0].distance < sink_distance_) {
       const Event event = pop();
+      if (heap_size_ > 0 && heap_[0].what < columns_) fetch_list(list_of(row_of_column_[heap_[0].what]));
       if (event.what >= columns_) {
         const std::int64_t row = event.what - columns_;
         if (relist_distance(row) > event.distance) continue;  // has been listed again since
@@ -707,8 +735,9 @@ class SparseSolver : private AssignmentState<T> {
         continue;
       }
       const std::int64_t column = event.what;
-      if (closed_[column] == stamp_ || event.distance > distance_[column]) continue;
-      closed_[column] = stamp_;
+      Reached& reached_column = reached_[column];
+      if (reached_column.stamp > 2 * stamp_ || event.distance > reached_column.distance) continue;
+      ++reached_column.stamp;
       tree_columns_[closed_count++] = column;
       const std::int64_t row = row_of_column_[column];
       row_distance_[row] = event.distance;
@@ -718,10 +747,10 @@ class SparseSolver : private AssignmentState<T> {
     for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += sink_distance_ - row_distance_[tree_rows_[k]];
     for (std::int64_t k = 0; k < closed_count; ++k) {
       const std::int64_t column = tree_columns_[k];
-      set_v(column, v_[column] - (sink_distance_ - distance_[column]));
+      set_v(column, v_[column] - (sink_distance_ - reached_[column].distance));
     }
     for (std::int64_t column = sink_;;) {
-      const std::int64_t row = parent_[column], next = column_of_row_[row];
+      const std::int64_t row = reached_[column].parent, next = column_of_row_[row];
       State::assign(row, column);
       u_[row] = State::cost(row, column) - v_[column];
       if (row == root) return;
@@ -740,8 +769,8 @@ class SparseSolver : private AssignmentState<T> {
   bool any_tie_ = false;  // whether a row had two best columns when it was matched
   // The search: stamps tell what belongs to the path being searched.
   std::int64_t stamp_ = 0;
-  Buffer<double> distance_;
-  Buffer<std::int64_t> parent_, seen_, closed_, class_seen_;
+  Buffer<Reached> reached_;
+  Buffer<std::int64_t> class_seen_;
   Buffer<double> row_distance_;
   Buffer<std::int64_t> tree_rows_, tree_columns_;
   Buffer<Event> heap_;
