@@ -6,7 +6,7 @@
 //   1. list all rows at duals 0 (or those given): the only time the whole matrix is read;
 //   2. match each row to its best column where that is free; if many rows are left, one auction on the lists at a fixed
 //      epsilon spreads the duals, and rows are matched again at what they are then;
-//   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987);
+//   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987), many equal rows at a time;
 //   4. shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
 //      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice;
 //   5. the row duals anew, from the lists where a floor proves that they hold the row's least, else from the row.
@@ -79,7 +79,11 @@ class SparseSolver : private AssignmentState<T> {
         scan_v_(columns_, Scan(0)),
         row_hashes_(rows_),
         class_of_row_(rows_),
+        class_size_(rows_),
+        class_next_(rows_),
         stack_(rows_),
+        class_waits_(rows_),
+        reduced_(columns_),
         gaps_(rows_),
         reached_(columns_),
         class_seen_(rows_),
@@ -89,8 +93,7 @@ class SparseSolver : private AssignmentState<T> {
         heap_(4 * columns_),
         team_(nullptr),
         bids_(rows_),
-        exhausted_(rows_),
-        kept_(rows_) {
+        exhausted_(rows_) {
     for (std::int64_t i = 0; i < rows_; ++i) lists_[i] = List{};
   }
   SparseSolver(const SparseSolver&) = delete;
@@ -155,6 +158,10 @@ class SparseSolver : private AssignmentState<T> {
   static constexpr std::int64_t kStepsPerRow = 4;
   // Rows whose bids are found together, at the same duals. One bid in a hundred is then stale when its turn comes.
   static constexpr std::int64_t kBlock = 64;
+  // Equal rows that are so many take their steps of row reduction together; so many steps a pass.
+  static constexpr std::int64_t kLargeClass = 16;
+  static constexpr std::int64_t kClassSteps = 64;
+  static constexpr std::int64_t kWasOfClass = -2;  // in place of a column's row; -1 for none comes after it
   static constexpr int kMostThreads = 64;
   // Rows that a thread takes at a time, to list them all, and to look into their lists.
   static constexpr std::int64_t kListGrain = 32;
@@ -500,7 +507,11 @@ class SparseSolver : private AssignmentState<T> {
     class_of_row_.fill(-1);
     const auto none = [](const std::int64_t*, std::int64_t) { return false; };
     State::for_equal_rows(row_hashes_, none, [this](const std::int64_t* rows, std::int64_t count) {
-      for (std::int64_t k = 0; k < count; ++k) class_of_row_[rows[k]] = rows[0];
+      for (std::int64_t k = 0; k < count; ++k) {
+        class_of_row_[rows[k]] = rows[0];
+        class_next_[rows[k]] = k + 1 < count ? rows[k + 1] : -1;
+      }
+      class_size_[rows[0]] = count;
     });
   }
 
@@ -602,10 +613,72 @@ class SparseSolver : private AssignmentState<T> {
     return slack <= share * (total < 0.0 ? -total : total);
   }
 
+  bool is_of_large_class(std::int64_t row) const {
+    return rows_ == columns_ && class_of_row_[row] >= 0 && class_size_[class_of_row_[row]] >= kLargeClass;
+  }
+
+  // Leaves a row without a column: to take a step of its own, on stack_, or one with its class, on tree_rows_.
+  void release(std::int64_t row, std::int64_t& free_count) {
+    column_of_row_[row] = -1;
+    if (!is_of_large_class(row)) {
+      stack_[free_count++] = row;
+    } else if (const std::int64_t first = class_of_row_[row]; !class_waits_[first]) {
+      class_waits_[first] = true;
+      tree_rows_[classes_waiting_++] = first;
+    }
+  }
+
+  // The step of row reduction for all rows of a class at once (Bertsekas and Castanon, "The auction algorithm for the
+  // transportation problem", Annals of Operations Research 20, 1989): k equal rows take the k best columns, which become
+  // as dear as the next best one. Rows that lose their columns are released; where the last of the best columns tie,
+  // rows of the class may find none.
+  void reduce_class(std::int64_t first, std::int64_t& free_count) {
+    const std::int64_t size = class_size_[first];
+    for (std::int64_t row = first; row >= 0; row = class_next_[row]) {
+      if (column_of_row_[row] >= 0) row_of_column_[column_of_row_[row]] = kWasOfClass;
+      column_of_row_[row] = -1;
+    }
+    for (std::int64_t j = 0; j < columns_; ++j) gaps_[j] = reduced_[j] = State::cost(first, j) - v_[j];
+    const double bound = select_rank(gaps_.data(), columns_, size < columns_ ? size : columns_ - 1);
+    std::int64_t row = first;
+    const auto take = [&](std::int64_t column) {
+      const std::int64_t displaced = row_of_column_[column];
+      if (displaced >= 0) release(displaced, free_count);
+      State::assign(row, column);
+      u_[row] = State::cost(row, column) - v_[column];
+      row = class_next_[row];
+    };
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      if (reduced_[j] >= bound) continue;
+      set_v(j, v_[j] - (bound - reduced_[j]));
+      take(j);
+    }
+    // Its own columns first, then free ones.
+    for (std::int64_t state = kWasOfClass; state < 0; ++state) {
+      for (std::int64_t j = 0; j < columns_ && row >= 0; ++j) {
+        if (reduced_[j] == bound && row_of_column_[j] == state) take(j);
+      }
+    }
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      if (row_of_column_[j] == kWasOfClass) row_of_column_[j] = -1;
+    }
+  }
+
   // As in the dense solver, on lists. Rows that are left are again listed in stack_.
   std::int64_t reduce_rows(std::int64_t free_count) {
-    std::int64_t steps = kStepsPerRow * rows_, kept = 0;
-    while (free_count > 0) {
+    std::int64_t steps = kStepsPerRow * rows_, class_steps = kClassSteps;
+    class_waits_.fill(false);
+    classes_waiting_ = 0;
+    const std::int64_t all = free_count;
+    free_count = 0;
+    for (std::int64_t k = 0; k < all; ++k) release(stack_[k], free_count);
+    while (free_count > 0 || classes_waiting_ > 0) {
+      if (free_count == 0) {
+        const std::int64_t first = tree_rows_[--classes_waiting_];
+        class_waits_[first] = false;
+        if (--class_steps >= 0) reduce_class(first, free_count);
+        continue;
+      }
       const std::int64_t size = take_block(free_count);
       for (std::int64_t k = 0; k < size; ++k) {
         const std::int64_t row = block_[k];
@@ -617,24 +690,19 @@ class SparseSolver : private AssignmentState<T> {
         const bool lowers = best.first < best.second;
         std::int64_t column = best.column;
         if (!lowers && row_of_column_[column] >= 0) column = free_column_at(row, best.first);
-        if (column < 0 || --steps < 0) {
-          u_[row] = best.first;
-          kept_[kept++] = row;
-          continue;
-        }
+        if (column < 0 || --steps < 0) continue;
         if (lowers) set_v(column, v_[column] - (best.second - best.first));
         const std::int64_t displaced = row_of_column_[column];
         State::assign(row, column);
         // The dual as the pair has it, so that the pair is tight to the last bit.
         u_[row] = State::cost(row, column) - v_[column];
-        if (displaced >= 0) {
-          column_of_row_[displaced] = -1;
-          stack_[free_count++] = displaced;
-        }
+        if (displaced >= 0) release(displaced, free_count);
       }
     }
-    for (std::int64_t k = 0; k < kept; ++k) stack_[k] = kept_[k];
-    return kept;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (column_of_row_[i] < 0) stack_[free_count++] = i;
+    }
+    return free_count;
   }
 
   void push(double distance, std::int64_t what) {
@@ -764,7 +832,11 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<Scan> scan_v_;  // v as scans take it
   Scan largest_ = 0;     // largest magnitude of a cost
   Buffer<std::uint64_t> row_hashes_;
-  Buffer<std::int64_t> class_of_row_, stack_;
+  // A class by its first row: how many there are, and each row's successor in it, -1 for the last.
+  Buffer<std::int64_t> class_of_row_, class_size_, class_next_, stack_;
+  Buffer<bool> class_waits_;          // for its step; those that do are in tree_rows_
+  std::int64_t classes_waiting_ = 0;
+  Buffer<double> reduced_;            // a row's reduced costs, when its class bids
   Buffer<double> gaps_;
   bool any_tie_ = false;  // whether a row had two best columns when it was matched
   // The search: stamps tell what belongs to the path being searched.
@@ -780,10 +852,10 @@ class SparseSolver : private AssignmentState<T> {
   // Threads of the problem being solved, and what each of them needs.
   Team* team_;
   Scratch scratches_[kMostThreads];
-  // Bids of a block of rows; those whose lists did not tell; rows that reduction keeps.
+  // Bids of a block of rows, and those of them whose lists did not tell.
   std::int64_t block_[kBlock];
   Buffer<BestTwo> bids_;
-  Buffer<std::int64_t> exhausted_, kept_;
+  Buffer<std::int64_t> exhausted_;
 };
 
 }  // namespace
