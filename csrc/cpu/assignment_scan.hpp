@@ -97,13 +97,16 @@ class RowScanner {
  public:
   static constexpr std::int64_t kBlock = 64 / static_cast<std::int64_t>(sizeof(Number));
 
+  RowScanner() = default;
   explicit RowScanner(std::int64_t columns)
       : columns_(columns), minima_(columns + 2 * kBlock), keys_(columns + kBlock), hits_(columns),
         blocks_(columns / kBlock + 1), bits_(columns / kBlock + 1) {}
 
-  // Reads a row: cost = sign * value. There are about `groups` groups, one per entry at most.
-  void read(const Number* values, Number sign, const Number* prices, std::int64_t groups) {
+  // Reads a row: cost = sign * value. There are about `groups` groups, one per entry at most. `upcoming` is the row to
+  // be read next, or any memory as long: it comes while this one is worked on.
+  void read(const Number* values, Number sign, const Number* prices, std::int64_t groups, const void* upcoming) {
     values_ = values;
+    upcoming_ = static_cast<const char*>(upcoming);
     sign_ = sign;
     prices_ = prices;
     const std::int64_t blocks = columns_ / kBlock;
@@ -241,8 +244,7 @@ class RowScanner {
     Vector least[kVectorsPerBlock];
     for (Vector& part : least) part = kInfinite - Vector{};
     for (std::int64_t block = begin; block < end; ++block) {
-      // The next row, which is most often the next one read, comes while this one is worked on.
-      __builtin_prefetch(values_ + columns_ + block * kBlock);
+      __builtin_prefetch(upcoming_ + block * 64);
       for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
         const std::int64_t j = block * kBlock + part * kVectorLanes;
         const Vector values = *reinterpret_cast<const Unaligned*>(values_ + j);
@@ -354,7 +356,8 @@ class RowScanner {
   static constexpr int kHalvings = 8;
   static constexpr int kBisections = 32;
 
-  std::int64_t columns_, run_ = 1, group_count_ = 0;
+  std::int64_t columns_ = 0, run_ = 1, group_count_ = 0;
+  const char* upcoming_ = nullptr;
   const Number* values_ = nullptr;
   const Number* prices_ = nullptr;
   Number sign_ = 1;

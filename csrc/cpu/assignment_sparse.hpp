@@ -6,7 +6,7 @@
 //   1. list all rows at duals 0 (or those given): the only time the whole matrix is read;
 //   2. match each row to its best column where that is free; if many rows are left, one auction on the lists at a fixed
 //      epsilon spreads the duals, and rows are matched again at what they are then;
-//   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987);
+//   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987), many equal rows at a time;
 //   4. shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
 //      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice;
 //   5. the row duals anew, from the lists where a floor proves that they hold the row's least, else from the row.
@@ -15,7 +15,9 @@
 //
 // Lists hold costs as they are; sums and duals are double. Scans work in the type of the costs (float for the halves)
 // and lower the floor by what rounding can have done. Every cost must be finite.
-// Parallel: listing all rows and the certificate, over rows. The search is one thread's work on a few megabytes.
+// Parallel: listing all rows and the certificate, over rows. Auction and row reduction find the bids of a block of rows
+// at the same duals, by all threads, and make them one after another; rows that must be listed again for it are, so, a
+// batch. Path searches are one thread's work on a few megabytes. Results do not depend on the number of threads.
 #pragma once
 
 #include "assignment_scan.hpp"
@@ -77,18 +79,21 @@ class SparseSolver : private AssignmentState<T> {
         scan_v_(columns_, Scan(0)),
         row_hashes_(rows_),
         class_of_row_(rows_),
+        class_size_(rows_),
+        class_next_(rows_),
         stack_(rows_),
+        class_waits_(rows_),
+        reduced_(columns_),
         gaps_(rows_),
-        distance_(columns_),
-        parent_(columns_),
-        seen_(columns_),
-        closed_(columns_),
+        reached_(columns_),
         class_seen_(rows_),
         row_distance_(rows_),
         tree_rows_(rows_),
         tree_columns_(columns_),
         heap_(4 * columns_),
-        scratch_(columns_) {
+        team_(nullptr),
+        bids_(rows_),
+        exhausted_(rows_) {
     for (std::int64_t i = 0; i < rows_; ++i) lists_[i] = List{};
   }
   SparseSolver(const SparseSolver&) = delete;
@@ -100,15 +105,20 @@ class SparseSolver : private AssignmentState<T> {
   bool solve(const AssignmentProblem& problem, std::int64_t index, int threads) {
     State::begin(problem, index);
     if (rows_are_constant()) return conclude_diagonal(problem, index);
+    const std::int64_t worth = rows_ * columns_ / State::kEntriesPerThread;
+    const std::int64_t most = worth < kMostThreads ? worth : kMostThreads;
+    Team team(threads < most ? threads : static_cast<int>(most));
+    team_ = &team;
+    for (int member = 0; member < team.size(); ++member) scratches_[member] = Scratch(columns_);
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
     const bool warm = problem.prices != nullptr;
-    if (!list_all_rows(warm ? kWantedOfWarm : kWanted, threads)) return false;
+    if (!list_all_rows(warm ? kWantedOfWarm : kWanted)) return false;
     std::int64_t free_count = match_tight();
     if (free_count == 0) return conclude_at_once(problem, index);
     find_classes();
     if (rows_ == columns_ && free_count > rows_ / (warm ? kFewFreeOfWarm : kFewFree)) {
       if (auction() && within(problem.tolerance)) {
-        certify(problem, index, threads);
+        certify(problem, index);
         problem.status[index] = AssignmentStatus::optimal;
         return true;
       }
@@ -116,13 +126,12 @@ class SparseSolver : private AssignmentState<T> {
     }
     for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
     stamp_ = 0;
-    seen_.fill(0);
-    closed_.fill(0);
+    reached_.fill(Reached{0.0, -1, 0});
     class_seen_.fill(0);
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
     order_classes();
     State::order_equal_columns();
-    certify(problem, index, threads);
+    certify(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
   }
@@ -147,6 +156,16 @@ class SparseSolver : private AssignmentState<T> {
   static constexpr std::int64_t kBidsPerRow = 100;
   static constexpr int kReductionPasses = 2;
   static constexpr std::int64_t kStepsPerRow = 4;
+  // Rows whose bids are found together, at the same duals. One bid in a hundred is then stale when its turn comes.
+  static constexpr std::int64_t kBlock = 64;
+  // Equal rows that are so many take their steps of row reduction together; so many steps a pass.
+  static constexpr std::int64_t kLargeClass = 16;
+  static constexpr std::int64_t kClassSteps = 64;
+  static constexpr std::int64_t kWasOfClass = -2;  // in place of a column's row; -1 for none comes after it
+  static constexpr int kMostThreads = 64;
+  // Rows that a thread takes at a time, to list them all, and to look into their lists.
+  static constexpr std::int64_t kListGrain = 32;
+  static constexpr std::int64_t kLookGrain = 8;
   // How far rounding can move a reduced cost of type Scan, relative to the numbers it is made of: two roundings.
   static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
 
@@ -167,15 +186,28 @@ class SparseSolver : private AssignmentState<T> {
     double first;
     double second;
     std::int64_t column;
+    double price;  // the column's dual when this was found
   };
+
+  // What must be known of a row: its least reduced cost, or the second one too.
+  enum class Known { first, both };
 
   struct Event {
     double distance;
     std::int64_t what;  // a column, or columns_ + a row that is to be listed again
   };
 
+  // A column in the path search that wrote its stamp: twice the number of the search, and one more once its distance is
+  // final. All of it is one access to memory.
+  struct Reached {
+    double distance;
+    std::int32_t parent;  // the row that it was reached from
+    std::int32_t stamp;
+  };
+
   // What listing a row needs besides the row; one for each thread.
   struct Scratch {
+    Scratch() = default;
     explicit Scratch(std::int64_t columns) : widened(sizeof(T) == sizeof(Scan) ? 0 : columns), scanner(columns) {}
     Buffer<Scan> widened;
     RowScanner<Scan> scanner;
@@ -208,32 +240,36 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  bool list_all_rows(std::int64_t wanted, int threads) {
-    release_lists();
-    largest_ = 0;
-    bool finite = true, out_of_memory = false;
-    Scan largest = 0;
-    auto inspect_and_list = [&](std::int64_t begin, std::int64_t end) {
+  // Calls body(item, scratch) for every item in [0, count), shared out to the team `grain` at a time.
+  template <class Body>
+  void in_parallel(std::int64_t count, std::int64_t grain, const Body& body) {
+    bool out_of_memory = false;
+    auto range = [&](std::int64_t begin, std::int64_t end, int member) {
       try {
-        Scratch scratch(columns_);
-        Scan most = 0;
-        bool good = true;
-        for (std::int64_t i = begin; i < end && good; ++i) {
-          lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
-                           kFirstCapacity, kInfinity, 0, false};
-          const Scan row_most = list_row(i, wanted, scratch);
-          good = row_most < kLargest;  // false for NaN
-          most = row_most > most ? row_most : most;
-          row_hashes_[i] = State::sampled_hash(i);
-        }
-        if (!good) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-        raise(largest, most);
+        for (std::int64_t item = begin; item < end; ++item) body(item, scratches_[member]);
       } catch (const OutOfMemory&) {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       }
     };
-    parallel_for(threads, rows_, State::kEntriesPerThread / columns_ + 1, inspect_and_list);
+    team_->run(count, grain, range);
     if (out_of_memory) throw OutOfMemory{};
+  }
+
+  bool list_all_rows(std::int64_t wanted) {
+    release_lists();
+    largest_ = 0;
+    bool finite = true;
+    Scan largest = 0;
+    in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
+      if (!__atomic_load_n(&finite, __ATOMIC_RELAXED)) return;
+      lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
+                       kFirstCapacity, kInfinity, 0, false};
+      const Scan most = list_row(i, wanted, scratch, i + 1 < rows_ ? i + 1 : i);
+      if (!(most < kLargest)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
+      raise(largest, most);
+      row_hashes_[i] = State::sampled_hash(i);
+      mix(row_hashes_[i], lists_[i].size > 0 ? least_listed(i) : 0.0);
+    });
     largest_ = largest;
     // The slack of given duals was set before the size of the costs was known: the floors lack as much.
     double most_v = 0.0;
@@ -248,6 +284,17 @@ class SparseSolver : private AssignmentState<T> {
     return finite && (largest > kSmallest || largest == 0);
   }
 
+  // The least reduced cost of a row as it was just listed, which equal rows share.
+  double least_listed(std::int64_t row) const {
+    const List& list = lists_[row];
+    Scan least = list.costs[0] - scan_v_[list.columns[0]];
+    for (std::int64_t k = 1; k < list.size; ++k) {
+      const Scan cost = list.costs[k] - scan_v_[list.columns[k]];
+      least = cost < least ? cost : least;
+    }
+    return static_cast<double>(least);
+  }
+
   // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.
   static void raise(Scan& value, Scan candidate) {
     Scan known;
@@ -257,12 +304,14 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
-  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for. Returns the row's largest
-  // magnitude, or something not less than kLargest, with nothing listed, if the row cannot be.
-  Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
+  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for, while the row `upcoming` is
+  // fetched. Returns the row's largest magnitude, or something not less than kLargest, with nothing listed, if the row
+  // cannot be.
+  Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted,
+                         values_ + upcoming * columns_);
     list.size = 0;
     list.floor = kInfinity;
     const Scan largest = scratch.scanner.largest_magnitude();
@@ -314,21 +363,11 @@ class SparseSolver : private AssignmentState<T> {
 
   // The certificate of AssignmentState. Where a row's listed entries hold one that is not above the floor, no unlisted
   // one is less: floors are bounds at duals that have only fallen since. Other rows are read again.
-  void certify(const AssignmentProblem& problem, std::int64_t index, int threads) {
+  void certify(const AssignmentProblem& problem, std::int64_t index) {
     double* const least_costs = problem.row_duals + index * rows_;
-    bool out_of_memory = false;
-    auto body = [&](std::int64_t begin, std::int64_t end) {
-      try {
-        Scratch scratch(columns_);
-        for (std::int64_t i = begin; i < end; ++i) {
-          if (list_of(i) == i) least_costs[i] = least_reduced_cost(i, scratch);
-        }
-      } catch (const OutOfMemory&) {
-        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
-      }
-    };
-    parallel_for(threads, rows_, State::kEntriesPerThread / kFirstCapacity, body);
-    if (out_of_memory) throw OutOfMemory{};
+    in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
+      if (list_of(i) == i) least_costs[i] = least_reduced_cost(i, scratch);
+    });
     for (std::int64_t i = 0; i < rows_; ++i) least_costs[i] = least_costs[list_of(i)];
     State::conclude(problem, index);
   }
@@ -344,7 +383,7 @@ class SparseSolver : private AssignmentState<T> {
     }
     if (least <= list.floor || list.size == columns_) return least;
     const Scan* const values = scan_values(row, scratch);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kCertificateGroups);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kCertificateGroups, values);
     // Not less than `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
     const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kSmallest * kRounding;
@@ -361,8 +400,8 @@ class SparseSolver : private AssignmentState<T> {
     list.costs[list.size++] = static_cast<Scan>(sign_) * value;
   }
 
-  // Lists a row again at the duals of now, with room for `wanted` entries at least.
-  void relist(std::int64_t row, std::int64_t wanted) {
+  // Lists a row again at the duals of now, with room for `wanted` entries at least, while the row `upcoming` is fetched.
+  void relist(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
     List& list = lists_[row];
     const std::int64_t room = 4 * wanted >= columns_ ? columns_ : 2 * wanted;
     if (room > list.capacity) {
@@ -377,28 +416,80 @@ class SparseSolver : private AssignmentState<T> {
       list.capacity = room;
       list.own_block = true;
     }
-    list_row(row, wanted, scratch_);
+    list_row(row, wanted, scratch, upcoming);
   }
 
-  BestTwo best_two(std::int64_t row) {
-    for (std::int64_t wanted = kWanted;; wanted *= 4) {
-      const List& list = lists_[row];
-      BestTwo best{kInfinity, kInfinity, -1};
-      for (std::int64_t k = 0; k < list.size; ++k) {
-        const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
-        if (cost < best.second) {
-          if (cost < best.first) {
-            best.second = best.first;
-            best.first = cost;
-            best.column = list.columns[k];
-          } else {
-            best.second = cost;
-          }
+  // Fetches a list that will soon be looked into, the place of which is known or comes fast.
+  void fetch_list(std::int64_t row) const {
+    const List& list = lists_[row];
+    for (std::int64_t k = 0; k < kFirstCapacity; k += 16) {
+      __builtin_prefetch(list.columns + k);
+      __builtin_prefetch(list.costs + k);
+    }
+  }
+
+  // The least two reduced costs in a row's list. Returns whether they are known to be the row's.
+  bool look_up(std::int64_t row, Known known, BestTwo& best) const {
+    const List& list = lists_[row];
+    best = BestTwo{kInfinity, kInfinity, -1, 0.0};
+    for (std::int64_t k = 0; k < list.size; ++k) {
+      const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
+      if (cost < best.second) {
+        if (cost < best.first) {
+          best.second = best.first;
+          best.first = cost;
+          best.column = list.columns[k];
+        } else {
+          best.second = cost;
         }
       }
-      if (best.second <= list.floor || list.size == columns_) return best;
-      relist(row, wanted);
     }
+    if (best.column >= 0) best.price = v_[best.column];
+    return (known == Known::both ? best.second : best.first) <= list.floor || list.size == columns_;
+  }
+
+  // The same, listing the row again until they are known.
+  BestTwo best_two(std::int64_t row, Known known, Scratch& scratch, std::int64_t upcoming) {
+    BestTwo best;
+    for (std::int64_t wanted = kWanted; !look_up(row, known, best); wanted *= 4) {
+      relist(row, wanted, scratch, upcoming);
+    }
+    return best;
+  }
+
+  // Finds the bids of several rows at the duals of now. Rows whose lists do not tell are listed again together, by all
+  // threads, each while the one that its thread will most likely take next is fetched.
+  void find_bids(const std::int64_t* rows, std::int64_t count, Known known) {
+    in_parallel(count, kLookGrain, [&](std::int64_t k, Scratch&) {
+      __builtin_prefetch(&lists_[rows[k + 4 < count ? k + 4 : k]]);
+      fetch_list(rows[k + 2 < count ? k + 2 : k]);
+      if (!look_up(rows[k], known, bids_[k])) bids_[k].column = -1;
+    });
+    std::int64_t exhausted = 0;
+    for (std::int64_t k = 0; k < count; ++k) {
+      if (bids_[k].column < 0) exhausted_[exhausted++] = k;
+    }
+    in_parallel(exhausted, 1, [&](std::int64_t item, Scratch& scratch) {
+      const std::int64_t k = exhausted_[item], later = item + team_->size();
+      bids_[k] = best_two(rows[k], known, scratch, rows[exhausted_[later < exhausted ? later : item]]);
+    });
+  }
+
+  // Moves a few rows from the end of stack_ to the beginning of block_, in the order in which they come off, and finds
+  // their bids. How many does not depend on the number of threads, so neither does what follows.
+  std::int64_t take_block(std::int64_t& free_count) {
+    const std::int64_t count = free_count < kBlock ? free_count : kBlock;
+    for (std::int64_t k = 0; k < count; ++k) block_[k] = stack_[--free_count];
+    find_bids(block_, count, Known::both);
+    return count;
+  }
+
+  // Brings up to date a bid that others have come before. Costs only rise, so that the best column is still the best
+  // unless its dual has moved; that the second best may have become worse makes a bid a lower one than it could be, which
+  // matters to none but ties. Returns false if the list does not tell.
+  bool renew(std::int64_t row, BestTwo& bid) const {
+    if (v_[bid.column] == bid.price && bid.first < bid.second) return true;
+    return look_up(row, Known::both, bid);
   }
 
   // A listed free column of a row at this reduced cost; -1 if there is none.
@@ -416,7 +507,11 @@ class SparseSolver : private AssignmentState<T> {
     class_of_row_.fill(-1);
     const auto none = [](const std::int64_t*, std::int64_t) { return false; };
     State::for_equal_rows(row_hashes_, none, [this](const std::int64_t* rows, std::int64_t count) {
-      for (std::int64_t k = 0; k < count; ++k) class_of_row_[rows[k]] = rows[0];
+      for (std::int64_t k = 0; k < count; ++k) {
+        class_of_row_[rows[k]] = rows[0];
+        class_next_[rows[k]] = k + 1 < count ? rows[k + 1] : -1;
+      }
+      class_size_[rows[0]] = count;
     });
   }
 
@@ -440,16 +535,21 @@ class SparseSolver : private AssignmentState<T> {
 
   // Matches every row to a best column while there are free ones; returns how many rows are left, listed in stack_.
   std::int64_t match_tight() {
-    for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      column_of_row_[i] = -1;
+      stack_[i] = i;
+    }
     row_of_column_.fill(-1);
+    find_bids(stack_.data(), rows_, Known::first);
     std::int64_t free_count = 0;
     any_tie_ = false;
     for (std::int64_t i = 0; i < rows_; ++i) {
-      const BestTwo best = best_two(i);
+      const BestTwo& best = bids_[i];
+      const bool ties = best.first >= best.second || best.first >= lists_[i].floor;
       u_[i] = best.first;
-      any_tie_ |= best.first == best.second;
+      any_tie_ |= ties;
       std::int64_t column = best.column;
-      if (row_of_column_[column] >= 0) column = best.second == best.first ? free_column_at(i, best.first) : -1;
+      if (row_of_column_[column] >= 0) column = ties ? free_column_at(i, best.first) : -1;
       if (column >= 0) {
         State::assign(i, column);
       } else {
@@ -463,10 +563,11 @@ class SparseSolver : private AssignmentState<T> {
   // epsilon. Of equal rows only the first takes part: they would outbid one another without end, and a path search finds
   // columns for all of them at once. Returns whether all rows then have columns.
   bool auction() {
+    for (std::int64_t i = 0; i < rows_; ++i) stack_[i] = i;
+    find_bids(stack_.data(), rows_, Known::both);
     std::int64_t count = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
-      const BestTwo best = best_two(i);
-      if (best.second > best.first) gaps_[count++] = best.second - best.first;
+      if (bids_[i].second > bids_[i].first) gaps_[count++] = bids_[i].second - bids_[i].first;
     }
     if (count == 0) return false;
     const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
@@ -477,13 +578,25 @@ class SparseSolver : private AssignmentState<T> {
       if (class_of_row_[i] < 0 || class_of_row_[i] == i) stack_[free_count++] = i;
     }
     const bool all_bid = free_count == rows_;
-    for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0; --bids) {
-      const std::int64_t row = stack_[--free_count];
-      const BestTwo best = best_two(row);
-      set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon);
-      const std::int64_t displaced = row_of_column_[best.column];
-      State::assign(row, best.column);
-      if (displaced >= 0) stack_[free_count++] = displaced;
+    // The first bid of a block is never stale: every block makes one.
+    for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0;) {
+      const std::int64_t size = take_block(free_count);
+      for (std::int64_t k = 0; k < size; ++k) {
+        const std::int64_t row = block_[k];
+        BestTwo& best = bids_[k];
+        if (!renew(row, best)) {
+          stack_[free_count++] = row;
+          continue;
+        }
+        --bids;
+        set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon);
+        const std::int64_t displaced = row_of_column_[best.column];
+        State::assign(row, best.column);
+        if (displaced >= 0) {
+          column_of_row_[displaced] = -1;
+          stack_[free_count++] = displaced;
+        }
+      }
     }
     return all_bid && free_count == 0;
   }
@@ -495,37 +608,101 @@ class SparseSolver : private AssignmentState<T> {
     for (std::int64_t i = 0; i < rows_; ++i) {
       const double matched = State::cost(i, column_of_row_[i]);
       total += matched;
-      slack += matched - v_[column_of_row_[i]] - best_two(i).first;
+      slack += matched - v_[column_of_row_[i]] - best_two(i, Known::first, scratches_[0], i).first;
     }
     return slack <= share * (total < 0.0 ? -total : total);
   }
 
-  // As in the dense solver, on lists.
+  bool is_of_large_class(std::int64_t row) const {
+    return rows_ == columns_ && class_of_row_[row] >= 0 && class_size_[class_of_row_[row]] >= kLargeClass;
+  }
+
+  // Leaves a row without a column: to take a step of its own, on stack_, or one with its class, on tree_rows_.
+  void release(std::int64_t row, std::int64_t& free_count) {
+    column_of_row_[row] = -1;
+    if (!is_of_large_class(row)) {
+      stack_[free_count++] = row;
+    } else if (const std::int64_t first = class_of_row_[row]; !class_waits_[first]) {
+      class_waits_[first] = true;
+      tree_rows_[classes_waiting_++] = first;
+    }
+  }
+
+  // The step of row reduction for all rows of a class at once (Bertsekas and Castanon, "The auction algorithm for the
+  // transportation problem", Annals of Operations Research 20, 1989): k equal rows take the k best columns, which become
+  // as dear as the next best one. Rows that lose their columns are released; where the last of the best columns tie,
+  // rows of the class may find none.
+  void reduce_class(std::int64_t first, std::int64_t& free_count) {
+    const std::int64_t size = class_size_[first];
+    for (std::int64_t row = first; row >= 0; row = class_next_[row]) {
+      if (column_of_row_[row] >= 0) row_of_column_[column_of_row_[row]] = kWasOfClass;
+      column_of_row_[row] = -1;
+    }
+    for (std::int64_t j = 0; j < columns_; ++j) gaps_[j] = reduced_[j] = State::cost(first, j) - v_[j];
+    const double bound = select_rank(gaps_.data(), columns_, size < columns_ ? size : columns_ - 1);
+    std::int64_t row = first;
+    const auto take = [&](std::int64_t column) {
+      const std::int64_t displaced = row_of_column_[column];
+      if (displaced >= 0) release(displaced, free_count);
+      State::assign(row, column);
+      u_[row] = State::cost(row, column) - v_[column];
+      row = class_next_[row];
+    };
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      if (reduced_[j] >= bound) continue;
+      set_v(j, v_[j] - (bound - reduced_[j]));
+      take(j);
+    }
+    // Its own columns first, then free ones.
+    for (std::int64_t state = kWasOfClass; state < 0; ++state) {
+      for (std::int64_t j = 0; j < columns_ && row >= 0; ++j) {
+        if (reduced_[j] == bound && row_of_column_[j] == state) take(j);
+      }
+    }
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      if (row_of_column_[j] == kWasOfClass) row_of_column_[j] = -1;
+    }
+  }
+
+  // As in the dense solver, on lists. Rows that are left are again listed in stack_.
   std::int64_t reduce_rows(std::int64_t free_count) {
-    std::int64_t steps = kStepsPerRow * rows_, kept = 0;
-    for (std::int64_t k = 0; k < free_count; ++k) {
-      std::int64_t row = stack_[k];
-      for (;;) {
-        const BestTwo best = best_two(row);
+    std::int64_t steps = kStepsPerRow * rows_, class_steps = kClassSteps;
+    class_waits_.fill(false);
+    classes_waiting_ = 0;
+    const std::int64_t all = free_count;
+    free_count = 0;
+    for (std::int64_t k = 0; k < all; ++k) release(stack_[k], free_count);
+    while (free_count > 0 || classes_waiting_ > 0) {
+      if (free_count == 0) {
+        const std::int64_t first = tree_rows_[--classes_waiting_];
+        class_waits_[first] = false;
+        if (--class_steps >= 0) reduce_class(first, free_count);
+        continue;
+      }
+      const std::int64_t size = take_block(free_count);
+      for (std::int64_t k = 0; k < size; ++k) {
+        const std::int64_t row = block_[k];
+        BestTwo& best = bids_[k];
+        if (!renew(row, best)) {
+          stack_[free_count++] = row;
+          continue;
+        }
         const bool lowers = best.first < best.second;
         std::int64_t column = best.column;
         if (!lowers && row_of_column_[column] >= 0) column = free_column_at(row, best.first);
-        u_[row] = lowers ? best.second : best.first;
-        if (column < 0 || --steps < 0) {
-          stack_[kept++] = row;
-          break;
-        }
+        if (column < 0 || --steps < 0) continue;
         if (lowers) set_v(column, v_[column] - (best.second - best.first));
         const std::int64_t displaced = row_of_column_[column];
         State::assign(row, column);
         // The dual as the pair has it, so that the pair is tight to the last bit.
         u_[row] = State::cost(row, column) - v_[column];
-        if (displaced < 0) break;
-        column_of_row_[displaced] = -1;
-        row = displaced;
+        if (displaced >= 0) release(displaced, free_count);
       }
     }
-    return kept;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      if (column_of_row_[i] < 0) stack_[free_count++] = i;
+    }
+    return free_count;
   }
 
   void push(double distance, std::int64_t what) {
@@ -581,16 +758,16 @@ class SparseSolver : private AssignmentState<T> {
       double distance = offset + (static_cast<double>(list.costs[k]) - v_[column]);
       if (distance < reached) distance = reached;  // rounding must not shorten a path
       if (distance >= sink_distance_) continue;
-      if (seen_[column] == stamp_) {
-        if (closed_[column] == stamp_ || distance >= distance_[column]) continue;
-      }
-      seen_[column] = stamp_;
-      distance_[column] = distance;
-      parent_[column] = row;
-      if (row_of_column_[column] < 0) {
+      Reached& reached_column = reached_[column];
+      if (reached_column.stamp > 2 * stamp_) continue;
+      if (reached_column.stamp == 2 * stamp_ && distance >= reached_column.distance) continue;
+      reached_column = Reached{distance, static_cast<std::int32_t>(row), static_cast<std::int32_t>(2 * stamp_)};
+      const std::int64_t paired = row_of_column_[column];
+      if (paired < 0) {
         sink_distance_ = distance;
         sink_ = column;
       } else {
+        __builtin_prefetch(&lists_[paired]);
         push(distance, column);
       }
     }
@@ -606,27 +783,29 @@ class SparseSolver : private AssignmentState<T> {
     heap_size_ = 0;
     sink_ = -1;
     sink_distance_ = kInfinity;
-    u_[root] = best_two(list_of(root)).first;
+    u_[root] = best_two(list_of(root), Known::first, scratches_[0], root).first;
     std::int64_t tree_size = 0, closed_count = 0;
     row_distance_[root] = 0.0;
     tree_rows_[tree_size++] = root;
     relax(root, false);
     while (heap_size_ > 0 && heap_[0].distance < sink_distance_) {
       const Event event = pop();
+      if (heap_size_ > 0 && heap_[0].what < columns_) fetch_list(list_of(row_of_column_[heap_[0].what]));
       if (event.what >= columns_) {
         const std::int64_t row = event.what - columns_;
         if (relist_distance(row) > event.distance) continue;  // has been listed again since
         // Listing a row twice in one search must show more of it.
         const std::int64_t listed = list_of(row);
         const List& list = lists_[listed];
-        relist(listed, list.search == stamp_ ? 2 * list.size : list.size);
+        relist(listed, list.search == stamp_ ? 2 * list.size : list.size, scratches_[0], listed);
         lists_[listed].search = stamp_;
         relax(row, true);
         continue;
       }
       const std::int64_t column = event.what;
-      if (closed_[column] == stamp_ || event.distance > distance_[column]) continue;
-      closed_[column] = stamp_;
+      Reached& reached_column = reached_[column];
+      if (reached_column.stamp > 2 * stamp_ || event.distance > reached_column.distance) continue;
+      ++reached_column.stamp;
       tree_columns_[closed_count++] = column;
       const std::int64_t row = row_of_column_[column];
       row_distance_[row] = event.distance;
@@ -636,10 +815,10 @@ class SparseSolver : private AssignmentState<T> {
     for (std::int64_t k = 0; k < tree_size; ++k) u_[tree_rows_[k]] += sink_distance_ - row_distance_[tree_rows_[k]];
     for (std::int64_t k = 0; k < closed_count; ++k) {
       const std::int64_t column = tree_columns_[k];
-      set_v(column, v_[column] - (sink_distance_ - distance_[column]));
+      set_v(column, v_[column] - (sink_distance_ - reached_[column].distance));
     }
     for (std::int64_t column = sink_;;) {
-      const std::int64_t row = parent_[column], next = column_of_row_[row];
+      const std::int64_t row = reached_[column].parent, next = column_of_row_[row];
       State::assign(row, column);
       u_[row] = State::cost(row, column) - v_[column];
       if (row == root) return;
@@ -653,20 +832,30 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<Scan> scan_v_;  // v as scans take it
   Scan largest_ = 0;     // largest magnitude of a cost
   Buffer<std::uint64_t> row_hashes_;
-  Buffer<std::int64_t> class_of_row_, stack_;
+  // A class by its first row: how many there are, and each row's successor in it, -1 for the last.
+  Buffer<std::int64_t> class_of_row_, class_size_, class_next_, stack_;
+  Buffer<bool> class_waits_;          // for its step; those that do are in tree_rows_
+  std::int64_t classes_waiting_ = 0;
+  Buffer<double> reduced_;            // a row's reduced costs, when its class bids
   Buffer<double> gaps_;
   bool any_tie_ = false;  // whether a row had two best columns when it was matched
   // The search: stamps tell what belongs to the path being searched.
   std::int64_t stamp_ = 0;
-  Buffer<double> distance_;
-  Buffer<std::int64_t> parent_, seen_, closed_, class_seen_;
+  Buffer<Reached> reached_;
+  Buffer<std::int64_t> class_seen_;
   Buffer<double> row_distance_;
   Buffer<std::int64_t> tree_rows_, tree_columns_;
   Buffer<Event> heap_;
   std::int64_t heap_size_ = 0;
   std::int64_t sink_ = -1;
   double sink_distance_ = kInfinity;
-  Scratch scratch_;
+  // Threads of the problem being solved, and what each of them needs.
+  Team* team_;
+  Scratch scratches_[kMostThreads];
+  // Bids of a block of rows, and those of them whose lists did not tell.
+  std::int64_t block_[kBlock];
+  Buffer<BestTwo> bids_;
+  Buffer<std::int64_t> exhausted_;
 };
 
 }  // namespace

@@ -137,3 +137,29 @@ def test_lists_prove_the_duals(dtype: torch.dtype, scale: float) -> None:
     """Costs close to each other and far from 0, where the rounding of scans is as large as their differences."""
     similarity = (scale * (1 + 1e-3 * random_matrix(650))).to(dtype)
     check(similarity, linear_assignment(similarity))
+
+
+@pytest.mark.parametrize("kind", ["low rank", "dead units", "integers"])
+def test_threads_do_not_change_the_result(kind: str) -> None:
+    """Threads share the bids of a block of rows, which is the same whatever their number."""
+    size = 1800
+    random = torch.Generator().manual_seed(1)
+    similarity = torch.randn(size, 8, generator=random) @ torch.randn(8, size, generator=random)
+    if kind == "integers":
+        similarity = similarity.round()
+    if kind == "dead units":
+        similarity[torch.rand(size, generator=random) < 0.3] = 0
+        similarity[torch.rand(size, generator=random) < 0.2] = similarity[0].clone()
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(linear_assignment(similarity))
+    finally:
+        torch.set_num_threads(before)
+    check(similarity, results[0])
+    for other in results[1:]:
+        assert torch.equal(other.columns, results[0].columns)
+        assert torch.equal(other.row_duals, results[0].row_duals)
+        assert torch.equal(other.column_duals, results[0].column_duals)

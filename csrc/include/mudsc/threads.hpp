@@ -22,4 +22,41 @@ inline void parallel_for(int threads, std::int64_t count, std::int64_t grain, Bo
       [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
+// Threads that are kept for the duration of one piece of work with many short parallel phases, each of some
+// microseconds: they spin for a moment between phases, then sleep, and are joined at the end.
+//
+// What is run must not depend on which member runs it: items are shared out as members come for them.
+class Team {
+ public:
+  // At most `threads` members, the caller's thread among them; fewer if the system refuses more.
+  explicit Team(int threads);
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+  ~Team();
+
+  // How many members there are; 1 is the caller alone.
+  int size() const;
+
+  // Calls body(context, begin, end, member) on disjoint ranges of `grain` items, or less, that cover [0, count), and
+  // returns when all are done. 0 <= member < size(), one range at a time each; the caller is member 0. Bodies must not
+  // throw. To be called by the thread that made the team, and not from a body.
+  void run_ranges(std::int64_t count, std::int64_t grain,
+                  void (*body)(void* context, std::int64_t begin, std::int64_t end, int member), void* context);
+
+  // The same for a callable object.
+  template <class Body>
+  void run(std::int64_t count, std::int64_t grain, Body& body) {
+    run_ranges(
+        count, grain,
+        [](void* context, std::int64_t begin, std::int64_t end, int member) {
+          (*static_cast<Body*>(context))(begin, end, member);
+        },
+        &body);
+  }
+
+ private:
+  struct State;
+  State* state_;  // null for the caller alone
+};
+
 }  // namespace mudsc
