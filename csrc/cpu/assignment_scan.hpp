@@ -288,12 +288,10 @@ class RowScanner {
         highs[part] = finite > highs[part] ? finite : highs[part];
       }
     }
-    Number least = kInfinite, most = -kInfinite;
-    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-      for (std::int64_t k = 0; k < kVectorLanes; ++k) {
-        least = lows[part][k] < least ? lows[part][k] : least;
-        most = highs[part][k] > most ? highs[part][k] : most;
-      }
+    const Number least = least_of(lows);
+    Number most = -kInfinite;
+    for (const Vector& part : highs) {
+      for (std::int64_t k = 0; k < kVectorLanes; ++k) most = part[k] > most ? part[k] : most;
     }
     Rank rank{least, -kInfinite, count_at_most(items, count, least)};
     if (rank.passed >= wanted) return rank;
@@ -315,11 +313,24 @@ class RowScanner {
     return rank;
   }
 
+  // `count` is a multiple of kBlock.
   static Number least_above(const Number* items, std::int64_t count, Number bound) {
+    Vector lows[kVectorsPerBlock];
+    for (Vector& part : lows) part = kInfinite - Vector{};
+    for (std::int64_t k = 0; k < count; k += kBlock) {
+      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+        const Vector item = *reinterpret_cast<const Unaligned*>(items + k + part * kVectorLanes);
+        const Vector above = item > bound ? item : kInfinite - Vector{};
+        lows[part] = above < lows[part] ? above : lows[part];
+      }
+    }
+    return least_of(lows);
+  }
+
+  static Number least_of(const Vector (&lows)[kVectorsPerBlock]) {
     Number least = kInfinite;
-    for (std::int64_t k = 0; k < count; ++k) {
-      const Number item = items[k] > bound ? items[k] : kInfinite;
-      least = item < least ? item : least;
+    for (const Vector& part : lows) {
+      for (std::int64_t k = 0; k < kVectorLanes; ++k) least = part[k] < least ? part[k] : least;
     }
     return least;
   }
