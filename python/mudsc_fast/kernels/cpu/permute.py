@@ -28,6 +28,27 @@ def permute_merge(
 
     The kernel takes at most two mapped axes; more are rare, and the reference does them axis by axis.
     """
+    return _merge(_dispatch.isa_level(), _dispatch.threads(), tensors, maps, weights, out)
+
+
+def permute_merge_group(
+    groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
+) -> list[Tensor]:
+    """Return :func:`permute_merge` of each group of tensors by its maps."""
+    isa, threads = _dispatch.isa_level(), _dispatch.threads()
+    return [
+        _merge(isa, threads, tensors, by_axis, weights, None) for tensors, by_axis in zip(groups, maps, strict=True)
+    ]
+
+
+def _merge(
+    isa: int,
+    threads: int,
+    tensors: Sequence[Tensor],
+    maps: Mapping[int, UnitMap],
+    weights: Sequence[float],
+    out: Tensor | None,
+) -> Tensor:
     if len(maps) > 2:
         return reference.permute_merge(tensors, maps, weights, out)
     first = tensors[0]
@@ -37,22 +58,23 @@ def permute_merge(
     result = (
         out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=first.dtype, device=first.device)
     )
-    inputs = [tensor.detach().contiguous() for tensor in tensors]
-    view = view_of(first.shape, maps)
-    rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
+    inputs = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    outer, rows, row_map, middle, columns, column_map, inner = view_of(first.shape, maps)
+    row_axis, column_axis = _AxisMap(rows, row_map), _AxisMap(columns, column_map)
+    # By position: of a small tensor, naming the arguments costs more than the sum.
     _core.permute_merge(
-        isa=_dispatch.isa_level(),
-        threads=_dispatch.threads(),
-        dtype=SCALAR_TYPES[first.dtype],
-        tensors=[tensor.data_ptr() for tensor in inputs],
-        weights=list(weights),
-        outer=view.outer,
-        middle=view.middle,
-        inner=view.inner,
-        rows=rows.arguments(),
-        columns=columns.arguments(),
-        out=result.data_ptr(),
-        out_is_new=out is not result and result.nbytes >= _HUGE_PAGES,
+        isa,
+        threads,
+        SCALAR_TYPES[first.dtype],
+        [tensor.data_ptr() for tensor in inputs],
+        weights,
+        outer,
+        middle,
+        inner,
+        row_axis.arguments(),
+        column_axis.arguments(),
+        result.data_ptr(),
+        out is not result and result.nbytes >= _HUGE_PAGES,
     )
     return result if out is None or out is result else out.copy_(result)
 
@@ -92,8 +114,7 @@ class _AxisMap:
         self._length = length
         self._map = unit_map
         if unit_map is not None:
-            self._index = unit_map.index.to("cpu").contiguous()
-            self._scale = None if unit_map.scale is None else unit_map.scale.to("cpu").contiguous()
+            self._index, self._scale = unit_map.on_cpu
 
     def arguments(self) -> tuple[int, int, int, int, int]:
         """Return the kind, the addresses of index and scale, and the lengths before and after."""
