@@ -33,6 +33,8 @@ namespace {
 
 // Below this many contiguous elements per unit, one index per element beats a loop per unit.
 constexpr std::int64_t kShortRun = 16;
+// The same for copies, in bytes: from here on a run is two vectors.
+constexpr std::int64_t kShortCopy = 8;
 // Elements of a line that are accumulated at a time where columns stay in place: sums remain in the L1 cache.
 constexpr std::int64_t kTile = 2048;
 // Elements read per thread that outweigh starting it.
@@ -87,8 +89,8 @@ class RowMembers {
 class ColumnIndex {
  public:
   ColumnIndex() = default;
-  ColumnIndex(const AxisMap& map, std::int64_t inner, std::int64_t num_models) {
-    const std::int64_t expansion = inner < kShortRun && map.units_in < (INT32_MAX - 1) / kShortRun ? inner : 1;
+  ColumnIndex(const AxisMap& map, std::int64_t inner, std::int64_t num_models, std::int64_t short_run = kShortRun) {
+    const std::int64_t expansion = inner < short_run && map.units_in < (INT32_MAX - 1) / kShortRun ? inner : 1;
     run_ = inner / expansion;
     items_in_ = map.units_in * expansion;
     items_out_ = map.units_out * expansion;
@@ -673,12 +675,38 @@ void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::i
   for (std::int64_t e = 0; e < count; ++e) to[e] = line[index[e]];
 }
 
+// Copies runs of at least `vector` bytes and at most two of them as two vectors, which overlap.
+template <std::size_t vector>
+void copy_as_two(char* to, const char* line, const std::int32_t* index, std::size_t run, std::int64_t count) {
+  for (std::int64_t k = 0; k < count; ++k, to += run) {
+    const char* const from = line + static_cast<std::size_t>(index[k]) * run;
+    char head[vector], tail[vector];
+    std::memcpy(head, from, vector);
+    std::memcpy(tail, from + run - vector, vector);
+    std::memcpy(to, head, vector);
+    std::memcpy(to + run - vector, tail, vector);
+  }
+}
+
+inline void copy_runs(void* out, const void* line, const std::int32_t* index, std::size_t run, std::int64_t count) {
+  char* const to = static_cast<char*>(out);
+  const char* const from = static_cast<const char*>(line);
+  if (run >= 8 && run <= 16) return copy_as_two<8>(to, from, index, run, count);
+  if (run >= 16 && run <= 32) return copy_as_two<16>(to, from, index, run, count);
+  if (run >= 32 && run <= 64) return copy_as_two<32>(to, from, index, run, count);
+  if (run >= 64 && run <= 128) return copy_as_two<64>(to, from, index, run, count);
+  for (std::int64_t k = 0; k < count; ++k) {
+    std::memcpy(to + static_cast<std::size_t>(k) * run, from + static_cast<std::size_t>(index[k]) * run, run);
+  }
+}
+
 template <class Bits>
 void copy_gathered(const PermuteProblem& problem) {
   const RowMembers rows(problem.rows, 1);
   const bool in_place = problem.columns.kind == UnitMapKind::identity;
   const ColumnIndex columns = in_place ? ColumnIndex(AxisMap{UnitMapKind::gather, nullptr, nullptr, 0, 0}, 1, 1)
-                                       : ColumnIndex(problem.columns, problem.inner, 1);
+                                       : ColumnIndex(problem.columns, problem.inner, 1,
+                                                     kShortCopy / static_cast<std::int64_t>(sizeof(Bits)));
   const std::int64_t line_in = problem.columns.units_in * problem.inner;
   const std::int64_t line_out = problem.columns.units_out * problem.inner;
   const Bits* const tensor = static_cast<const Bits*>(problem.tensors[0]);
@@ -696,10 +724,8 @@ void copy_gathered(const PermuteProblem& problem) {
         } else if (columns.run() == 1) {
           copy_indexed(to, line, columns.first(0), line_out);
         } else {
-          const std::size_t bytes = static_cast<std::size_t>(columns.run()) * sizeof(Bits);
-          for (std::int64_t k = 0; k < columns.items_out(); ++k) {
-            std::memcpy(to + k * columns.run(), line + columns.first(0)[k] * columns.run(), bytes);
-          }
+          copy_runs(to, line, columns.first(0), static_cast<std::size_t>(columns.run()) * sizeof(Bits),
+                    columns.items_out());
         }
       });
     }
