@@ -116,34 +116,34 @@ inline float widen(Half value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
   std::uint32_t bits = float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000u));  // times 2^112
-  bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;                                        // inf and NaN
+  bits |= (0u - static_cast<std::uint32_t>(magnitude >= 0x0f800000u)) & 0x7f800000u;          // inf and NaN
   return bits_to_float(bits | sign);
 }
 
 // Round to nearest, ties to even, as torch casts.
 inline void narrow(double value, double& out) { out = value; }
 inline void narrow(float value, float& out) { out = value; }
+// The half formats choose between their cases by masks: compilers leave loops over branches scalar, and choices between
+// float operations too, which might trap.
+inline std::uint32_t chosen(bool condition, std::uint32_t if_true, std::uint32_t if_false) {
+  const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+  return (if_true & mask) | (if_false & ~mask);
+}
 inline void narrow(float value, BFloat16& out) {
   const std::uint32_t bits = float_to_bits(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  out.bits = is_nan ? static_cast<std::uint16_t>(0x7fc0u)
-                    : static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<std::uint16_t>(chosen((bits & 0x7fffffffu) > 0x7f800000u, 0x7fc0u, rounded));  // NaN
 }
 inline void narrow(float value, Half& out) {
   const std::uint32_t bits = float_to_bits(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;
-  std::uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;                     // NaN
-  } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00u;                     // rounds to infinity: at least 65520
-  } else if (magnitude < 0x38800000u) {
-    // Subnormal halves: adding 0.5 aligns the mantissa to multiples of 2^-24, and the addition rounds to even.
-    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-  }
+  const std::uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // Adding 0.5 aligns the mantissa to multiples of 2^-24, and the addition rounds to even.
+  const std::uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  std::uint32_t half = chosen(magnitude < 0x38800000u, subnormal, normal);
+  half = chosen(magnitude >= 0x477ff000u, 0x7c00u, half);  // rounds to infinity: at least 65520
+  half = chosen(magnitude > 0x7f800000u, 0x7e00u, half);   // NaN
   out.bits = static_cast<std::uint16_t>(half | sign);
 }
 

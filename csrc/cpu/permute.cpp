@@ -33,6 +33,8 @@ namespace {
 
 // Below this many contiguous elements per unit, one index per element beats a loop per unit.
 constexpr std::int64_t kShortRun = 16;
+// The same for copies, in bytes: from here on a run is two vectors.
+constexpr std::int64_t kShortCopy = 8;
 // Elements of a line that are accumulated at a time where columns stay in place: sums remain in the L1 cache.
 constexpr std::int64_t kTile = 2048;
 // Elements read per thread that outweigh starting it.
@@ -87,8 +89,8 @@ class RowMembers {
 class ColumnIndex {
  public:
   ColumnIndex() = default;
-  ColumnIndex(const AxisMap& map, std::int64_t inner, std::int64_t num_models) {
-    const std::int64_t expansion = inner < kShortRun && map.units_in < (INT32_MAX - 1) / kShortRun ? inner : 1;
+  ColumnIndex(const AxisMap& map, std::int64_t inner, std::int64_t num_models, std::int64_t short_run = kShortRun) {
+    const std::int64_t expansion = inner < short_run && map.units_in < (INT32_MAX - 1) / kShortRun ? inner : 1;
     run_ = inner / expansion;
     items_in_ = map.units_in * expansion;
     items_out_ = map.units_out * expansion;
@@ -152,29 +154,6 @@ class ColumnIndex {
   Buffer<std::int64_t> extra_start_;
 };
 
-// ---- Loops over contiguous elements -------------------------------------------------------------------------
-
-template <class T, class Accumulator>
-void assign_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) to[e] = weight * widen(from[e]);
-}
-
-template <class T, class Accumulator>
-void add_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) to[e] += weight * widen(from[e]);
-}
-
-template <class T, class Accumulator>
-void store(T* __restrict to, const Accumulator* __restrict from, Accumulator scale, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * scale, to[e]);
-}
-
-template <class T, class Accumulator>
-void store_by_column(T* __restrict to, const Accumulator* __restrict from, const Accumulator* __restrict column_scale,
-                     Accumulator scale, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * (scale * column_scale[e]), to[e]);
-}
-
 // ---- Vectors of float32 bits ----------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
@@ -193,6 +172,125 @@ inline Lanes load_lanes(const float* from) {
   std::memcpy(&lanes, from, sizeof lanes);
   return lanes;
 }
+
+// ---- Vectors of halves ----------------------------------------------------------------------------------------
+
+typedef std::uint32_t LaneBits __attribute__((vector_size(kLanes * sizeof(float))));
+typedef std::uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
+
+inline Lanes load_lanes(const BFloat16* from) {
+  HalfLanes halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(halves, LaneBits) << 16);
+}
+
+inline void store_lanes(Lanes lanes, BFloat16* to) {
+  const LaneBits bits = reinterpret_cast<LaneBits>(lanes);
+  const LaneBits is_nan = reinterpret_cast<LaneBits>(lanes != lanes);
+  const LaneBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const HalfLanes halves = __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), HalfLanes);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// The processor's own conversions where it has them; its NaN keep their payload, so they are made the one of `narrow`.
+inline Lanes load_lanes(const Half* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(
+      _mm512_mask_cvtph_ps(_mm512_setzero_ps(), 0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Lanes>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  return Lanes{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
+#endif
+}
+
+inline void store_lanes(Lanes lanes, Half* to) {
+#if defined(__AVX512F__) || defined(__F16C__)
+  const LaneBits bits = reinterpret_cast<LaneBits>(lanes);
+  const LaneBits is_nan = reinterpret_cast<LaneBits>(lanes != lanes);
+  const LaneBits quiet = (is_nan & ((bits & 0x80000000u) | 0x7fc00000u)) | (~is_nan & bits);
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_mask_cvtps_ph(_mm256_setzero_si256(), 0xffff, reinterpret_cast<__m512>(quiet), 0);
+#else
+  const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(quiet), 0);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+#else
+  for (std::int64_t v = 0; v < kLanes; ++v) narrow(lanes[v], to[v]);
+#endif
+}
+
+// ---- Loops over contiguous elements -------------------------------------------------------------------------
+
+template <class T, class Accumulator>
+void assign_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] = weight * widen(from[e]);
+}
+
+template <class T, class Accumulator>
+void add_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] += weight * widen(from[e]);
+}
+
+template <class T, class Accumulator>
+void store(T* __restrict to, const Accumulator* __restrict from, Accumulator scale, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * scale, to[e]);
+}
+
+// Halves are converted a vector at a time.
+template <class T>
+void assign_scaled_halves(float* __restrict to, const T* __restrict from, float weight, std::int64_t count) {
+  std::int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    const Lanes lanes = weight * load_lanes(from + e);
+    std::memcpy(to + e, &lanes, sizeof lanes);
+  }
+  for (; e < count; ++e) to[e] = weight * widen(from[e]);
+}
+
+template <class T>
+void add_scaled_halves(float* __restrict to, const T* __restrict from, float weight, std::int64_t count) {
+  std::int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    const Lanes lanes = load_lanes(to + e) + weight * load_lanes(from + e);
+    std::memcpy(to + e, &lanes, sizeof lanes);
+  }
+  for (; e < count; ++e) to[e] += weight * widen(from[e]);
+}
+
+template <class T>
+void store_halves(T* __restrict to, const float* __restrict from, float scale, std::int64_t count) {
+  std::int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) store_lanes(load_lanes(from + e) * scale, to + e);
+  for (; e < count; ++e) narrow(from[e] * scale, to[e]);
+}
+
+inline void assign_scaled(float* __restrict to, const Half* __restrict from, float weight, std::int64_t count) {
+  assign_scaled_halves(to, from, weight, count);
+}
+inline void assign_scaled(float* __restrict to, const BFloat16* __restrict from, float weight, std::int64_t count) {
+  assign_scaled_halves(to, from, weight, count);
+}
+inline void add_scaled(float* __restrict to, const Half* __restrict from, float weight, std::int64_t count) {
+  add_scaled_halves(to, from, weight, count);
+}
+inline void add_scaled(float* __restrict to, const BFloat16* __restrict from, float weight, std::int64_t count) {
+  add_scaled_halves(to, from, weight, count);
+}
+inline void store(Half* __restrict to, const float* __restrict from, float scale, std::int64_t count) {
+  store_halves(to, from, scale, count);
+}
+inline void store(BFloat16* __restrict to, const float* __restrict from, float scale, std::int64_t count) {
+  store_halves(to, from, scale, count);
+}
+
+template <class T, class Accumulator>
+void store_by_column(T* __restrict to, const Accumulator* __restrict from, const Accumulator* __restrict column_scale,
+                     Accumulator scale, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * (scale * column_scale[e]), to[e]);
+}
+
+// ---- Gathers and sums of float32 lines ------------------------------------------------------------------------
 
 inline Lanes gather_lanes(const float* line, const std::int32_t* index) {
 #if defined(__AVX512F__)
@@ -494,6 +592,7 @@ inline bool is_fused(const PermuteProblem& problem) {
 }
 
 // Which input lines an output line is made of.
+template <class T>
 class LineSources {
  public:
   explicit LineSources(const PermuteProblem& problem)
@@ -501,12 +600,12 @@ class LineSources {
 
   std::int64_t num_lines() const { return problem_.outer * problem_.rows.units_out * problem_.middle; }
 
-  const float* of(std::int64_t model, std::int64_t line) const {
+  const T* of(std::int64_t model, std::int64_t line) const {
     std::int64_t row = line / problem_.middle % problem_.rows.units_out;
     const std::int64_t o = line / problem_.middle / problem_.rows.units_out;
     if (problem_.rows.kind == UnitMapKind::gather) row = problem_.rows.index[model * problem_.rows.units_out + row];
     const std::int64_t at = (o * problem_.rows.units_in + row) * problem_.middle + line % problem_.middle;
-    return static_cast<const float*>(problem_.tensors[model]) + at * items_;
+    return static_cast<const T*>(problem_.tensors[model]) + at * items_;
   }
 
  private:
@@ -517,7 +616,7 @@ class LineSources {
 void merge_fused(const PermuteProblem& problem) {
   const bool in_place = problem.columns.kind == UnitMapKind::identity;
   const ColumnIndex columns = in_place ? ColumnIndex() : ColumnIndex(problem.columns, problem.inner, problem.num_models);
-  const LineSources sources(problem);
+  const LineSources<float> sources(problem);
   const bool copied = is_copy(problem);
   float weights[kFusedModels];
   for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
@@ -539,6 +638,35 @@ void merge_fused(const PermuteProblem& problem) {
   parallel_for(problem.threads, sources.num_lines(), 1 + kElementsPerThread / (1 + shape.items_out), body);
 }
 
+// Halves whose columns are gathered: the lines of all models are widened in order, then summed as those of float32 are.
+template <class T>
+void merge_fused_halves(const PermuteProblem& problem) {
+  const ColumnIndex columns(problem.columns, problem.inner, problem.num_models);
+  const LineSources<T> sources(problem);
+  float weights[kFusedModels];
+  for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
+  FusedLine shape{problem.num_models, weights, {}, {}, {}, columns.items_in(), columns.items_out()};
+  for (std::int64_t i = 0; i < problem.num_models; ++i) shape.index[i] = columns.first(i);
+  const std::int64_t scratch_size = (problem.num_models * shape.items_in + shape.items_out + 15) / 16 * 16;
+  Buffer<float> scratch(problem.threads * scratch_size);
+  std::int64_t threads_started = 0;
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t thread = __atomic_fetch_add(&threads_started, 1, __ATOMIC_RELAXED);
+    float* const sums = scratch.data() + thread * scratch_size;
+    float* const widened = sums + shape.items_out;
+    FusedLine line = shape;
+    for (std::int64_t i = 0; i < problem.num_models; ++i) line.lines[i] = widened + i * shape.items_in;
+    for (std::int64_t l = begin; l < end; ++l) {
+      for (std::int64_t i = 0; i < problem.num_models; ++i) {
+        assign_scaled(widened + i * shape.items_in, sources.of(i, l), 1.0f, shape.items_in);
+      }
+      write_line<true, true>(line, false, sums);
+      store(static_cast<T*>(problem.out) + l * shape.items_out, sums, 1.0f, shape.items_out);
+    }
+  };
+  parallel_for(problem.threads, sources.num_lines(), 1 + kElementsPerThread / (1 + shape.items_out), body);
+}
+
 // ---- Pure gathers: copies of bits -----------------------------------------------------------------------------
 
 template <class Bits>
@@ -547,12 +675,38 @@ void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::i
   for (std::int64_t e = 0; e < count; ++e) to[e] = line[index[e]];
 }
 
+// Copies runs of at least `vector` bytes and at most two of them as two vectors, which overlap.
+template <std::size_t vector>
+void copy_as_two(char* to, const char* line, const std::int32_t* index, std::size_t run, std::int64_t count) {
+  for (std::int64_t k = 0; k < count; ++k, to += run) {
+    const char* const from = line + static_cast<std::size_t>(index[k]) * run;
+    char head[vector], tail[vector];
+    std::memcpy(head, from, vector);
+    std::memcpy(tail, from + run - vector, vector);
+    std::memcpy(to, head, vector);
+    std::memcpy(to + run - vector, tail, vector);
+  }
+}
+
+inline void copy_runs(void* out, const void* line, const std::int32_t* index, std::size_t run, std::int64_t count) {
+  char* const to = static_cast<char*>(out);
+  const char* const from = static_cast<const char*>(line);
+  if (run >= 8 && run <= 16) return copy_as_two<8>(to, from, index, run, count);
+  if (run >= 16 && run <= 32) return copy_as_two<16>(to, from, index, run, count);
+  if (run >= 32 && run <= 64) return copy_as_two<32>(to, from, index, run, count);
+  if (run >= 64 && run <= 128) return copy_as_two<64>(to, from, index, run, count);
+  for (std::int64_t k = 0; k < count; ++k) {
+    std::memcpy(to + static_cast<std::size_t>(k) * run, from + static_cast<std::size_t>(index[k]) * run, run);
+  }
+}
+
 template <class Bits>
 void copy_gathered(const PermuteProblem& problem) {
   const RowMembers rows(problem.rows, 1);
   const bool in_place = problem.columns.kind == UnitMapKind::identity;
   const ColumnIndex columns = in_place ? ColumnIndex(AxisMap{UnitMapKind::gather, nullptr, nullptr, 0, 0}, 1, 1)
-                                       : ColumnIndex(problem.columns, problem.inner, 1);
+                                       : ColumnIndex(problem.columns, problem.inner, 1,
+                                                     kShortCopy / static_cast<std::int64_t>(sizeof(Bits)));
   const std::int64_t line_in = problem.columns.units_in * problem.inner;
   const std::int64_t line_out = problem.columns.units_out * problem.inner;
   const Bits* const tensor = static_cast<const Bits*>(problem.tensors[0]);
@@ -570,10 +724,8 @@ void copy_gathered(const PermuteProblem& problem) {
         } else if (columns.run() == 1) {
           copy_indexed(to, line, columns.first(0), line_out);
         } else {
-          const std::size_t bytes = static_cast<std::size_t>(columns.run()) * sizeof(Bits);
-          for (std::int64_t k = 0; k < columns.items_out(); ++k) {
-            std::memcpy(to + k * columns.run(), line + columns.first(0)[k] * columns.run(), bytes);
-          }
+          copy_runs(to, line, columns.first(0), static_cast<std::size_t>(columns.run()) * sizeof(Bits),
+                    columns.items_out());
         }
       });
     }
@@ -590,6 +742,15 @@ void run(const PermuteProblem& problem) {
     Merge<T>(problem).run_rows();
   } else {
     Merge<T>(problem).run_columns();
+  }
+}
+
+template <class T, class Bits>
+void run_halves(const PermuteProblem& problem) {
+  if (!is_copy(problem) && is_fused(problem) && problem.columns.kind == UnitMapKind::gather) {
+    merge_fused_halves<T>(problem);
+  } else {
+    run<T, Bits>(problem);
   }
 }
 
@@ -717,8 +878,8 @@ void permute_merge(const PermuteProblem& problem) {
   }
   if (is_float && is_fused(problem)) return merge_fused(problem);
   switch (problem.dtype) {
-    case ScalarType::float16: return run<Half, std::uint16_t>(problem);
-    case ScalarType::bfloat16: return run<BFloat16, std::uint16_t>(problem);
+    case ScalarType::float16: return run_halves<Half, std::uint16_t>(problem);
+    case ScalarType::bfloat16: return run_halves<BFloat16, std::uint16_t>(problem);
     case ScalarType::float32: return run<float, std::uint32_t>(problem);
     case ScalarType::float64: return run<double, std::uint64_t>(problem);
   }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
 _SHORT_LINE = 64
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A tensor seen as [outer, rows, middle, columns, inner]."""
 
     outer: int

@@ -61,14 +61,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend_for(op: str, device_type: str) -> str:
     """Return the name of the back end that would serve `op` on a device of that type now."""
-    served = tuple(filter(_is_usable, KERNELS[op].get(device_type, KERNELS[op]["other"])))
+    named = KERNELS[op].get(device_type, KERNELS[op]["other"])
     requested = _requested.get()
     if requested is None:
         requested = os.environ.get("MUDSC_BACKEND") or None
         if requested is not None:
             _check_backend_name("the environment variable MUDSC_BACKEND", requested)
     if requested is None:
-        return served[0]
+        return next(filter(_is_usable, named))
+    served = tuple(filter(_is_usable, named))
     if requested not in served:
         raise ValueError(
             f"backend {requested!r} has no {op} kernel for {device_type} tensors; available: {', '.join(served)}"

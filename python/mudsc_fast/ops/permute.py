@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -65,7 +66,13 @@ class UnitMap:
     @property
     def num_models(self) -> int:
         """Number N of models."""
-        return int(self.index.shape[0])
+        return self.index.size(0)
+
+    @cached_property
+    def on_cpu(self) -> tuple[Tensor, Tensor | None]:
+        """Index and scale as the CPU's kernels read them: contiguous and in the host's memory."""
+        scale = None if self.scale is None else self.scale.to("cpu").contiguous()
+        return self.index.to("cpu").contiguous(), scale
 
     def of_model(self, model: int) -> UnitMap:
         """Return the map of one of the models by itself."""
@@ -186,9 +193,8 @@ def permute_merge(
         return _traced_merge(checked, by_axis, factors, out)
     if out is not None:
         _check_out(out, checked, by_axis)
-    kernel = _dispatch.choose("permute", checked[0].device, _MERGES)
-    with torch.no_grad():
-        return kernel(checked, by_axis, factors, out)
+    # Not under no_grad, which takes a microsecond: where gradients are recorded, no tensor here requires one.
+    return _dispatch.choose("permute", checked[0].device, _MERGES)(checked, by_axis, factors, out)
 
 
 def _traced_merge(
@@ -248,7 +254,8 @@ def permute_merge_group(
             raise ValueError(
                 f"groups[{number}] must have as many tensors as groups[0], {len(first)}, got {len(tensors)}"
             )
-        _check_same(f"groups[{number}]", tensors[0], "groups[0]", tensors[0].shape, first[0])
+        if tensors[0].dtype != first[0].dtype or tensors[0].device != first[0].device:
+            _check_same(f"groups[{number}]", tensors[0], "groups[0]", tensors[0].shape, first[0])
     by_axis = [check_maps(of_group, tensors) for of_group, tensors in zip(maps, checked, strict=True)]
     factors = _check_weights(weights, len(first))
     kernel = _dispatch.choose("permute", first[0].device, _GROUP_MERGES)
@@ -337,6 +344,8 @@ def _check_tensors(tensors: Sequence[_arrays.Array]) -> list[Tensor]:
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     if len(tensors) == 0:
         raise ValueError("tensors must hold at least one tensor, got none")
+    if _are_alike(tensors):
+        return list(tensors)
     checked = [_arrays.as_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
     first = checked[0]
     for i, tensor in enumerate(checked):
@@ -348,6 +357,22 @@ def _check_tensors(tensors: Sequence[_arrays.Array]) -> list[Tensor]:
                 "call under torch.no_grad() or pass tensor.detach()"
             )
     return checked
+
+
+def _are_alike(tensors: Sequence[object]) -> TypeGuard[Sequence[Tensor]]:
+    """Return whether these can be merged as they are: what most calls pass, found without naming a single argument."""
+    first = tensors[0]
+    if not isinstance(first, Tensor):
+        return False
+    shape, dtype, device, recorded = first.shape, first.dtype, first.device, torch.is_grad_enabled()
+    if dtype not in _checks.FLOAT_DTYPES or first.is_meta:
+        return False
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device != device:
+            return False
+        if tensor.dtype != dtype or tensor.shape != shape or (recorded and tensor.requires_grad):
+            return False
+    return True
 
 
 def _check_same(argument: str, tensor: Tensor, other: str, shape: Sequence[int], like: Tensor) -> None:
@@ -463,7 +488,7 @@ _MERGES: Mapping[str, _Merge] = {
     "reference": reference.permute_merge,
 }
 _GROUP_MERGES: Mapping[str, _GroupMerge] = {
-    "cpu": _one_by_one(cpu.permute_merge),
+    "cpu": cpu.permute_merge_group,
     "triton": _group_by_triton,
     "reference": _one_by_one(reference.permute_merge),
 }

@@ -30,31 +30,68 @@ def permute_merge(
     """
     if len(maps) > 2:
         return reference.permute_merge(tensors, maps, weights, out)
-    first = tensors[0]
-    shape = list(first.shape)
-    for axis, unit_map in maps.items():
-        shape[axis] = unit_map.units_out
-    result = (
-        out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=first.dtype, device=first.device)
-    )
-    inputs = [tensor.detach().contiguous() for tensor in tensors]
-    view = view_of(first.shape, maps)
-    rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
-    _core.permute_merge(
-        isa=_dispatch.isa_level(),
-        threads=_dispatch.threads(),
-        dtype=SCALAR_TYPES[first.dtype],
-        tensors=[tensor.data_ptr() for tensor in inputs],
-        weights=list(weights),
-        outer=view.outer,
-        middle=view.middle,
-        inner=view.inner,
-        rows=rows.arguments(),
-        columns=columns.arguments(),
-        out=result.data_ptr(),
-        out_is_new=out is not result and result.nbytes >= _HUGE_PAGES,
-    )
-    return result if out is None or out is result else out.copy_(result)
+    return _Plan(tensors[0], maps).merge(tensors, weights, out)
+
+
+def permute_merge_group(
+    groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
+) -> list[Tensor]:
+    """Return :func:`permute_merge` of each group of tensors by its maps.
+
+    Groups that follow one another are often alike, as the biases and norms of a layer are: they share their plan.
+    """
+    merged = []
+    plan, planned_shape, planned_maps = None, None, None
+    for tensors, by_axis in zip(groups, maps, strict=True):
+        if len(by_axis) > 2:
+            merged.append(reference.permute_merge(tensors, by_axis, weights, None))
+            continue
+        shape = tensors[0].shape
+        if plan is None or shape != planned_shape or by_axis != planned_maps:
+            plan, planned_shape, planned_maps = _Plan(tensors[0], by_axis), shape, by_axis
+        merged.append(plan.merge(tensors, weights, None))
+    return merged
+
+
+class _Plan:
+    """What the kernel is told of tensors of one shape, dtype and device under the same maps, of at most two axes."""
+
+    def __init__(self, like: Tensor, maps: Mapping[int, UnitMap]) -> None:
+        self._shape = list(like.shape)
+        for axis, unit_map in maps.items():
+            self._shape[axis] = unit_map.units_out
+        self._keeps_shape = self._shape == list(like.shape)
+        self._dtype, self._device, self._scalar_type = like.dtype, like.device, SCALAR_TYPES[like.dtype]
+        self._outer, rows, row_map, self._middle, columns, column_map, self._inner = view_of(like.shape, maps)
+        self._rows, self._columns = _AxisMap(rows, row_map), _AxisMap(columns, column_map)
+        self._row_arguments, self._column_arguments = self._rows.arguments(), self._columns.arguments()
+        self._isa, self._threads = _dispatch.isa_level(), _dispatch.threads()
+
+    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor | None) -> Tensor:
+        """Return the weighted sum of the re-indexed tensors."""
+        inputs = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+        if out is not None and out.is_contiguous():
+            result = out
+        elif self._keeps_shape:
+            result = torch.empty_like(inputs[0])  # in half the time of the general form
+        else:
+            result = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        # By position: of a small tensor, naming the arguments costs more than the sum.
+        _core.permute_merge(
+            self._isa,
+            self._threads,
+            self._scalar_type,
+            [tensor.data_ptr() for tensor in inputs],
+            list(weights),
+            self._outer,
+            self._middle,
+            self._inner,
+            self._row_arguments,
+            self._column_arguments,
+            result.data_ptr(),
+            out is not result and result.nbytes >= _HUGE_PAGES,
+        )
+        return result if out is None or out is result else out.copy_(result)
 
 
 def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
@@ -92,8 +129,7 @@ class _AxisMap:
         self._length = length
         self._map = unit_map
         if unit_map is not None:
-            self._index = unit_map.index.to("cpu").contiguous()
-            self._scale = None if unit_map.scale is None else unit_map.scale.to("cpu").contiguous()
+            self._index, self._scale = unit_map.on_cpu
 
     def arguments(self) -> tuple[int, int, int, int, int]:
         """Return the kind, the addresses of index and scale, and the lengths before and after."""
