@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -411,14 +412,36 @@ def test_a_network_of_the_user_is_derived(tmp_path: Path) -> None:
     assert_states_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected.state_dict)
 
 
+def no_model() -> str:
+    return "a model"
+
+
+def no_batches() -> list[str]:
+    return ["a batch"]
+
+
 def test_deriving_needs_something_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     for arguments, message in (
         ((), "--spec derive needs a directory with a config.json, or --model and --data"),
+        (
+            ("--model", f"{__name__}:no_model", "--data", f"{__name__}:mlp_batches"),
+            "the model function must return a torch.nn.Module, got str",
+        ),
+        (
+            ("--model", "networks:make_mlp", "--data", f"{__name__}:no_batches"),
+            "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, got str",
+        ),
         (("--model", "networks:make_mlp"), "deriving the specification of what --model builds needs --data"),
     ):
         shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "out", "--spec", "derive", *arguments)
         assert message in shown
+
+
+def test_deriving_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match="'qwen3' has no specification of its own, and deriving one needs trans"):
+        choose_spec("auto", {}, {"model_type": "qwen3"})
 
 
 def test_a_tensor_that_no_builder_names() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast.io.checkpoint import CheckpointError
-from mudsc_fast.io.models import class_of_config, random_inputs, users_code
+from mudsc_fast.io.models import built, class_of_config, random_inputs, users_code
 from mudsc_fast.matching.running import inputs_of
 from mudsc_fast.spec import PermutationSpec
 
@@ -59,9 +59,7 @@ def derive_from_build(build: Callable[[], nn.Module], batch: Any, tensors: Mappi
     CheckpointError
         As :func:`derive_from_config`.
     """
-    with users_code("the model function"):
-        model = build()
-    return _derived(model, inputs_of(batch), tensors)
+    return _derived(built(build), inputs_of(batch), tensors)
 
 
 def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> PermutationSpec:

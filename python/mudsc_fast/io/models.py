@@ -117,16 +117,28 @@ def load_model(
     """
     if build is None:
         return _load_by_transformers(checkpoint, dtype)
-    with users_code("the model function"):
-        model = build()
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"the model function must return a torch.nn.Module, got {type(model).__name__}")
+    model = built(build)
     try:
         # Assigned, not copied: the parameters are views of the file.
         model.load_state_dict(dict(checkpoint.tensors), assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path}: does not fit the model: {error}") from error
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the module that the user's function makes.
+
+    Raises
+    ------
+    CheckpointError
+        If it fails or returns something else.
+    """
+    with users_code("the model function"):
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the model function must return a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def output_difference(
