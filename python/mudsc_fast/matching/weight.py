@@ -105,7 +105,7 @@ class WeightSimilarity:
 
     def _add(self, sums: CorrelationAccumulator, part: _Part, around: Mapping[str, NodeMatching | None]) -> None:
         """Add what a part holds of the node: the features of :meth:`_slices`, re-indexed where they are summed."""
-        maps = {axis: self._map_of(None, axis, around[axis.node]) for axis in part.layout if axis is not None}
+        maps = {axis: self._whole_map(axis, around[axis.node]) for axis in part.layout if axis is not None}
         windows = [self._window(model, part) for model in range(len(self._state_dicts))]
         split = split_axes(windows[0].shape, [(Segment(axis),) for axis in part.layout], maps.get)
         at = sum(split.factors[: part.position])
@@ -170,21 +170,20 @@ class WeightSimilarity:
             tensor = reindex([tensor], [(Segment(axis),) for axis in part.layout], maps.__getitem__, [1.0])
         return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
 
-    def _map_of(
-        self, model: int | None, axis: Axis, matched: NodeMatching | None, only: _Selection | None = None
-    ) -> UnitMap | None:
-        """Return how units on an axis become the merged ones, or those selected; None if they stay.
-
-        Those of one model, or where none are selected those of all models together.
-        """
+    def _map_of(self, model: int, axis: Axis, matched: NodeMatching | None, only: _Selection | None) -> UnitMap | None:
+        """Return how one model's units on an axis become the merged ones, or those selected; None if they stay."""
         selected = only if only is not None and axis.node == only.node else None
-        if selected is not None and model is not None and selected.cluster_of_member is None:
+        if selected is not None and selected.cluster_of_member is None:
             return UnitMap.permutation(selected.members[model][None], units_in=self._units[axis.node])
+        whole = self._whole_map(axis, matched, model)
+        return whole if selected is None or whole is None else selected.map_of_members(model, whole)
+
+    def _whole_map(self, axis: Axis, matched: NodeMatching | None, model: int | None = None) -> UnitMap | None:
+        """Return how all units on an axis become the merged ones, of one model or of all; None if they stay."""
         if matched is None:
             return None
         opposite: Role = "produce" if axis.role == "consume" else "consume"
-        whole = matched.unit_map(opposite, self._model_weights, model)
-        return whole if selected is None or model is None else selected.map_of_members(model, whole)
+        return matched.unit_map(opposite, self._model_weights, model)
 
 
 @dataclass
