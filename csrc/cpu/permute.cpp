@@ -175,6 +175,13 @@ inline Lanes load_lanes(const float* from) {
 
 // ---- Vectors of halves ----------------------------------------------------------------------------------------
 
+template <class T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<Half> = true;
+template <>
+constexpr bool kIsHalf<BFloat16> = true;
+
 typedef std::uint32_t LaneBits __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 
@@ -222,66 +229,39 @@ inline void store_lanes(Lanes lanes, Half* to) {
 
 // ---- Loops over contiguous elements -------------------------------------------------------------------------
 
+// Halves are converted a vector at a time.
+
 template <class T, class Accumulator>
 void assign_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) to[e] = weight * widen(from[e]);
-}
-
-template <class T, class Accumulator>
-void add_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) to[e] += weight * widen(from[e]);
-}
-
-template <class T, class Accumulator>
-void store(T* __restrict to, const Accumulator* __restrict from, Accumulator scale, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) narrow(from[e] * scale, to[e]);
-}
-
-// Halves are converted a vector at a time.
-template <class T>
-void assign_scaled_halves(float* __restrict to, const T* __restrict from, float weight, std::int64_t count) {
   std::int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) {
-    const Lanes lanes = weight * load_lanes(from + e);
-    std::memcpy(to + e, &lanes, sizeof lanes);
+  if constexpr (kIsHalf<T>) {
+    for (; e + kLanes <= count; e += kLanes) {
+      const Lanes lanes = weight * load_lanes(from + e);
+      std::memcpy(to + e, &lanes, sizeof lanes);
+    }
   }
   for (; e < count; ++e) to[e] = weight * widen(from[e]);
 }
 
-template <class T>
-void add_scaled_halves(float* __restrict to, const T* __restrict from, float weight, std::int64_t count) {
+template <class T, class Accumulator>
+void add_scaled(Accumulator* __restrict to, const T* __restrict from, Accumulator weight, std::int64_t count) {
   std::int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) {
-    const Lanes lanes = load_lanes(to + e) + weight * load_lanes(from + e);
-    std::memcpy(to + e, &lanes, sizeof lanes);
+  if constexpr (kIsHalf<T>) {
+    for (; e + kLanes <= count; e += kLanes) {
+      const Lanes lanes = load_lanes(to + e) + weight * load_lanes(from + e);
+      std::memcpy(to + e, &lanes, sizeof lanes);
+    }
   }
   for (; e < count; ++e) to[e] += weight * widen(from[e]);
 }
 
-template <class T>
-void store_halves(T* __restrict to, const float* __restrict from, float scale, std::int64_t count) {
+template <class T, class Accumulator>
+void store(T* __restrict to, const Accumulator* __restrict from, Accumulator scale, std::int64_t count) {
   std::int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) store_lanes(load_lanes(from + e) * scale, to + e);
+  if constexpr (kIsHalf<T>) {
+    for (; e + kLanes <= count; e += kLanes) store_lanes(load_lanes(from + e) * scale, to + e);
+  }
   for (; e < count; ++e) narrow(from[e] * scale, to[e]);
-}
-
-inline void assign_scaled(float* __restrict to, const Half* __restrict from, float weight, std::int64_t count) {
-  assign_scaled_halves(to, from, weight, count);
-}
-inline void assign_scaled(float* __restrict to, const BFloat16* __restrict from, float weight, std::int64_t count) {
-  assign_scaled_halves(to, from, weight, count);
-}
-inline void add_scaled(float* __restrict to, const Half* __restrict from, float weight, std::int64_t count) {
-  add_scaled_halves(to, from, weight, count);
-}
-inline void add_scaled(float* __restrict to, const BFloat16* __restrict from, float weight, std::int64_t count) {
-  add_scaled_halves(to, from, weight, count);
-}
-inline void store(Half* __restrict to, const float* __restrict from, float scale, std::int64_t count) {
-  store_halves(to, from, scale, count);
-}
-inline void store(BFloat16* __restrict to, const float* __restrict from, float scale, std::int64_t count) {
-  store_halves(to, from, scale, count);
 }
 
 template <class T, class Accumulator>
