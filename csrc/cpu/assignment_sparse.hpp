@@ -484,6 +484,19 @@ class SparseSolver : private AssignmentState<T> {
     return count;
   }
 
+  // Calls bid(row, best) for the rows of a block, one after another; those whose lists do not tell wait again in stack_.
+  template <class Bid>
+  void take_bids(std::int64_t& free_count, const Bid& bid) {
+    const std::int64_t size = take_block(free_count);
+    for (std::int64_t k = 0; k < size; ++k) {
+      if (renew(block_[k], bids_[k])) {
+        bid(block_[k], bids_[k]);
+      } else {
+        stack_[free_count++] = block_[k];
+      }
+    }
+  }
+
   // Brings up to date a bid that others have come before. Costs only rise, so that the best column is still the best
   // unless its dual has moved; that the second best may have become worse makes a bid a lower one than it could be, which
   // matters to none but ties. Returns false if the list does not tell.
@@ -580,14 +593,7 @@ class SparseSolver : private AssignmentState<T> {
     const bool all_bid = free_count == rows_;
     // The first bid of a block is never stale: every block makes one.
     for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0;) {
-      const std::int64_t size = take_block(free_count);
-      for (std::int64_t k = 0; k < size; ++k) {
-        const std::int64_t row = block_[k];
-        BestTwo& best = bids_[k];
-        if (!renew(row, best)) {
-          stack_[free_count++] = row;
-          continue;
-        }
+      take_bids(free_count, [&](std::int64_t row, const BestTwo& best) {
         --bids;
         set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon);
         const std::int64_t displaced = row_of_column_[best.column];
@@ -596,7 +602,7 @@ class SparseSolver : private AssignmentState<T> {
           column_of_row_[displaced] = -1;
           stack_[free_count++] = displaced;
         }
-      }
+      });
     }
     return all_bid && free_count == 0;
   }
@@ -679,25 +685,18 @@ class SparseSolver : private AssignmentState<T> {
         if (--class_steps >= 0) reduce_class(first, free_count);
         continue;
       }
-      const std::int64_t size = take_block(free_count);
-      for (std::int64_t k = 0; k < size; ++k) {
-        const std::int64_t row = block_[k];
-        BestTwo& best = bids_[k];
-        if (!renew(row, best)) {
-          stack_[free_count++] = row;
-          continue;
-        }
+      take_bids(free_count, [&](std::int64_t row, const BestTwo& best) {
         const bool lowers = best.first < best.second;
         std::int64_t column = best.column;
         if (!lowers && row_of_column_[column] >= 0) column = free_column_at(row, best.first);
-        if (column < 0 || --steps < 0) continue;
+        if (column < 0 || --steps < 0) return;
         if (lowers) set_v(column, v_[column] - (best.second - best.first));
         const std::int64_t displaced = row_of_column_[column];
         State::assign(row, column);
         // The dual as the pair has it, so that the pair is tight to the last bit.
         u_[row] = State::cost(row, column) - v_[column];
         if (displaced >= 0) release(displaced, free_count);
-      }
+      });
     }
     for (std::int64_t i = 0; i < rows_; ++i) {
       if (column_of_row_[i] < 0) stack_[free_count++] = i;
