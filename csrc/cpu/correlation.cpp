@@ -28,15 +28,15 @@ constexpr std::int64_t kTile = 32;
 // Elements per thread that outweigh starting it.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
 
-// NaN as 0, by a mask: of a choice compilers make a branch, and no vectors.
+// NaN as 0.
 inline float or_zero(float value) {
   const std::uint32_t bits = float_to_bits(value);
-  return bits_to_float(bits & (0u - std::uint32_t{(bits & 0x7fffffffu) <= 0x7f800000u}));
+  return bits_to_float(chosen((bits & 0x7fffffffu) <= 0x7f800000u, bits, 0u));
 }
 inline double or_zero(double value) {
   std::uint64_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  bits &= std::uint64_t{0} - std::uint64_t{(bits & 0x7fffffffffffffffu) <= 0x7ff0000000000000u};
+  bits = chosen((bits & 0x7fffffffffffffffu) <= 0x7ff0000000000000u, bits, std::uint64_t{0});
   std::memcpy(&value, &bits, sizeof bits);
   return value;
 }

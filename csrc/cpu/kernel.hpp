@@ -108,6 +108,14 @@ struct ArithmeticOf<double> {
   using type = double;
 };
 
+// A choice by a mask: compilers leave loops over branches scalar, and choices between float operations too, which might
+// trap.
+template <class Bits>
+Bits chosen(bool condition, Bits if_true, Bits if_false) {
+  const Bits mask = Bits(0) - static_cast<Bits>(condition);
+  return (if_true & mask) | (if_false & ~mask);
+}
+
 inline double widen(double value) { return value; }
 inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
@@ -116,19 +124,13 @@ inline float widen(Half value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
   std::uint32_t bits = float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000u));  // times 2^112
-  bits |= (0u - static_cast<std::uint32_t>(magnitude >= 0x0f800000u)) & 0x7f800000u;          // inf and NaN
+  bits |= chosen(magnitude >= 0x0f800000u, 0x7f800000u, 0u);                                  // inf and NaN
   return bits_to_float(bits | sign);
 }
 
 // Round to nearest, ties to even, as torch casts.
 inline void narrow(double value, double& out) { out = value; }
 inline void narrow(float value, float& out) { out = value; }
-// The half formats choose between their cases by masks: compilers leave loops over branches scalar, and choices between
-// float operations too, which might trap.
-inline std::uint32_t chosen(bool condition, std::uint32_t if_true, std::uint32_t if_false) {
-  const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
-  return (if_true & mask) | (if_false & ~mask);
-}
 inline void narrow(float value, BFloat16& out) {
   const std::uint32_t bits = float_to_bits(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
