@@ -267,8 +267,7 @@ class SparseSolver : private AssignmentState<T> {
       const Scan most = list_row(i, wanted, scratch, i + 1 < rows_ ? i + 1 : i);
       if (!(most < kLargest)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
       raise(largest, most);
-      row_hashes_[i] = State::sampled_hash(i);
-      mix(row_hashes_[i], lists_[i].size > 0 ? least_listed(i) : 0.0);
+      row_hashes_[i] = most == 0 ? State::kHashOfZeros : hash_listed(i);
     });
     largest_ = largest;
     // The slack of given duals was set before the size of the costs was known: the floors lack as much.
@@ -284,15 +283,17 @@ class SparseSolver : private AssignmentState<T> {
     return finite && (largest > kSmallest || largest == 0);
   }
 
-  // The least reduced cost of a row as it was just listed, which equal rows share.
-  double least_listed(std::int64_t row) const {
+  // A row's sampled hash and its least reduced cost as it was just listed, which equal rows share.
+  std::uint64_t hash_listed(std::int64_t row) const {
     const List& list = lists_[row];
-    Scan least = list.costs[0] - scan_v_[list.columns[0]];
+    Scan least = list.size > 0 ? list.costs[0] - scan_v_[list.columns[0]] : Scan(0);
     for (std::int64_t k = 1; k < list.size; ++k) {
       const Scan cost = list.costs[k] - scan_v_[list.columns[k]];
       least = cost < least ? cost : least;
     }
-    return static_cast<double>(least);
+    std::uint64_t hash = State::sampled_hash(row);
+    mix(hash, static_cast<double>(least));
+    return hash | 1;
   }
 
   // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.

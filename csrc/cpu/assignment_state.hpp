@@ -113,17 +113,20 @@ class AssignmentState {
     row_of_column_[column] = row;
   }
 
+  // The hash of rows that are known to be zero in every entry; no other has it.
+  static constexpr std::uint64_t kHashOfZeros = 0;
+
   // Hash of a few entries of a row, to tell most rows apart.
   std::uint64_t sampled_hash(std::int64_t row) const {
     std::uint64_t hash = 0;
     for (std::int64_t j = 0; j < columns_; j += columns_ / kSamples + 1) {
       mix(hash, static_cast<double>(widen(values_[row * columns_ + j])));
     }
-    return hash;
+    return hash | 1;
   }
 
   // Calls visit(members, count) for groups of rows that are equal in every entry, members ascending. `hashes` are the
-  // rows' sampled hashes; groups of like hashes for which skip(members, count) holds are left out unread.
+  // rows' sampled hashes, or kHashOfZeros, which spares reading them; groups of like hashes for which skip(members, count) holds are left out unread.
   template <class Skip, class Visit>
   void for_equal_rows(const Buffer<std::uint64_t>& hashes, const Skip& skip, const Visit& visit) {
     const auto refine = [this](const std::int64_t* rows, std::int64_t count) {
@@ -176,6 +179,7 @@ class AssignmentState {
         mix(hashes_[j], static_cast<double>(widen(values_[i * columns_ + j])));
       }
     }
+    for (std::int64_t j = 0; j < columns_; ++j) hashes_[j] |= 1;
     const auto in_order = [this](const std::int64_t* columns, std::int64_t count) {
       for (std::int64_t k = 1; k < count; ++k) {
         const std::int64_t row = row_of_column_[columns[k]], before = row_of_column_[columns[k - 1]];
@@ -267,6 +271,10 @@ class AssignmentState {
     for (std::int64_t begin = 0, end; begin < count; begin = end) {
       for (end = begin + 1; end < count && hashes[order[end]] == hashes[order[begin]];) ++end;
       if (end - begin == 1 || skip(order + begin, end - begin)) continue;
+      if (hashes[order[begin]] == kHashOfZeros) {
+        visit(order + begin, end - begin);
+        continue;
+      }
       refine(order + begin, end - begin);
       sort(order + begin, end - begin, [&](std::int64_t a, std::int64_t b) {
         return refined_[a] != refined_[b] ? refined_[a] < refined_[b] : a < b;
