@@ -69,7 +69,7 @@ class SparseSolver : private AssignmentState<T> {
 
  public:
   // Below this many columns reading whole rows is as fast as keeping lists.
-  static constexpr std::int64_t kLeastColumns = 640;
+  static constexpr std::int64_t kLeastColumns = 768;
 
   explicit SparseSolver(const AssignmentProblem& problem)
       : State(problem),
