@@ -575,22 +575,22 @@ class SparseSolver : private AssignmentState<T> {
 
   // One phase of Bertsekas' auction: a free row bids its best column's dual down until the second best is better by
   // epsilon. Of equal rows only the first takes part: they would outbid one another without end, and a path search finds
-  // columns for all of them at once. Returns whether all rows then have columns.
+  // columns for all of them at once. Where most rows tie there is little to spread. Returns whether all rows then
+  // have columns.
   bool auction() {
-    for (std::int64_t i = 0; i < rows_; ++i) stack_[i] = i;
-    find_bids(stack_.data(), rows_, Known::both);
-    std::int64_t count = 0;
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      if (bids_[i].second > bids_[i].first) gaps_[count++] = bids_[i].second - bids_[i].first;
-    }
-    if (count == 0) return false;
-    const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
-    row_of_column_.fill(-1);
     std::int64_t free_count = 0;
     for (std::int64_t i = rows_; i-- > 0;) {
-      column_of_row_[i] = -1;
       if (class_of_row_[i] < 0 || class_of_row_[i] == i) stack_[free_count++] = i;
     }
+    find_bids(stack_.data(), free_count, Known::both);
+    std::int64_t count = 0;
+    for (std::int64_t k = 0; k < free_count; ++k) {
+      if (bids_[k].second > bids_[k].first) gaps_[count++] = bids_[k].second - bids_[k].first;
+    }
+    if (count <= free_count / 2) return false;
+    const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
+    row_of_column_.fill(-1);
+    for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
     const bool all_bid = free_count == rows_;
     // The first bid of a block is never stale: every block makes one.
     for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0;) {
