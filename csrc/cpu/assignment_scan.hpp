@@ -244,7 +244,7 @@ class RowScanner {
     Vector least[kVectorsPerBlock];
     for (Vector& part : least) part = kInfinite - Vector{};
     for (std::int64_t block = begin; block < end; ++block) {
-      __builtin_prefetch(upcoming_ + block * 64);
+      __builtin_prefetch(upcoming_ + block * 64, 0, 2);  // the first level has no room for two rows
       for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
         const std::int64_t j = block * kBlock + part * kVectorLanes;
         const Vector values = *reinterpret_cast<const Unaligned*>(values_ + j);
