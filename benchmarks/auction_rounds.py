@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import families
-from mudsc_fast.kernels.cuda import assignment
+from mudsc_fast.kernels.cuda import _device, assignment
 
 SIZES = tuple(map(int, os.environ.get("MUDSC_BENCHMARK_SIZES", "1024,2048,4096,8192,16384").split(",")))
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted", "integer_ties")
@@ -40,7 +40,7 @@ class HostProblem(assignment._LargeProblem):
     def __init__(self, values: Tensor, simulator: Any) -> None:
         self.values = values
         self.rows, self.columns = values.shape
-        self.matrix = (values.data_ptr(), self.rows, True, THREADS)
+        self.matrix = (_device.SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, True)
         self.where = {}
         self.simulator = simulator
         # What the searches need of the extension.
@@ -48,8 +48,9 @@ class HostProblem(assignment._LargeProblem):
         self.solver: TimedSolver | None = None
         self.counts: tuple[int, int, int] = (0, 0, 0)
 
-    def _list_rows(self, matrix: tuple[Any, ...], **request: int) -> None:
-        self.simulator.list_rows(*matrix, **request)
+    def _list_rows(self, matrix: tuple[int, int, int, int, bool], **request: int) -> None:
+        _, address, n, _, maximize = matrix
+        self.simulator.list_rows(address, n, maximize, THREADS, **request)
 
     def _timed_solver(self, *arguments: Any) -> TimedSolver:
         self.solver = TimedSolver(self.simulator.PathSolver(*arguments))

@@ -53,6 +53,7 @@ bool ListAuction::run() {
   }
   if (!waiting_.empty() && bids_left_ > 0 && requests_left_-- > 0) {
     for (const std::int32_t row : waiting_) matching_.ask(row, 2);
+    matching_.ask_for_worn_lists();
     return false;
   }
   matching_.unassign_all();
@@ -107,8 +108,6 @@ void RowReduction::begin_pass() {
 
 // Single rows first: what equal rows do at once they do to many others.
 bool RowReduction::run_pass() {
-  free_rows_.swap(waiting_rows_);
-  free_classes_.swap(waiting_classes_);
   while (!free_rows_.empty() || !free_classes_.empty()) {
     if (!free_rows_.empty()) {
       const std::int32_t row = free_rows_.back();
@@ -121,14 +120,17 @@ bool RowReduction::run_pass() {
       if (class_steps_left_-- > 0) reduce_class(first);
     }
   }
-  const bool waits = !waiting_rows_.empty() || !waiting_classes_.empty();
-  if (waits && requests_left_-- > 0) {
-    for (const std::int32_t row : waiting_rows_) matching_.ask(row, 2);
-    for (const std::int32_t first : waiting_classes_) matching_.ask(first, 2 * matching_.classes.size(first));
+  free_rows_.swap(waiting_rows_);
+  free_classes_.swap(waiting_classes_);
+  if (free_rows_.empty() && free_classes_.empty()) return true;
+  if (requests_left_-- > 0) {
+    for (const std::int32_t row : free_rows_) matching_.ask(row, 2);
+    for (const std::int32_t first : free_classes_) matching_.ask(first, 2 * matching_.classes.size(first));
+    matching_.ask_for_worn_lists();
     return false;
   }
-  waiting_rows_.clear();
-  waiting_classes_.clear();
+  free_rows_.clear();
+  free_classes_.clear();
   return true;
 }
 

@@ -49,6 +49,12 @@ struct List {
     }
     return best;
   }
+
+  // Whether so many entries are the row's least ones still.
+  bool tells(std::int64_t count, const std::vector<double>& duals) const {
+    for (const Entry* entry = begin(); entry != end() && count > 0; ++entry) count -= entry->reduced(duals) <= floor;
+    return count == 0 || floor == kInfinity;
+  }
 };
 
 // One list for each row; equal rows share that of the first.

@@ -108,6 +108,15 @@ struct Matching {
     requests.add(classes.first(row), length);
   }
 
+  // Asks for all lists that will soon tell no more.
+  void ask_for_worn_lists() {
+    for (std::int32_t i = 0; i < rows; ++i) {
+      if (classes.is_first(i) && !lists[i].tells(kEntriesLeft, v)) ask(i, 0);
+    }
+  }
+
+  static constexpr std::int64_t kEntriesLeft = 16;
+
   std::int64_t rows, columns;
   std::int64_t wanted;  // entries of a list at least
   std::vector<double> v, u;

@@ -13,11 +13,18 @@
 namespace mudsc::cuda {
 namespace {
 
+// How much longer a list is made that is not worn.
+constexpr std::int64_t kGrowth = 4;
+constexpr std::int32_t kFloor = -1;
+
 struct Event {
   double distance;
-  std::int64_t what;  // a column, or the number of columns + a row whose floor is reached
+  std::int32_t what;  // a column; below 0 where a row's floor is reached
 };
-bool later(const Event& a, const Event& b) { return a.distance > b.distance; }
+// At one distance floors come last: it may be that a free column is nearer than what is not listed, or as near.
+bool later(const Event& a, const Event& b) {
+  return a.distance != b.distance ? a.distance > b.distance : a.what < b.what;
+}
 
 // A column in the search that wrote its stamp: twice the search's number, and one more once its distance is final.
 struct Reached {
@@ -34,8 +41,7 @@ class PathSearch {
         free_rows_(std::move(free_rows)),
         reached_(matching.columns),
         row_distance_(matching.rows),
-        class_seen_(matching.rows, 0),
-        listed_at_(matching.rows, -1) {}
+        class_seen_(matching.rows, 0) {}
 
   // Matches what the lists allow; false if rows are left.
   bool run() {
@@ -44,6 +50,7 @@ class PathSearch {
       if (!augment(row)) left.push_back(row);
     }
     free_rows_ = std::move(left);
+    if (!free_rows_.empty()) matching_.ask_for_worn_lists();
     return free_rows_.empty();
   }
 
@@ -52,12 +59,23 @@ class PathSearch {
     return row_distance_[row] + std::max(0.0, matching_.list_of(row).floor - matching_.u[row]);
   }
 
-  void push(double distance, std::int64_t what) {
+  void push(double distance, std::int32_t what) {
     heap_.push_back({distance, what});
     std::push_heap(heap_.begin(), heap_.end(), later);
   }
 
+  double next_distance() const {
+    if (!nearest_.empty()) return reached_[nearest_.back()].distance;
+    return heap_.empty() ? kInfinity : heap_.front().distance;
+  }
+
+  // What is no farther than the row it was reached from, as in matrices full of ties, comes before all of the heap.
   Event pop() {
+    if (!nearest_.empty()) {
+      const std::int32_t column = nearest_.back();
+      nearest_.pop_back();
+      return {reached_[column].distance, column};
+    }
     const Event event = heap_.front();
     std::pop_heap(heap_.begin(), heap_.end(), later);
     heap_.pop_back();
@@ -85,17 +103,20 @@ class PathSearch {
       if (matching_.row_of_column[entry.column] < 0) {
         sink_distance_ = distance;
         sink_ = entry.column;
+      } else if (distance == reached) {
+        nearest_.push_back(entry.column);
       } else {
         push(distance, entry.column);
       }
     }
     const double floor = floor_distance(row);
-    if (floor < sink_distance_) push(floor, matching_.columns + row);
+    if (floor < sink_distance_) push(floor, kFloor);
   }
 
   void begin(std::int32_t root) {
     ++search_;
     heap_.clear();
+    nearest_.clear();
     tree_rows_.clear();
     relaxed_rows_.clear();
     tree_columns_.clear();
@@ -108,36 +129,34 @@ class PathSearch {
   // before that.
   bool augment(std::int32_t root) {
     begin(root);
-    while (!heap_.empty() && heap_.front().distance < sink_distance_) {
+    while (next_distance() < sink_distance_) {
       const Event event = pop();
-      if (event.what >= matching_.columns) {
+      if (event.what == kFloor) {
         ask_for_lists();
         return false;
       }
       Reached& column = reached_[event.what];
       if (column.stamp > 2 * search_ || event.distance > column.distance) continue;
       ++column.stamp;
-      tree_columns_.push_back(static_cast<std::int32_t>(event.what));
+      tree_columns_.push_back(event.what);
       relax(matching_.row_of_column[event.what], event.distance);
     }
     exchange(root);
     return true;
   }
 
-  // Asks for the lists of all rows of the tree that can end before the nearest free column known. A row that no path
-  // was found since it was listed must show more.
+  // Asks for the lists of all rows of the tree that can end before the nearest free column known. A list that would be much
+  // the same must show more.
   void ask_for_lists() {
     for (const std::int32_t row : relaxed_rows_) {
       if (floor_distance(row) >= sink_distance_) continue;
-      const std::int32_t first = matching_.classes.first(row);
-      const std::int64_t size = listed_at_[first] == paths_ ? 2 * matching_.lists[first].size : 0;
-      matching_.ask(row, std::max<std::int64_t>(size, 2 * matching_.classes.size(first)));
-      listed_at_[first] = paths_;
+      const List& list = matching_.list_of(row);
+      const std::int64_t needed = list.tells(list.size / 2, matching_.v) ? kGrowth * list.size : 0;
+      matching_.ask(row, std::max(needed, 2 * matching_.classes.size(matching_.classes.first(row))));
     }
   }
 
   void exchange(std::int32_t root) {
-    ++paths_;
     for (const std::int32_t row : tree_rows_) matching_.u[row] += sink_distance_ - row_distance_[row];
     for (const std::int32_t column : tree_columns_) matching_.v[column] -= sink_distance_ - reached_[column].distance;
     for (std::int64_t column = sink_;;) {
@@ -151,13 +170,14 @@ class PathSearch {
 
   Matching& matching_;
   std::vector<std::int32_t> free_rows_;
-  std::int64_t paths_ = 0, search_ = 0;
+  std::int64_t search_ = 0;
   // Of one search; stamps tell what belongs to it.
   std::vector<Reached> reached_;
   std::vector<double> row_distance_;
-  std::vector<std::int64_t> class_seen_, listed_at_;  // the latter: how many paths had been found
+  std::vector<std::int64_t> class_seen_;
   std::vector<std::int32_t> tree_rows_, relaxed_rows_, tree_columns_;
   std::vector<Event> heap_;
+  std::vector<std::int32_t> nearest_;  // columns
   std::int32_t sink_ = -1;
   double sink_distance_ = kInfinity;
 };
