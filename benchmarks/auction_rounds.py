@@ -102,7 +102,7 @@ class TimedSolver:
         requested = self._solver.advance()
         self.seconds += time.perf_counter() - begin
         if self.requests >= 0:
-            self.relisted += sum(len(rows) for _, rows in requested)
+            self.relisted += sum(count for _, count in requested)
         self.requests += bool(requested)
         return requested
 

@@ -146,12 +146,17 @@ void register_paths(py::module_& module) {
           py::arg("column_of_row"), py::arg("epsilon"))
       .def("advance",
            [](cuda::PathSolver& solver) {
-             std::vector<std::pair<std::int64_t, std::vector<std::int32_t>>> requests;
+             std::vector<std::pair<std::int64_t, std::size_t>> requests;  // entries wanted, and of how many rows
              {
                const py::gil_scoped_release released;
-               for (const cuda::RowsToList& group : solver.advance()) requests.emplace_back(group.wanted, group.rows);
+               for (const cuda::RowsToList& group : solver.advance()) requests.emplace_back(group.wanted, group.rows.size());
              }
              return requests;
+           })
+      .def("copy_requested_rows",
+           [](const cuda::PathSolver& solver, std::size_t request, std::uintptr_t out) {
+             const std::vector<std::int32_t>& rows = solver.requests()[request].rows;
+             std::copy(rows.begin(), rows.end(), pointer<std::int32_t>(out));
            })
       .def("copy_duals",
            [](const cuda::PathSolver& solver, std::uintptr_t out, std::int64_t columns) {

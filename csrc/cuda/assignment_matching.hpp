@@ -1,6 +1,7 @@
 // What the steps of the host's search share: duals and pairs so far, lists, equal rows, and what the device is asked for.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -111,11 +112,9 @@ struct Matching {
   // Asks for all lists that will soon tell no more.
   void ask_for_worn_lists() {
     for (std::int32_t i = 0; i < rows; ++i) {
-      if (classes.is_first(i) && !lists[i].tells(kEntriesLeft, v)) ask(i, 0);
+      if (classes.is_first(i) && !lists[i].tells(wanted / 2, v)) ask(i, 0);
     }
   }
-
-  static constexpr std::int64_t kEntriesLeft = 16;
 
   std::int64_t rows, columns;
   std::int64_t wanted;  // entries of a list at least

@@ -13,8 +13,9 @@
 namespace mudsc::cuda {
 namespace {
 
-// How much longer a list is made that is not worn.
+// How much longer than at first a list is made that ended a search, and how much longer than before if it is not worn.
 constexpr std::int64_t kGrowth = 4;
+constexpr std::int64_t kRowsInVain = 1;  // for each row
 constexpr std::int32_t kFloor = -1;
 
 struct Event {
@@ -43,15 +44,17 @@ class PathSearch {
         row_distance_(matching.rows),
         class_seen_(matching.rows, 0) {}
 
-  // Matches what the lists allow; false if rows are left.
-  bool run() {
+  // Matches what the lists allow, as long as searches do not fail one after another: they would meet the same rows.
+  void run() {
     std::vector<std::int32_t> left;
+    std::int64_t in_vain = 0;  // rows of trees that came to nothing
     for (const std::int32_t row : free_rows_) {
-      if (!augment(row)) left.push_back(row);
+      if (in_vain <= kRowsInVain * matching_.rows && augment(row)) continue;
+      left.push_back(row);
+      in_vain += static_cast<std::int64_t>(tree_rows_.size());
     }
     free_rows_ = std::move(left);
     if (!free_rows_.empty()) matching_.ask_for_worn_lists();
-    return free_rows_.empty();
   }
 
  private:
@@ -151,7 +154,7 @@ class PathSearch {
     for (const std::int32_t row : relaxed_rows_) {
       if (floor_distance(row) >= sink_distance_) continue;
       const List& list = matching_.list_of(row);
-      const std::int64_t needed = list.tells(list.size / 2, matching_.v) ? kGrowth * list.size : 0;
+      const std::int64_t needed = list.tells(list.size / 2, matching_.v) ? kGrowth * list.size : kGrowth * matching_.wanted;
       matching_.ask(row, std::max(needed, 2 * matching_.classes.size(matching_.classes.first(row))));
     }
   }
@@ -194,19 +197,18 @@ class PathSolver::Steps {
     auction_.emplace(matching, column_of_row, epsilon);
   }
 
-  const std::vector<RowsToList>& advance() {
+  void advance() {
     matching.requests.clear();
     if (!listed_) {
       for (std::int32_t i = 0; i < matching.rows; ++i) {
         if (matching.classes.is_first(i)) matching.ask(i, 0);
       }
       listed_ = true;
-      return matching.requests.groups();
+      return;
     }
     if (auction_ && auction_->run()) auction_.reset();
     if (!auction_ && !paths_ && reduction_.run()) paths_.emplace(matching, reduction_.left());
     if (paths_) paths_->run();
-    return matching.requests.groups();
   }
 
   Matching matching;
@@ -227,7 +229,12 @@ void PathSolver::continue_auction(const std::int32_t* column_of_row, double epsi
   steps_->continue_auction(column_of_row, epsilon);
 }
 
-const std::vector<RowsToList>& PathSolver::advance() { return steps_->advance(); }
+const std::vector<RowsToList>& PathSolver::advance() {
+  steps_->advance();
+  return requests();
+}
+
+const std::vector<RowsToList>& PathSolver::requests() const { return steps_->matching.requests.groups(); }
 
 void PathSolver::set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity,
                            const std::int32_t* columns, const float* costs, const std::int32_t* sizes,

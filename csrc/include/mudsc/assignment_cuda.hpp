@@ -96,6 +96,7 @@ class PathSolver {
   // Matches what the lists allow. Returns the rows whose lists must be made of the duals of now before it can go on; none
   // when done.
   const std::vector<RowsToList>& advance();
+  const std::vector<RowsToList>& requests() const;  // the same again
   // Takes lists that assignment_list made.
   void set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity, const std::int32_t* columns,
                  const float* costs, const std::int32_t* sizes, const double* floors);

@@ -20,8 +20,10 @@ MOST_ROUNDS = 1000
 MOST_BIDS = 32
 #: What a bid adds to the distance between best and second best, as a share of that distance's median.
 EPSILON_SHARE = 0.2
-#: Entries of a row's first list.
+#: Least number of entries of a row's list.
 WANTED = 32
+#: Longer lists, which a block collects in shared memory, are whole rows instead.
+LONGEST_LIST = 8192
 #: Magnitudes that sums in float32 can hold, as for the kernels on the CPU.
 LARGEST, SMALLEST = 1e35, 1e-28
 
@@ -187,8 +189,10 @@ class _LargeProblem:
         while requests := solver.advance():
             solver.copy_duals(on_host.data_ptr(), self.columns)
             duals = on_host.to(self.values.device)
-            for wanted, rows in requests:
-                self._list(solver, torch.tensor(rows, dtype=torch.int32), duals, wanted)
+            for request, (wanted, count) in enumerate(requests):
+                rows = torch.empty(count, dtype=torch.int32)
+                solver.copy_requested_rows(request, rows.data_ptr())
+                self._list(solver, rows, duals, wanted)
         solver.copy_duals(on_host.data_ptr(), self.columns)
         column_of_row = torch.empty(self.rows, dtype=torch.int64)
         solver.copy_column_of_row(column_of_row.data_ptr(), self.rows)
@@ -198,7 +202,8 @@ class _LargeProblem:
         """Make the lists of [count] rows and give them to the solver."""
         on_device = rows.to(self.values.device)
         count = len(rows)
-        capacity = self.columns if 4 * wanted >= self.columns else 2 * wanted
+        whole = 4 * wanted >= self.columns or 2 * wanted > LONGEST_LIST
+        capacity = self.columns if whole else 2 * wanted
         lists = {
             "columns": self._empty(count, capacity, dtype=torch.int32),
             "costs": self._empty(count, capacity, dtype=torch.float32),
