@@ -45,9 +45,10 @@ class RowReduction {
   // What is to take a step, and what waits for a list.
   std::vector<std::int32_t> free_rows_, waiting_rows_, free_classes_, waiting_classes_;
   std::vector<char> class_is_free_;
-  std::vector<std::int32_t> left_columns_;  // those of a class, when it takes a step
-  std::vector<double> reduced_;           // costs of a list, when its class takes a step
-  std::vector<const Entry*> best_, tied_;  // entries of it below the price of the next best, and at it
+  // Of a class that takes a step: columns it had, what those of its list cost, and those below the next best and at it.
+  std::vector<std::int32_t> left_columns_;
+  std::vector<double> reduced_;
+  std::vector<const Entry*> best_, tied_;
 };
 
 }  // namespace mudsc::cuda
