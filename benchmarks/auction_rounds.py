@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 import families
-from mudsc_fast.kernels.cuda import assignment
+from mudsc_fast.kernels.cuda import _device, assignment
 
 SIZES = tuple(map(int, os.environ.get("MUDSC_BENCHMARK_SIZES", "1024,2048,4096,8192,16384").split(",")))
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted", "integer_ties")
 #: Wider perceptrons take minutes to train.
 LARGEST_TRAINED = 2048
+#: In a block of the kernel that makes lists.
+THREADS = 256
 COLUMNS = ("n", "family", "rounds", "bids", "reads", "small", "left", "lists", "relisted", "host ms")
 
 
@@ -37,14 +40,25 @@ class HostProblem(assignment._LargeProblem):
     def __init__(self, values: Tensor, simulator: Any) -> None:
         self.values = values
         self.rows, self.columns = values.shape
-        self.cuda = simulator
-        self.requests = self.relisted = 0
-        self.seconds = 0.0
+        self.matrix = (_device.SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, True)
+        self.where = {}
+        self.simulator = simulator
+        # What the searches need of the extension.
+        self.cuda = SimpleNamespace(assignment_list=self._list_rows, PathSolver=self._timed_solver)
+        self.solver: TimedSolver | None = None
         self.counts: tuple[int, int, int] = (0, 0, 0)
+
+    def _list_rows(self, matrix: tuple[int, int, int, int, bool], **request: int) -> None:
+        _, address, n, _, maximize = matrix
+        self.simulator.list_rows(address, n, maximize, THREADS, **request)
+
+    def _timed_solver(self, *arguments: Any) -> TimedSolver:
+        self.solver = TimedSolver(self.simulator.PathSolver(*arguments))
+        return self.solver
 
     def bid(self, prices: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         column_of_row = torch.empty(self.rows, dtype=torch.int32)
-        self.counts = self.cuda.auction_rounds(
+        self.counts = self.simulator.auction_rounds(
             self.values.data_ptr(),
             self.rows,
             True,
@@ -67,50 +81,18 @@ class HostProblem(assignment._LargeProblem):
         median = torch.where(gaps > 0, gaps, torch.nan).nanmedian()
         return (assignment.EPSILON_SHARE * median.nan_to_num(0.0)).reshape(1)
 
-    def _list(self, solver: Any, requested: list[int] | None, duals: Tensor, wanted: int) -> None:
-        rows = torch.arange(self.rows) if requested is None else torch.tensor(requested)
-        if requested is not None:
-            self.requests += 1
-            self.relisted += len(rows)
-        capacity = self.columns if 4 * wanted >= self.columns else 2 * wanted
-        for part in rows.split(1024):
-            chosen = self.values[part]
-            reduced = -chosen.double() - duals
-            least = reduced.topk(min(wanted + 1, self.columns), largest=False)
-            columns = torch.zeros(len(part), capacity, dtype=torch.int32)
-            costs = torch.zeros(len(part), capacity)
-            size = min(wanted, self.columns)
-            columns[:, :size] = least.indices[:, :size]
-            costs[:, :size] = -chosen.gather(1, least.indices[:, :size])
-            floors = (
-                least.values[:, -1].contiguous()
-                if size < self.columns
-                else torch.full((len(part),), torch.inf).double()
-            )
-            sizes = torch.full((len(part),), size, dtype=torch.int32)
-            numbers = part.int()
-            begin = time.perf_counter()
-            solver.set_lists(
-                rows=numbers.data_ptr(),
-                count=len(part),
-                capacity=capacity,
-                columns=columns.data_ptr(),
-                costs=costs.data_ptr(),
-                sizes=sizes.data_ptr(),
-                floors=floors.data_ptr(),
-            )
-            self.seconds += time.perf_counter() - begin
-
     def certify(self, duals: Tensor, column_of_row: Tensor) -> tuple[Tensor, Tensor]:
         least = torch.cat([(-part.double() - duals).amin(1) for part in self.values.split(1024)])
         return least, -self.values[torch.arange(self.rows), column_of_row].double()
 
 
 class TimedSolver:
-    """A path solver that adds up the time of its searches."""
+    """A path solver that adds up the time it takes, and what it asks for after the first lists."""
 
-    def __init__(self, solver: Any, problem: HostProblem) -> None:
-        self._solver, self._problem = solver, problem
+    def __init__(self, solver: Any) -> None:
+        self._solver = solver
+        self.requests, self.relisted = -1, 0
+        self.seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._solver, name)
@@ -118,24 +100,26 @@ class TimedSolver:
     def advance(self) -> Any:
         begin = time.perf_counter()
         requested = self._solver.advance()
-        self._problem.seconds += time.perf_counter() - begin
+        self.seconds += time.perf_counter() - begin
+        if self.requests >= 0:
+            self.relisted += sum(count for _, count in requested)
+        self.requests += bool(requested)
         return requested
+
+    def set_lists(self, **lists: int) -> None:
+        begin = time.perf_counter()
+        self._solver.set_lists(**lists)
+        self.seconds += time.perf_counter() - begin
 
 
 def measure(n: int, family: str, matrix: Tensor, simulator: Any) -> str:
     problem = HostProblem(matrix, simulator)
-    problem.cuda = type(
-        "Timed",
-        (),
-        {
-            "auction_rounds": simulator.auction_rounds,
-            "PathSolver": lambda *arguments: TimedSolver(simulator.PathSolver(*arguments), problem),
-        },
-    )
     prices = torch.zeros(n)
     epsilon = problem.inspect(prices)
     pairs, _ = problem.bid(prices, epsilon)
     column_of_row, duals = problem.find_paths(-prices.double(), pairs, float(epsilon))
+    solver = problem.solver
+    assert solver is not None
     least, paired = problem.certify(duals, column_of_row)
     gap = float((paired - duals[column_of_row] - least).sum())
     assert len(column_of_row.unique()) == n
@@ -149,9 +133,9 @@ def measure(n: int, family: str, matrix: Tensor, simulator: Any) -> str:
         f"{bids / n:.1f}",
         f"{small / max(1, rounds):.2f}",
         int((pairs < 0).sum()),
-        problem.requests,
-        problem.relisted,
-        f"{1000 * problem.seconds:.1f}",
+        solver.requests,
+        solver.relisted,
+        f"{1000 * solver.seconds:.1f}",
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -121,11 +121,12 @@ void register_large(py::module_& module) {
 
 void register_paths(py::module_& module) {
   py::class_<cuda::PathSolver>(module, "PathSolver")
-      .def(py::init([](std::int64_t rows, std::int64_t columns, std::uintptr_t duals, std::uintptr_t class_of_row) {
+      .def(py::init([](std::int64_t rows, std::int64_t columns, std::uintptr_t duals, std::uintptr_t class_of_row,
+                       std::int64_t wanted) {
              return std::make_unique<cuda::PathSolver>(rows, columns, pointer<const double>(duals),
-                                                       pointer<const std::int32_t>(class_of_row));
+                                                       pointer<const std::int32_t>(class_of_row), wanted);
            }),
-           py::arg("rows"), py::arg("columns"), py::arg("duals"), py::arg("class_of_row"))
+           py::arg("rows"), py::arg("columns"), py::arg("duals"), py::arg("class_of_row"), py::arg("wanted"))
       .def(
           "set_lists",
           [](cuda::PathSolver& solver, std::uintptr_t rows, std::int64_t count, std::int64_t capacity,
@@ -143,8 +144,20 @@ void register_paths(py::module_& module) {
             solver.continue_auction(pointer<const std::int32_t>(column_of_row), epsilon);
           },
           py::arg("column_of_row"), py::arg("epsilon"))
-      .def("advance", &cuda::PathSolver::advance, py::call_guard<py::gil_scoped_release>())
-      .def("wanted", &cuda::PathSolver::wanted)
+      .def("advance",
+           [](cuda::PathSolver& solver) {
+             std::vector<std::pair<std::int64_t, std::size_t>> requests;  // entries wanted, and of how many rows
+             {
+               const py::gil_scoped_release released;
+               for (const cuda::RowsToList& group : solver.advance()) requests.emplace_back(group.wanted, group.rows.size());
+             }
+             return requests;
+           })
+      .def("copy_requested_rows",
+           [](const cuda::PathSolver& solver, std::size_t request, std::uintptr_t out) {
+             const std::vector<std::int32_t>& rows = solver.requests()[request].rows;
+             std::copy(rows.begin(), rows.end(), pointer<std::int32_t>(out));
+           })
       .def("copy_duals",
            [](const cuda::PathSolver& solver, std::uintptr_t out, std::int64_t columns) {
              std::copy_n(solver.duals(), columns, pointer<double>(out));

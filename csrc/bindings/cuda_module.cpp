@@ -7,6 +7,7 @@
 
 #if defined(MUDSC_CUDA_SIMULATOR)
 #include "auction_rounds.hpp"
+#include "row_lists.hpp"
 #include "simulator.hpp"
 #endif
 
@@ -27,6 +28,21 @@ void register_simulator(py::module_& module) {
                                  pointer<float>(prices), pointer<std::int32_t>(column_of_row));
     return std::make_tuple(counts.rounds, counts.bids, counts.small_rounds);
   });
+  module.def(
+      "list_rows",
+      [](std::uintptr_t values, std::int64_t n, bool maximize, std::int64_t threads, std::uintptr_t rows,
+         std::int64_t count, std::uintptr_t duals, std::int64_t wanted, std::int64_t capacity, std::uintptr_t columns,
+         std::uintptr_t costs, std::uintptr_t sizes, std::uintptr_t floors) {
+        const cuda::LargeProblem problem{pointer<const void>(values), ScalarType::float32, n, n, maximize};
+        const cuda::ListRequest request{pointer<const std::int32_t>(rows), count, pointer<const double>(duals), wanted,
+                                        capacity, pointer<std::int32_t>(columns), pointer<float>(costs),
+                                        pointer<std::int32_t>(sizes), pointer<double>(floors)};
+        const py::gil_scoped_release released;
+        cuda_sim::list_rows(problem, request, threads);
+      },
+      py::arg("values"), py::arg("n"), py::arg("maximize"), py::arg("threads"), py::kw_only(), py::arg("rows"),
+      py::arg("count"), py::arg("duals"), py::arg("wanted"), py::arg("capacity"), py::arg("columns"), py::arg("costs"),
+      py::arg("sizes"), py::arg("floors"));
   register_simulator_checks(module);
 }
 #endif

@@ -15,6 +15,8 @@ from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import assignment as cuda
 
+#: Of a block of csrc/cuda/assignment_large.cu in the simulator.
+SIMULATED_THREADS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -137,6 +139,52 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
             assert torch.equal(simulated, prices)
             assert torch.equal(pairs, column_of_row)
             assert counts.tolist() == list(rounds[:2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wanted", [4, 40, 100])
+def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int) -> None:
+    """The kernel and csrc/cuda_sim/row_lists.cpp agree to the bit, among ties too."""
+    rows = 90
+    values = matrix(family, rows, rows, 4).float()
+    duals = -torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    duals[values.sum(0) == 0] = 0.0
+    numbers = torch.arange(rows - 1, -1, -1, dtype=torch.int32)
+    capacity = rows if 2 * wanted >= rows else 2 * wanted
+    request = {"rows": numbers.data_ptr(), "count": rows, "duals": duals.data_ptr()}
+    request |= {"wanted": wanted, "capacity": capacity}
+    made = []
+    with _device.launching_on(values.device) as launch:
+        problem = cuda._LargeProblem(values, True, launch)
+        for lister, arguments in (
+            (simulator.assignment_list, (problem.matrix,)),
+            (simulator.list_rows, (values.data_ptr(), rows, True, SIMULATED_THREADS)),
+        ):
+            lists = {
+                "columns": torch.full((rows, capacity), -1, dtype=torch.int32),
+                "costs": torch.zeros(rows, capacity),
+                "sizes": torch.zeros(rows, dtype=torch.int32),
+                "floors": torch.zeros(rows, dtype=torch.float64),
+            }
+            where = launch._asdict() if lister == simulator.assignment_list else {}
+            lister(*arguments, **request, **{name: tensor.data_ptr() for name, tensor in lists.items()}, **where)
+            made.append(lists)
+    for name, kernel in made[0].items():
+        assert torch.equal(kernel, made[1][name]), name
+
+
+def test_simulated_large_classes_and_paths_in_vain(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many equal rows whose best columns tie, and a price war that ends in path searches."""
+    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "WANTED", 4)
+    simulator.set_seed(1)
+    generator = torch.Generator().manual_seed(0)
+    equal = torch.randn(6, 120, generator=generator).round()[torch.randint(0, 6, (120,), generator=generator)]
+    rank_one = torch.randn(120, 1, generator=generator) * torch.randn(120, generator=generator)
+    for values in (equal, equal.T.contiguous(), rank_one):
+        found, wanted = (module.solve(values[None], True, None, 0.0) for module in (cuda, cpu))
+        assert float(found.objective) == pytest.approx(float(wanted.objective), rel=1e-12)
+        check_proof(values.double(), found, True)
 
 
 @pytest.mark.gpu

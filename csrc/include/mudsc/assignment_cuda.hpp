@@ -75,31 +75,37 @@ void assignment_list(const LargeProblem& problem, const ListRequest& request, St
 void assignment_certify(const LargeProblem& problem, const double* duals, const std::int64_t* column_of_row,
                         double* least, double* paired, Stream stream);
 
-// Shortest augmenting paths on lists, on the host; see assignment_paths.cpp.
+// Rows, each of them the first of its equals, and how many entries at least their lists should have.
+struct RowsToList {
+  std::int64_t wanted;
+  std::vector<std::int32_t> rows;
+};
+
+// The last bids and shortest augmenting paths on lists, on the host; see assignment_bids.cpp and assignment_paths.cpp.
 class PathSolver {
  public:
   // `duals` are those of the columns; 0 for problems of more columns than rows. `class_of_row` is the first row that equals
-  // a row in every entry.
-  PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row);
+  // a row in every entry. `wanted` is how many entries lists have at first.
+  PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row,
+             std::int64_t wanted);
   ~PathSolver();
 
   // Takes over the pairs of an auction (-1 for a row without a column), to be continued on the first lists; square problems.
   void continue_auction(const std::int32_t* column_of_row, double epsilon);
 
-  // Takes the lists of `count` rows that assignment_list made of the duals of now: those of all rows at first (null), then
-  // those that were asked for.
+  // Matches what the lists allow. Returns the rows whose lists must be made of the duals of now before it can go on; none
+  // when done.
+  const std::vector<RowsToList>& advance();
+  const std::vector<RowsToList>& requests() const;  // the same again
+  // Takes lists that assignment_list made.
   void set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity, const std::int32_t* columns,
                  const float* costs, const std::int32_t* sizes, const double* floors);
-  // Matches what the lists allow. Returns the rows whose lists must be made anew before it can go on; none when done.
-  const std::vector<std::int32_t>& advance();
-  // How many entries those lists should have at least.
-  std::int64_t wanted() const;
   const double* duals() const;
   const std::int64_t* column_of_row() const;
 
  private:
-  class Search;
-  std::unique_ptr<Search> search_;
+  class Steps;
+  std::unique_ptr<Steps> steps_;
 };
 
 }  // namespace mudsc::cuda

@@ -20,8 +20,10 @@ MOST_ROUNDS = 1000
 MOST_BIDS = 32
 #: What a bid adds to the distance between best and second best, as a share of that distance's median.
 EPSILON_SHARE = 0.2
-#: Entries of a row's first list.
+#: Least number of entries of a row's list.
 WANTED = 32
+#: Longer lists, which a block collects in shared memory, are whole rows instead.
+LONGEST_LIST = 8192
 #: Magnitudes that sums in float32 can hold, as for the kernels on the CPU.
 LARGEST, SMALLEST = 1e35, 1e-28
 
@@ -180,28 +182,28 @@ class _LargeProblem:
         """Return the column of each row and the columns' duals, given duals to start from and pairs of an auction."""
         on_host = duals.cpu()
         classes = self.class_of_row.cpu()
-        solver = self.cuda.PathSolver(self.rows, self.columns, on_host.data_ptr(), classes.data_ptr())
+        solver = self.cuda.PathSolver(self.rows, self.columns, on_host.data_ptr(), classes.data_ptr(), WANTED)
         if pairs is not None:
             pairs_on_host = pairs.cpu()
             solver.continue_auction(pairs_on_host.data_ptr(), epsilon)
-        requested: list[int] | None = None
-        wanted = WANTED
-        while requested is None or requested:
-            self._list(solver, requested, duals, wanted)
-            requested = solver.advance()
-            wanted = solver.wanted()
+        while requests := solver.advance():
             solver.copy_duals(on_host.data_ptr(), self.columns)
             duals = on_host.to(self.values.device)
+            for request, (wanted, count) in enumerate(requests):
+                rows = torch.empty(count, dtype=torch.int32)
+                solver.copy_requested_rows(request, rows.data_ptr())
+                self._list(solver, rows, duals, wanted)
+        solver.copy_duals(on_host.data_ptr(), self.columns)
         column_of_row = torch.empty(self.rows, dtype=torch.int64)
         solver.copy_column_of_row(column_of_row.data_ptr(), self.rows)
-        return column_of_row.to(self.values.device), duals
+        return column_of_row.to(self.values.device), on_host.to(self.values.device)
 
-    def _list(self, solver: Any, requested: list[int] | None, duals: Tensor, wanted: int) -> None:
-        """Make the lists of the requested rows, or of all, and give them to the solver."""
-        rows = None if requested is None else torch.tensor(requested, dtype=torch.int32)
-        on_device = None if rows is None else rows.to(self.values.device)
-        count = self.rows if rows is None else len(rows)
-        capacity = self.columns if 4 * wanted >= self.columns else 2 * wanted
+    def _list(self, solver: Any, rows: Tensor, duals: Tensor, wanted: int) -> None:
+        """Make the lists of [count] rows and give them to the solver."""
+        on_device = rows.to(self.values.device)
+        count = len(rows)
+        whole = 4 * wanted >= self.columns or 2 * wanted > LONGEST_LIST
+        capacity = self.columns if whole else 2 * wanted
         lists = {
             "columns": self._empty(count, capacity, dtype=torch.int32),
             "costs": self._empty(count, capacity, dtype=torch.float32),
@@ -210,7 +212,7 @@ class _LargeProblem:
         }
         self.cuda.assignment_list(
             self.matrix,
-            rows=0 if on_device is None else on_device.data_ptr(),
+            rows=on_device.data_ptr(),
             count=count,
             duals=duals.data_ptr(),
             wanted=wanted,
@@ -220,7 +222,7 @@ class _LargeProblem:
         )
         copies = {name: tensor.cpu() for name, tensor in lists.items()}
         solver.set_lists(
-            rows=0 if rows is None else rows.data_ptr(),
+            rows=rows.data_ptr(),
             count=count,
             capacity=capacity,
             **{name: tensor.data_ptr() for name, tensor in copies.items()},
