@@ -14,6 +14,7 @@ import torch.distributed
 from torch import Tensor
 
 from mudsc_fast import _checks
+from mudsc_fast.kernels._samples import SampleOrder
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.kernels.reference import correlation as reference
@@ -167,8 +168,9 @@ class CorrelationAccumulator:
             The axis of the units; negative ones count from the end.
         maps
             How the samples of the N models are re-indexed along other axes, as for
-            :func:`mudsc_fast.ops.permute_merge`. On the CPU one permutation takes no pass and no memory of its own: the
-            features are read in its order while they are centred. Other maps, and other devices, re-index first.
+            :func:`mudsc_fast.ops.permute_merge`. On the CPU one map takes no pass and no memory of its own: the
+            features are read in its order, and summed over its clusters, while they are centred. Two maps, and other
+            devices, re-index first. The result is the same.
 
         Raises
         ------
@@ -199,9 +201,10 @@ class CorrelationAccumulator:
         samples = [_Samples.of(view, checked[0].shape, axis, by_axis, model) for model, view in enumerate(views)]
         chunks = list(_chunks(*samples[0].shape, self._chunk_samples()))
         if len(chunks) == 1:  # Its means show infinities; of several chunks none may be added before all are known.
-            self._add_chunk(samples, dtype, unchecked=checked)
+            self._add_chunk(samples, dtype, lambda: _check_not_infinite(checked, by_axis))
             return
-        _check_not_infinite(checked)
+        sums = by_axis if any(_may_overflow(one, unit_map) for one in checked for unit_map in by_axis.values()) else {}
+        _check_not_infinite(checked, sums)
         for outer, inner in chunks:
             self._add_chunk([one.chunk(outer, inner) for one in samples], dtype)
 
@@ -512,8 +515,7 @@ class CorrelationAccumulator:
         if not maps:
             return True
         centred_here = feature.device.type == "cpu" and _dispatch.backend_for("correlation", "cpu") != "cuda"
-        is_one = len(maps) == 1 and all(unit_map.is_permutation for unit_map in maps.values())
-        return centred_here and is_one and feature.numel() // self._units < 2**31
+        return centred_here and len(maps) == 1 and 0 < feature.numel() // self._units < 2**31
 
     def _takes_as_they_are(self, views: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
@@ -562,8 +564,8 @@ class CorrelationAccumulator:
             in_range = [*in_range, self._in_range]
         self._in_range = torch.stack(in_range).all()
 
-    def _add_chunk(self, chunk: list[_Samples], dtype: torch.dtype, unchecked: Sequence[Tensor] = ()) -> None:
-        """Add some samples of each model; `unchecked` are the same features, if they may be infinite."""
+    def _add_chunk(self, chunk: list[_Samples], dtype: torch.dtype, check: Callable[[], None] = lambda: None) -> None:
+        """Add some samples of each model; `check` raises if they are infinite, and is called where they might be."""
         center = _dispatch.choose(
             "correlation",
             self._mean.device,
@@ -574,8 +576,8 @@ class CorrelationAccumulator:
         memory = [workspace.empty(f"centered {model}", numbers, dtype, device) for model in range(len(chunk))]
         results = [center(one.view, m, one.outer, one.inner) for one, m in zip(chunk, memory, strict=True)]
         centered, means, squares = zip(*results, strict=True)
-        if unchecked and not all(bool(mean.isfinite().all()) for mean in means):
-            _check_not_infinite(unchecked)
+        if not all(bool(mean.isfinite().all()) for mean in means):
+            check()
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
@@ -671,12 +673,12 @@ class _Samples:
     view
         The features.
     outer, inner
-        int32 places in that axis of `view`; None for all in order.
+        The order along that axis of `view`; None for all as they are.
     """
 
     view: Tensor
-    outer: Tensor | None
-    inner: Tensor | None
+    outer: SampleOrder | None
+    inner: SampleOrder | None
 
     @classmethod
     def of(
@@ -687,12 +689,10 @@ class _Samples:
         for axis, unit_map in maps.items():
             begin, end = (0, units_axis) if axis < units_axis else (units_axis + 1, len(shape))
             before, after = math.prod(shape[begin:axis]), math.prod(shape[axis + 1 : end])
-            slices = torch.arange(before)[:, None, None] * unit_map.units_in
-            places = (slices + unit_map.index[model].to("cpu")[:, None]) * after + torch.arange(after)
             if axis < units_axis:
-                outer = places.flatten().to(torch.int32)
+                outer = _order_of(unit_map, model, before, after)
             else:
-                inner = places.flatten().to(torch.int32)
+                inner = _order_of(unit_map, model, before, after)
         return cls(view, outer, inner)
 
     @property
@@ -709,8 +709,26 @@ class _Samples:
         view = view[outer] if self.outer is None else view
         view = view[:, :, inner] if self.inner is None else view
         return _Samples(
-            view, None if self.outer is None else self.outer[outer], None if self.inner is None else self.inner[inner]
+            view,
+            None if self.outer is None else self.outer.part(outer),
+            None if self.inner is None else self.inner.part(inner),
         )
+
+
+def _order_of(unit_map: UnitMap, model: int, before: int, after: int) -> SampleOrder:
+    """Return a map of one model as the order of an axis that holds `before` x units x `after` samples."""
+    index, scale = unit_map.on_cpu
+    length = unit_map.units_in if unit_map.is_permutation else unit_map.units_out
+    places = (torch.arange(before)[:, None, None] * length + index[model][:, None]) * after + torch.arange(after)
+    if unit_map.is_permutation:
+        return SampleOrder(places.flatten().to(torch.int32))
+    samples = before * unit_map.units_out * after
+    ends = torch.bincount(places.flatten(), minlength=samples).cumsum(0, dtype=torch.int32)
+    return SampleOrder(
+        places.flatten().argsort(stable=True).to(torch.int32),
+        torch.cat([torch.zeros(1, dtype=torch.int32), ends]),
+        None if scale is None else scale[None, :, None].expand(before, -1, after).flatten(),
+    )
 
 
 def _reindexed(features: Sequence[Tensor], maps: Mapping[int, UnitMap]) -> list[Tensor]:
@@ -805,7 +823,22 @@ def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]
             yield slice(o, min(o + outer_step, outer)), slice(i, min(i + inner_step, inner))
 
 
-def _check_not_infinite(features: Sequence[Tensor]) -> None:
+def _may_overflow(features: Tensor, unit_map: UnitMap) -> bool:
+    """Return whether sums of finite features over clusters might be infinite."""
+    if unit_map.is_permutation or features.numel() == 0:
+        return False
+    least, most = features.aminmax()
+    largest = max(-float(least), float(most)) * unit_map.units_in
+    if unit_map.scale is not None:
+        largest *= max(1.0, float(unit_map.scale.abs().max()))
+    return not largest < torch.finfo(features.dtype).max
+
+
+def _check_not_infinite(features: Sequence[Tensor], maps: Mapping[int, UnitMap] | None = None) -> None:
+    """Raise if features are infinite, or would be, re-indexed by the given maps."""
+    if maps:
+        _check_not_infinite(features)  # which names places in the features as they were given
+        features = _reindexed(features, maps)
     for i, feature in enumerate(features):
         if feature.numel() == 0:
             continue
