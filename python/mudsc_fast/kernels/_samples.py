@@ -1,10 +1,30 @@
-"""What the kernels that centre features are told of the order of their samples."""
+"""What the kernels that centre features are told of the order of their samples, and what they return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Centered(NamedTuple):
+    """Features of one model as a product takes them.
+
+    Attributes
+    ----------
+    values
+        [C, samples]: the features less what may stand for their mean, of either order in memory.
+    mean, squares
+        [C] float64: each unit's mean, and the sum of squares about it.
+    rest
+        [C] float64: the sums of `values`, which a mean of the samples themselves would have made 0; None where it did.
+    """
+
+    values: Tensor
+    mean: Tensor
+    squares: Tensor
+    rest: Tensor | None = None
 
 
 @dataclass(frozen=True)

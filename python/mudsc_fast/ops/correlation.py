@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from mudsc_fast import _checks
-from mudsc_fast.kernels._samples import SampleOrder
+from mudsc_fast.kernels._samples import Centered, SampleOrder
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.kernels.reference import correlation as reference
@@ -32,6 +33,8 @@ Precision = Literal["float32", "bfloat16"]
 #: fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
+
+_TRITON = find_spec("triton") is not None
 
 _OUT_OF_RANGE = "features must be finite, and the sums of their squares float32, got others in an earlier update"
 
@@ -514,8 +517,8 @@ class CorrelationAccumulator:
         """Return whether features need no copy in the order of `maps`: centring indexes one axis with 32 bits."""
         if not maps:
             return True
-        centred_here = feature.device.type == "cpu" and _dispatch.backend_for("correlation", "cpu") != "cuda"
-        return centred_here and len(maps) == 1 and 0 < feature.numel() // self._units < 2**31
+        centred = _dispatch.backend_for("correlation", feature.device.type) != "cuda"
+        return centred and len(maps) == 1 and 0 < feature.numel() // self._units < 2**31
 
     def _takes_as_they_are(self, views: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
@@ -569,20 +572,29 @@ class CorrelationAccumulator:
         center = _dispatch.choose(
             "correlation",
             self._mean.device,
-            {"cpu": cpu.center, "cuda": reference.center, "reference": reference.center},
+            {
+                "cpu": cpu.center,
+                # What the product of the features as they lie does not take.
+                "cuda": _center_by_triton if _TRITON and self._mean.is_cuda else reference.center,
+                "triton": _center_by_triton,
+                "reference": reference.center,
+            },
         )
         workspace, device = self._workspace or Workspace(), self._mean.device
         numbers = self._units * math.prod(chunk[0].shape)
         memory = [workspace.empty(f"centered {model}", numbers, dtype, device) for model in range(len(chunk))]
         results = [center(one.view, m, one.outer, one.inner) for one, m in zip(chunk, memory, strict=True)]
-        centered, means, squares = zip(*results, strict=True)
+        centered, means, squares, rests = zip(*results, strict=True)
         if not all(bool(mean.isfinite().all()) for mean in means):
             check()
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
         product = self._product_memory(workspace, centered[0].dtype)
-        products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
+        products = (
+            _less_rest(_product(centered[i], centered[j], product), rests[i], rests[j], centered[i].shape[1])
+            for i, j in self._pairs()
+        )
         with _products_in(self._precision):
             self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
 
@@ -631,7 +643,12 @@ class CorrelationAccumulator:
         return _dispatch.choose(
             "correlation",
             self._mean.device,
-            {"cpu": cpu.accumulate, "cuda": cuda.accumulate, "reference": reference.accumulate},
+            {
+                "cpu": cpu.accumulate,
+                "cuda": cuda.accumulate,
+                "triton": reference.accumulate,
+                "reference": reference.accumulate,
+            },
         )
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
@@ -690,9 +707,9 @@ class _Samples:
             begin, end = (0, units_axis) if axis < units_axis else (units_axis + 1, len(shape))
             before, after = math.prod(shape[begin:axis]), math.prod(shape[axis + 1 : end])
             if axis < units_axis:
-                outer = _order_of(unit_map, model, before, after)
+                outer = _order_of(unit_map, model, before, after, view.device)
             else:
-                inner = _order_of(unit_map, model, before, after)
+                inner = _order_of(unit_map, model, before, after, view.device)
         return cls(view, outer, inner)
 
     @property
@@ -715,19 +732,20 @@ class _Samples:
         )
 
 
-def _order_of(unit_map: UnitMap, model: int, before: int, after: int) -> SampleOrder:
+def _order_of(unit_map: UnitMap, model: int, before: int, after: int, device: torch.device) -> SampleOrder:
     """Return a map of one model as the order of an axis that holds `before` x units x `after` samples."""
-    index, scale = unit_map.on_cpu
+    index, scale = unit_map.index[model].to(device), unit_map.scale
     length = unit_map.units_in if unit_map.is_permutation else unit_map.units_out
-    places = (torch.arange(before)[:, None, None] * length + index[model][:, None]) * after + torch.arange(after)
+    slices = torch.arange(before, device=device)[:, None, None] * length
+    places = ((slices + index[:, None]) * after + torch.arange(after, device=device)).flatten()
     if unit_map.is_permutation:
-        return SampleOrder(places.flatten().to(torch.int32))
-    samples = before * unit_map.units_out * after
-    ends = torch.bincount(places.flatten(), minlength=samples).cumsum(0, dtype=torch.int32)
+        return SampleOrder(places.to(torch.int32))
+    sample_of_member, members = places.sort(stable=True)
+    begins = torch.arange(before * unit_map.units_out * after + 1, device=device)
     return SampleOrder(
-        places.flatten().argsort(stable=True).to(torch.int32),
-        torch.cat([torch.zeros(1, dtype=torch.int32), ends]),
-        None if scale is None else scale[None, :, None].expand(before, -1, after).flatten(),
+        members.to(torch.int32),
+        torch.searchsorted(sample_of_member, begins).to(torch.int32),
+        None if scale is None else scale.to(device)[None, :, None].expand(before, -1, after).flatten(),
     )
 
 
@@ -739,8 +757,14 @@ def _reindexed(features: Sequence[Tensor], maps: Mapping[int, UnitMap]) -> list[
     ]
 
 
+def _center_by_triton(*arguments: Any) -> Centered:
+    from mudsc_fast.kernels.triton import center  # takes a second to import, for CUDA tensors only
+
+    return center.center(*arguments)
+
+
 def _correlate_by_triton(*arguments: Any) -> None:
-    from mudsc_fast.kernels.triton import correlation  # takes a second to import, for CUDA tensors only
+    from mudsc_fast.kernels.triton import correlation
 
     correlation.correlate(*arguments)
 
@@ -813,6 +837,13 @@ def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
         torch.mm(rows[first:last], columns[first:].T, out=out[first:last, first:])
         out[first:last, :first].zero_()
     return out
+
+
+def _less_rest(product: Tensor, row_rest: Tensor | None, column_rest: Tensor | None, count: int) -> Tensor:
+    """Return the product of samples about their means, given that of samples whose sums are the rests."""
+    if row_rest is None or column_rest is None:
+        return product
+    return product.addr_((row_rest / -count).to(product), column_rest.to(product))
 
 
 def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:

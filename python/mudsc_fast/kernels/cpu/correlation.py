@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core
-from mudsc_fast.kernels._samples import SampleOrder
+from mudsc_fast.kernels._samples import Centered, SampleOrder
 from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.ops import _dispatch
 
 
 def center(
     features: Tensor, memory: Tensor, outer_order: SampleOrder | None = None, inner_order: SampleOrder | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Centered:
     """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
-    The second and third results are [C] in float64: the mean, and the sum of squares of the first. The first
-    keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
+    The result keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
     tensor. The orders say which samples to take along the outer and the inner axis, all as they are if None. Where
     one sums samples, which it does as features of their dtype would hold the sums, the other is None.
     """
@@ -47,7 +46,7 @@ def center(
         mean=mean.data_ptr(),
         squares=squares.data_ptr(),
     )
-    return centered if unit_major else centered.T, mean, squares
+    return Centered(centered if unit_major else centered.T, mean, squares)
 
 
 def _addresses(order: SampleOrder | None) -> tuple[int, int, int]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mudsc_fast.kernels._samples import SampleOrder
+from mudsc_fast.kernels._samples import Centered, SampleOrder
 
 
 def center(
     features: Tensor, memory: Tensor, outer_order: SampleOrder | None = None, inner_order: SampleOrder | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Centered:
     """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
-    The second and third results are [C] in float64: the mean, and the sum of squares of the first. The orders
-    say which samples to take along the outer and the inner axis, and to sum; all as they are if None.
+    The orders say which samples to take along the outer and the inner axis, and to sum; all as they are if None.
     """
     for axis, order in ((0, outer_order), (2, inner_order)):
         if order is not None:
@@ -23,7 +22,7 @@ def center(
     units = torch.where(units.isnan(), 0.0, units)
     mean = units.mean(1)
     centered = memory.view(units.shape).copy_(units - mean[:, None])
-    return centered, mean, centered.to(torch.float64).square().sum(1)
+    return Centered(centered, mean, centered.to(torch.float64).square().sum(1))
 
 
 def _in_order(features: Tensor, axis: int, order: SampleOrder) -> Tensor:
