@@ -400,8 +400,9 @@ def test_threads_do_not_change_the_sums() -> None:
             sums, out = comoment.clone(), torch.empty(600, 600)
             cpu.accumulate(sums, product, row, row)
             cpu.correlate(sums, row, row, 5, 1e-7, out, out, None, 1.0)
-            results.append([*cpu.center(features, torch.empty(features.numel())), sums, out])
-        assert all(torch.equal(one, three) for one, three in zip(results[0][:3], results[1][:3], strict=True))
+            centered = cpu.center(features, torch.empty(features.numel()))
+            results.append([centered.values, centered.mean, centered.squares, sums, out])
+        assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

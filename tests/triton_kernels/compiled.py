@@ -138,7 +138,7 @@ def test_center(architecture: int, dtype: str, by_unit: bool, kinds: tuple[int, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("by_unit", [True, False])
 def test_shift(architecture: int, by_unit: bool, tmp_path: Path) -> None:
-    arguments = center_arguments("fp32", by_unit, (0, 2) if by_unit else (2, 0)) | {"step": "i32"}
+    arguments = center_arguments("fp32", by_unit, (0, 2) if by_unit else (2, 0)) | {"step": "i32", "total": "*fp64"}
     Compiled(center.shift_kernel, architecture, arguments, tmp_path).assert_fits(MOST_REGISTERS)
 
 

@@ -79,15 +79,15 @@ def _read(
 
 @triton.jit
 def shift_kernel(
-    features, outer_members, inner_members, starts, scale, shift, units, samples, step,
+    features, outer_members, inner_members, starts, scale, total, units, samples, step,
     inner, outer_stride, unit_stride, inner_stride,
     OUTER_KIND: tl.constexpr, INNER_KIND: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_UNITS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean of every `step`-th sample of a few units."""
+    """Write the sum of every `step`-th sample of a few units."""
     unit = tl.program_id(0) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     unit_mask = unit < units
-    total = tl.zeros([BLOCK_UNITS], tl.float64)
+    sums = tl.zeros([BLOCK_UNITS], tl.float64)
     first = 0
     while first < samples:  # not for: the interpreter of triton 3.6 counts on what numpy 2.4 no longer does
         sample = first + tl.arange(0, BLOCK_SAMPLES) * step
@@ -95,10 +95,9 @@ def shift_kernel(
             features, outer_members, inner_members, starts, scale, unit, sample, unit_mask, sample < samples,
             inner, outer_stride, unit_stride, inner_stride, OUTER_KIND, INNER_KIND, SCALED,
         )  # fmt: skip
-        total += tl.sum(values.to(tl.float64), 1)
+        sums += tl.sum(values.to(tl.float64), 1)
         first += BLOCK_SAMPLES * step
-    mean = total / ((samples + step - 1) // step)
-    tl.store(shift + unit, mean.to(shift.dtype.element_ty), mask=unit_mask)
+    tl.store(total + unit, sums, mask=unit_mask)
 
 
 @triton.jit
@@ -154,12 +153,11 @@ def center(
     summed = next((one for one in (outer_order, inner_order) if one is not None and one.starts is not None), None)
     scale = None if summed is None or summed.scale is None else summed.scale.to(_number(features.dtype))
     block_units, block_samples, parts, samples_per_part = launch_of(units, samples, unit_major, summed is not None)
-    shift = torch.empty(units, dtype=memory.dtype, device=features.device)
+    total = torch.empty(units, dtype=torch.float64, device=features.device)
     sums = torch.empty(parts, 2, units, dtype=torch.float64, device=features.device)
     source = (
         features, None if outer_order is None else outer_order.members,
-        None if inner_order is None else inner_order.members,
-        None if summed is None else summed.starts, scale, shift,
+        None if inner_order is None else inner_order.members, None if summed is None else summed.starts, scale,
     )  # fmt: skip
     options = {
         "OUTER_KIND": kinds[0], "INNER_KIND": kinds[1], "SCALED": scale is not None,
@@ -169,9 +167,10 @@ def center(
     strides = (inner, *features.stride())
     tiles = triton.cdiv(units, block_units)
     with torch.cuda.device_of(features):
-        shift_kernel[(tiles,)](*source, units, samples, step, *strides, **options)
+        shift_kernel[(tiles,)](*source, total, units, samples, step, *strides, **options)
+        shift = (total / triton.cdiv(samples, step)).to(memory.dtype)
         center_kernel[(tiles, parts)](
-            *source, centered, sums, units, samples, samples_per_part, *strides, *centered.stride(), **options
+            *source, shift, centered, sums, units, samples, samples_per_part, *strides, *centered.stride(), **options
         )
     rest, squares = sums.sum(0)
     about_mean = (squares - rest * rest / samples).clamp_min(0)
