@@ -193,15 +193,15 @@ class CorrelationAccumulator:
         axis = channel_axis % checked[0].ndim
         if axis in by_axis:
             raise ValueError(f"maps must be of axes other than the units', got one of axis {axis}")
-        if not self._reads_in_order_of(by_axis, checked[0]):
+        if not self._reads_in_order_of(by_axis, checked, axis):
             checked, by_axis = _reindexed(checked, by_axis), {}
         views = [_flat(feature, channel_axis) for feature in checked]
+        samples = [_Samples.of(view, checked[0].shape, axis, by_axis, model) for model, view in enumerate(views)]
         if self._takes_as_they_are(views):
-            for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], cuda.chunk_samples(self._units)):
-                self._add_samples([view[outer, :, inner] for view in views])
+            for outer, inner in _chunks(*samples[0].shape, cuda.chunk_samples(self._units)):
+                self._add_samples([one.chunk(outer, inner) for one in samples])
             return
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
-        samples = [_Samples.of(view, checked[0].shape, axis, by_axis, model) for model, view in enumerate(views)]
         chunks = list(_chunks(*samples[0].shape, self._chunk_samples()))
         if len(chunks) == 1:  # Its means show infinities; of several chunks none may be added before all are known.
             self._add_chunk(samples, dtype, lambda: _check_not_infinite(checked, by_axis))
@@ -513,21 +513,28 @@ class CorrelationAccumulator:
         if not self._is_in_range():
             raise ValueError(_OUT_OF_RANGE)
 
-    def _reads_in_order_of(self, maps: Mapping[int, UnitMap], feature: Tensor) -> bool:
-        """Return whether features need no copy in the order of `maps`: centring indexes one axis with 32 bits."""
+    def _reads_in_order_of(self, maps: Mapping[int, UnitMap], features: list[Tensor], units_axis: int) -> bool:
+        """Return whether features need no copy in the order of `maps`: kernels index one axis with 32 bits."""
         if not maps:
             return True
-        centred = _dispatch.backend_for("correlation", feature.device.type) != "cuda"
-        return centred and len(maps) == 1 and 0 < feature.numel() // self._units < 2**31
+        if len(maps) > 1 or not 0 < features[0].numel() // self._units < 2**31:
+            return False
+        if not self._takes_as_they_are(features):
+            return True
+        # Where samples are adjacent, the product would read a whole sector for each number, for each of its tiles anew.
+        axis, unit_map = next(iter(maps.items()))
+        return unit_map.is_permutation and axis < units_axis and all(one.stride(axis) != 1 for one in features)
 
-    def _takes_as_they_are(self, views: list[Tensor]) -> bool:
+    def _takes_as_they_are(self, features: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
         backend = _dispatch.backend_for("correlation", self._mean.device.type)
-        return backend == "cuda" and views[0].dtype in cuda.DTYPES and len({view.dtype for view in views}) == 1
+        return backend == "cuda" and features[0].dtype in cuda.DTYPES and len({one.dtype for one in features}) == 1
 
-    def _add_samples(self, views: list[Tensor]) -> None:
-        """Add a chunk whose sums are taken beside its products; the host does not wait for them."""
-        samples = cuda.Samples(views)
+    def _add_samples(self, chunk: list[_Samples]) -> None:
+        """Add some samples whose sums are taken beside their products; the host does not wait for them."""
+        samples = cuda.Samples(
+            [one.view for one in chunk], [None if one.outer is None else one.outer.members for one in chunk]
+        )
         total = self._num_samples + samples.count
         weight = self._num_samples * (samples.count / total)
         for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
