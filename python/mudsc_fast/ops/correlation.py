@@ -80,7 +80,8 @@ class CorrelationAccumulator:
 
     On a CUDA device features of up to 32 bits are read in their own layout by one kernel that multiplies on tensor
     cores, as accurately as in float32 (half formats are exact there), and sums beside the product; nothing centred is
-    written, and an update takes [C, C] in float32, for few units up to 16 of them. The host does not wait: whether
+    written, and an update takes [C, C] in float32, for few units up to 16 of them. Where that kernel was not built, and
+    for other features, one in Triton centres them in one read. The host does not wait for the former: whether
     features are finite, and their squares' sums float32, is seen only when the sums are used.
 
     Parameters
@@ -171,9 +172,10 @@ class CorrelationAccumulator:
             The axis of the units; negative ones count from the end.
         maps
             How the samples of the N models are re-indexed along other axes, as for
-            :func:`mudsc_fast.ops.permute_merge`. On the CPU one map takes no pass and no memory of its own: the
-            features are read in its order, and summed over its clusters, while they are centred. Two maps, and other
-            devices, re-index first. The result is the same.
+            :func:`mudsc_fast.ops.permute_merge`. One map takes no pass and no memory of its own: the features are
+            read in its order, and summed over its clusters, while they are centred. Two maps re-index first, and on a
+            CUDA device clusters, and maps of an axis whose samples are adjacent, where features are multiplied as they
+            lie. Either way the result is the same.
 
         Raises
         ------
