@@ -1,19 +1,28 @@
+#include <tuple>
+
 #include "bindings.hpp"
 #include "mudsc/correlation.hpp"
 
 namespace mudsc::bindings {
 namespace {
 
+// Addresses of members, starts and scale.
+using Order = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+SampleOrder order_of(const Order& order) {
+  return {pointer<const std::int32_t>(std::get<0>(order)), pointer<const std::int32_t>(std::get<1>(order)),
+          pointer<const double>(std::get<2>(order))};
+}
+
 void center_features(int isa, int threads, int dtype, std::uintptr_t features, std::int64_t outer, std::int64_t units,
                      std::int64_t inner, std::int64_t outer_stride, std::int64_t unit_stride,
-                     std::int64_t inner_stride, std::uintptr_t outer_index, std::uintptr_t inner_index,
+                     std::int64_t inner_stride, const Order& outer_order, const Order& inner_order,
                      int centered_dtype, bool unit_major, std::uintptr_t centered, std::uintptr_t mean,
                      std::uintptr_t squares) {
   const CenterProblem problem{static_cast<ScalarType>(dtype), pointer<const void>(features), outer, units, inner,
-                              outer_stride, unit_stride, inner_stride, pointer<const std::int32_t>(outer_index),
-                              pointer<const std::int32_t>(inner_index), static_cast<ScalarType>(centered_dtype),
-                              unit_major, pointer<void>(centered), pointer<double>(mean), pointer<double>(squares),
-                              threads};
+                              outer_stride, unit_stride, inner_stride, order_of(outer_order), order_of(inner_order),
+                              static_cast<ScalarType>(centered_dtype), unit_major, pointer<void>(centered),
+                              pointer<double>(mean), pointer<double>(squares), threads};
   const py::gil_scoped_release released;
   MUDSC_CALL_KERNEL(static_cast<Isa>(isa), center_features, problem);
 }
@@ -44,7 +53,7 @@ void correlate(int isa, int threads, std::uintptr_t comoment, std::uintptr_t row
 void register_correlation(py::module_& module) {
   module.def("center_features", &center_features, py::arg("isa"), py::arg("threads"), py::arg("dtype"),
              py::arg("features"), py::arg("outer"), py::arg("units"), py::arg("inner"), py::arg("outer_stride"),
-             py::arg("unit_stride"), py::arg("inner_stride"), py::arg("outer_index"), py::arg("inner_index"),
+             py::arg("unit_stride"), py::arg("inner_stride"), py::arg("outer_order"), py::arg("inner_order"),
              py::arg("centered_dtype"), py::arg("unit_major"), py::arg("centered"), py::arg("mean"), py::arg("squares"));
   module.def("accumulate_comoment", &accumulate_comoment, py::arg("isa"), py::arg("threads"),
              py::arg("product_dtype"), py::arg("product"), py::arg("row_shift"), py::arg("column_shift"),

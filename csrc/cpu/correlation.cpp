@@ -3,7 +3,9 @@
 // center_features: x - mean(x) in float32 (float64 where asked for), NaN as 0, with the sums in double. The features
 // are read in their own layout and dtype, in the order that indices of the samples give, so that a gathered copy never
 // exists, and the centred copy is written: unit-major, a tile of units at a time is read once and centred in cache;
-// sample-major, the features are read a second time. Threads take disjoint units.
+// sample-major, the features are read a second time. Where samples are sums of several (clusters), they are added on
+// the way, with what a copy of the sums would have been rounded to; sample-major, the sums are then read again from
+// where they were written. Threads take disjoint units.
 //
 // accumulate_comoment: one read of the product, one read and write of the double co-moments. Threads take rows.
 //
@@ -102,24 +104,147 @@ void read_indexed(Out* __restrict to, const T* __restrict from, std::int64_t str
   }
 }
 
-inline std::int64_t place(const std::int32_t* index, std::int64_t at) { return index == nullptr ? at : index[at]; }
+// Without clusters.
+inline std::int64_t place(const SampleOrder& order, std::int64_t at) {
+  return order.members == nullptr ? at : order.members[at];
+}
+
+// ---- Samples that are sums of several ---------------------------------------------------------------------------
+
+template <class T>
+using SumOf = typename ArithmeticOf<T>::type;
+
+// A sum as features of its type hold it.
+template <class Out, class T>
+Out number_of_sum(SumOf<T> sum) {
+  T rounded;
+  narrow(sum, rounded);
+  return number_of<Out>(rounded);
+}
+
+template <bool kFirst, class T>
+void add_run(SumOf<T>* __restrict sums, const T* __restrict from, std::int64_t stride, std::int64_t count) {
+  if (stride == 1) {
+    for (std::int64_t e = 0; e < count; ++e) sums[e] = kFirst ? widen(from[e]) : sums[e] + widen(from[e]);
+  } else {
+    for (std::int64_t e = 0; e < count; ++e) sums[e] = kFirst ? widen(from[e * stride]) : sums[e] + widen(from[e * stride]);
+  }
+}
+
+// The samples of an axis that are sums, for one call. The first member of each is part of an indexed pass over all; the
+// others, few in practice, follow one by one.
+template <class T>
+class Clusters {
+ public:
+  using Sum = SumOf<T>;
+
+  Clusters() = default;
+  Clusters(const SampleOrder& order, std::int64_t samples)
+      : order_(order), samples_(samples), first_(samples, 0), factor_(samples) {
+    std::int64_t extras = 0;
+    for (std::int64_t k = 0; k < samples; ++k) extras += members_of(k) > 1 ? members_of(k) - 1 : 0;
+    extras_ = Buffer<Extra>(extras);
+    extras = 0;
+    for (std::int64_t k = 0; k < samples; ++k) {
+      const std::int32_t begin = order.starts[k], end = order.starts[k + 1];
+      // Of none, some member is read, times nothing.
+      if (begin < end) first_[k] = order.members[begin];
+      factor_[k] = begin == end ? Sum(0) : order.scale == nullptr ? Sum(1) : static_cast<Sum>(order.scale[k]);
+      for (std::int32_t e = begin + 1; e < end; ++e) {
+        extras_[extras++] = Extra{order.members[e], static_cast<std::int32_t>(k)};
+      }
+    }
+  }
+
+  // `to` becomes the sums of a run along this axis. Meanwhile the same part of the next run is fetched.
+  template <class Out>
+  void sum_along(Out* __restrict to, Sum* __restrict sums, const T* __restrict from, std::int64_t stride,
+                 const T* next) const {
+    const std::int32_t* const __restrict first = first_.data();
+    const Sum* const __restrict factor = factor_.data();
+    for (std::int64_t e = 0; e < samples_; e += kLanes) {
+      const std::int64_t last = e + kLanes < samples_ ? e + kLanes : samples_;
+      __builtin_prefetch(next + e * stride);
+      for (std::int64_t k = e; k < last; ++k) sums[k] = widen(from[first[k] * stride]);
+    }
+    for (const Extra* e = extras_.data(); e != extras_.data() + extras_.size(); ++e) {
+      sums[e->to] += widen(from[e->from * stride]);
+    }
+    for (std::int64_t k = 0; k < samples_; ++k) to[k] = number_of_sum<Out, T>(sums[k] * factor[k]);
+  }
+
+  // `sums` becomes those of sample k along a run across this axis, whose members lie `member_stride` apart.
+  void sum_across(Sum* __restrict sums, std::int64_t k, const T* from, std::int64_t member_stride, std::int64_t stride,
+                  std::int64_t count) const {
+    add_run<true>(sums, from + first_[k] * member_stride, stride, count);
+    for (std::int32_t e = order_.starts[k] + 1; e < order_.starts[k + 1]; ++e) {
+      add_run<false>(sums, from + order_.members[e] * member_stride, stride, count);
+    }
+    const Sum factor = factor_[k];
+    for (std::int64_t e = 0; e < count; ++e) sums[e] *= factor;
+  }
+
+ private:
+  struct Extra {
+    std::int32_t from, to;
+  };
+
+  std::int64_t members_of(std::int64_t k) const { return order_.starts[k + 1] - order_.starts[k]; }
+
+  SampleOrder order_{};
+  std::int64_t samples_ = 0;
+  Buffer<std::int32_t> first_;
+  Buffer<Sum> factor_;
+  Buffer<Extra> extras_;
+};
+
+// Those of the axis that has any.
+template <class T>
+struct Sums {
+  explicit Sums(const CenterProblem& p) {
+    if (p.outer_order.starts != nullptr) outer = Clusters<T>(p.outer_order, p.outer);
+    if (p.inner_order.starts != nullptr) inner = Clusters<T>(p.inner_order, p.inner);
+    any = p.outer_order.starts != nullptr || p.inner_order.starts != nullptr;
+  }
+
+  Clusters<T> outer, inner;
+  bool any;
+};
 
 template <class T, class Out>
-void center_unit_major(const CenterProblem& p, std::int64_t begin, std::int64_t end) {
+void store_sums(Out* __restrict to, const SumOf<T>* __restrict sums, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) to[e] = number_of_sum<Out, T>(sums[e]);
+}
+
+// The samples of one unit and one place of the outer axis.
+template <class T, class Out>
+void read_samples(const CenterProblem& p, const Sums<T>& clusters, SumOf<T>* sums, const T* unit, std::int64_t o, Out* to) {
+  if (p.outer_order.starts != nullptr) {
+    clusters.outer.sum_across(sums, o, unit, p.outer_stride, p.inner_stride, p.inner);
+    return store_sums<T>(to, sums, p.inner);
+  }
+  const T* const from = unit + place(p.outer_order, o) * p.outer_stride;
+  if (p.inner_order.starts != nullptr) {
+    clusters.inner.sum_along(to, sums, from, p.inner_stride, from + p.unit_stride);
+  } else if (p.inner_order.members != nullptr) {
+    read_indexed(to, from, p.inner_stride, p.inner_order.members, p.inner, from + p.unit_stride);
+  } else {
+    read_run(to, from, p.inner_stride, p.inner);
+  }
+}
+
+template <class T, class Out>
+void center_unit_major(const CenterProblem& p, const Sums<T>& clusters, std::int64_t begin, std::int64_t end) {
   const std::int64_t samples = p.outer * p.inner;
   const T* const features = static_cast<const T*>(p.features);
   Out* const centered = static_cast<Out*>(p.centered);
+  Buffer<SumOf<T>> sums(clusters.any ? p.inner : 0);
   for (std::int64_t first = begin; first < end; first += kUnitTile) {
     const std::int64_t last = first + kUnitTile < end ? first + kUnitTile : end;
     for (std::int64_t o = 0; o < p.outer; ++o) {
       for (std::int64_t unit = first; unit < last; ++unit) {
-        Out* const to = centered + unit * samples + o * p.inner;
-        const T* const from = features + place(p.outer_index, o) * p.outer_stride + unit * p.unit_stride;
-        if (p.inner_index == nullptr) {
-          read_run(to, from, p.inner_stride, p.inner);
-        } else {
-          read_indexed(to, from, p.inner_stride, p.inner_index, p.inner, from + p.unit_stride);
-        }
+        read_samples(p, clusters, sums.data(), features + unit * p.unit_stride, o,
+                     centered + unit * samples + o * p.inner);
       }
     }
     for (std::int64_t unit = first; unit < last; ++unit) {
@@ -146,35 +271,68 @@ void center_sample(const T* __restrict from, std::int64_t units, const double* _
   }
 }
 
+// The same where the sample stands already where it is to be centred.
+template <class Out>
+void center_sum(Out* __restrict to, std::int64_t units, const double* __restrict mean, double* __restrict squares) {
+  for (std::int64_t unit = 0; unit < units; ++unit) {
+    const Out value = static_cast<Out>(static_cast<double>(to[unit]) - mean[unit]);
+    to[unit] = value;
+    squares[unit] += static_cast<double>(value) * static_cast<double>(value);
+  }
+}
+
 template <class T, class Out>
-void center_sample_major(const CenterProblem& p, std::int64_t begin, std::int64_t end) {
+void center_sample_major(const CenterProblem& p, const Sums<T>& clusters, std::int64_t begin, std::int64_t end) {
   const std::int64_t samples = p.outer * p.inner, units = end - begin;
   const T* const features = static_cast<const T*>(p.features) + begin;
   Out* const centered = static_cast<Out*>(p.centered) + begin;
   double* const mean = p.mean + begin;
   double* const squares = p.squares + begin;
   auto sample = [&](std::int64_t o, std::int64_t i) {
-    return features + place(p.outer_index, o) * p.outer_stride + place(p.inner_index, i) * p.inner_stride;
+    return features + place(p.outer_order, o) * p.outer_stride + place(p.inner_order, i) * p.inner_stride;
+  };
+  Buffer<SumOf<T>> sums(clusters.any ? units : 0);
+  auto sum_sample = [&](std::int64_t o, std::int64_t i, Out* to) {
+    if (p.outer_order.starts != nullptr) {
+      clusters.outer.sum_across(sums.data(), o, features + i * p.inner_stride, p.outer_stride, 1, units);
+    } else {
+      clusters.inner.sum_across(sums.data(), i, features + o * p.outer_stride, p.inner_stride, 1, units);
+    }
+    store_sums<T>(to, sums.data(), units);
   };
   for (std::int64_t unit = 0; unit < units; ++unit) mean[unit] = squares[unit] = 0;
   for (std::int64_t o = 0; o < p.outer; ++o) {
-    for (std::int64_t i = 0; i < p.inner; ++i) add_sample<T, Out>(sample(o, i), units, mean);
+    for (std::int64_t i = 0; i < p.inner; ++i) {
+      if (clusters.any) {
+        Out* const to = centered + (o * p.inner + i) * p.units;
+        sum_sample(o, i, to);
+        add_sample<Out, Out>(to, units, mean);
+      } else {
+        add_sample<T, Out>(sample(o, i), units, mean);
+      }
+    }
   }
   for (std::int64_t unit = 0; unit < units; ++unit) mean[unit] /= static_cast<double>(samples);
   for (std::int64_t o = 0; o < p.outer; ++o) {
     for (std::int64_t i = 0; i < p.inner; ++i) {
-      center_sample<T, Out>(sample(o, i), units, mean, centered + (o * p.inner + i) * p.units, squares);
+      Out* const to = centered + (o * p.inner + i) * p.units;
+      if (clusters.any) {
+        center_sum(to, units, mean, squares);
+      } else {
+        center_sample<T, Out>(sample(o, i), units, mean, to, squares);
+      }
     }
   }
 }
 
 template <class T, class Out>
 void center(const CenterProblem& problem) {
+  const Sums<T> clusters(problem);
   auto body = [&](std::int64_t begin, std::int64_t end) {
     if (problem.unit_major) {
-      center_unit_major<T, Out>(problem, begin, end);
+      center_unit_major<T, Out>(problem, clusters, begin, end);
     } else {
-      center_sample_major<T, Out>(problem, begin, end);
+      center_sample_major<T, Out>(problem, clusters, begin, end);
     }
   };
   const std::int64_t samples = problem.outer * problem.inner;

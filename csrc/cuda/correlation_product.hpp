@@ -43,9 +43,10 @@ struct Samples {
   std::int64_t outer, inner, end;
 
   __device__ __forceinline__ std::int64_t offset(const FeatureView& view, std::int64_t sample) const {
-    if (outer == 1) return sample * view.inner_stride;
+    if (outer == 1 && view.outer_index == nullptr) return sample * view.inner_stride;
     const std::uint32_t run = static_cast<std::uint32_t>(sample) / static_cast<std::uint32_t>(inner);
-    return run * view.outer_stride + (sample - run * inner) * view.inner_stride;
+    const std::int64_t place = view.outer_index == nullptr ? run : view.outer_index[run];
+    return place * view.outer_stride + (sample - run * inner) * view.inner_stride;
   }
 };
 // NaN has a magnitude above infinity's: the addition carries it into the sign's place.
@@ -280,7 +281,9 @@ inline dim3 grid_of(const ProductProblem& problem, int tile) {
 inline bool in_vectors(const FeatureView& view, const ProductProblem& problem, bool units_adjacent,
                        std::int64_t numbers) {
   const auto aligned = [&](std::int64_t stride, std::int64_t extent) { return extent == 1 || stride % numbers == 0; };
-  if (reinterpret_cast<std::uintptr_t>(view.values) % 16 != 0 || !aligned(view.outer_stride, problem.outer)) return false;
+  if (reinterpret_cast<std::uintptr_t>(view.values) % 16 != 0) return false;
+  // One sample, of an index, may stand anywhere.
+  if (!aligned(view.outer_stride, view.outer_index == nullptr ? problem.outer : 0)) return false;
   if (units_adjacent) {
     return view.unit_stride == 1 && problem.units % numbers == 0 && aligned(view.inner_stride, problem.inner);
   }

@@ -235,6 +235,9 @@ class AsyncCopies {
  public:
   template <int kBytes>
   void copy(void* to, const void* from, bool inside) {
+    if ((shared_address(to) | reinterpret_cast<std::uintptr_t>(from)) % kBytes != 0) {
+      cuda_sim::fail("an asynchronous copy from or to an address that is not aligned");
+    }
     const Copy one{to, from, inside ? kBytes : 0, kBytes};
     if (cuda_sim::copies_at_once()) return make(one);
     copies_[copied_++ % kMost] = one;

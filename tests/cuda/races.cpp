@@ -94,10 +94,15 @@ void correlate(int units, int samples, int bytes, bool units_adjacent, float off
   const ScalarType dtype = bytes == 4 ? ScalarType::float32 : ScalarType::bfloat16;
   const void* const numbers = bytes == 4 ? static_cast<const void*>(values.data()) : halves.data();
   std::vector<float> shift(units), products(2 * units * units);
-  const cuda::FeatureView view{numbers, 0, units_adjacent ? 1 : samples, units_adjacent ? units : 1, shift.data()};
-  cuda::correlation_shift({dtype, view, 1, units, samples}, kStream);
+  // Adjacent units are read through an index of their samples.
+  std::vector<std::int32_t> order(samples);
+  for (int k = 0; k < samples; ++k) order[k] = samples - 1 - k;
+  const cuda::FeatureView view{numbers, units_adjacent ? units : 0, units_adjacent ? 1 : samples, units_adjacent ? units : 1,
+                               units_adjacent ? order.data() : nullptr, shift.data()};
+  const std::int64_t outer = units_adjacent ? samples : 1, inner = samples / outer;
+  cuda::correlation_shift({dtype, view, outer, units, inner}, kStream);
   std::vector<double> row_sums(4 * units), column_sums(4 * units), comoment(units * units, 0.0);
-  cuda::correlation_product({dtype, view, view, 1, units, samples, false, 2, (samples / 2 + 63) / 64 * 64,
+  cuda::correlation_product({dtype, view, view, outer, units, inner, false, 2, (samples / 2 + 63) / 64 * 64,
                              products.data(), row_sums.data(), column_sums.data(), warpgroups}, kStream);
   const std::vector<double> vectors(2 * units, 1.0);
   cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(),

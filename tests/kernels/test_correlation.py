@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import load_golden
+from mudsc_fast.kernels._samples import SampleOrder
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import correlation
@@ -112,24 +113,38 @@ def test_sums_that_share_a_workspace_are_the_same() -> None:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_center_by_index_equals_reference(dtype: torch.dtype) -> None:
+def test_center_in_another_order_equals_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     to = torch.float64 if dtype == torch.float64 else torch.float32
     for layout in (torch.randn(5, 37, 9), torch.randn(1, 18, 71), torch.randn(50, 33, 1), torch.randn(4, 40, 21).mT):
         features = (layout * 3 + 5).to(dtype)
         features[0, 0, 0] = math.nan
-        for outer, inner in ((0, None), (None, 2), (0, 2)):
-            indices = [  # some samples twice, some not at all, more than there are
-                None if axis is None else torch.randint(layout.shape[axis], (60,), dtype=torch.int32)
-                for axis in (outer, inner)
+        for kinds in ((taken, None), (None, taken), (taken, taken), (summed, None), (None, summed)):
+            orders = [
+                None if kind is None else kind(layout.shape[axis]) for axis, kind in zip((0, 2), kinds, strict=True)
             ]
-            lengths = [layout.shape[axis] if index is None else 60 for axis, index in zip((0, 2), indices, strict=True)]
+            lengths = [
+                layout.shape[axis] if order is None else len(order) for axis, order in zip((0, 2), orders, strict=True)
+            ]
             memory = torch.empty(2, math.prod(lengths) * layout.shape[1], dtype=to)
-            found = cpu.center(features, memory[0], *indices)
-            expected = reference.center(features, memory[1], *indices)
+            found = cpu.center(features, memory[0], *orders)
+            expected = reference.center(features, memory[1], *orders)
             tolerance = 1e-13 if to == torch.float64 else 1e-6
             for one, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def taken(length: int) -> SampleOrder:
+    """Return an order that takes some samples twice, some not at all, more than there are."""
+    return SampleOrder(torch.randint(length, (60,), dtype=torch.int32))
+
+
+def summed(length: int) -> SampleOrder:
+    """Return an order of 40 sums of none, one or several samples."""
+    cluster = torch.randint(40, (length,))
+    ends = torch.bincount(cluster, minlength=40).cumsum(0, dtype=torch.int32)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), ends])
+    return SampleOrder(cluster.argsort(stable=True).to(torch.int32), starts, torch.rand(40, dtype=torch.float64))
 
 
 @pytest.mark.usefixtures("isa")
@@ -385,7 +400,8 @@ def test_threads_do_not_change_the_sums() -> None:
             sums, out = comoment.clone(), torch.empty(600, 600)
             cpu.accumulate(sums, product, row, row)
             cpu.correlate(sums, row, row, 5, 1e-7, out, out, None, 1.0)
-            results.append([*cpu.center(features, torch.empty(features.numel())), sums, out])
+            centered = cpu.center(features, torch.empty(features.numel()))
+            results.append([centered.values, centered.mean, centered.squares, sums, out])
         assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
@@ -487,7 +503,7 @@ def test_samples_are_reindexed_where_they_are_summed(
     monkeypatch.setattr(correlation, "_LEAST_CHUNK", 50)
     monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", 50)
     features = [one.to(dtype) for one in features_of(2, 3, 7, 11, 5, 4)]
-    for channel_axis, axes in ((2, (1,)), (0, (1,)), (-1, (1,)), (0, (-1,)), (2, (0, 3)), (1, ())):
+    for channel_axis, axes in ((2, (1,)), (0, (1,)), (-1, (1,)), (0, (-1,)), (1, (0,)), (2, (0, 3)), (1, ())):
         maps = dict(zip(axes, maps_of(kind, *(features[0].shape[axis] for axis in axes)), strict=True))
         sums = CorrelationAccumulator(2, features[0].shape[channel_axis], dtype=torch.float64, blocks="full")
         with use_backend(backend):
@@ -500,6 +516,27 @@ def test_samples_are_reindexed_where_they_are_summed(
         assert sums.num_samples == copies[0].numel() // copies[0].shape[channel_axis]
         # The same operations on the same numbers: nothing rounds differently.
         assert torch.equal(sums.finalize(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_sums_that_overflow_change_nothing(backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correlation, "_LEAST_CHUNK", chunk)
+    monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", chunk)
+    features = features_of(2, 20, 3)
+    features[1][18:, 2] = 3e38
+    clusters = UnitMap.clusters(torch.arange(20).expand(2, 20) // 2, 10)
+    sums = CorrelationAccumulator(2, 3)
+    with (
+        use_backend(backend),
+        pytest.raises(ValueError, match=r"features\[1\] must not be infinite, got inf at \(9, 2\)"),
+    ):
+        sums.update(*features, maps={0: clusters})
+    assert sums.num_samples == 0
+    features[1][18, 2] = 1.0
+    with use_backend(backend):
+        sums.update(*features, maps={0: clusters})
+    assert sums.num_samples == 10
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mudsc_fast.kernels.cuda import _device, _tensor_cores
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.ops.permute import UnitMap, permute_merge
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
@@ -115,6 +116,70 @@ def test_layouts(simulated: Any, layout: str, dtype: torch.dtype) -> None:
     simulated.set_seed(5)
     arrange, shape, axis = LAYOUTS[layout]
     assert_correlated([arrange(one) for one in features_of(2, *shape, dtype=dtype)], axis)
+
+
+def maps_of(kind: str, length: int) -> UnitMap:
+    """Return a map of two models: permutations, selections of more samples, or clusters."""
+    if kind == "permutations":
+        return UnitMap.permutation(torch.stack([torch.arange(length), torch.randperm(length)]))
+    if kind == "selections":
+        return UnitMap.permutation(torch.randint(length, (2, length + 3)), units_in=length)
+    return UnitMap.clusters(torch.randint(length, (2, length)), length, torch.rand(length))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("permutations", torch.float16),
+        ("permutations", torch.float32),
+        ("selections", torch.bfloat16),
+        ("clusters", torch.float32),
+    ],
+)
+def test_samples_are_read_in_another_order(
+    simulated: Any, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated.set_seed(6)
+    torch.manual_seed(6)
+    indexed: list[bool] = []
+    monkeypatch.setattr(cuda, "Samples", noting(cuda.Samples, indexed))
+    for shape, units_axis, axis, in_place in (
+        ((45, 36), 1, 0, True),
+        ((45, 35), 1, 0, True),
+        ((3, 11, 40), 2, 1, True),
+        ((5, 33, 4, 4), 1, 0, True),
+        ((5, 33, 3, 3), 1, 0, True),
+        ((36, 72), 0, 1, False),
+        ((1, 40), 1, 0, True),
+    ):
+        features = features_of(2, *shape, dtype=dtype)
+        features[1].flatten()[1] = math.nan
+        unit_map = maps_of(kind, shape[axis])
+        copies = [permute_merge([one], {axis: unit_map.of_model(i)}, weights=[1.0]) for i, one in enumerate(features)]
+        sums = CorrelationAccumulator(2, shape[units_axis], blocks="full", dtype=torch.float64)
+        indexed.clear()
+        sums.update(*features, channel_axis=units_axis, maps={axis: unit_map})
+        assert indexed == [in_place and kind != "clusters"]
+        # The same operations on the same numbers: nothing rounds differently.
+        assert torch.equal(sums.finalize(), accumulated(copies, axis=units_axis))
+
+
+def test_an_index_of_one_sample_does_not_misalign_vectors(simulated: Any) -> None:  # noqa: ARG001
+    features = [torch.randn(7 * 36 + 3)[:252].as_strided((7, 36), (35, 1)) for _ in range(2)]
+    unit_map = UnitMap.permutation(torch.tensor([[1], [2]]), units_in=7)
+    sums = CorrelationAccumulator(2, 36)
+    sums.update(*features, maps={0: unit_map})
+    assert torch.equal(sums.finalize(), torch.zeros(1, 36, 36))
+
+
+def noting(samples: Any, indexed: list[bool]) -> Any:
+    """Return `Samples` that note whether they are read through an index."""
+
+    def make(features: list[Tensor], outer_index: list[Tensor | None]) -> Any:
+        indexed.append(outer_index[0] is not None)
+        return samples(features, outer_index)
+
+    return make
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mudsc_fast.kernels.triton import correlation, permute
+from mudsc_fast.kernels.triton import center, correlation, permute
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "to be run by tests/test_triton.py"
 
@@ -110,6 +110,49 @@ def test_group(architecture: int, tmp_path: Path) -> None:
         "NUM_MODELS": 2, "FIELDS": 16, "BLOCK_LINES": 4, "BLOCK_ITEMS": 128,
     }  # fmt: skip
     Compiled(permute.merge_group_kernel, architecture, arguments, tmp_path).assert_fits(168)  # 3 programs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("dtype", "by_unit", "kinds"),
+    [
+        *(("fp32", True, kinds) for kinds in ((0, 0), (1, 0), (0, 1), (2, 0), (0, 2))),
+        *(("fp32", False, kinds) for kinds in ((0, 0), (1, 0), (2, 0))),
+        ("bf16", True, (0, 1)),
+        ("bf16", False, (1, 0)),
+        ("bf16", False, (2, 0)),
+    ],
+    ids=str,
+)
+def test_center(architecture: int, dtype: str, by_unit: bool, kinds: tuple[int, int], tmp_path: Path) -> None:
+    """Convolutions and weights [units, samples], read unit by unit, and weights [samples, units]."""
+    arguments = center_arguments(dtype, by_unit, kinds)
+    compiled = Compiled(center.center_kernel, architecture, arguments, tmp_path)
+    compiled.assert_fits(MOST_REGISTERS)
+    assert set(compiled.accesses("st")) == {128, 64}  # 64 bits are sums
+    if kinds[1] == 0 and not (by_unit and 2 in kinds):
+        numbers = arguments["BLOCK_UNITS"] * arguments["BLOCK_SAMPLES"]
+        assert compiled.accesses("ld").count(128) >= numbers * (4 if dtype == "fp32" else 2) // (128 * 16)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("by_unit", [True, False])
+def test_shift(architecture: int, by_unit: bool, tmp_path: Path) -> None:
+    arguments = center_arguments("fp32", by_unit, (0, 2) if by_unit else (2, 0)) | {"step": "i32", "total": "*fp64"}
+    Compiled(center.shift_kernel, architecture, arguments, tmp_path).assert_fits(MOST_REGISTERS)
+
+
+def center_arguments(dtype: str, by_unit: bool, kinds: tuple[int, int]) -> dict[str, Any]:
+    block_units, block_samples, _, _ = center.launch_of(4096, 4096, by_unit, 2 in kinds)
+    return {
+        "features": f"*{dtype}", "outer_members": "*i32", "inner_members": "*i32", "starts": "*i32", "scale": "*fp32",
+        "shift": "*fp32", "centered": "*fp32", "sums": "*fp64", "units": "i32", "samples": "i32",
+        "samples_per_part": "i32", "inner": "i32" if by_unit else 1,
+        "outer_stride": "i32", "unit_stride": "i32" if by_unit else 1, "inner_stride": 1,
+        "to_unit_stride": "i32" if by_unit else 1, "to_sample_stride": 1 if by_unit else "i32",
+        "OUTER_KIND": kinds[0], "INNER_KIND": kinds[1], "SCALED": 2 in kinds,
+        "BLOCK_UNITS": block_units, "BLOCK_SAMPLES": block_samples,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels._samples import SampleOrder
 from mudsc_fast.kernels.reference import correlation as reference_correlation
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.kernels.triton import correlation, permute
+from mudsc_fast.kernels.triton import center, correlation, permute
+from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.ops.permute import UnitMap
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "to be run by tests/test_triton.py"
@@ -149,6 +153,103 @@ def test_fastest_launch_computes_the_same() -> None:
         permute.permute_merge(tensors, maps, [0.5, 0.5], None, launch),
         reference.permute_merge(tensors, maps, [0.5, 0.5], None),
     )
+
+
+def taken(length: int) -> SampleOrder:
+    return SampleOrder(torch.randint(length, (length + 5,), dtype=torch.int32))
+
+
+def summed(length: int, scaled: bool = True) -> SampleOrder:
+    """Return an order of sums of none, one or several samples."""
+    sample = torch.randint(length, (length,))
+    starts = torch.searchsorted(sample.sort().values, torch.arange(length + 1)).to(torch.int32)
+    scale = torch.rand(length, dtype=torch.float64) + 0.5 if scaled else None
+    return SampleOrder(sample.argsort(stable=True).to(torch.int32), starts, scale)
+
+
+def assert_centered(features: Tensor, outer: SampleOrder | None = None, inner: SampleOrder | None = None) -> None:
+    """Compare what is left of the shift, and sums in float64, with the reference."""
+    samples = math.prod(
+        features.shape[axis] if order is None else len(order) for axis, order in ((0, outer), (2, inner))
+    )
+    memory = torch.empty(2, features.shape[1] * samples, dtype=torch.promote_types(features.dtype, torch.float32))
+    found = center.center(features, memory[0], outer, inner)
+    expected = reference_correlation.center(features, memory[1], outer, inner)
+    tolerance = 1e-12 if memory.dtype == torch.float64 else 1e-6
+    if features.dtype in TOLERANCE and any(order is not None and order.starts is not None for order in (outer, inner)):
+        tolerance = TOLERANCE[features.dtype]  # sums of halves are rounded
+    deviation = (expected.squares / samples).sqrt()
+    assert found.rest is not None
+    torch.testing.assert_close(found.rest, found.values.sum(1, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    left = found.rest / samples
+    assert bool((left.abs() <= 1.0 * deviation + tolerance).all())
+    values = found.values.double() - left[:, None]
+    torch.testing.assert_close(values, expected.values.double(), rtol=tolerance, atol=20 * tolerance)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.squares, expected.squares, rtol=tolerance, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+def test_center(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    layouts = [
+        torch.randn(3, 37, 9),
+        torch.randn(1, 5, 700),
+        torch.randn(50, 33, 1),
+        torch.randn(1, 1, 1),
+        torch.randn(6, 21, 40).transpose(1, 2)[::2, ::3],
+    ]
+    for layout in layouts:
+        features = torch.empty_like(layout, dtype=dtype).copy_(layout * 3 + 5)
+        features[0, 0, 0] = math.nan
+        lengths = features.shape
+        for outer, inner in (
+            (None, None),
+            (taken(lengths[0]), None),
+            (None, taken(lengths[2])),
+            (taken(lengths[0]), taken(lengths[2])),
+            (summed(lengths[0]), None),
+            (None, summed(lengths[2], scaled=False)),
+        ):
+            assert_centered(features, outer, inner)
+    unaligned = torch.randn(1 + 20 * 31)[1:].view(1, 20, 31).to(dtype)
+    assert_centered(unaligned, None, summed(31))
+
+
+def test_center_in_parts_and_far_from_zero() -> None:
+    torch.manual_seed(6)
+    for features in (torch.randn(9000, 3, 1) + 1000, torch.randn(1, 3, 9001).mul_(0.01).sub_(50)):
+        assert center.launch_of(3, features.numel() // 3, features.stride(2) == 1 and features.shape[2] > 1)[2] > 1
+        assert_centered(features)
+    constant = torch.full((1, 2, 300), 0.1)
+    found = center.center(constant, torch.empty(600))
+    assert torch.equal(found.values, torch.zeros(2, 300))
+    assert torch.equal(found.squares, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_infinite_features_have_no_finite_mean() -> None:
+    infinite = torch.ones(1, 2, 300)
+    infinite[0, 1, 7] = math.inf
+    assert center.center(infinite, torch.empty(600)).mean.isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["permutation", "scaled clusters", "selection"])
+def test_weight_vectors_are_gathered_where_they_are_summed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    features = [torch.randn(6, 40, 5, 3) + 3 for _ in range(2)]
+    for units_axis, axis in ((0, 1), (1, 0), (2, 1), (1, 2)):
+        maps = {axis: random_map(kind, 2, features[0].shape[axis])}
+        results = []
+        for backend in ("triton", "cpu"):
+            with monkeypatch.context() as patch:
+                kernels = {name: {"cpu": ("cpu",), "other": ()} for name in _dispatch.KERNELS}
+                patch.setattr(_dispatch, "KERNELS", {**kernels, "correlation": {"cpu": (backend,), "other": ()}})
+                sums = CorrelationAccumulator(2, features[0].shape[units_axis], blocks="full", dtype=torch.float64)
+                sums.update(*features, channel_axis=units_axis, maps=maps)
+                sums.update(*features, channel_axis=units_axis)
+                results.append(sums.finalize())
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])

@@ -8,6 +8,13 @@
 
 namespace mudsc {
 
+// Which samples of the features are taken along one of their axes, and where they are summed, which.
+struct SampleOrder {
+  const std::int32_t* members;  // places in the features' axis; null: all in order
+  const std::int32_t* starts;   // [samples + 1] where each sample's members begin; null: each has one, at its own place
+  const double* scale;          // [samples] factor of each sum, or null
+};
+
 // Features seen as [outer, units, inner] of any strides (in elements); a sample is a pair (outer, inner).
 struct CenterProblem {
   ScalarType dtype;
@@ -18,8 +25,8 @@ struct CenterProblem {
   std::int64_t outer_stride;
   std::int64_t unit_stride;
   std::int64_t inner_stride;
-  const std::int32_t* outer_index;  // [outer] and [inner]: which sample of the features stands at each place;
-  const std::int32_t* inner_index;  // null for the same one
+  SampleOrder outer_order;
+  SampleOrder inner_order;    // if one of the two has `starts`, the other has nothing, and features are not empty
   ScalarType centered_dtype;  // float32, or float64; float64 features need float64
   bool unit_major;            // whether `centered` is [units, samples] or, for unit_stride 1 only, [samples, units]
   void* centered;

@@ -14,6 +14,8 @@ struct FeatureView {
   std::int64_t outer_stride;
   std::int64_t unit_stride;
   std::int64_t inner_stride;
+  // [outer]: which place of the features' outer axis stands at each; null for the same one.
+  const std::int32_t* outer_index;
   float* shift;  // [units], which correlation_shift writes: what is subtracted from the unit's values
 };
 

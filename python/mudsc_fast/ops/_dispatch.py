@@ -23,7 +23,7 @@ _ON_CUDA = ("triton", "reference") if find_spec("triton") else ("reference",)
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
     "zip": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
-    "correlation": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference"), "other": ("reference",)},
+    "correlation": {"cpu": ("cpu", "reference"), "cuda": ("cuda", *_ON_CUDA), "other": ("reference",)},
     "correlation.finalize": {"cpu": ("cpu", "reference"), "cuda": ("cuda", *_ON_CUDA), "other": ("reference",)},
     "permute": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
 }

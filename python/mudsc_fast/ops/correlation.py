@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from mudsc_fast import _checks
+from mudsc_fast.kernels._samples import Centered, SampleOrder
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.kernels.reference import correlation as reference
@@ -31,6 +33,8 @@ Precision = Literal["float32", "bfloat16"]
 #: fill this many numbers of all models.
 _LEAST_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
+
+_TRITON = find_spec("triton") is not None
 
 _OUT_OF_RANGE = "features must be finite, and the sums of their squares float32, got others in an earlier update"
 
@@ -76,7 +80,8 @@ class CorrelationAccumulator:
 
     On a CUDA device features of up to 32 bits are read in their own layout by one kernel that multiplies on tensor
     cores, as accurately as in float32 (half formats are exact there), and sums beside the product; nothing centred is
-    written, and an update takes [C, C] in float32, for few units up to 16 of them. The host does not wait: whether
+    written, and an update takes [C, C] in float32, for few units up to 16 of them. Where that kernel was not built, and
+    for other features, one in Triton centres them in one read. The host does not wait for the former: whether
     features are finite, and their squares' sums float32, is seen only when the sums are used.
 
     Parameters
@@ -167,8 +172,10 @@ class CorrelationAccumulator:
             The axis of the units; negative ones count from the end.
         maps
             How the samples of the N models are re-indexed along other axes, as for
-            :func:`mudsc_fast.ops.permute_merge`. On the CPU one permutation takes no pass and no memory of its own: the
-            features are read in its order while they are centred. Other maps, and other devices, re-index first.
+            :func:`mudsc_fast.ops.permute_merge`. One map takes no pass and no memory of its own: the features are
+            read in its order, and summed over its clusters, while they are centred. Two maps re-index first, and on a
+            CUDA device clusters, and maps of an axis whose samples are adjacent, where features are multiplied as they
+            lie. Either way the result is the same.
 
         Raises
         ------
@@ -188,20 +195,21 @@ class CorrelationAccumulator:
         axis = channel_axis % checked[0].ndim
         if axis in by_axis:
             raise ValueError(f"maps must be of axes other than the units', got one of axis {axis}")
-        if not self._reads_in_order_of(by_axis, checked[0]):
+        if not self._reads_in_order_of(by_axis, checked, axis):
             checked, by_axis = _reindexed(checked, by_axis), {}
         views = [_flat(feature, channel_axis) for feature in checked]
+        samples = [_Samples.of(view, checked[0].shape, axis, by_axis, model) for model, view in enumerate(views)]
         if self._takes_as_they_are(views):
-            for outer, inner in _chunks(views[0].shape[0], views[0].shape[2], cuda.chunk_samples(self._units)):
-                self._add_samples([view[outer, :, inner] for view in views])
+            for outer, inner in _chunks(*samples[0].shape, cuda.chunk_samples(self._units)):
+                self._add_samples([one.chunk(outer, inner) for one in samples])
             return
         dtype = torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
-        samples = [_Samples.of(view, checked[0].shape, axis, by_axis, model) for model, view in enumerate(views)]
         chunks = list(_chunks(*samples[0].shape, self._chunk_samples()))
         if len(chunks) == 1:  # Its means show infinities; of several chunks none may be added before all are known.
-            self._add_chunk(samples, dtype, unchecked=checked)
+            self._add_chunk(samples, dtype, lambda: _check_not_infinite(checked, by_axis))
             return
-        _check_not_infinite(checked)
+        sums = by_axis if any(_may_overflow(one, unit_map) for one in checked for unit_map in by_axis.values()) else {}
+        _check_not_infinite(checked, sums)
         for outer, inner in chunks:
             self._add_chunk([one.chunk(outer, inner) for one in samples], dtype)
 
@@ -507,22 +515,28 @@ class CorrelationAccumulator:
         if not self._is_in_range():
             raise ValueError(_OUT_OF_RANGE)
 
-    def _reads_in_order_of(self, maps: Mapping[int, UnitMap], feature: Tensor) -> bool:
-        """Return whether features need no copy in the order of `maps`: centring indexes one axis with 32 bits."""
+    def _reads_in_order_of(self, maps: Mapping[int, UnitMap], features: list[Tensor], units_axis: int) -> bool:
+        """Return whether features need no copy in the order of `maps`: kernels index one axis with 32 bits."""
         if not maps:
             return True
-        centred_here = feature.device.type == "cpu" and _dispatch.backend_for("correlation", "cpu") != "cuda"
-        is_one = len(maps) == 1 and all(unit_map.is_permutation for unit_map in maps.values())
-        return centred_here and is_one and feature.numel() // self._units < 2**31
+        if len(maps) > 1 or not 0 < features[0].numel() // self._units < 2**31:
+            return False
+        if not self._takes_as_they_are(features):
+            return True
+        # Where samples are adjacent, the product would read a whole sector for each number, for each of its tiles anew.
+        axis, unit_map = next(iter(maps.items()))
+        return unit_map.is_permutation and axis < units_axis and all(one.stride(axis) != 1 for one in features)
 
-    def _takes_as_they_are(self, views: list[Tensor]) -> bool:
+    def _takes_as_they_are(self, features: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
         backend = _dispatch.backend_for("correlation", self._mean.device.type)
-        return backend == "cuda" and views[0].dtype in cuda.DTYPES and len({view.dtype for view in views}) == 1
+        return backend == "cuda" and features[0].dtype in cuda.DTYPES and len({one.dtype for one in features}) == 1
 
-    def _add_samples(self, views: list[Tensor]) -> None:
-        """Add a chunk whose sums are taken beside its products; the host does not wait for them."""
-        samples = cuda.Samples(views)
+    def _add_samples(self, chunk: list[_Samples]) -> None:
+        """Add some samples whose sums are taken beside their products; the host does not wait for them."""
+        samples = cuda.Samples(
+            [one.view for one in chunk], [None if one.outer is None else one.outer.members for one in chunk]
+        )
         total = self._num_samples + samples.count
         weight = self._num_samples * (samples.count / total)
         for (i, j), own in zip(self._pairs(), self._comoments, strict=True):
@@ -562,25 +576,34 @@ class CorrelationAccumulator:
             in_range = [*in_range, self._in_range]
         self._in_range = torch.stack(in_range).all()
 
-    def _add_chunk(self, chunk: list[_Samples], dtype: torch.dtype, unchecked: Sequence[Tensor] = ()) -> None:
-        """Add some samples of each model; `unchecked` are the same features, if they may be infinite."""
+    def _add_chunk(self, chunk: list[_Samples], dtype: torch.dtype, check: Callable[[], None] = lambda: None) -> None:
+        """Add some samples of each model; `check` raises if they are infinite, and is called where they might be."""
         center = _dispatch.choose(
             "correlation",
             self._mean.device,
-            {"cpu": cpu.center, "cuda": reference.center, "reference": reference.center},
+            {
+                "cpu": cpu.center,
+                # What the product of the features as they lie does not take.
+                "cuda": _center_by_triton if _TRITON and self._mean.is_cuda else reference.center,
+                "triton": _center_by_triton,
+                "reference": reference.center,
+            },
         )
         workspace, device = self._workspace or Workspace(), self._mean.device
         numbers = self._units * math.prod(chunk[0].shape)
         memory = [workspace.empty(f"centered {model}", numbers, dtype, device) for model in range(len(chunk))]
         results = [center(one.view, m, one.outer, one.inner) for one, m in zip(chunk, memory, strict=True)]
-        centered, means, squares = zip(*results, strict=True)
-        if unchecked and not all(bool(mean.isfinite().all()) for mean in means):
-            _check_not_infinite(unchecked)
+        centered, means, squares, rests = zip(*results, strict=True)
+        if not all(bool(mean.isfinite().all()) for mean in means):
+            check()
         # Squares that float32 cannot hold: the products are made in float64, where they fit.
         if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
             centered = tuple(one.to(torch.float64) for one in centered)
         product = self._product_memory(workspace, centered[0].dtype)
-        products = (_product(centered[i], centered[j], product) for i, j in self._pairs())
+        products = (
+            _less_rest(_product(centered[i], centered[j], product), rests[i], rests[j], centered[i].shape[1])
+            for i, j in self._pairs()
+        )
         with _products_in(self._precision):
             self._join(centered[0].shape[1], torch.stack(means), torch.stack(squares), products)
 
@@ -629,7 +652,12 @@ class CorrelationAccumulator:
         return _dispatch.choose(
             "correlation",
             self._mean.device,
-            {"cpu": cpu.accumulate, "cuda": cuda.accumulate, "reference": reference.accumulate},
+            {
+                "cpu": cpu.accumulate,
+                "cuda": cuda.accumulate,
+                "triton": reference.accumulate,
+                "reference": reference.accumulate,
+            },
         )
 
     def _join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterator[Tensor]) -> None:
@@ -671,12 +699,12 @@ class _Samples:
     view
         The features.
     outer, inner
-        int32 places in that axis of `view`; None for all in order.
+        The order along that axis of `view`; None for all as they are.
     """
 
     view: Tensor
-    outer: Tensor | None
-    inner: Tensor | None
+    outer: SampleOrder | None
+    inner: SampleOrder | None
 
     @classmethod
     def of(
@@ -687,12 +715,10 @@ class _Samples:
         for axis, unit_map in maps.items():
             begin, end = (0, units_axis) if axis < units_axis else (units_axis + 1, len(shape))
             before, after = math.prod(shape[begin:axis]), math.prod(shape[axis + 1 : end])
-            slices = torch.arange(before)[:, None, None] * unit_map.units_in
-            places = (slices + unit_map.index[model].to("cpu")[:, None]) * after + torch.arange(after)
             if axis < units_axis:
-                outer = places.flatten().to(torch.int32)
+                outer = _order_of(unit_map, model, before, after, view.device)
             else:
-                inner = places.flatten().to(torch.int32)
+                inner = _order_of(unit_map, model, before, after, view.device)
         return cls(view, outer, inner)
 
     @property
@@ -709,8 +735,27 @@ class _Samples:
         view = view[outer] if self.outer is None else view
         view = view[:, :, inner] if self.inner is None else view
         return _Samples(
-            view, None if self.outer is None else self.outer[outer], None if self.inner is None else self.inner[inner]
+            view,
+            None if self.outer is None else self.outer.part(outer),
+            None if self.inner is None else self.inner.part(inner),
         )
+
+
+def _order_of(unit_map: UnitMap, model: int, before: int, after: int, device: torch.device) -> SampleOrder:
+    """Return a map of one model as the order of an axis that holds `before` x units x `after` samples."""
+    index, scale = unit_map.index[model].to(device), unit_map.scale
+    length = unit_map.units_in if unit_map.is_permutation else unit_map.units_out
+    slices = torch.arange(before, device=device)[:, None, None] * length
+    places = ((slices + index[:, None]) * after + torch.arange(after, device=device)).flatten()
+    if unit_map.is_permutation:
+        return SampleOrder(places.to(torch.int32))
+    sample_of_member, members = places.sort(stable=True)
+    begins = torch.arange(before * unit_map.units_out * after + 1, device=device)
+    return SampleOrder(
+        members.to(torch.int32),
+        torch.searchsorted(sample_of_member, begins).to(torch.int32),
+        None if scale is None else scale.to(device)[None, :, None].expand(before, -1, after).flatten(),
+    )
 
 
 def _reindexed(features: Sequence[Tensor], maps: Mapping[int, UnitMap]) -> list[Tensor]:
@@ -721,8 +766,14 @@ def _reindexed(features: Sequence[Tensor], maps: Mapping[int, UnitMap]) -> list[
     ]
 
 
+def _center_by_triton(*arguments: Any) -> Centered:
+    from mudsc_fast.kernels.triton import center  # takes a second to import, for CUDA tensors only
+
+    return center.center(*arguments)
+
+
 def _correlate_by_triton(*arguments: Any) -> None:
-    from mudsc_fast.kernels.triton import correlation  # takes a second to import, for CUDA tensors only
+    from mudsc_fast.kernels.triton import correlation
 
     correlation.correlate(*arguments)
 
@@ -797,6 +848,13 @@ def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _less_rest(product: Tensor, row_rest: Tensor | None, column_rest: Tensor | None, count: int) -> Tensor:
+    """Return the product of samples about their means, given that of samples whose sums are the rests."""
+    if row_rest is None or column_rest is None:
+        return product
+    return product.addr_((row_rest / -count).to(product), column_rest.to(product))
+
+
 def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]:
     """Cut outer x inner samples into parts of at most `limit` samples."""
     outer_step, inner_step = max(1, limit // max(inner, 1)), min(max(inner, 1), limit)
@@ -805,7 +863,22 @@ def _chunks(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]
             yield slice(o, min(o + outer_step, outer)), slice(i, min(i + inner_step, inner))
 
 
-def _check_not_infinite(features: Sequence[Tensor]) -> None:
+def _may_overflow(features: Tensor, unit_map: UnitMap) -> bool:
+    """Return whether sums of finite features over clusters might be infinite."""
+    if unit_map.is_permutation or features.numel() == 0:
+        return False
+    least, most = features.aminmax()
+    largest = max(-float(least), float(most)) * unit_map.units_in
+    if unit_map.scale is not None:
+        largest *= max(1.0, float(unit_map.scale.abs().max()))
+    return not largest < torch.finfo(features.dtype).max
+
+
+def _check_not_infinite(features: Sequence[Tensor], maps: Mapping[int, UnitMap] | None = None) -> None:
+    """Raise if features are infinite, or would be, re-indexed by the given maps."""
+    if maps:
+        _check_not_infinite(features)  # which names places in the features as they were given
+        features = _reindexed(features, maps)
     for i, feature in enumerate(features):
         if feature.numel() == 0:
             continue

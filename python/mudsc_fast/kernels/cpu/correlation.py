@@ -6,22 +6,23 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core
+from mudsc_fast.kernels._samples import Centered, SampleOrder
 from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
 from mudsc_fast.ops import _dispatch
 
 
 def center(
-    features: Tensor, memory: Tensor, outer_index: Tensor | None = None, inner_index: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    features: Tensor, memory: Tensor, outer_order: SampleOrder | None = None, inner_order: SampleOrder | None = None
+) -> Centered:
     """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
-    The second and third results are [C] in float64: the mean, and the sum of squares of the first. The first
-    keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
-    tensor. The indices, int32, are of the features to take along the outer and the inner axis; all in order if None.
+    The result keeps the features' own order in memory where units are adjacent: it may be the transpose of a contiguous
+    tensor. The orders say which samples to take along the outer and the inner axis, all as they are if None. Where
+    one sums samples, which it does as features of their dtype would hold the sums, the other is None.
     """
     units = features.shape[1]
-    outer = features.shape[0] if outer_index is None else len(outer_index)
-    inner = features.shape[2] if inner_index is None else len(inner_index)
+    outer = features.shape[0] if outer_order is None else len(outer_order)
+    inner = features.shape[2] if inner_order is None else len(inner_order)
     samples = outer * inner
     unit_major = features.stride(1) != 1 or (features.stride(2) == 1 and inner > 1)
     centered = memory.view((units, samples) if unit_major else (samples, units))
@@ -37,15 +38,25 @@ def center(
         outer_stride=features.stride(0),
         unit_stride=features.stride(1),
         inner_stride=features.stride(2),
-        outer_index=0 if outer_index is None else outer_index.data_ptr(),
-        inner_index=0 if inner_index is None else inner_index.data_ptr(),
+        outer_order=_addresses(outer_order),
+        inner_order=_addresses(inner_order),
         centered_dtype=SCALAR_TYPES[memory.dtype],
         unit_major=unit_major,
         centered=centered.data_ptr(),
         mean=mean.data_ptr(),
         squares=squares.data_ptr(),
     )
-    return centered if unit_major else centered.T, mean, squares
+    return Centered(centered if unit_major else centered.T, mean, squares)
+
+
+def _addresses(order: SampleOrder | None) -> tuple[int, int, int]:
+    if order is None:
+        return 0, 0, 0
+    return (
+        order.members.data_ptr(),
+        0 if order.starts is None else order.starts.data_ptr(),
+        0 if order.scale is None else order.scale.data_ptr(),
+    )
 
 
 def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:

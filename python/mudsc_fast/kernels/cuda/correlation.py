@@ -35,14 +35,25 @@ class Samples:
     features
         One [outer, C, inner] tensor per model, all of one shape, dtype of `DTYPES` and device, any strides. NaN counts
         as 0.
+    outer_index
+        For each model None, or [outer] int32: which places of the features' outer axis to take; of all models as many.
     instructions
         What multiplies, a name of `_tensor_cores`; None for what the device is known to do rightly.
     """
 
-    def __init__(self, features: list[Tensor], instructions: str | None = None) -> None:
+    def __init__(
+        self,
+        features: list[Tensor],
+        outer_index: list[Tensor | None] | None = None,
+        *,
+        instructions: str | None = None,
+    ) -> None:
         self._features = features
+        self._index = outer_index or [None] * len(features)
         self._outer, self._units, self._inner = features[0].shape
-        if self._outer > 1 and all(_is_one_run(one) for one in features):
+        if self._index[0] is not None:
+            self._outer = len(self._index[0])
+        elif self._outer > 1 and all(_is_one_run(one) for one in features):
             self._outer, self._inner = 1, self._outer * self._inner
         self.count = self._outer * self._inner
         self._device = features[0].device
@@ -50,11 +61,12 @@ class Samples:
         self._shifts = torch.empty(len(features), self._units, device=self._device)
         self._sums: list[Tensor | None] = [None] * len(features)
         with _device.launching_on(self._device) as launch:
-            for feature, shift in zip(features, self._shifts, strict=True):
+            for feature, index, shift in zip(features, self._index, self._shifts, strict=True):
                 _device.extension().correlation_shift(
                     dtype=_device.SCALAR_TYPES[feature.dtype],
                     features=feature.data_ptr(),
                     strides=self._strides(feature),
+                    index=0 if index is None else index.data_ptr(),
                     outer=self._outer,
                     units=self._units,
                     inner=self._inner,
@@ -79,9 +91,11 @@ class Samples:
                 dtype=_device.SCALAR_TYPES[self._features[i].dtype],
                 rows=self._features[i].data_ptr(),
                 row_strides=self._strides(self._features[i]),
+                row_index=self._index_address(i),
                 row_shift=self._shifts[i].data_ptr(),
                 columns=self._features[j].data_ptr(),
                 column_strides=self._strides(self._features[j]),
+                column_index=self._index_address(j),
                 column_shift=self._shifts[j].data_ptr(),
                 outer=self._outer,
                 units=units,
@@ -126,6 +140,10 @@ class Samples:
         assert sums is not None, "sums are taken beside products"
         return sums
 
+    def _index_address(self, model: int) -> int:
+        index = self._index[model]
+        return 0 if index is None else index.data_ptr()
+
     def _strides(self, feature: Tensor) -> tuple[int, int, int]:
         outer, unit, inner = feature.stride()
         return outer, unit, outer if feature.shape[2] == 1 else inner
@@ -138,7 +156,7 @@ def tensor_cores(device: torch.device) -> _tensor_cores.Choice:
 
 def _products(features: list[Tensor], axis: int, instructions: str) -> list[Tensor]:
     """Return the product of two models and their sums of squares, for a comparison of instructions."""
-    samples = Samples([one[:, :, None] if axis == 1 else one[None] for one in features], instructions)
+    samples = Samples([one[:, :, None] if axis == 1 else one[None] for one in features], instructions=instructions)
     product = samples.product(0, 1)
     return [product.parts.sum(0), samples.squares(0), samples.squares(1)]
 

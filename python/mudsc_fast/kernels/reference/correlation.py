@@ -5,23 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels._samples import Centered, SampleOrder
+
 
 def center(
-    features: Tensor, memory: Tensor, outer_index: Tensor | None = None, inner_index: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    features: Tensor, memory: Tensor, outer_order: SampleOrder | None = None, inner_order: SampleOrder | None = None
+) -> Centered:
     """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
-    The second and third results are [C] in float64: the mean, and the sum of squares of the first. The
-    indices, int32, are of the features to take along the outer and the inner axis; all in order if None.
+    The orders say which samples to take along the outer and the inner axis, and to sum; all as they are if None.
     """
-    for axis, index in ((0, outer_index), (2, inner_index)):
-        if index is not None:
-            features = features.index_select(axis, index)
+    for axis, order in ((0, outer_order), (2, inner_order)):
+        if order is not None:
+            features = _in_order(features, axis, order)
     units = features.transpose(0, 1).flatten(1).to(torch.float64)
     units = torch.where(units.isnan(), 0.0, units)
     mean = units.mean(1)
     centered = memory.view(units.shape).copy_(units - mean[:, None])
-    return centered, mean, centered.to(torch.float64).square().sum(1)
+    return Centered(centered, mean, centered.to(torch.float64).square().sum(1))
+
+
+def _in_order(features: Tensor, axis: int, order: SampleOrder) -> Tensor:
+    if order.starts is None:
+        return features.index_select(axis, order.members)
+    chosen = features.index_select(axis, order.members[order.starts[0] : order.starts[-1]])
+    chosen = chosen.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
+    shape = list(features.shape)
+    shape[axis] = len(order)
+    sample_of_member = torch.arange(len(order), device=features.device).repeat_interleave(order.starts.diff())
+    sums = chosen.new_zeros(shape).index_add_(axis, sample_of_member, chosen)
+    if order.scale is not None:
+        sums *= order.scale.to(sums).reshape([-1 if other == axis else 1 for other in range(3)])
+    return sums.to(features.dtype)
 
 
 def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
