@@ -114,6 +114,33 @@ def test_plain_calls_equal_the_general_way(dtype: torch.dtype, shape: tuple[int,
                     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "num_models", "axes"),
+    [
+        (torch.float32, (4099, 2053), 1, (0,)),
+        (torch.float16, (4099, 4111), 1, (0,)),
+        (torch.float32, (4099, 2053), 1, (1,)),
+        (torch.float32, (4099, 2053), 2, (0,)),
+        (torch.float32, (4099, 2053), 2, (0, 1)),
+        (torch.float32, (4099, 70, 31), 2, ()),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("isa")
+def test_results_that_are_written_past_the_caches(
+    dtype: torch.dtype, shape: tuple[int, ...], num_models: int, axes: tuple[int, ...]
+) -> None:
+    """Of 32 MB and more, in lines that begin and end within a vector."""
+    torch.manual_seed(10)
+    tensor = torch.rand(shape, dtype=dtype)
+    maps = {axis: random_permutation(num_models, shape[axis]) for axis in axes}
+    parts = [tensor] * num_models
+    for axis, unit_map in maps.items():
+        parts = [part.index_select(axis, unit_map.index[model]) for model, part in enumerate(parts)]
+    expected = parts[0] if num_models == 1 else parts[0].mul_(0.5).add_(parts[1].mul_(0.5)) if axes else tensor
+    assert torch.equal(permute_merge([tensor] * num_models, maps), expected)
+
+
 def test_maps_that_were_used_can_be_copied() -> None:
     unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
     tensor = torch.tensor([1.0, 2.0])

@@ -186,7 +186,7 @@ def permute_merge(
         is not finite; `out` does not fit or shares memory with a tensor; or a tensor requires a gradient
         while gradients are recorded: none are implemented, so call under ``torch.no_grad()`` or detach.
     """
-    if out is None and _is_plain_call():
+    if out is None and not _library.traced(None) and _dispatch.requested() is None:
         # A small tensor is merged sooner than the general way below is gone through.
         merged = _merge_plain(tensors, maps, weights)
         if merged is not None:
@@ -200,11 +200,6 @@ def permute_merge(
         _check_out(out, checked, by_axis)
     # Not under no_grad, which takes a microsecond: where gradients are recorded, no tensor here requires one.
     return _dispatch.choose("permute", checked[0].device, _MERGES)(checked, by_axis, factors, out)
-
-
-def _is_plain_call() -> bool:
-    """Return whether a call may be done as a whole by C++, which declines what it does not know, errors too."""
-    return not _library.traced(None) and _dispatch.requested() is None
 
 
 def _merge_plain_group(
@@ -269,7 +264,7 @@ def permute_merge_group(
         raise ValueError(f"maps must have one entry per group, {len(groups)}, got {len(maps)}")
     if len(groups) == 0:
         return []
-    if _is_plain_call():
+    if not _library.traced(None) and _dispatch.requested() is None:
         merged = _merge_plain_group(groups, maps, weights)
         if merged is not None:
             return merged
