@@ -8,9 +8,10 @@
 // columns are touched, so the indexed part runs once per line. One model with weight 1 and gathers only is a copy
 // of bits: exact for every value, NaN payloads and signed zeros included.
 //
-// Sums of gathers in float32 and copies of 4-byte entries, the common case, are one fused loop: a block of outputs is
-// summed in registers over all models and written past the caches where the result is large; meanwhile the same part
-// of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow.
+// Sums of gathers in float32 and indexed copies of 4-byte entries, the common case, are one fused loop: a block of outputs
+// is summed in registers over all models and written past the caches where the result is large; meanwhile the same part
+// of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow. Copies of rows
+// are copies of bytes, of any type.
 //
 // In place, the lines of one tensor move along the cycles of the row permutation: each is read once and written once.
 //
@@ -96,17 +97,19 @@ class ColumnIndex {
     run_ = inner / expansion;
     items_in_ = map.units_in * expansion;
     items_out_ = map.units_out * expansion;
-    first_ = Buffer<std::int32_t>(num_models * items_out_, static_cast<std::int32_t>(items_in_));
+    first_ = Buffer<std::int32_t>(num_models * items_out_);
+    if (map.kind == UnitMapKind::gather) {
+      for (std::int64_t i = 0; i < num_models; ++i) {
+        add_gather(map.index + i * map.units_out, map.units_out, expansion, i);
+      }
+      return;
+    }
+    first_.fill(static_cast<std::int32_t>(items_in_));
     extra_start_ = Buffer<std::int64_t>(num_models + 1, 0);
-    const std::int64_t most_extras = map.kind == UnitMapKind::clusters ? num_models * items_in_ : 0;
-    extras_ = Buffer<Extra>(most_extras);
+    extras_ = Buffer<Extra>(num_models * items_in_);
     for (std::int64_t i = 0; i < num_models; ++i) {
       extra_start_[i + 1] = extra_start_[i];
-      if (map.kind == UnitMapKind::gather) {
-        add_gather(map.index + i * map.units_out, map.units_out, expansion, i);
-      } else {
-        add_clusters(map.index + i * map.units_in, map.units_in, expansion, i);
-      }
+      add_clusters(map.index + i * map.units_in, map.units_in, expansion, i);
     }
   }
 
@@ -120,10 +123,13 @@ class ColumnIndex {
   std::int64_t items_out() const { return items_out_; }
   // One input item for each output item, or items_in() for none.
   const std::int32_t* first(std::int64_t model) const { return first_.data() + model * items_out_; }
-  const Extra* extras_begin(std::int64_t model) const { return extras_.data() + extra_start_[model]; }
-  const Extra* extras_end(std::int64_t model) const { return extras_.data() + extra_start_[model + 1]; }
+  // The other inputs of clusters; gathers have none.
+  const Extra* extras_begin(std::int64_t model) const { return extras_.data() + extras_before(model); }
+  const Extra* extras_end(std::int64_t model) const { return extras_.data() + extras_before(model + 1); }
 
  private:
+  std::int64_t extras_before(std::int64_t model) const { return extra_start_.size() == 0 ? 0 : extra_start_[model]; }
+
   void add_gather(const std::int64_t* index, std::int64_t units_out, std::int64_t expansion, std::int64_t model) {
     std::int32_t* const first = first_.data() + model * items_out_;
     for (std::int64_t k = 0; k < units_out; ++k) {
