@@ -12,9 +12,11 @@ MUDSC_BENCHMARK_THREADS is the number of threads (1), MUDSC_BENCHMARK_SIZE the t
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -148,4 +150,72 @@ def test_in_place(benchmark: Benchmark, axes: str) -> None:
     benchmark.pedantic(permute_, (tensor, maps), rounds=10)
     here, copied = in_turns(lambda: permute_(tensor, maps), tensor, copy)
     benchmark.extra_info.update(milliseconds=round(here * 1e3, 2), share_of_copy_bandwidth=round(copied / here, 2))
+    print(f"\n{benchmark.group}: {dict(benchmark.extra_info)}")
+
+
+#: Shapes of weights, biases and features, small, odd and large.
+SHAPES = (
+    (64,),
+    (64, 64),
+    (256, 256),
+    (1000, 333),
+    (2048, 2048),
+    (64, 64, 3, 3),
+    (512, 512, 3, 3),
+    (256, 64, 1, 1),
+    (8, 512, 300),
+)
+
+
+def clustered(tensors: list[Tensor], clusters: Tensor, axes: tuple[int, ...]) -> Tensor:
+    total: Tensor | None = None
+    for tensor, cluster_of_unit in zip(tensors, clusters, strict=True):
+        for axis in axes:
+            tensor = torch.zeros_like(tensor).index_add_(axis, cluster_of_unit, tensor)
+        total = tensor if total is None else total.add_(tensor)
+    assert total is not None
+    return total.mul_(1 / len(tensors))
+
+
+def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Yield names, calls of `permute_merge`, and the chains of torch's functions that do the same."""
+    for shape, num_models in itertools.product(SHAPES, (1, 2)):
+        tensors = [torch.randn(shape).to(dtype) for _ in range(num_models)]
+        for axes in ((0,), (1,), (0, 1)):
+            if max(axes) >= len(shape) or len({shape[axis] for axis in axes}) > 1:
+                continue
+            units = shape[axes[0]]
+            orders = [torch.randperm(units) for _ in range(num_models)]
+            maps = dict.fromkeys(axes, UnitMap.permutation(torch.stack(orders)))
+            yield (
+                f"{num_models} x {list(shape)} by {list(axes)}",
+                functools.partial(permute_merge, tensors, maps),
+                functools.partial(chain, tensors, orders, axes),
+            )
+            if num_models == 2 and max(shape) <= 512:
+                clusters = torch.randint(units, (num_models, units))
+                yield (
+                    f"{num_models} x {list(shape)} by {list(axes)}, clusters",
+                    functools.partial(permute_merge, tensors, dict.fromkeys(axes, UnitMap.clusters(clusters, units))),
+                    functools.partial(clustered, tensors, clusters, axes),
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_many_shapes(benchmark: Benchmark, dtype: torch.dtype) -> None:
+    """Calls that allocate their results against chains of `index_select` and `index_add_` that do, in turns."""
+    benchmark.group = f"permute, many shapes, {dtype}"
+    torch.manual_seed(0)
+    ratios = {}
+    tolerance = 64 * torch.finfo(dtype).eps  # chains round halves after every step
+    for name, merge, peer in cases_of(dtype):
+        torch.testing.assert_close(merge(), peer(), rtol=tolerance, atol=tolerance)
+        here = there = float("inf")
+        for _ in range(8 if merge().numel() > 10**6 else 40):
+            here, there = min(here, seconds(merge, 1)), min(there, seconds(peer, 1))
+        ratios[name] = round(there / here, 2)
+    benchmark.pedantic(next(iter(cases_of(dtype)))[1], rounds=100)
+    slower = {name: ratio for name, ratio in sorted(ratios.items(), key=lambda item: item[1]) if ratio < 1}
+    median = sorted(ratios.values())[len(ratios) // 2]
+    benchmark.extra_info.update(cases=len(ratios), median_times_faster=median, slower=slower)
     print(f"\n{benchmark.group}: {dict(benchmark.extra_info)}")

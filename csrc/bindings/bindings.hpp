@@ -1,13 +1,16 @@
 // Shared by the register_<op>.cpp files.
 //
 // Bindings take addresses and sizes that python/mudsc_fast/kernels/cpu has checked, release the GIL and call the
-// kernel of the requested instruction level. They convert and check nothing else, with one exception: for small
-// arrays register_assignment.cpp checks what it is given and makes the results itself, and declines all else.
+// kernel of the requested instruction level. They convert and check nothing else, with two exceptions: for small
+// arrays register_assignment.cpp, for tensors of the common kind register_permute.cpp checks what it is given and makes
+// the results itself, and declines all else.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "mudsc/isa.hpp"
 #include "mudsc/types.hpp"
@@ -19,6 +22,36 @@ namespace py = pybind11;
 template <class T>
 inline T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Level for a kernel that is called without Python's own choice (mudsc_fast.ops._dispatch): the processor's best, capped
+// by MUDSC_ISA; -1 where the environment names another back end or a level that does not exist.
+inline int isa_of_environment() {
+  static const int supported = static_cast<int>(supported_isa());
+  const char* const backend = std::getenv("MUDSC_BACKEND");
+  if (backend != nullptr && *backend != '\0') return -1;
+  const char* const cap = std::getenv("MUDSC_ISA");
+  if (cap == nullptr || *cap == '\0') return supported;
+#if MUDSC_X86_64
+  constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+#else
+  constexpr const char* kNames[] = {"baseline"};
+#endif
+  int level = 0;
+  for (const char* name : kNames) {
+    if (std::strcmp(cap, name) == 0) return level < supported ? level : supported;
+    ++level;
+  }
+  return -1;
+}
+
+// A function of Python that takes its arguments as they lie, without the tuple and the conversions of module.def;
+// `self`, if there is one, is what it is called with first.
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+py::object plain_function(const char* name, py::handle self = py::handle()) {
+  static PyMethodDef definition{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL,
+                                nullptr};
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
 }
 
 void register_assignment(py::module_& module);

@@ -1,7 +1,5 @@
 #include <pybind11/numpy.h>
 
-#include <cstdlib>
-#include <cstring>
 #include <new>
 #include <vector>
 
@@ -10,23 +8,6 @@
 
 namespace mudsc::bindings {
 namespace {
-
-// Level that the environment caps kernels to, as mudsc_fast.ops._dispatch.isa_level; -1 for a name it would refuse.
-int requested_isa(int supported) {
-  const char* const cap = std::getenv("MUDSC_ISA");
-  if (cap == nullptr || *cap == '\0') return supported;
-#if MUDSC_X86_64
-  constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
-#else
-  constexpr const char* kNames[] = {"baseline"};
-#endif
-  int level = 0;
-  for (const char* name : kNames) {
-    if (std::strcmp(cap, name) == 0) return level < supported ? level : supported;
-    ++level;
-  }
-  return -1;
-}
 
 // A matrix of numpy that can be read as it is.
 struct Matrix {
@@ -158,14 +139,12 @@ bool solve_into(const Matrix& matrix, bool maximize, int isa, std::int64_t* rows
 // null. None if there is anything that is not known here, errors too.
 template <class SolvePlain>
 PyObject* with_plain(PyObject* const* arguments, Py_ssize_t count, const SolvePlain& solve_plain) {
-  static const int supported = static_cast<int>(supported_isa());
   try {
     const py::detail::npy_api& numpy = py::detail::npy_api::get();
     Matrix matrix;
     if (count != 2 || !PyBool_Check(arguments[1]) || !read_matrix(numpy, arguments[0], matrix)) Py_RETURN_NONE;
-    const char* const backend = std::getenv("MUDSC_BACKEND");
-    const int isa = requested_isa(supported);
-    if (isa < 0 || (backend != nullptr && *backend != '\0')) Py_RETURN_NONE;
+    const int isa = isa_of_environment();
+    if (isa < 0) Py_RETURN_NONE;
     return solve_plain(numpy, matrix, arguments[1] == Py_True, isa);
   } catch (py::error_already_set& error) {
     error.restore();
@@ -205,19 +184,11 @@ PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_plain(arguments, count, solve_plain);
 }
 
-template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-void add_function(py::module_& module, const char* name) {
-  // METH_FASTCALL: arguments come as they lie, without the tuple and the conversions of module.def.
-  static PyMethodDef definition{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL,
-                                nullptr};
-  module.add_object(name, py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr)));
-}
-
 }  // namespace
 
 void register_assignment(py::module_& module) {
-  add_function<assign_array>(module, "assign_array");
-  add_function<solve_array>(module, "solve_array");
+  module.add_object("assign_array", plain_function<assign_array>("assign_array"));
+  module.add_object("solve_array", plain_function<solve_array>("solve_array"));
   module.def(
       "linear_assignment",
       [](int isa, int threads, int dtype, std::uintptr_t values, std::int64_t batch, std::int64_t rows,

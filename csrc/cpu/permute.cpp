@@ -8,9 +8,10 @@
 // columns are touched, so the indexed part runs once per line. One model with weight 1 and gathers only is a copy
 // of bits: exact for every value, NaN payloads and signed zeros included.
 //
-// Sums of gathers in float32 and copies of 4-byte entries, the common case, are one fused loop: a block of outputs is
-// summed in registers over all models and written past the caches where the result is large; meanwhile the same part
-// of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow.
+// Sums of gathers in float32 and indexed copies of 4-byte entries, the common case, are one fused loop: a block of outputs
+// is summed in registers over all models and written past the caches where the result is large; meanwhile the same part
+// of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow. Copies of rows
+// are copies of bytes, of any type.
 //
 // In place, the lines of one tensor move along the cycles of the row permutation: each is read once and written once.
 //
@@ -40,7 +41,9 @@ constexpr std::int64_t kTile = 2048;
 // Elements read per thread that outweigh starting it.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
 // Results of so many bytes bypass the caches: by the time they are read again they would have been evicted.
-constexpr std::int64_t kStreamedBytes = 4 << 20;
+constexpr std::int64_t kStreamedBytes = 32 << 20;
+// Shorter lines are mostly heads and tails that do not fill a vector.
+constexpr std::int64_t kLeastStreamedLine = 256;
 // Models whose sums stay in registers.
 constexpr std::int64_t kFusedModels = 8;
 
@@ -94,17 +97,19 @@ class ColumnIndex {
     run_ = inner / expansion;
     items_in_ = map.units_in * expansion;
     items_out_ = map.units_out * expansion;
-    first_ = Buffer<std::int32_t>(num_models * items_out_, static_cast<std::int32_t>(items_in_));
+    first_ = Buffer<std::int32_t>(num_models * items_out_);
+    if (map.kind == UnitMapKind::gather) {
+      for (std::int64_t i = 0; i < num_models; ++i) {
+        add_gather(map.index + i * map.units_out, map.units_out, expansion, i);
+      }
+      return;
+    }
+    first_.fill(static_cast<std::int32_t>(items_in_));
     extra_start_ = Buffer<std::int64_t>(num_models + 1, 0);
-    const std::int64_t most_extras = map.kind == UnitMapKind::clusters ? num_models * items_in_ : 0;
-    extras_ = Buffer<Extra>(most_extras);
+    extras_ = Buffer<Extra>(num_models * items_in_);
     for (std::int64_t i = 0; i < num_models; ++i) {
       extra_start_[i + 1] = extra_start_[i];
-      if (map.kind == UnitMapKind::gather) {
-        add_gather(map.index + i * map.units_out, map.units_out, expansion, i);
-      } else {
-        add_clusters(map.index + i * map.units_in, map.units_in, expansion, i);
-      }
+      add_clusters(map.index + i * map.units_in, map.units_in, expansion, i);
     }
   }
 
@@ -118,10 +123,13 @@ class ColumnIndex {
   std::int64_t items_out() const { return items_out_; }
   // One input item for each output item, or items_in() for none.
   const std::int32_t* first(std::int64_t model) const { return first_.data() + model * items_out_; }
-  const Extra* extras_begin(std::int64_t model) const { return extras_.data() + extra_start_[model]; }
-  const Extra* extras_end(std::int64_t model) const { return extras_.data() + extra_start_[model + 1]; }
+  // The other inputs of clusters; gathers have none.
+  const Extra* extras_begin(std::int64_t model) const { return extras_.data() + extras_before(model); }
+  const Extra* extras_end(std::int64_t model) const { return extras_.data() + extras_before(model + 1); }
 
  private:
+  std::int64_t extras_before(std::int64_t model) const { return extra_start_.size() == 0 ? 0 : extra_start_[model]; }
+
   void add_gather(const std::int64_t* index, std::int64_t units_out, std::int64_t expansion, std::int64_t model) {
     std::int32_t* const first = first_.data() + model * items_out_;
     for (std::int64_t k = 0; k < units_out; ++k) {
@@ -305,7 +313,22 @@ inline void finish_streams() {
 #endif
 }
 
-inline bool is_aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % sizeof(Lanes) == 0; }
+inline void store_lanes(Lanes lanes, float* to) { std::memcpy(to, &lanes, sizeof lanes); }
+
+template <bool streamed>
+inline void write_lanes(Lanes lanes, float* to) {
+  if (streamed) {
+    stream_lanes(to, lanes);
+  } else {
+    store_lanes(lanes, to);
+  }
+}
+
+// Entries up to where vectors may be streamed.
+inline std::int64_t entries_to_alignment(const float* to) {
+  const std::uintptr_t beyond = reinterpret_cast<std::uintptr_t>(to) % sizeof(Lanes);
+  return beyond == 0 ? 0 : static_cast<std::int64_t>((sizeof(Lanes) - beyond) / sizeof(float));
+}
 
 // One output line as the sum of one input line of each model. Members that do not apply are null.
 struct FusedLine {
@@ -318,13 +341,14 @@ struct FusedLine {
   std::int64_t items_out;
 };
 
-template <bool indexed, bool weighted>
-inline void sum_block(const FusedLine& line, std::int64_t at, Lanes (&sums)[4]) {
+template <bool indexed, bool weighted, int vectors, bool streamed>
+inline void write_vectors(const FusedLine& line, std::int64_t at, float* out) {
+  Lanes sums[vectors] = {};
   for (std::int64_t i = 0; i < line.num_models; ++i) {
-    if (line.next[i] != nullptr && at + kBlock <= line.items_in) {
-      for (std::int64_t e = 0; e < kBlock; e += 16) __builtin_prefetch(line.next[i] + at + e);
+    if (line.next[i] != nullptr && at + vectors * kLanes <= line.items_in) {
+      for (std::int64_t e = 0; e < vectors * kLanes; e += 16) __builtin_prefetch(line.next[i] + at + e);
     }
-    for (std::int64_t v = 0; v < 4; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const Lanes lanes = indexed ? gather_lanes(line.lines[i], line.index[i] + at + v * kLanes)
                                   : load_lanes(line.lines[i] + at + v * kLanes);
       if (!weighted) {
@@ -336,53 +360,63 @@ inline void sum_block(const FusedLine& line, std::int64_t at, Lanes (&sums)[4]) 
       }
     }
   }
+  for (int v = 0; v < vectors; ++v) write_lanes<streamed>(sums[v], out + at + v * kLanes);
+}
+
+// Writes `count` entries of the vector at `at`, from its entry `first` on, and nothing else: to write again what was
+// streamed would fetch it from memory.
+template <bool indexed, bool weighted>
+inline void write_part(const FusedLine& line, std::int64_t at, std::int64_t first, std::int64_t count, float* out) {
+  float vector[kLanes];
+  write_vectors<indexed, weighted, 1, false>(line, at, vector - at);
+  std::memcpy(out + at + first, vector + first, static_cast<std::size_t>(count) * sizeof(float));
 }
 
 template <bool indexed, bool weighted>
-inline void sum_one(const FusedLine& line, std::int64_t e, float* to) {
+inline void write_one(const FusedLine& line, std::int64_t e, float* out) {
   const std::int64_t from = indexed ? line.index[0][e] : e;
   if (!weighted) {
-    std::memcpy(to, line.lines[0] + from, sizeof(float));
+    std::memcpy(out + e, line.lines[0] + from, sizeof(float));
     return;
   }
   float sum = line.lines[0][from] * line.weights[0];
   for (std::int64_t i = 1; i < line.num_models; ++i) {
     sum += line.lines[i][indexed ? line.index[i][e] : e] * line.weights[i];
   }
-  *to = sum;
+  out[e] = sum;
 }
 
-template <bool indexed, bool weighted>
-void write_line(const FusedLine& line, bool streamed, float* out) {
-  std::int64_t e = 0;
-  // A line begins wherever the one before ended: single entries up to where vectors may be streamed.
-  for (; streamed && e < line.items_out && !is_aligned(out + e); ++e) sum_one<indexed, weighted>(line, e, out + e);
-  for (; e + kBlock <= line.items_out; e += kBlock) {
-    Lanes sums[4] = {};
-    sum_block<indexed, weighted>(line, e, sums);
-    for (std::int64_t v = 0; v < 4; ++v) {
-      if (streamed) {
-        stream_lanes(out + e + v * kLanes, sums[v]);
-      } else {
-        std::memcpy(out + e + v * kLanes, &sums[v], sizeof sums[v]);
-      }
-    }
+template <bool indexed, bool weighted, bool streamed>
+void write_line(const FusedLine& line, float* out) {
+  if (line.items_out < kLanes) {
+    for (std::int64_t e = 0; e < line.items_out; ++e) write_one<indexed, weighted>(line, e, out);
+    return;
   }
-  for (; e < line.items_out; ++e) sum_one<indexed, weighted>(line, e, out + e);
+  // A line begins wherever the one before ended: what does not fill a vector, before the first that may be streamed and
+  // behind the last, is part of a vector that overlaps it.
+  std::int64_t e = streamed ? entries_to_alignment(out) : 0;
+  if (e > 0) write_part<indexed, weighted>(line, 0, 0, e, out);
+  for (; e + kBlock <= line.items_out; e += kBlock) {
+    write_vectors<indexed, weighted, kBlock / kLanes, streamed>(line, e, out);
+  }
+  for (; e + kLanes <= line.items_out; e += kLanes) write_vectors<indexed, weighted, 1, streamed>(line, e, out);
+  const std::int64_t left = line.items_out - e;
+  if (streamed) {
+    write_part<indexed, weighted>(line, line.items_out - kLanes, kLanes - left, left, out);
+  } else if (left > 0) {
+    write_vectors<indexed, weighted, 1, false>(line, line.items_out - kLanes, out);
+  }
 }
 
-inline void write_line(const FusedLine& line, bool streamed, float* out) {
+template <bool streamed>
+void write_line(const FusedLine& line, float* out) {
   const bool indexed = line.index[0] != nullptr;
   if (line.weights == nullptr) {
-    if (indexed) {
-      write_line<true, false>(line, streamed, out);
-    } else {
-      write_line<false, false>(line, streamed, out);
-    }
+    write_line<true, false, streamed>(line, out);
   } else if (indexed) {
-    write_line<true, true>(line, streamed, out);
+    write_line<true, true, streamed>(line, out);
   } else {
-    write_line<false, true>(line, streamed, out);
+    write_line<false, true, streamed>(line, out);
   }
 }
 
@@ -556,12 +590,23 @@ class Merge {
 
 // ---- Gathers of 4-byte entries -------------------------------------------------------------------------------
 
+inline std::int64_t num_lines(const PermuteProblem& problem) {
+  return problem.outer * problem.rows.units_out * problem.middle;
+}
+
 inline bool gathers(const PermuteProblem& problem) {
   return problem.rows.kind != UnitMapKind::clusters && problem.columns.kind != UnitMapKind::clusters;
 }
 
 inline bool is_copy(const PermuteProblem& problem) {
   return problem.num_models == 1 && problem.weights[0] == 1.0 && gathers(problem);
+}
+
+// Copies of float32 that are not of single entries; those of runs are fused where the result is streamed.
+inline bool is_copy_of_runs(const PermuteProblem& problem) {
+  if (!is_copy(problem)) return false;
+  if (problem.columns.kind == UnitMapKind::identity) return true;
+  return problem.inner > 1 && num_lines(problem) * problem.columns.units_out * problem.inner * 4 < kStreamedBytes;
 }
 
 // Long runs of columns are left to copies of runs; other gathers of float32 are fused.
@@ -571,58 +616,85 @@ inline bool is_fused(const PermuteProblem& problem) {
           (problem.inner < kShortRun && problem.columns.units_in < (INT32_MAX - 1) / kShortRun));
 }
 
-// Which input lines an output line is made of.
+// Walks the lines of the result in order, and says which input lines each is made of: without a division per line.
 template <class T>
 class LineSources {
  public:
-  explicit LineSources(const PermuteProblem& problem)
-      : problem_(problem), items_(problem.columns.units_in * problem.inner) {}
+  LineSources(const PermuteProblem& problem, std::int64_t line)
+      : tensors_(problem.tensors),
+        index_(problem.rows.kind == UnitMapKind::gather ? problem.rows.index : nullptr),
+        items_(problem.columns.units_in * problem.inner),
+        rows_in_(problem.rows.units_in),
+        rows_out_(problem.rows.units_out),
+        middles_(problem.middle),
+        middle_(line % middles_),
+        row_(line / middles_ % rows_out_),
+        outer_(line / middles_ / rows_out_) {}
 
-  std::int64_t num_lines() const { return problem_.outer * problem_.rows.units_out * problem_.middle; }
+  const T* of(std::int64_t model) const {
+    const std::int64_t row = index_ != nullptr ? index_[model * rows_out_ + row_] : row_;
+    return static_cast<const T*>(tensors_[model]) + ((outer_ * rows_in_ + row) * middles_ + middle_) * items_;
+  }
 
-  const T* of(std::int64_t model, std::int64_t line) const {
-    std::int64_t row = line / problem_.middle % problem_.rows.units_out;
-    const std::int64_t o = line / problem_.middle / problem_.rows.units_out;
-    if (problem_.rows.kind == UnitMapKind::gather) row = problem_.rows.index[model * problem_.rows.units_out + row];
-    const std::int64_t at = (o * problem_.rows.units_in + row) * problem_.middle + line % problem_.middle;
-    return static_cast<const T*>(problem_.tensors[model]) + at * items_;
+  void advance() {
+    if (++middle_ < middles_) return;
+    middle_ = 0;
+    if (++row_ < rows_out_) return;
+    row_ = 0;
+    ++outer_;
   }
 
  private:
-  const PermuteProblem& problem_;
-  std::int64_t items_;
+  // What lines depend on is held by value: as far as a compiler knows, each line that is written may change the problem.
+  const void* const* tensors_;
+  const std::int64_t* index_;
+  std::int64_t items_, rows_in_, rows_out_, middles_;
+  std::int64_t middle_, row_, outer_;
 };
+
+inline bool is_streamed(const PermuteProblem& problem, std::int64_t bytes_per_line) {
+  return num_lines(problem) * bytes_per_line >= kStreamedBytes && bytes_per_line >= kLeastStreamedLine;
+}
+
+template <bool streamed>
+void merge_fused_lines(const PermuteProblem& problem, const FusedLine& shape) {
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    FusedLine line = shape;
+    LineSources<float> sources(problem, begin);
+    for (std::int64_t i = 0; i < problem.num_models; ++i) line.next[i] = sources.of(i);
+    for (std::int64_t l = begin; l < end; ++l) {
+      sources.advance();
+      for (std::int64_t i = 0; i < problem.num_models; ++i) {
+        line.lines[i] = line.next[i];
+        line.next[i] = l + 1 < end ? sources.of(i) : nullptr;
+      }
+      write_line<streamed>(line, static_cast<float*>(problem.out) + l * shape.items_out);
+    }
+    if (streamed) finish_streams();
+  };
+  parallel_for(problem.threads, num_lines(problem), 1 + kElementsPerThread / (1 + shape.items_out), body);
+}
 
 void merge_fused(const PermuteProblem& problem) {
   const bool in_place = problem.columns.kind == UnitMapKind::identity;
   const ColumnIndex columns = in_place ? ColumnIndex() : ColumnIndex(problem.columns, problem.inner, problem.num_models);
-  const LineSources<float> sources(problem);
   const bool copied = is_copy(problem);
   float weights[kFusedModels];
   for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
   FusedLine shape{problem.num_models, copied ? nullptr : weights, {}, {}, {},
                   problem.columns.units_in * problem.inner, problem.columns.units_out * problem.inner};
   for (std::int64_t i = 0; !in_place && i < problem.num_models; ++i) shape.index[i] = columns.first(i);
-  const bool streamed = sources.num_lines() * shape.items_out >= kStreamedBytes / 4 && shape.items_out >= kBlock;
-  auto body = [&](std::int64_t begin, std::int64_t end) {
-    FusedLine line = shape;
-    for (std::int64_t l = begin; l < end; ++l) {
-      for (std::int64_t i = 0; i < problem.num_models; ++i) {
-        line.lines[i] = sources.of(i, l);
-        line.next[i] = l + 1 < end ? sources.of(i, l + 1) : nullptr;
-      }
-      write_line(line, streamed, static_cast<float*>(problem.out) + l * shape.items_out);
-    }
-    if (streamed) finish_streams();
-  };
-  parallel_for(problem.threads, sources.num_lines(), 1 + kElementsPerThread / (1 + shape.items_out), body);
+  if (is_streamed(problem, shape.items_out * 4)) {
+    merge_fused_lines<true>(problem, shape);
+  } else {
+    merge_fused_lines<false>(problem, shape);
+  }
 }
 
 // Halves whose columns are gathered: the lines of all models are widened in order, then summed as those of float32 are.
 template <class T>
 void merge_fused_halves(const PermuteProblem& problem) {
   const ColumnIndex columns(problem.columns, problem.inner, problem.num_models);
-  const LineSources<T> sources(problem);
   float weights[kFusedModels];
   for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
   FusedLine shape{problem.num_models, weights, {}, {}, {}, columns.items_in(), columns.items_out()};
@@ -636,15 +708,16 @@ void merge_fused_halves(const PermuteProblem& problem) {
     float* const widened = sums + shape.items_out;
     FusedLine line = shape;
     for (std::int64_t i = 0; i < problem.num_models; ++i) line.lines[i] = widened + i * shape.items_in;
-    for (std::int64_t l = begin; l < end; ++l) {
+    LineSources<T> sources(problem, begin);
+    for (std::int64_t l = begin; l < end; ++l, sources.advance()) {
       for (std::int64_t i = 0; i < problem.num_models; ++i) {
-        assign_scaled(widened + i * shape.items_in, sources.of(i, l), 1.0f, shape.items_in);
+        assign_scaled(widened + i * shape.items_in, sources.of(i), 1.0f, shape.items_in);
       }
-      write_line<true, true>(line, false, sums);
+      write_line<true, true, false>(line, sums);
       store(static_cast<T*>(problem.out) + l * shape.items_out, sums, 1.0f, shape.items_out);
     }
   };
-  parallel_for(problem.threads, sources.num_lines(), 1 + kElementsPerThread / (1 + shape.items_out), body);
+  parallel_for(problem.threads, num_lines(problem), 1 + kElementsPerThread / (1 + shape.items_out), body);
 }
 
 // ---- Pure gathers: copies of bits -----------------------------------------------------------------------------
@@ -656,62 +729,109 @@ void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::i
 }
 
 // Copies runs of at least `vector` bytes and at most two of them as two vectors, which overlap.
-template <std::size_t vector>
-void copy_as_two(char* to, const char* line, const std::int32_t* index, std::size_t run, std::int64_t count) {
+template <std::size_t vector, class Index>
+void copy_as_two(char* to, const char* from, const Index* index, std::size_t run, std::int64_t count) {
   for (std::int64_t k = 0; k < count; ++k, to += run) {
-    const char* const from = line + static_cast<std::size_t>(index[k]) * run;
+    const char* const begin = from + static_cast<std::size_t>(index[k]) * run;
     char head[vector], tail[vector];
-    std::memcpy(head, from, vector);
-    std::memcpy(tail, from + run - vector, vector);
+    std::memcpy(head, begin, vector);
+    std::memcpy(tail, begin + run - vector, vector);
     std::memcpy(to, head, vector);
     std::memcpy(to + run - vector, tail, vector);
   }
 }
 
-inline void copy_runs(void* out, const void* line, const std::int32_t* index, std::size_t run, std::int64_t count) {
-  char* const to = static_cast<char*>(out);
-  const char* const from = static_cast<const char*>(line);
+// Copies run index[k] of `from` to run k of `to`; a run is `run` bytes.
+template <class Index>
+void copy_runs(char* to, const char* from, const Index* index, std::size_t run, std::int64_t count) {
   if (run >= 8 && run <= 16) return copy_as_two<8>(to, from, index, run, count);
   if (run >= 16 && run <= 32) return copy_as_two<16>(to, from, index, run, count);
   if (run >= 32 && run <= 64) return copy_as_two<32>(to, from, index, run, count);
   if (run >= 64 && run <= 128) return copy_as_two<64>(to, from, index, run, count);
+  if (run >= 128 && run <= 256) return copy_as_two<128>(to, from, index, run, count);
   for (std::int64_t k = 0; k < count; ++k) {
     std::memcpy(to + static_cast<std::size_t>(k) * run, from + static_cast<std::size_t>(index[k]) * run, run);
   }
 }
 
-template <class Bits>
-void copy_gathered(const PermuteProblem& problem) {
-  const RowMembers rows(problem.rows, 1);
-  const bool in_place = problem.columns.kind == UnitMapKind::identity;
-  const ColumnIndex columns = in_place ? ColumnIndex(AxisMap{UnitMapKind::gather, nullptr, nullptr, 0, 0}, 1, 1)
-                                       : ColumnIndex(problem.columns, problem.inner, 1,
-                                                     kShortCopy / static_cast<std::int64_t>(sizeof(Bits)));
-  const std::int64_t line_in = problem.columns.units_in * problem.inner;
-  const std::int64_t line_out = problem.columns.units_out * problem.inner;
-  const Bits* const tensor = static_cast<const Bits*>(problem.tensors[0]);
-  Bits* const out = static_cast<Bits*>(problem.out);
+// Copies a line past the caches, and fetches the one that is copied next.
+inline void stream_line(char* to, const char* from, const char* next, std::int64_t bytes) {
+  constexpr std::int64_t kVector = sizeof(Lanes);
+  const auto stream = [&](std::int64_t at) {
+    Lanes lanes;
+    std::memcpy(&lanes, from + at, sizeof lanes);
+    stream_lanes(reinterpret_cast<float*>(to + at), lanes);
+  };
+  // Where a line begins and ends within a vector, only its own bytes: to write again what was streamed would fetch it.
+  std::int64_t at = -static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to)) & (kVector - 1);
+  std::memcpy(to, from, static_cast<std::size_t>(at));
+  for (; at + 4 * kVector <= bytes; at += 4 * kVector) {
+    for (std::int64_t ahead = 0; ahead < 4 * kVector; ahead += 64) __builtin_prefetch(next + at + ahead);
+    for (std::int64_t v = 0; v < 4; ++v) stream(at + v * kVector);
+  }
+  for (; at + kVector <= bytes; at += kVector) stream(at);
+  std::memcpy(to + at, from + at, static_cast<std::size_t>(bytes - at));
+}
+
+// The same as copy_runs, past the caches; no index is the identity.
+inline void stream_runs(char* to, const char* from, const std::int64_t* index, std::int64_t run, std::int64_t count) {
+  const auto line = [&](std::int64_t k) { return from + (index == nullptr ? k : index[k]) * run; };
+  for (std::int64_t k = 0; k < count; ++k) stream_line(to + k * run, line(k), line(k + 1 < count ? k + 1 : k), run);
+  finish_streams();
+}
+
+// Rows of [outer, rows, bytes].
+void copy_rows(const PermuteProblem& problem, std::int64_t bytes) {
+  const std::int64_t* const index = problem.rows.kind == UnitMapKind::gather ? problem.rows.index : nullptr;
+  const std::int64_t rows_in = problem.rows.units_in, rows_out = problem.rows.units_out;
+  const bool streamed = is_streamed(problem, bytes);
   auto body = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t l = begin; l < end; ++l) {
-      const std::int64_t m = l % problem.middle;
-      const std::int64_t row = l / problem.middle % problem.rows.units_out;
-      const std::int64_t o = l / problem.middle / problem.rows.units_out;
-      rows.each(0, row, [&](std::int64_t input_row) {
-        const Bits* const line = tensor + ((o * problem.rows.units_in + input_row) * problem.middle + m) * line_in;
-        Bits* const to = out + l * line_out;
-        if (in_place) {
-          std::memcpy(to, line, static_cast<std::size_t>(line_out) * sizeof(Bits));
-        } else if (columns.run() == 1) {
-          copy_indexed(to, line, columns.first(0), line_out);
-        } else {
-          copy_runs(to, line, columns.first(0), static_cast<std::size_t>(columns.run()) * sizeof(Bits),
-                    columns.items_out());
-        }
-      });
+    for (std::int64_t l = begin; l < end;) {
+      const std::int64_t outer = l / rows_out, row = l % rows_out;
+      const std::int64_t count = rows_out - row < end - l ? rows_out - row : end - l;
+      char* const to = static_cast<char*>(problem.out) + l * bytes;
+      const char* const slice = static_cast<const char*>(problem.tensors[0]) + outer * rows_in * bytes;
+      const char* const from = index == nullptr ? slice + row * bytes : slice;
+      if (streamed) {
+        stream_runs(to, from, index == nullptr ? nullptr : index + row, bytes, count);
+      } else if (index == nullptr) {
+        std::memcpy(to, from, static_cast<std::size_t>(count * bytes));
+      } else {
+        copy_runs(to, from, index + row, static_cast<std::size_t>(bytes), count);
+      }
+      l += count;
     }
   };
-  parallel_for(problem.threads, problem.outer * problem.rows.units_out * problem.middle,
-               1 + kElementsPerThread / (1 + line_out), body);
+  parallel_for(problem.threads, num_lines(problem), 1 + kElementsPerThread / (1 + bytes / 4), body);
+}
+
+template <class Bits>
+void copy_columns(const PermuteProblem& problem) {
+  const ColumnIndex columns(problem.columns, problem.inner, 1, kShortCopy / static_cast<std::int64_t>(sizeof(Bits)));
+  const std::size_t run = static_cast<std::size_t>(columns.run()) * sizeof(Bits);
+  const std::int64_t line_out = problem.columns.units_out * problem.inner;
+  auto body = [&](std::int64_t begin, std::int64_t end) {
+    LineSources<Bits> sources(problem, begin);
+    for (std::int64_t l = begin; l < end; ++l, sources.advance()) {
+      Bits* const to = static_cast<Bits*>(problem.out) + l * line_out;
+      if (columns.run() == 1) {
+        copy_indexed(to, sources.of(0), columns.first(0), line_out);
+      } else {
+        copy_runs(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(sources.of(0)), columns.first(0), run,
+                  columns.items_out());
+      }
+    }
+  };
+  parallel_for(problem.threads, num_lines(problem), 1 + kElementsPerThread / (1 + line_out), body);
+}
+
+template <class Bits>
+void copy_gathered(const PermuteProblem& problem) {
+  if (problem.columns.kind != UnitMapKind::identity) {
+    copy_columns<Bits>(problem);
+  } else {
+    copy_rows(problem, problem.columns.units_in * problem.inner * static_cast<std::int64_t>(sizeof(Bits)));
+  }
 }
 
 template <class T, class Bits>
@@ -856,7 +976,7 @@ void permute_merge(const PermuteProblem& problem) {
     const std::int64_t lines = problem.outer * problem.rows.units_out * problem.middle;
     prefer_huge_pages(problem.out, lines * problem.columns.units_out * problem.inner * bytes_of(problem.dtype));
   }
-  if (is_float && is_fused(problem)) return merge_fused(problem);
+  if (is_float && is_fused(problem) && !is_copy_of_runs(problem)) return merge_fused(problem);
   switch (problem.dtype) {
     case ScalarType::float16: return run_halves<Half, std::uint16_t>(problem);
     case ScalarType::bfloat16: return run_halves<BFloat16, std::uint16_t>(problem);

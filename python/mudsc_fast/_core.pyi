@@ -1,7 +1,10 @@
+from collections.abc import Callable
+from types import ModuleType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 __version__: Final[str]
 compiler: Final[str]
@@ -33,6 +36,9 @@ def linear_assignment(
     gap: int,
     status: int,
 ) -> None: ...
+def plain_permute_merge(
+    torch: ModuleType, map_type: type
+) -> Callable[[object, object, object], Tensor | None] | None: ...
 def permute_merge(
     isa: int,
     threads: int,

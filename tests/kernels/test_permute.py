@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -90,6 +93,86 @@ def test_permutation_of_one_model_keeps_every_bit(dtype: torch.dtype) -> None:
                 result = permute_merge([bits.view(dtype)], maps, weights=[1.0])
                 assert torch.equal(result.view(integers), expected)
                 assert torch.equal(by_reference([bits.view(dtype)], maps, weights=[1.0]).view(integers), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7,), (40, 70), (5, 9, 3, 3), (3, 4, 5, 6), (2, 3, 80), (900, 700)], ids=str)
+@pytest.mark.parametrize("num_models", [1, 2, 9])
+def test_plain_calls_equal_the_general_way(dtype: torch.dtype, shape: tuple[int, ...], num_models: int) -> None:
+    """What C++ does as a whole call equals what goes through every check, to the last bit."""
+    torch.manual_seed(9)
+    tensors = random_tensors(num_models, shape, dtype)
+    for count in range(3):
+        for axes in itertools.permutations(range(len(shape)), count):
+            for kind in ("permutation", "scaled clusters", "selection"):
+                maps = {axis: random_map(kind, num_models, shape[axis]) for axis in axes}
+                for weights in (None, [1.0] * num_models):
+                    result = permute_merge(tensors, maps, weights=weights)
+                    with use_backend("cpu"):
+                        expected = permute_merge(tensors, maps, weights=weights)
+                    assert result.shape == expected.shape
+                    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "num_models", "axes"),
+    [
+        (torch.float32, (4099, 2053), 1, (0,)),
+        (torch.float16, (4099, 4111), 1, (0,)),
+        (torch.float32, (4099, 2053), 1, (1,)),
+        (torch.float32, (4099, 2053), 2, (0,)),
+        (torch.float32, (4099, 2053), 2, (0, 1)),
+        (torch.float32, (4099, 70, 31), 2, ()),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("isa")
+def test_results_that_are_written_past_the_caches(
+    dtype: torch.dtype, shape: tuple[int, ...], num_models: int, axes: tuple[int, ...]
+) -> None:
+    """Of 32 MB and more, in lines that begin and end within a vector."""
+    torch.manual_seed(10)
+    tensor = torch.rand(shape, dtype=dtype)
+    maps = {axis: random_permutation(num_models, shape[axis]) for axis in axes}
+    parts = [tensor] * num_models
+    for axis, unit_map in maps.items():
+        parts = [part.index_select(axis, unit_map.index[model]) for model, part in enumerate(parts)]
+    expected = parts[0] if num_models == 1 else parts[0].mul_(0.5).add_(parts[1].mul_(0.5)) if axes else tensor
+    assert torch.equal(permute_merge([tensor] * num_models, maps), expected)
+
+
+def test_maps_that_were_used_can_be_copied() -> None:
+    unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
+    tensor = torch.tensor([1.0, 2.0])
+    permute_merge([tensor], {0: unit_map})
+    for other in (copy.copy(unit_map), copy.deepcopy(unit_map), pickle.loads(pickle.dumps(unit_map))):
+        assert torch.equal(permute_merge([tensor], {0: other}), tensor.flip(0))
+
+
+class Marked(Tensor):
+    """A tensor that other libraries extend."""
+
+
+def test_tensors_of_other_kinds_take_the_general_way() -> None:
+    unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
+    tensor = torch.tensor([1.0, 2.0])
+    result = permute_merge([tensor.as_subclass(Marked)], {0: unit_map})
+    assert torch.equal(result.as_subclass(Tensor), tensor.flip(0))
+    strided = torch.stack([tensor, tensor], 1)[:, 0]
+    assert torch.equal(permute_merge([strided], {-1: unit_map}), tensor.flip(0))
+    assert torch.equal(permute_merge([tensor.numpy()], {0: unit_map}, weights=[1]), tensor.flip(0))
+    assert torch.equal(permute_merge([tensor], MappingProxyType({0: unit_map})), tensor.flip(0))
+
+
+def test_the_environment_holds_for_plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
+    monkeypatch.setenv("MUDSC_ISA", "avx1024")
+    with pytest.raises(ValueError, match="MUDSC_ISA must be one of"):
+        permute_merge([torch.ones(2)], {0: unit_map})
+    monkeypatch.setenv("MUDSC_ISA", "")
+    monkeypatch.setenv("MUDSC_BACKEND", "none")
+    with pytest.raises(ValueError, match="MUDSC_BACKEND must be one of"):
+        permute_merge([torch.ones(2)], {0: unit_map})
 
 
 @pytest.mark.usefixtures("isa")

@@ -28,7 +28,10 @@ class View(NamedTuple):
 
 
 def view_of(shape: torch.Size, maps: Mapping[int, UnitMap]) -> View:
-    """Return how a tensor with at most two mapped axes is seen."""
+    """Return how a tensor with at most two mapped axes is seen.
+
+    Calls that C++ does as a whole are seen the same way (csrc/bindings/register_permute.cpp).
+    """
     axes = sorted(maps)
     if not axes:
         return View(1, math.prod(shape[:1]), None, 1, math.prod(shape[1:]), None, 1)

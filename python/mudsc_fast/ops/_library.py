@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 if TYPE_CHECKING:
     from mudsc_fast.ops.correlation import Blocks, Precision
@@ -23,7 +23,7 @@ _library = torch.library.Library("mudsc_fast", "DEF")
 
 def traced(tensor: object) -> bool:
     """Return whether an op on this tensor is recorded or simulated rather than computed."""
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or _get_current_dispatch_mode() is not None
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or _len_torch_dispatch_stack() > 0
 
 
 def _define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from mudsc_fast import _checks
+from mudsc_fast import _checks, _core
 from mudsc_fast.kernels.cpu import permute as cpu
 from mudsc_fast.kernels.reference import permute as reference
 from mudsc_fast.ops import _arrays, _dispatch, _library
@@ -186,6 +186,11 @@ def permute_merge(
         is not finite; `out` does not fit or shares memory with a tensor; or a tensor requires a gradient
         while gradients are recorded: none are implemented, so call under ``torch.no_grad()`` or detach.
     """
+    if out is None and not _library.traced(None) and _dispatch.requested() is None:
+        # A small tensor is merged sooner than the general way below is gone through.
+        merged = _merge_plain(tensors, maps, weights)
+        if merged is not None:
+            return merged
     checked = _check_tensors(tensors)
     by_axis = check_maps(maps, checked)
     factors = _check_weights(weights, len(checked))
@@ -195,6 +200,18 @@ def permute_merge(
         _check_out(out, checked, by_axis)
     # Not under no_grad, which takes a microsecond: where gradients are recorded, no tensor here requires one.
     return _dispatch.choose("permute", checked[0].device, _MERGES)(checked, by_axis, factors, out)
+
+
+def _merge_plain_group(
+    groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float] | None
+) -> list[Tensor] | None:
+    first, results = groups[0], []
+    for tensors, of_group in zip(groups, maps, strict=True):
+        merged = _merge_plain(tensors, of_group, weights)
+        if merged is None or len(tensors) != len(first) or merged.dtype is not first[0].dtype:
+            return None
+        results.append(merged)
+    return results
 
 
 def _traced_merge(
@@ -247,6 +264,10 @@ def permute_merge_group(
         raise ValueError(f"maps must have one entry per group, {len(groups)}, got {len(maps)}")
     if len(groups) == 0:
         return []
+    if not _library.traced(None) and _dispatch.requested() is None:
+        merged = _merge_plain_group(groups, maps, weights)
+        if merged is not None:
+            return merged
     checked = [_check_tensors(tensors) for tensors in groups]
     first = checked[0]
     for number, tensors in enumerate(checked):
@@ -479,6 +500,9 @@ def _one_by_one(merge: _Merge) -> _GroupMerge:
 
     return merge_group
 
+
+#: permute_merge of what most calls pass; None for anything else, also where torch is too old to let it read tensors.
+_merge_plain = _core.plain_permute_merge(torch, UnitMap) or (lambda tensors, maps, weights: None)  # noqa: ARG005
 
 _Merge = Callable[[Sequence[Tensor], Mapping[int, UnitMap], Sequence[float], "Tensor | None"], Tensor]
 _GroupMerge = Callable[[Sequence[Sequence[Tensor]], Sequence[Mapping[int, UnitMap]], Sequence[float]], list[Tensor]]
