@@ -113,3 +113,22 @@ def test_what_is_no_array_is_refused() -> None:
         mudsc_fast.zip_units(Broken(), 1)
     with pytest.raises(TypeError, match="similarity must be of a dtype that torch has, got object"):
         mudsc_fast.zip_units(np.array([[None]]), 1)
+
+
+@pytest.mark.parametrize("size", [1, 12])
+def test_negated_views_are_read_with_their_signs(size: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    negated = torch.randn(size, size, dtype=torch.complex64, generator=random).conj().imag
+    plain = negated.clone()
+    assert negated.is_neg()
+    order = mudsc_fast.UnitMap.permutation(torch.randperm(size, generator=random).expand(1, -1))
+    assert torch.equal(mudsc_fast.permute_merge([negated], {0: order}), mudsc_fast.permute_merge([plain], {0: order}))
+    for maximize in (True, False):
+        found, expected = (mudsc_fast.linear_assignment(one, maximize=maximize) for one in (negated, plain))
+        assert torch.equal(found.objective, expected.objective)
+    sums = []
+    for one in (negated, plain):
+        accumulator = mudsc_fast.CorrelationAccumulator(2, size)
+        accumulator.update(one, plain, channel_axis=1)
+        sums.append(accumulator.finalize())
+    assert torch.equal(*sums)

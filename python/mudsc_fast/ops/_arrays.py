@@ -45,7 +45,8 @@ def as_tensor(argument: str, value: object) -> Tensor:
         If it is a tensor without data.
     """
     if isinstance(value, Tensor):
-        return _checks.check_tensor(argument, value)
+        # A view may hold its entries' negatives and say so in a flag, which kernels that read its memory do not see.
+        return _checks.check_tensor(argument, value).resolve_neg()
     if isinstance(value, np.ndarray):
         return _from_numpy(argument, value)
     if hasattr(value, "__dlpack__"):

@@ -391,7 +391,7 @@ def _are_alike(tensors: Sequence[object]) -> TypeGuard[Sequence[Tensor]]:
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device != device:
             return False
-        if tensor.dtype != dtype or tensor.shape != shape or (recorded and tensor.requires_grad):
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.is_neg() or (recorded and tensor.requires_grad):
             return False
     return True
 
