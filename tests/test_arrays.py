@@ -116,9 +116,12 @@ def test_what_is_no_array_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 12])
-def test_negated_views_are_read_with_their_signs(size: int) -> None:
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_negated_views_are_read_with_their_signs(size: int, contiguous: bool) -> None:
     random = torch.Generator().manual_seed(0)
     negated = torch.randn(size, size, dtype=torch.complex64, generator=random).conj().imag
+    if contiguous:
+        negated = negated.as_strided((size, size), (size, 1))
     plain = negated.clone()
     assert negated.is_neg()
     order = mudsc_fast.UnitMap.permutation(torch.randperm(size, generator=random).expand(1, -1))

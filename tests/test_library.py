@@ -70,6 +70,14 @@ def test_compiled_merge() -> None:
     assert torch.equal(result, expected)
 
 
+def test_compiled_merge_of_negated_entries() -> None:
+    by_axis = maps()
+    negated = torch.randn(3, 4, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    result = compiled(lambda a, b: permute_merge([a, b], by_axis))(negated, negated)
+    assert torch.equal(result, permute_merge([negated.clone()] * 2, by_axis))
+
+
 def test_compiled_assignment() -> None:
     similarity = models(6, 6)[0]
 

@@ -26,7 +26,7 @@ AxisMap axis_map(const AxisArguments& axis) {
 struct Torch {
   const DlpackFunctions* functions;
   py::object tensor_type, map_type, empty_like, num_threads;
-  py::str requires_grad{"requires_grad"}, new_empty{"new_empty"};
+  py::str requires_grad{"requires_grad"}, is_neg{"is_neg"}, new_empty{"new_empty"};
   py::str on_cpu{"on_cpu"}, is_permutation{"is_permutation"}, units_in{"units_in"}, units_out{"units_out"};
 };
 
@@ -77,8 +77,9 @@ bool read_tensors(const Torch& torch, PyObject* list, PlainMerge& merge) {
     DlpackTensor tensor;
     ScalarType type;
     if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch.tensor_type.ptr())) return false;
-    if (!is_false(attribute(object, torch.requires_grad)) || !read_contiguous(*torch.functions, object, tensor) ||
-        !read_type(tensor, type) || tensor.num_axes > kMostAxes) {
+    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr()));
+    if (!is_false(negated) || !is_false(attribute(object, torch.requires_grad)) ||
+        !read_contiguous(*torch.functions, object, tensor) || !read_type(tensor, type) || tensor.num_axes > kMostAxes) {
       return false;
     }
     if (i == 0) {

@@ -48,8 +48,8 @@ inline const DlpackFunctions* dlpack_functions(const py::object& tensor_type) {
   return functions->major_version == kMajorVersion && functions->read != nullptr ? functions : nullptr;
 }
 
-// Reads a tensor that lies in the host's memory, entry after entry; false, without an exception, for any other. A view of
-// negated entries has places between them, unless it has one entry: such tensors are not read.
+// Reads a tensor that lies in the host's memory, entry after entry; false, without an exception, for any other. That the
+// entries of a view are meant negated is not in the table: whoever takes foreign tensors asks them.
 inline bool read_contiguous(const DlpackFunctions& functions, PyObject* object, DlpackTensor& tensor) {
   constexpr std::int32_t kHost = 1;
   if (functions.read(object, &tensor) != 0) {
@@ -63,7 +63,7 @@ inline bool read_contiguous(const DlpackFunctions& functions, PyObject* object, 
     entries *= tensor.shape[axis];
   }
   tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  return entries != 1;
+  return true;
 }
 
 // Finds the type of a tensor's entries if kernels read it.

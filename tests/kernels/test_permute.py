@@ -483,6 +483,7 @@ THREE = UnitMap.clusters(torch.tensor([[1, 0, 1], [0, 1, 1]]), 2)
         ([A, B], {}, {"out": [1]}, TypeError, "out must be a torch.Tensor, got list"),
         ([A, B], {1: THREE}, {"out": torch.ones(2, 3)}, ValueError, r"out .* \[2, 2\], got \[2, 3\]"),
         ([A, B], {}, {"out": A.half()}, ValueError, "out must have the dtype"),
+        ([A, B], {}, {"out": torch._neg_view(torch.zeros_like(A))}, ValueError, "out must hold .* negated entries"),
         ([A, B], {}, {"out": B}, ValueError, r"out must not share memory .* tensors\[1\]"),
         ([A, B], {}, {"out": torch.ones(3).expand(2, 3)}, ValueError, "got an expanded tensor"),
     ],

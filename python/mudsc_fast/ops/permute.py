@@ -365,7 +365,8 @@ def _check_tensors(tensors: Sequence[_arrays.Array]) -> list[Tensor]:
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     if len(tensors) == 0:
         raise ValueError("tensors must hold at least one tensor, got none")
-    if _are_alike(tensors):
+    # A compiler cannot trace the question of the negative bit, and has no use for a shorter way.
+    if not torch.compiler.is_compiling() and _are_alike(tensors):
         return list(tensors)
     checked = [_arrays.as_tensor(f"tensors[{i}]", tensor) for i, tensor in enumerate(tensors)]
     first = checked[0]
@@ -455,6 +456,8 @@ def _check_out(out: Tensor, tensors: list[Tensor], maps: Mapping[int, UnitMap]) 
     _check_same("out", out, "the result", shape, tensors[0])
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out requires a gradient, which is not implemented: pass a tensor that requires none")
+    if out.is_neg():
+        raise ValueError("out must hold its entries as they are, got a view of negated entries")
     _check_places("out", out)
     for i, tensor in enumerate(tensors):
         if _spans_meet(out, tensor):
