@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 SANITIZED := build/sanitized
+# One process per core; eight bound what a large machine spends on importing torch.
+PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 # The tests run the CUDA kernels in the simulator, which needs no CUDA compiler; `compiled` is for those who have one.
 SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
 
@@ -25,7 +27,7 @@ lint: $(VENV)/test.stamp
 
 # The tests of the kernels run once per instruction level of this processor by themselves (fixture `isa`).
 unit: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --ignore=tests/test_cuda_compiled.py
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/test_cuda_compiled.py
 
 # The kernels' tests again, on an extension in which every memory access and every arithmetic step is checked.
 # Leaks are not looked for: Python and torch keep memory until the process ends.
@@ -33,7 +35,7 @@ sanitized: $(SANITIZED)/stamp
 	PYTHONPATH=$(SANITIZED)/site \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=25 \
-	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest $(PARALLEL) tests/kernels
 
 # The CUDA kernels, compiled for every architecture where there is a CUDA compiler. What did not change is not compiled anew.
 compiled: $(VENV)/test.stamp
