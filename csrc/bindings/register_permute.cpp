@@ -249,7 +249,7 @@ void run(const Torch& torch, PermuteProblem problem, int isa, void* out) {
   const std::int64_t read = lines * problem.rows.units_in * problem.columns.units_in * problem.num_models;
   const std::int64_t written = lines * problem.rows.units_out * problem.columns.units_out;
   const std::int64_t entries = read < written ? written : read;
-  const std::int64_t bytes = problem.dtype == ScalarType::float64 ? 8 : problem.dtype == ScalarType::float32 ? 4 : 2;
+  const std::int64_t bytes = kScalarBytes[static_cast<int>(problem.dtype)];
   problem.out = out;
   problem.out_is_new = written * bytes >= kHugePages;
   problem.threads = threads_for(torch, entries);

@@ -17,13 +17,6 @@ namespace mudsc::MUDSC_ISA {
 namespace {
 
 // Vectors wider than the processor's would be taken apart lane by lane, so blocks are arrays of what it has.
-#if defined(__AVX512F__)
-constexpr std::int64_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr std::int64_t kVectorBytes = 32;
-#else
-constexpr std::int64_t kVectorBytes = 16;
-#endif
 constexpr std::int64_t kVectorsPerBlock = 64 / kVectorBytes;
 
 // In memory vectors lie where entries may lie.

@@ -18,6 +18,15 @@
 
 namespace mudsc::MUDSC_ISA {
 
+// Of the widest vectors that the level has.
+#if defined(__AVX512F__)
+constexpr std::int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr std::int64_t kVectorBytes = 32;
+#else
+constexpr std::int64_t kVectorBytes = 16;
+#endif
+
 // Thrown by Buffer; bindings turn it into MemoryError.
 using mudsc::OutOfMemory;
 

@@ -28,7 +28,7 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// The same for copies, in bytes: from here on a run is two vectors.
+// Copies of columns take runs of fewer bytes apart: from here on a run is two vectors.
 constexpr std::int64_t kShortCopy = 8;
 // Elements of a line that are accumulated at a time where columns stay in place: sums remain in the L1 cache.
 constexpr std::int64_t kTile = 2048;
@@ -40,6 +40,10 @@ constexpr std::int64_t kStreamedBytes = 32 << 20;
 constexpr std::int64_t kLeastStreamedLine = 256;
 
 // ---- Lines --------------------------------------------------------------------------------------------------
+
+inline std::int64_t num_lines(const PermuteProblem& problem) {
+  return problem.outer * problem.rows.units_out * problem.middle;
+}
 
 template <class T>
 class Merge {
@@ -58,7 +62,7 @@ class Merge {
         }
       }
     };
-    parallel_for(problem_.threads, num_lines(), lines_per_thread(length), body);
+    parallel_for(problem_.threads, num_lines(problem_), lines_per_thread(length), body);
   }
 
   void run_columns() const {
@@ -76,12 +80,10 @@ class Merge {
       line[line_in] = 0;
       for (std::int64_t l = begin; l < end; ++l) merge_line(l, columns, column_scale, sums, line);
     };
-    parallel_for(problem_.threads, num_lines(), lines_per_thread(line_in), body);
+    parallel_for(problem_.threads, num_lines(problem_), lines_per_thread(line_in), body);
   }
 
  private:
-  std::int64_t num_lines() const { return problem_.outer * problem_.rows.units_out * problem_.middle; }
-
   std::int64_t lines_per_thread(std::int64_t length) const {
     return 1 + kElementsPerThread / (1 + length * problem_.num_models);
   }
@@ -176,10 +178,6 @@ class Merge {
 
 // ---- Gathers of 4-byte entries -------------------------------------------------------------------------------
 
-inline std::int64_t num_lines(const PermuteProblem& problem) {
-  return problem.outer * problem.rows.units_out * problem.middle;
-}
-
 inline bool gathers(const PermuteProblem& problem) {
   return problem.rows.kind != UnitMapKind::clusters && problem.columns.kind != UnitMapKind::clusters;
 }
@@ -242,6 +240,17 @@ inline bool is_streamed(const PermuteProblem& problem, std::int64_t bytes_per_li
   return num_lines(problem) * bytes_per_line >= kStreamedBytes && bytes_per_line >= kLeastStreamedLine;
 }
 
+// What all lines share. `weights` has room for kFusedModels and lives as long as the result; no columns stay in place.
+FusedLine fused_line(const PermuteProblem& problem, const ColumnIndex* columns, float* weights) {
+  FusedLine line{problem.num_models, weights, {}, {}, {},
+                 problem.columns.units_in * problem.inner, problem.columns.units_out * problem.inner};
+  for (std::int64_t i = 0; i < problem.num_models; ++i) {
+    weights[i] = static_cast<float>(problem.weights[i]);
+    if (columns != nullptr) line.index[i] = columns->first(i);
+  }
+  return line;
+}
+
 template <bool streamed>
 void merge_fused_lines(const PermuteProblem& problem, const FusedLine& shape) {
   auto body = [&](std::int64_t begin, std::int64_t end) {
@@ -264,12 +273,9 @@ void merge_fused_lines(const PermuteProblem& problem, const FusedLine& shape) {
 void merge_fused(const PermuteProblem& problem) {
   const bool in_place = problem.columns.kind == UnitMapKind::identity;
   const ColumnIndex columns = in_place ? ColumnIndex() : ColumnIndex(problem.columns, problem.inner, problem.num_models);
-  const bool copied = is_copy(problem);
   float weights[kFusedModels];
-  for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
-  FusedLine shape{problem.num_models, copied ? nullptr : weights, {}, {}, {},
-                  problem.columns.units_in * problem.inner, problem.columns.units_out * problem.inner};
-  for (std::int64_t i = 0; !in_place && i < problem.num_models; ++i) shape.index[i] = columns.first(i);
+  FusedLine shape = fused_line(problem, in_place ? nullptr : &columns, weights);
+  if (is_copy(problem)) shape.weights = nullptr;
   if (is_streamed(problem, shape.items_out * 4)) {
     merge_fused_lines<true>(problem, shape);
   } else {
@@ -282,9 +288,7 @@ template <class T>
 void merge_fused_halves(const PermuteProblem& problem) {
   const ColumnIndex columns(problem.columns, problem.inner, problem.num_models);
   float weights[kFusedModels];
-  for (std::int64_t i = 0; i < problem.num_models; ++i) weights[i] = static_cast<float>(problem.weights[i]);
-  FusedLine shape{problem.num_models, weights, {}, {}, {}, columns.items_in(), columns.items_out()};
-  for (std::int64_t i = 0; i < problem.num_models; ++i) shape.index[i] = columns.first(i);
+  const FusedLine shape = fused_line(problem, &columns, weights);
   const std::int64_t scratch_size = (problem.num_models * shape.items_in + shape.items_out + 15) / 16 * 16;
   Buffer<float> scratch(problem.threads * scratch_size);
   std::int64_t threads_started = 0;
@@ -547,9 +551,7 @@ class MoveInPlace {
   Buffer<std::int64_t> start_;
 };
 
-std::int64_t bytes_of(ScalarType dtype) {
-  return dtype == ScalarType::float64 ? 8 : dtype == ScalarType::float32 ? 4 : 2;
-}
+std::int64_t bytes_of(const PermuteProblem& problem) { return kScalarBytes[static_cast<int>(problem.dtype)]; }
 
 }  // namespace
 
@@ -559,8 +561,8 @@ void permute_merge(const PermuteProblem& problem) {
   if (empty) return;
   const bool is_float = problem.dtype == ScalarType::float32;
   if (problem.out_is_new) {
-    const std::int64_t lines = problem.outer * problem.rows.units_out * problem.middle;
-    prefer_huge_pages(problem.out, lines * problem.columns.units_out * problem.inner * bytes_of(problem.dtype));
+    const std::int64_t bytes_per_line = problem.columns.units_out * problem.inner * bytes_of(problem);
+    prefer_huge_pages(problem.out, num_lines(problem) * bytes_per_line);
   }
   if (is_float && is_fused(problem) && !is_copy_of_runs(problem)) return merge_fused(problem);
   switch (problem.dtype) {
@@ -573,7 +575,7 @@ void permute_merge(const PermuteProblem& problem) {
 
 void permute_in_place(const PermuteProblem& problem) {
   if (problem.outer * problem.rows.units_in * problem.middle * problem.columns.units_in * problem.inner == 0) return;
-  switch (bytes_of(problem.dtype)) {
+  switch (bytes_of(problem)) {
     case 2: return MoveInPlace<std::uint16_t>(problem).run();
     case 4: return MoveInPlace<std::uint32_t>(problem).run();
     default: return MoveInPlace<std::uint64_t>(problem).run();

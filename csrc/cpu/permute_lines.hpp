@@ -16,14 +16,8 @@ constexpr std::int64_t kFusedModels = 8;
 
 // ---- Vectors of float32 bits ----------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr std::int64_t kLanes = 16;
-#elif defined(__AVX2__)
-constexpr std::int64_t kLanes = 8;
-#else
-constexpr std::int64_t kLanes = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(float));
+typedef float Lanes __attribute__((vector_size(kVectorBytes)));
 // Outputs summed at a time: four vectors hide the latency of indexed loads.
 constexpr std::int64_t kBlock = 4 * kLanes;
 
