@@ -30,68 +30,42 @@ def permute_merge(
     """
     if len(maps) > 2:
         return reference.permute_merge(tensors, maps, weights, out)
-    return _Plan(tensors[0], maps).merge(tensors, weights, out)
+    inputs = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+    first = inputs[0]
+    shape = list(first.shape)
+    for axis, unit_map in maps.items():
+        shape[axis] = unit_map.units_out
+    if out is not None and out.is_contiguous():
+        result = out
+    elif shape == list(first.shape):
+        result = torch.empty_like(first)  # in half the time of the general form
+    else:
+        result = torch.empty(shape, dtype=first.dtype, device=first.device)
+    view = view_of(first.shape, maps)
+    rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
+    # By position: of a small tensor, naming the arguments costs more than the sum.
+    _core.permute_merge(
+        _dispatch.isa_level(),
+        _dispatch.threads(),
+        SCALAR_TYPES[first.dtype],
+        [tensor.data_ptr() for tensor in inputs],
+        list(weights),
+        view.outer,
+        view.middle,
+        view.inner,
+        rows.arguments(),
+        columns.arguments(),
+        result.data_ptr(),
+        out is not result and result.nbytes >= _HUGE_PAGES,
+    )
+    return result if out is None or out is result else out.copy_(result)
 
 
 def permute_merge_group(
     groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
 ) -> list[Tensor]:
-    """Return :func:`permute_merge` of each group of tensors by its maps.
-
-    Groups that follow one another are often alike, as the biases and norms of a layer are: they share their plan.
-    """
-    merged = []
-    plan, planned_shape, planned_maps = None, None, None
-    for tensors, by_axis in zip(groups, maps, strict=True):
-        if len(by_axis) > 2:
-            merged.append(reference.permute_merge(tensors, by_axis, weights, None))
-            continue
-        shape = tensors[0].shape
-        if plan is None or shape != planned_shape or by_axis != planned_maps:
-            plan, planned_shape, planned_maps = _Plan(tensors[0], by_axis), shape, by_axis
-        merged.append(plan.merge(tensors, weights, None))
-    return merged
-
-
-class _Plan:
-    """What the kernel is told of tensors of one shape, dtype and device under the same maps, of at most two axes."""
-
-    def __init__(self, like: Tensor, maps: Mapping[int, UnitMap]) -> None:
-        self._shape = list(like.shape)
-        for axis, unit_map in maps.items():
-            self._shape[axis] = unit_map.units_out
-        self._keeps_shape = self._shape == list(like.shape)
-        self._dtype, self._device, self._scalar_type = like.dtype, like.device, SCALAR_TYPES[like.dtype]
-        self._outer, rows, row_map, self._middle, columns, column_map, self._inner = view_of(like.shape, maps)
-        self._rows, self._columns = _AxisMap(rows, row_map), _AxisMap(columns, column_map)
-        self._row_arguments, self._column_arguments = self._rows.arguments(), self._columns.arguments()
-        self._isa, self._threads = _dispatch.isa_level(), _dispatch.threads()
-
-    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor | None) -> Tensor:
-        """Return the weighted sum of the re-indexed tensors."""
-        inputs = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-        if out is not None and out.is_contiguous():
-            result = out
-        elif self._keeps_shape:
-            result = torch.empty_like(inputs[0])  # in half the time of the general form
-        else:
-            result = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        # By position: of a small tensor, naming the arguments costs more than the sum.
-        _core.permute_merge(
-            self._isa,
-            self._threads,
-            self._scalar_type,
-            [tensor.data_ptr() for tensor in inputs],
-            list(weights),
-            self._outer,
-            self._middle,
-            self._inner,
-            self._row_arguments,
-            self._column_arguments,
-            result.data_ptr(),
-            out is not result and result.nbytes >= _HUGE_PAGES,
-        )
-        return result if out is None or out is result else out.copy_(result)
+    """Return :func:`permute_merge` of each group of tensors by its maps."""
+    return [permute_merge(tensors, by_axis, weights, None) for tensors, by_axis in zip(groups, maps, strict=True)]
 
 
 def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
