@@ -25,7 +25,7 @@ AxisMap axis_map(const AxisArguments& axis) {
 // What a call needs of Python, found once.
 struct Torch {
   const DlpackFunctions* functions;
-  py::object tensor_type, map_type, empty_like, num_threads;
+  py::object tensor_type, parameter_type, map_type, empty_like, num_threads, records_gradients;
   py::str requires_grad{"requires_grad"}, is_neg{"is_neg"}, new_empty{"new_empty"};
   py::str on_cpu{"on_cpu"}, is_permutation{"is_permutation"}, units_in{"units_in"}, units_out{"units_out"};
 };
@@ -59,6 +59,16 @@ py::object attribute(PyObject* object, const py::str& name) {
 
 bool is_false(const py::object& value) { return value.ptr() == Py_False; }
 
+// Other subclasses of Tensor may have their own notion of what is done with them.
+bool is_plain(const Torch& torch, PyObject* object) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == torch.tensor_type.ptr() || type == torch.parameter_type.ptr();
+}
+
+bool needs_gradient(const Torch& torch, PyObject* tensor) {
+  return !is_false(attribute(tensor, torch.requires_grad)) && !is_false(torch.records_gradients());
+}
+
 bool read_length(PyObject* object, const py::str& name, std::int64_t& length) {
   const py::object value = attribute(object, name);
   if (!value || !PyLong_CheckExact(value.ptr())) return false;
@@ -66,7 +76,15 @@ bool read_length(PyObject* object, const py::str& name, std::int64_t& length) {
   return length >= 0;
 }
 
-// Tensors in the host's memory, contiguous, alike, not empty, and not recorded for gradients.
+// A tensor of a type that kernels read, in the host's memory, contiguous, and not recorded for gradients.
+bool read_plain(const Torch& torch, PyObject* object, DlpackTensor& tensor, ScalarType& type) {
+  if (!is_plain(torch, object)) return false;
+  const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr()));
+  return is_false(negated) && !needs_gradient(torch, object) && read_contiguous(*torch.functions, object, tensor) &&
+         read_type(tensor, type);
+}
+
+// Such tensors, alike and not empty.
 bool read_tensors(const Torch& torch, PyObject* list, PlainMerge& merge) {
   if (!PyList_CheckExact(list) && !PyTuple_CheckExact(list)) return false;
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
@@ -76,12 +94,7 @@ bool read_tensors(const Torch& torch, PyObject* list, PlainMerge& merge) {
     PyObject* const object = PySequence_Fast_GET_ITEM(list, i);
     DlpackTensor tensor;
     ScalarType type;
-    if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(torch.tensor_type.ptr())) return false;
-    const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr()));
-    if (!is_false(negated) || !is_false(attribute(object, torch.requires_grad)) ||
-        !read_contiguous(*torch.functions, object, tensor) || !read_type(tensor, type) || tensor.num_axes > kMostAxes) {
-      return false;
-    }
+    if (!read_plain(torch, object, tensor, type) || tensor.num_axes > kMostAxes) return false;
     if (i == 0) {
       merge.type = type;
       merge.num_axes = tensor.num_axes;
@@ -214,6 +227,35 @@ PermuteProblem view_of(const PlainMerge& merge) {
   return problem;
 }
 
+std::int64_t length_out(const PlainMerge& merge, int axis) {
+  for (int i = 0; i < merge.num_mapped; ++i) {
+    if (merge.mapped[i].axis == axis) return merge.mapped[i].map.units_out;
+  }
+  return merge.shape[axis];
+}
+
+bool overlap(const void* a, std::int64_t bytes_of_a, const void* b, std::int64_t bytes_of_b) {
+  const auto begin_of_a = reinterpret_cast<std::uintptr_t>(a), begin_of_b = reinterpret_cast<std::uintptr_t>(b);
+  return begin_of_a < begin_of_b + static_cast<std::uintptr_t>(bytes_of_b) &&
+         begin_of_b < begin_of_a + static_cast<std::uintptr_t>(bytes_of_a);
+}
+
+// Whether a given tensor can take the result: of its shape and type, and apart from all that is merged.
+bool read_out(const Torch& torch, const PlainMerge& merge, PyObject* object, DlpackTensor& out) {
+  ScalarType type;
+  if (!read_plain(torch, object, out, type) || type != merge.type || out.num_axes != merge.num_axes) return false;
+  std::int64_t bytes_in = kScalarBytes[static_cast<int>(type)], bytes_out = bytes_in;
+  for (int axis = 0; axis < merge.num_axes; ++axis) {
+    if (out.shape[axis] != length_out(merge, axis)) return false;
+    bytes_in *= merge.shape[axis];
+    bytes_out *= out.shape[axis];
+  }
+  for (int i = 0; i < merge.num_models; ++i) {
+    if (overlap(out.data, bytes_out, merge.tensors[i], bytes_in)) return false;
+  }
+  return true;
+}
+
 // A new tensor of the result's shape, like the first of those that are merged.
 py::object new_result(const Torch& torch, const PlainMerge& merge, PyObject* like) {
   py::object result;
@@ -222,11 +264,7 @@ py::object new_result(const Torch& torch, const PlainMerge& merge, PyObject* lik
   } else {
     py::tuple shape(static_cast<std::size_t>(merge.num_axes));
     for (int axis = 0; axis < merge.num_axes; ++axis) {
-      std::int64_t length = merge.shape[axis];
-      for (int i = 0; i < merge.num_mapped; ++i) {
-        if (merge.mapped[i].axis == axis) length = merge.mapped[i].map.units_out;
-      }
-      shape[static_cast<std::size_t>(axis)] = length;
+      shape[static_cast<std::size_t>(axis)] = length_out(merge, axis);
     }
     result = py::reinterpret_steal<py::object>(
         PyObject_CallMethodOneArg(like, torch.new_empty.ptr(), shape.ptr()));
@@ -241,7 +279,7 @@ int threads_for(const Torch& torch, std::int64_t entries) {
   return torch.num_threads().cast<int>();
 }
 
-void run(const Torch& torch, PermuteProblem problem, int isa, void* out) {
+void run(const Torch& torch, PermuteProblem problem, int isa, void* out, bool out_is_new) {
   // From so many bytes on, a result's first touch costs more than the sum itself, and less on huge pages.
   constexpr std::int64_t kHugePages = 1 << 22;
   constexpr std::int64_t kFewEntries = 1 << 14;
@@ -251,7 +289,7 @@ void run(const Torch& torch, PermuteProblem problem, int isa, void* out) {
   const std::int64_t entries = read < written ? written : read;
   const std::int64_t bytes = kScalarBytes[static_cast<int>(problem.dtype)];
   problem.out = out;
-  problem.out_is_new = written * bytes >= kHugePages;
+  problem.out_is_new = out_is_new && written * bytes >= kHugePages;
   problem.threads = threads_for(torch, entries);
   if (entries <= kFewEntries) {
     // Done before another thread could take the lock over.
@@ -262,7 +300,7 @@ void run(const Torch& torch, PermuteProblem problem, int isa, void* out) {
   }
 }
 
-// merge(tensors, maps, weights) -> tensor or None: the whole of mudsc_fast.permute_merge for what most calls pass, of
+// merge(tensors, maps, weights, out) -> tensor or None: the whole of mudsc_fast.permute_merge for what most calls pass, of
 // small tensors of which checks in Python take longer than the sum. Unlike other bindings it checks its arguments.
 // None, for anything that is not known here and for errors, leaves the call to the general way.
 PyObject* merge_plain(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
@@ -270,15 +308,18 @@ PyObject* merge_plain(PyObject* self, PyObject* const* arguments, Py_ssize_t cou
   try {
     PlainMerge merge;
     const int isa = isa_of_environment();
-    if (count != 3 || isa < 0 || !read_tensors(torch, arguments[0], merge) ||
-        !read_maps(torch, arguments[1], merge) || !read_weights(arguments[2], merge)) {
+    const bool is_read = count == 4 && isa >= 0 && read_tensors(torch, arguments[0], merge) &&
+                         read_maps(torch, arguments[1], merge) && read_weights(arguments[2], merge);
+    const bool is_new = is_read && arguments[3] == Py_None;
+    DlpackTensor out;
+    if (!is_read || (!is_new && !read_out(torch, merge, arguments[3], out))) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
-    py::object result = new_result(torch, merge, PySequence_Fast_GET_ITEM(arguments[0], 0));
-    DlpackTensor out;
-    if (!read_contiguous(*torch.functions, result.ptr(), out)) Py_RETURN_NONE;
-    run(torch, view_of(merge), isa, out.data);
+    py::object result = is_new ? new_result(torch, merge, PySequence_Fast_GET_ITEM(arguments[0], 0))
+                               : py::reinterpret_borrow<py::object>(arguments[3]);
+    if (is_new && !read_contiguous(*torch.functions, result.ptr(), out)) Py_RETURN_NONE;
+    run(torch, view_of(merge), isa, out.data, is_new);
     return result.release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
@@ -293,8 +334,9 @@ py::object plain_permute_merge(const py::object& torch_module, const py::object&
   const py::object tensor_type = torch_module.attr("Tensor");
   const DlpackFunctions* const functions = dlpack_functions(tensor_type);
   if (functions == nullptr) return py::none();
-  auto torch = std::make_unique<Torch>(
-      Torch{functions, tensor_type, map_type, torch_module.attr("empty_like"), torch_module.attr("get_num_threads")});
+  auto torch = std::make_unique<Torch>(Torch{functions, tensor_type, torch_module.attr("nn").attr("Parameter"), map_type,
+                                             torch_module.attr("empty_like"), torch_module.attr("get_num_threads"),
+                                             torch_module.attr("is_grad_enabled")});
   const py::capsule self(torch.get(), [](void* data) { delete static_cast<Torch*>(data); });
   torch.release();
   return plain_function<merge_plain>("permute_merge", self);

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -112,6 +114,9 @@ def test_plain_calls_equal_the_general_way(dtype: torch.dtype, shape: tuple[int,
                         expected = permute_merge(tensors, maps, weights=weights)
                     assert result.shape == expected.shape
                     assert torch.equal(result, expected)
+                    given = torch.full_like(expected, math.nan)
+                    assert permute_merge(tensors, maps, weights=weights, out=given) is given
+                    assert torch.equal(given, expected)
 
 
 @pytest.mark.parametrize(
@@ -424,15 +429,16 @@ def test_clusters_keep_the_total(data: st.DataObject) -> None:
 
 
 def test_gradients_are_refused_and_no_grad_accepted() -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter = torch.nn.Parameter(torch.arange(3.0))
     unit_map = UnitMap.permutation(torch.tensor([[2, 0, 1]]))
+    shorter = UnitMap.permutation(torch.tensor([[2, 0]]), units_in=3)
     with pytest.raises(ValueError, match=r"tensors\[0\] requires a gradient, which is not implemented"):
         permute_merge([parameter], {0: unit_map})
-    for backend in ("cpu", "reference"):
-        with torch.no_grad(), use_backend(backend):
-            result = permute_merge([parameter], {0: unit_map})
-        assert not result.requires_grad
-        assert type(result) is Tensor
+    for backend in (None, "cpu", "reference"):
+        with torch.no_grad(), contextlib.nullcontext() if backend is None else use_backend(backend):
+            results = [permute_merge([parameter], {0: each}) for each in (unit_map, shorter)]
+        assert [result.tolist() for result in results] == [[2, 0, 1], [2, 0]]
+        assert not any(result.requires_grad or type(result) is not Tensor for result in results)
     with pytest.raises(ValueError, match="out requires a gradient"):
         permute_merge([torch.ones(3)], {0: unit_map}, out=parameter)
 

@@ -186,9 +186,9 @@ def permute_merge(
         is not finite; `out` does not fit or shares memory with a tensor; or a tensor requires a gradient
         while gradients are recorded: none are implemented, so call under ``torch.no_grad()`` or detach.
     """
-    if out is None and not _library.traced(None) and _dispatch.requested() is None:
+    if not _library.traced(None) and _dispatch.requested() is None:
         # A small tensor is merged sooner than the general way below is gone through.
-        merged = _merge_plain(tensors, maps, weights)
+        merged = _merge_plain(tensors, maps, weights, out)
         if merged is not None:
             return merged
     checked = _check_tensors(tensors)
@@ -207,7 +207,7 @@ def _merge_plain_group(
 ) -> list[Tensor] | None:
     first, results = groups[0], []
     for tensors, of_group in zip(groups, maps, strict=True):
-        merged = _merge_plain(tensors, of_group, weights)
+        merged = _merge_plain(tensors, of_group, weights, None)
         if merged is None or len(tensors) != len(first) or merged.dtype is not first[0].dtype:
             return None
         results.append(merged)
@@ -505,7 +505,7 @@ def _one_by_one(merge: _Merge) -> _GroupMerge:
 
 
 #: permute_merge of what most calls pass; None for anything else, also where torch is too old to let it read tensors.
-_merge_plain = _core.plain_permute_merge(torch, UnitMap) or (lambda tensors, maps, weights: None)  # noqa: ARG005
+_merge_plain = _core.plain_permute_merge(torch, UnitMap) or (lambda tensors, maps, weights, out: None)  # noqa: ARG005
 
 _Merge = Callable[[Sequence[Tensor], Mapping[int, UnitMap], Sequence[float], "Tensor | None"], Tensor]
 _GroupMerge = Callable[[Sequence[Sequence[Tensor]], Sequence[Mapping[int, UnitMap]], Sequence[float]], list[Tensor]]
@@ -515,7 +515,7 @@ _MERGES: Mapping[str, _Merge] = {
     "reference": reference.permute_merge,
 }
 _GROUP_MERGES: Mapping[str, _GroupMerge] = {
-    "cpu": cpu.permute_merge_group,
+    "cpu": _one_by_one(cpu.permute_merge),
     "triton": _group_by_triton,
     "reference": _one_by_one(reference.permute_merge),
 }

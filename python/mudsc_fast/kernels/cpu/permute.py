@@ -61,13 +61,6 @@ def permute_merge(
     return result if out is None or out is result else out.copy_(result)
 
 
-def permute_merge_group(
-    groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
-) -> list[Tensor]:
-    """Return :func:`permute_merge` of each group of tensors by its maps."""
-    return [permute_merge(tensors, by_axis, weights, None) for tensors, by_axis in zip(groups, maps, strict=True)]
-
-
 def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
     """Re-index a tensor in place along each axis of `maps`, permutations all, of which the kernel takes two at a time.
 
