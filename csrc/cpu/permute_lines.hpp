@@ -289,13 +289,15 @@ template <class Accumulator>
 void add_line(Accumulator* to, const Accumulator* line, const ColumnIndex& columns, std::int64_t model,
               Accumulator weight) {
   const std::int64_t run = columns.run();
+  const ColumnIndex::Extra* const end = columns.extras_end(model);
   if (run == 1) {
     add_indexed(to, line, columns.first(model), weight, columns.items_out());
-  } else {
-    add_runs(to, line, columns, model, weight);
+    for (const ColumnIndex::Extra* e = columns.extras_begin(model); e != end; ++e) to[e->to] += weight * line[e->from];
+    return;
   }
-  for (const ColumnIndex::Extra* e = columns.extras_begin(model); e != columns.extras_end(model); ++e) {
-    for (std::int64_t t = 0; t < run; ++t) to[e->to * run + t] += weight * line[e->from * run + t];
+  add_runs(to, line, columns, model, weight);
+  for (const ColumnIndex::Extra* e = columns.extras_begin(model); e != end; ++e) {
+    add_scaled(to + e->to * run, line + e->from * run, weight, run);
   }
 }
 
