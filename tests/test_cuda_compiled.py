@@ -215,3 +215,14 @@ if reason:
 @needs_nvcc
 def test_the_module_imports_without_a_driver_and_says_what_is_wrong(module_folder: Path) -> None:
     run(sys.executable, "-c", PROGRAM, module_folder)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("modules", [("_cuda", "_cuda_simulator"), ("_cuda_simulator", "_cuda")], ids=str)
+def test_a_process_may_import_the_simulator_too(module_folder: Path, modules: tuple[str, str]) -> None:
+    import mudsc_fast
+
+    if not list(Path(mudsc_fast.__file__).parent.glob("_cuda_simulator.*")):
+        pytest.skip("the simulator is not installed")
+    program = "import sys, importlib; sys.path[:0] = sys.argv[1:3]; [importlib.import_module(m) for m in sys.argv[3:]]"
+    run(sys.executable, "-c", program, module_folder, Path(mudsc_fast.__file__).parent, *modules)

@@ -120,7 +120,8 @@ void register_large(py::module_& module) {
 }
 
 void register_paths(py::module_& module) {
-  py::class_<cuda::PathSolver>(module, "PathSolver")
+  // Local: the simulator's module has the same class, and a process may import both.
+  py::class_<cuda::PathSolver>(module, "PathSolver", py::module_local())
       .def(py::init([](std::int64_t rows, std::int64_t columns, std::uintptr_t duals, std::uintptr_t class_of_row,
                        std::int64_t wanted) {
              return std::make_unique<cuda::PathSolver>(rows, columns, pointer<const double>(duals),
