@@ -119,3 +119,18 @@ def test_fake_tensors_have_the_results_shapes() -> None:
         found = linear_assignment(torch.empty(2, 5, 7, dtype=torch.float16))
         assert (found.columns.shape, found.columns.dtype) == ((2, 5), torch.int64)
         assert (found.column_duals.shape, found.gap.dtype) == ((2, 7), torch.float64)
+
+
+@pytest.mark.parametrize("op", ["permute_merge", "linear_assignment", "zip_units", "correlation_update"])
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no tag for it")
+def test_ops_stay_out_of_cuda_graphs(op: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.mudsc_fast, op).default.tags
+
+
+def test_compiled_updates_say_whether_features_were_in_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device, where features are checked while they are multiplied."""
+    accumulator = CorrelationAccumulator(2, 4)
+    monkeypatch.setattr(CorrelationAccumulator, "in_range", property(lambda _: torch.tensor(False)))
+    compiled(lambda a, b: accumulator.update(a, b))(torch.randn(9, 4), torch.randn(9, 4))
+    with pytest.raises(ValueError, match="features must be finite, and the sums of their squares float32"):
+        accumulator.finalize()

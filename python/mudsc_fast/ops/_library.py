@@ -26,10 +26,15 @@ def traced(tensor: object) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or _len_torch_dispatch_stack() > 0
 
 
+# The host waits for a device in most of these, or copies to it, which a CUDA graph cannot hold. Older versions of torch
+# do not know the tag.
+_TAGS = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
+
+
 def _define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register an op whose kernel runs on every device, its shapes, and its refusal of gradients."""
     name = schema.partition("(")[0]
-    _library.define(schema)
+    _library.define(schema, tags=_TAGS)
 
     def refuse_gradients(*arguments: Any) -> Any:
         tensors = [part for value in arguments for part in (value if isinstance(value, (list, tuple)) else [value])]
@@ -156,7 +161,7 @@ _define(
     _zip_units_fake,
 )
 
-# ---- correlation_update: the sums of an accumulator, in place -----------------------------------------------------
+# ---- correlation_update: the sums of an accumulator, in place; returns whether the features were in range ---------
 
 
 def _correlation_update(
@@ -168,29 +173,30 @@ def _correlation_update(
     channel_axis: int,
     blocks: Blocks,
     precision: Precision,
-) -> None:
+) -> Tensor:
     from mudsc_fast.ops.correlation import CorrelationAccumulator
 
     sums = CorrelationAccumulator.of_sums(mean, squares, comoments, num_samples, blocks, precision)
     sums.update(*features, channel_axis=channel_axis)
+    return sums.in_range
 
 
 def _correlation_update_fake(
     mean: Tensor,
-    squares: Tensor,
-    comoments: Tensor,
-    num_samples: int,
-    features: Sequence[Tensor],
-    channel_axis: int,
-    blocks: str,
-    precision: str,
-) -> None:
-    """Change nothing: only the sums' values would change."""
+    squares: Tensor,  # noqa: ARG001
+    comoments: Tensor,  # noqa: ARG001
+    num_samples: int,  # noqa: ARG001
+    features: Sequence[Tensor],  # noqa: ARG001
+    channel_axis: int,  # noqa: ARG001
+    blocks: str,  # noqa: ARG001
+    precision: str,  # noqa: ARG001
+) -> Tensor:
+    return mean.new_empty((), dtype=torch.bool)
 
 
 _define(
     "correlation_update(Tensor(a!) mean, Tensor(b!) squares, Tensor(c!) comoments, SymInt num_samples, "
-    "Tensor[] features, int channel_axis, str blocks, str precision) -> ()",
+    "Tensor[] features, int channel_axis, str blocks, str precision) -> Tensor",
     _correlation_update,
     _correlation_update_fake,
 )

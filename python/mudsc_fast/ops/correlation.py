@@ -231,8 +231,13 @@ class CorrelationAccumulator:
         sums._mean, sums._squares, sums._comoments = mean, squares, comoments
         return sums
 
+    @property
+    def in_range(self) -> Tensor:
+        """Whether all features that were not checked before they were added were fit to be: a bool on the device."""
+        return self._mean.new_ones((), dtype=torch.bool) if self._in_range is None else self._in_range
+
     def _traced_update(self, features: list[Tensor], channel_axis: int) -> None:
-        torch.ops.mudsc_fast.correlation_update(
+        in_range = torch.ops.mudsc_fast.correlation_update(
             self._mean,
             self._squares,
             self._comoments,
@@ -242,6 +247,7 @@ class CorrelationAccumulator:
             self._blocks,
             self._precision,
         )
+        self._note_range([in_range])
         self._num_samples += features[0].numel() // self._units
 
     @torch.no_grad()
