@@ -404,9 +404,8 @@ def comparison(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     monkeypatch.setattr(_tensor_cores, "_UNITS", 24)
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
-    _tensor_cores._compared.cache_clear()
-    yield used
-    _tensor_cores._compared.cache_clear()
+    monkeypatch.setattr(_tensor_cores, "_compared", {})
+    return used
 
 
 def test_the_first_use_of_a_device_compares_products(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +455,16 @@ def test_a_wrong_kernel_is_not_used(comparison: Any, monkeypatch: pytest.MonkeyP
     assert_correlated(features_of(2, 70, 37, seed=1))
     assert launched.count(True) == 1
     assert cuda.tensor_cores(CPU).instructions == "mma.sync"
+
+
+def test_a_graph_takes_what_was_compared_before(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(_tensor_cores, "_is_capturing", lambda _: True)
+    assert cuda.tensor_cores(CPU) == ("mma.sync", "nothing can be compared while a graph is captured")
+    monkeypatch.setattr(_tensor_cores, "_is_capturing", lambda _: False)
+    compared = cuda.tensor_cores(CPU)
+    assert compared.instructions == "wgmma"
+    monkeypatch.setattr(_tensor_cores, "_is_capturing", lambda _: True)
+    assert cuda.tensor_cores(CPU) == compared
 
 
 def test_a_build_without_wgmma_takes_mma_sync(comparison: Any) -> None:  # noqa: ARG001

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -52,13 +51,22 @@ def choose(device: torch.device, multiply: Multiply) -> Choice:
         return Choice(asked, f"named by {_VARIABLE}")
     if _capability(device) != (9, 0):
         return Choice(MMA_SYNC, "compute capability is not 9.0")
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return Choice(MMA_SYNC, "nothing can be compared while a graph is captured")
-    return _compared(device, multiply)
+    if (device, multiply) not in _compared:
+        if _is_capturing(device):
+            return Choice(MMA_SYNC, "nothing can be compared while a graph is captured")
+        _compared[device, multiply] = _compare(device, multiply)
+    return _compared[device, multiply]
 
 
-@cache
-def _compared(device: torch.device, multiply: Multiply) -> Choice:
+#: What comparisons have shown.
+_compared: dict[tuple[torch.device, Multiply], Choice] = {}
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _compare(device: torch.device, multiply: Multiply) -> Choice:
     try:
         for features, axis, name in _examples(device):
             expected, found = (multiply(features, axis, instructions) for instructions in (MMA_SYNC, WGMMA))
