@@ -37,6 +37,13 @@ class Convertible:
         return self._tensor.numpy().astype(dtype or self._tensor.numpy().dtype)
 
 
+class Inconvertible(Exporting):
+    """An array that NumPy must not read, as CuPy's."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray[Any, Any]:
+        raise TypeError("implicit conversion to a NumPy array is not allowed")
+
+
 class Unexportable(Convertible):
     """An array whose DLPack export does not serve others, as one on a device that torch does not know."""
 
@@ -52,11 +59,18 @@ def as_array(kind: str, tensor: Tensor) -> Any:
         return array[::-1].copy()[::-1] if kind == "reversed" else array.astype(">f4") if kind == "foreign" else array
     if kind == "tensor":
         return tensor
-    wrappers = {"dlpack": Exporting, "array": Convertible, "unexportable": Unexportable}
-    return tensor.numpy() if kind == "numpy" else wrappers[kind](tensor)
+    if kind == "numpy":
+        return tensor.numpy()
+    wrappers = {
+        "dlpack": Exporting,
+        "array": Convertible,
+        "unexportable": Unexportable,
+        "inconvertible": Inconvertible,
+    }
+    return wrappers[kind](tensor)
 
 
-KINDS = ("tensor", "numpy", "dlpack", "array", "unexportable", "read-only", "reversed", "foreign")
+KINDS = ("tensor", "numpy", "dlpack", "array", "unexportable", "inconvertible", "read-only", "reversed", "foreign")
 SIMILARITY = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
 
 

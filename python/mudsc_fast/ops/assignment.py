@@ -164,9 +164,7 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
 
 
 def _assign_any(cost_matrix: Any, maximize: bool) -> tuple[Any, Any]:
-    if isinstance(cost_matrix, Tensor) or (
-        not hasattr(cost_matrix, "__array__") and hasattr(cost_matrix, "__dlpack__")
-    ):
+    if hasattr(cost_matrix, "__dlpack__") and not isinstance(cost_matrix, np.ndarray):
         values = _as_tensor("cost_matrix", cost_matrix)
     else:
         array = np.asarray(cost_matrix)
