@@ -101,7 +101,7 @@ class UnitMap:
         _check_units("units_in", length)
         _check_units("the number of columns of index", int(index.shape[1]))
         _check_range("index", index, length)
-        return cls(index.clone(), length, int(index.shape[1]), True)
+        return cls(index.clone(), length, int(index.shape[1]), True)._made_ready()
 
     @classmethod
     def clusters(cls, cluster_of_unit: _arrays.Array, num_clusters: int, scale: _arrays.Array | None = None) -> UnitMap:
@@ -139,7 +139,16 @@ class UnitMap:
                 raise ValueError(f"scale must be [num_clusters] = [{num_clusters}], got {list(scale.shape)}")
             _checks.check_finite("scale", scale)
             scale = scale.detach().to(torch.float64, copy=True)
-        return cls(cluster_of_unit.clone(), int(cluster_of_unit.shape[1]), num_clusters, False, scale)
+        return cls(cluster_of_unit.clone(), int(cluster_of_unit.shape[1]), num_clusters, False, scale)._made_ready()
+
+    def _made_ready(self) -> UnitMap:
+        """Return this map, with all that kernels on its device read: made on the stream that the map is made on.
+
+        Made at the first use, it would lack whatever orders other streams, or a graph that is captured, after the map.
+        """
+        if self.index.is_cuda:
+            _ = self.members
+        return self
 
 
 def permute_merge(

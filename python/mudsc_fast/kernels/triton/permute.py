@@ -349,7 +349,8 @@ def fastest_launch(
     """Return the fastest of the heuristic's launch and its neighbours, for the `launch` of :func:`permute_merge`."""
     view = view_of(tensors[0].shape, maps)
     units_out = view.columns if view.column_map is None else view.column_map.units_out
-    first = launch_of(units_out * view.inner, tensors[0].element_size())
+    has_clusters = not all(unit_map.is_permutation for unit_map in maps.values())
+    first = launch_of(units_out * view.inner, tensors[0].element_size(), has_clusters)
     candidates = [
         Launch(max(1, first.block_lines * lines // 2), first.block_items, warps)
         for lines, warps in itertools.product((1, 2, 4), (_WARPS // 2, _WARPS, 2 * _WARPS))
