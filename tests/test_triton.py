@@ -1,4 +1,4 @@
-"""The Triton kernels, without a GPU: each file of tests/triton_kernels in a process of its own.
+"""The Triton kernels, without a GPU and on one: each file of tests/triton_kernels in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is imported and patches itself, so neither way of running may see the other.
 """
@@ -12,11 +12,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize(("file", "interpret"), [("interpreted.py", "1"), ("compiled.py", "0")])
+@pytest.mark.parametrize(
+    ("file", "interpret"),
+    [
+        ("against_reference.py", "1"),
+        ("compiled.py", "0"),
+        pytest.param(
+            "against_reference.py",
+            "0",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+            ],
+        ),
+    ],
+)
 def test_triton_kernels(file: str, interpret: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [

@@ -1,7 +1,11 @@
-"""Triton kernels under Triton's interpreter, on odd shapes, against the reference."""
+"""Triton kernels against the reference, on odd shapes: under Triton's interpreter, or on a CUDA device.
+
+Which of them says TRITON_INTERPRET. On a device every case compiles a kernel: there are fewer.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -20,21 +24,54 @@ from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.ops.permute import UnitMap
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "to be run by tests/test_triton.py"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = (
+    []
+    if INTERPRETED
+    else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+)
+
+# Not by a default device, which the kernels' own tensors would follow.
+randn, rand, randint, randperm, arange, empty, ones, zeros, full = (
+    functools.partial(make, device=DEVICE)
+    for make in (
+        torch.randn,
+        torch.rand,
+        torch.randint,
+        torch.randperm,
+        torch.arange,
+        torch.empty,
+        torch.ones,
+        torch.zeros,
+        torch.full,
+    )
+)
 
 # Sums are rounded once; half types by one unit in the last place of what may have cancelled.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-6}
 KINDS = ("permutation", "clusters", "scaled clusters", "selection")
+SHAPES = [(7,), (101, 3), (17, 9, 3, 3), (2, 1030)]
+if INTERPRETED:
+    SHAPES += [(1,), (1, 131), (3, 101), (3, 4, 5, 6), (5, 2, 70)]
+#: How features [outer, C, inner] lie: those of convolutions and of linear layers, and views.
+LAYOUTS = {
+    "samples adjacent": lambda: randn(3, 37, 9),
+    "units adjacent": lambda: randn(50, 33, 1),
+    "strides": lambda: randn(6, 21, 40).transpose(1, 2)[::2, ::3],
+}
+if INTERPRETED:
+    LAYOUTS |= {"long lines": lambda: randn(1, 5, 700), "one number": lambda: randn(1, 1, 1)}
 
 
 def random_map(kind: str, num_models: int, units: int) -> UnitMap:
     if kind == "permutation":
-        return UnitMap.permutation(torch.stack([torch.randperm(units) for _ in range(num_models)]))
+        return UnitMap.permutation(torch.stack([randperm(units) for _ in range(num_models)]))
     if kind == "selection":
-        return UnitMap.permutation(torch.randint(units, (num_models, units + 3)), units_in=units)
+        return UnitMap.permutation(randint(units, (num_models, units + 3)), units_in=units)
     clusters = max(1, units - 2)
-    scale = torch.rand(clusters) + 0.5 if kind == "scaled clusters" else None
-    return UnitMap.clusters(torch.randint(clusters, (num_models, units)), clusters, scale)
+    scale = rand(clusters) + 0.5 if kind == "scaled clusters" else None
+    return UnitMap.clusters(randint(clusters, (num_models, units)), clusters, scale)
 
 
 def assert_as_reference(tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], weights: Sequence[float]) -> None:
@@ -45,27 +82,25 @@ def assert_as_reference(tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], 
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("num_models", [1, 3])
-@pytest.mark.parametrize(
-    "shape", [(1,), (7,), (1, 131), (101, 3), (3, 101), (17, 9, 3, 3), (3, 4, 5, 6), (5, 2, 70), (2, 1030)], ids=str
-)
+@pytest.mark.parametrize("num_models", [1, 3] if INTERPRETED else [3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference(dtype: torch.dtype, num_models: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    tensors = [torch.randn(shape).to(dtype) for _ in range(num_models)]
+    tensors = [randn(shape).to(dtype) for _ in range(num_models)]
     for number, axes in enumerate(
         itertools.chain.from_iterable(itertools.combinations(range(len(shape)), c) for c in range(3))
     ):
         kinds = [KINDS[(number + at) % 4] for at in range(2)]
         maps = {axis: random_map(kind, num_models, shape[axis]) for axis, kind in zip(axes, kinds, strict=False)}
-        assert_as_reference(tensors, maps, torch.randn(num_models).tolist())
+        assert_as_reference(tensors, maps, randn(num_models).tolist())
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
 def test_one_model_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty(0, dtype=dtype).element_size()]
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[empty(0, dtype=dtype).element_size()]
     limits = torch.iinfo(integers)
-    bits = torch.randint(limits.min, limits.max, (13, 7, 3), dtype=integers)
+    bits = randint(limits.min, limits.max, (13, 7, 3), dtype=integers)
     for axes in ((), (0,), (1,), (0, 1), (0, 2)):
         maps = {axis: random_map("permutation", 1, bits.shape[axis]) for axis in axes}
         expected = bits
@@ -77,30 +112,30 @@ def test_one_model_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
 
 def test_unaligned_and_strided_tensors_and_out() -> None:
     torch.manual_seed(2)
-    tensors = [torch.randn(1 + 37 * 41)[1:].view(37, 41), torch.randn(41, 37).T]
+    tensors = [randn(1 + 37 * 41)[1:].view(37, 41), randn(41, 37).T]
     maps = {0: random_map("permutation", 2, 37), 1: random_map("clusters", 2, 41)}
     assert_as_reference(tensors, maps, [0.5, 0.5])
     expected = reference.permute_merge(tensors, maps, [0.5, 0.5], None)
-    for out in (torch.empty(1 + expected.numel())[1:].view(expected.shape), torch.empty(expected.T.shape).T):
+    for out in (empty(1 + expected.numel())[1:].view(expected.shape), empty(expected.T.shape).T):
         assert permute.permute_merge(tensors, maps, [0.5, 0.5], out) is out
         torch.testing.assert_close(out, expected)
 
 
 def test_empty_axes_and_clusters_without_units() -> None:
-    assert permute.permute_merge([torch.ones(0, 3)] * 2, {1: random_map("clusters", 2, 3)}, [1, 1], None).shape == (
+    assert permute.permute_merge([ones(0, 3)] * 2, {1: random_map("clusters", 2, 3)}, [1, 1], None).shape == (
         0,
         1,
     )
-    none = UnitMap.clusters(torch.empty(2, 0, dtype=torch.int64), 4)
-    assert torch.equal(permute.permute_merge([torch.ones(3, 0)] * 2, {1: none}, [1, 1], None), torch.zeros(3, 4))
-    together = UnitMap.clusters(torch.tensor([[3, 3, 3, 1, 1]] * 2), 5)
-    result = permute.permute_merge([torch.ones(5, 3)] * 2, {0: together}, [1.0, 2.0], None)
+    none = UnitMap.clusters(empty(2, 0, dtype=torch.int64), 4)
+    assert torch.equal(permute.permute_merge([ones(3, 0)] * 2, {1: none}, [1, 1], None), zeros(3, 4))
+    together = UnitMap.clusters(torch.tensor([[3, 3, 3, 1, 1]] * 2, device=DEVICE), 5)
+    result = permute.permute_merge([ones(5, 3)] * 2, {0: together}, [1.0, 2.0], None)
     assert result[:, 0].tolist() == [0, 6, 0, 9, 0]
 
 
 def test_half_sums_are_accumulated_in_float32() -> None:
-    units = torch.cat([torch.full((128,), 1.0), torch.full((128,), 2.0**-10)])
-    together = UnitMap.clusters(torch.zeros(1, 256, dtype=torch.int64), 1)
+    units = torch.cat([full((128,), 1.0), full((128,), 2.0**-10)])
+    together = UnitMap.clusters(zeros(1, 256, dtype=torch.int64), 1)
     for dtype, expected in ((torch.float16, 128.125), (torch.bfloat16, 128.0)):
         assert permute.permute_merge([units.to(dtype)], {0: together}, [1.0], None).item() == expected
 
@@ -109,7 +144,7 @@ def test_half_sums_are_accumulated_in_float32() -> None:
 def test_group(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     shapes = [(7,), (130,), (20, 9, 3, 3), (0,), (64, 3), (1, 1), (5, 300)]
-    groups = [[torch.randn(shape).to(dtype) for _ in range(3)] for shape in shapes]
+    groups = [[randn(shape).to(dtype) for _ in range(3)] for shape in shapes]
     maps: list[dict[int, UnitMap]] = [
         {0: random_map(KINDS[number % 4], 3, shape[0])} if shape[0] else {} for number, shape in enumerate(shapes)
     ]
@@ -124,7 +159,7 @@ def test_group(dtype: torch.dtype) -> None:
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference() -> None:
     maps = {axis: random_map("permutation", 2, 3) for axis in range(3)}
-    tensors = [torch.randn(3, 3, 3) for _ in range(2)]
+    tensors = [randn(3, 3, 3) for _ in range(2)]
     assert torch.equal(
         permute.permute_merge(tensors, maps, [1, 1], None), reference.permute_merge(tensors, maps, [1, 1], None)
     )
@@ -147,7 +182,7 @@ def test_fastest_launch_computes_the_same() -> None:
         call()
         return time.perf_counter() - began
 
-    tensors, maps = [torch.randn(9, 33) for _ in range(2)], {1: random_map("permutation", 2, 33)}
+    tensors, maps = [randn(9, 33) for _ in range(2)], {1: random_map("permutation", 2, 33)}
     launch = permute.fastest_launch(tensors, maps, [0.5, 0.5], seconds)
     torch.testing.assert_close(
         permute.permute_merge(tensors, maps, [0.5, 0.5], None, launch),
@@ -156,14 +191,14 @@ def test_fastest_launch_computes_the_same() -> None:
 
 
 def taken(length: int) -> SampleOrder:
-    return SampleOrder(torch.randint(length, (length + 5,), dtype=torch.int32))
+    return SampleOrder(randint(length, (length + 5,), dtype=torch.int32))
 
 
 def summed(length: int, scaled: bool = True) -> SampleOrder:
     """Return an order of sums of none, one or several samples."""
-    sample = torch.randint(length, (length,))
-    starts = torch.searchsorted(sample.sort().values, torch.arange(length + 1)).to(torch.int32)
-    scale = torch.rand(length, dtype=torch.float64) + 0.5 if scaled else None
+    sample = randint(length, (length,))
+    starts = torch.searchsorted(sample.sort().values, arange(length + 1)).to(torch.int32)
+    scale = rand(length, dtype=torch.float64) + 0.5 if scaled else None
     return SampleOrder(sample.argsort(stable=True).to(torch.int32), starts, scale)
 
 
@@ -172,7 +207,7 @@ def assert_centered(features: Tensor, outer: SampleOrder | None = None, inner: S
     samples = math.prod(
         features.shape[axis] if order is None else len(order) for axis, order in ((0, outer), (2, inner))
     )
-    memory = torch.empty(2, features.shape[1] * samples, dtype=torch.promote_types(features.dtype, torch.float32))
+    memory = empty(2, features.shape[1] * samples, dtype=torch.promote_types(features.dtype, torch.float32))
     found = center.center(features, memory[0], outer, inner)
     expected = reference_correlation.center(features, memory[1], outer, inner)
     tolerance = 1e-12 if memory.dtype == torch.float64 else 1e-6
@@ -190,62 +225,62 @@ def assert_centered(features: Tensor, outer: SampleOrder | None = None, inner: S
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
-def test_center(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_center(layout: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
-    layouts = [
-        torch.randn(3, 37, 9),
-        torch.randn(1, 5, 700),
-        torch.randn(50, 33, 1),
-        torch.randn(1, 1, 1),
-        torch.randn(6, 21, 40).transpose(1, 2)[::2, ::3],
-    ]
-    for layout in layouts:
-        features = torch.empty_like(layout, dtype=dtype).copy_(layout * 3 + 5)
-        features[0, 0, 0] = math.nan
-        lengths = features.shape
-        for outer, inner in (
-            (None, None),
-            (taken(lengths[0]), None),
-            (None, taken(lengths[2])),
-            (taken(lengths[0]), taken(lengths[2])),
-            (summed(lengths[0]), None),
-            (None, summed(lengths[2], scaled=False)),
-        ):
-            assert_centered(features, outer, inner)
-    unaligned = torch.randn(1 + 20 * 31)[1:].view(1, 20, 31).to(dtype)
-    assert_centered(unaligned, None, summed(31))
+    values = LAYOUTS[layout]()
+    features = torch.empty_like(values, dtype=dtype).copy_(values * 3 + 5)
+    features[0, 0, 0] = math.nan
+    lengths = features.shape
+    for outer, inner in (
+        (None, None),
+        (taken(lengths[0]), None),
+        (None, taken(lengths[2])),
+        (taken(lengths[0]), taken(lengths[2])),
+        (summed(lengths[0]), None),
+        (None, summed(lengths[2], scaled=False)),
+    ):
+        assert_centered(features, outer, inner)
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+def test_center_of_what_is_not_aligned(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    assert_centered(randn(1 + 20 * 31)[1:].view(1, 20, 31).to(dtype), None, summed(31))
 
 
 def test_center_in_parts_and_far_from_zero() -> None:
     torch.manual_seed(6)
-    for features in (torch.randn(9000, 3, 1) + 1000, torch.randn(1, 3, 9001).mul_(0.01).sub_(50)):
+    for features in (randn(9000, 3, 1) + 1000, randn(1, 3, 9001).mul_(0.01).sub_(50)):
         assert center.launch_of(3, features.numel() // 3, features.stride(2) == 1 and features.shape[2] > 1)[2] > 1
         assert_centered(features)
-    constant = torch.full((1, 2, 300), 0.1)
-    found = center.center(constant, torch.empty(600))
-    assert torch.equal(found.values, torch.zeros(2, 300))
-    assert torch.equal(found.squares, torch.zeros(2, dtype=torch.float64))
+    constant = full((1, 2, 300), 0.1)
+    found = center.center(constant, empty(600))
+    assert torch.equal(found.values, zeros(2, 300))
+    assert torch.equal(found.squares, zeros(2, dtype=torch.float64))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_infinite_features_have_no_finite_mean() -> None:
-    infinite = torch.ones(1, 2, 300)
+    infinite = ones(1, 2, 300)
     infinite[0, 1, 7] = math.inf
-    assert center.center(infinite, torch.empty(600)).mean.isfinite().tolist() == [True, False]
+    assert center.center(infinite, empty(600)).mean.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["permutation", "scaled clusters", "selection"])
 def test_weight_vectors_are_gathered_where_they_are_summed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(7)
-    features = [torch.randn(6, 40, 5, 3) + 3 for _ in range(2)]
+    features = [randn(6, 40, 5, 3) + 3 for _ in range(2)]
     for units_axis, axis in ((0, 1), (1, 0), (2, 1), (1, 2)):
         maps = {axis: random_map(kind, 2, features[0].shape[axis])}
         results = []
-        for backend in ("triton", "cpu"):
+        for backend in ("triton", "reference"):
             with monkeypatch.context() as patch:
-                kernels = {name: {"cpu": ("cpu",), "other": ()} for name in _dispatch.KERNELS}
-                patch.setattr(_dispatch, "KERNELS", {**kernels, "correlation": {"cpu": (backend,), "other": ()}})
-                sums = CorrelationAccumulator(2, features[0].shape[units_axis], blocks="full", dtype=torch.float64)
+                kernels = {name: {"other": ("reference",)} for name in _dispatch.KERNELS}
+                patch.setattr(_dispatch, "KERNELS", {**kernels, "correlation": {"other": (backend,)}})
+                sums = CorrelationAccumulator(
+                    2, features[0].shape[units_axis], blocks="full", dtype=torch.float64, device=DEVICE
+                )
                 sums.update(*features, channel_axis=units_axis, maps=maps)
                 sums.update(*features, channel_axis=units_axis)
                 results.append(sums.finalize())
@@ -258,11 +293,11 @@ def test_weight_vectors_are_gathered_where_they_are_summed(kind: str, monkeypatc
 def test_correlate(dtype: torch.dtype, units: int, balance: float | None) -> None:
     """Blocks of one matrix: one with its mirror image elsewhere, one symmetric, one alone."""
     torch.manual_seed(4)
-    comoment = torch.randn(units, units, dtype=torch.float64)
-    row, column = torch.rand(units, dtype=torch.float64), torch.rand(units, dtype=torch.float64)
+    comoment = randn(units, units, dtype=torch.float64)
+    row, column = rand(units, dtype=torch.float64), rand(units, dtype=torch.float64)
     row[::5] = 0
-    wide = torch.zeros(2, 2 * units, 2 * units, dtype=dtype)
-    other = None if balance is None else torch.randn(units, units + 3).to(dtype)[:, :units]
+    wide = zeros(2, 2 * units, 2 * units, dtype=dtype)
+    other = None if balance is None else randn(units, units + 3).to(dtype)[:, :units]
     share = 1.0 if balance is None else balance
     for result, correlate in zip(wide, (correlation.correlate, reference_correlation.correlate), strict=True):
         diagonal, off = result[:units, :units], result[:units, units:]
