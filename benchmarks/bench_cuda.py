@@ -1,20 +1,30 @@
-"""The CUDA kernels on a device: times beside their floors, scipy and the kernels on the CPU. Writes a JSON and a table.
+"""The CUDA and Triton kernels on a device: times beside their floors, torch, scipy and the kernels on the CPU.
 
     python benchmarks/bench_cuda.py OUTPUT_FOLDER
 
-Times are medians of wall time after warm-up, the device waited for, on random inputs; results are checked against the
-kernels on the CPU. A floor is the bytes that must be moved over the measured rate of a large copy.
-`MUDSC_BENCHMARK_SECONDS` ends the run early (by default 240); what was measured until then is written.
+Writes `cuda.json` and a table, `cuda.md`, after every row, the most important rows first. Times are medians of wall
+time after warm-up, the device waited for, on random inputs. Before a row is timed its result is compared with the
+kernels' on the CPU or, of correlations and re-indexed tensors, with torch's in float64 or by `index_select`. A floor is
+the bytes that must be moved over the measured rate of a large copy, of a correlation the time of its products on tensor
+cores by torch, if that is longer.
+
+Rows are measured by a second process. Where it fails, hangs or loses the device, what went wrong is the row's `error`,
+and another process goes on behind it. `MUDSC_BENCHMARK_SECONDS` ends the run early (by default 240); rows that time did
+not suffice for are counted in `not_measured`.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +35,30 @@ from torch import Tensor
 
 import families
 import mudsc_fast
-from mudsc_fast.kernels.cuda import _device, correlation
+from bench_correlation import CHECKED, error_of, features_of, tf32
+from mudsc_fast.kernels.cuda import _device, _tensor_cores, correlation
 
-DEADLINE = time.monotonic() + float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "240"))
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted")
-SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 #: Beyond these sizes scipy and the CPU would take the whole time.
 LARGEST_FOR_SCIPY, LARGEST_FOR_CPU = 2048, 8192
+#: After so long a row is given up.
+SECONDS_OF_A_ROW = 45
+#: What a row that begins before the end of the time may take after it.
+GRACE = 10
+#: Samples of a row's features: as many as make the products what a row is about.
+SAMPLES = 65536
+#: Error of a correlation that sums in float32 account for.
+MOST_ERROR = 3e-6
 
 Row = dict[str, Any]
+#: Takes a row and the device's bytes per second, and adds to the row what it measures.
+Measure = Callable[[Row, float], None]
 
 
-def median_milliseconds(run: Callable[[], object], repetitions: int = 5) -> float:
+def median_milliseconds(run: Callable[[], object], repetitions: int = 7, most_seconds: float = 3.0) -> float:
     run()
-    times = []
-    for _ in range(repetitions):
+    times: list[float] = []
+    while len(times) < repetitions and sum(times) < 1000 * most_seconds:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         run()
@@ -50,7 +69,7 @@ def median_milliseconds(run: Callable[[], object], repetitions: int = 5) -> floa
 
 def copy_rate() -> float:
     """Return bytes read and written per second by a large copy on the device."""
-    source = torch.randn(2**29, device="cuda")
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     milliseconds = median_milliseconds(lambda: target.copy_(source), 10)
     return 2 * source.numel() * 4 / (milliseconds / 1000)
@@ -60,164 +79,262 @@ def floor_milliseconds(read_and_written: int, rate: float) -> float:
     return 1000 * read_and_written / rate
 
 
-def on_cpu(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - begin)
+def check(row: Row, is_right: bool, what: str) -> None:
+    """Note a wrong result; the row is timed all the same."""
+    if not is_right:
+        row["error"] = f"wrong result: {what}"
 
 
-def assignment_rows(rate: float) -> list[Row]:
-    rows: list[Row] = []
-    for n in SIZES:
-        for family in FAMILIES:
-            if time.monotonic() > DEADLINE:
-                return rows
-            values = torch.from_numpy(families.RANDOM[family](n, np.random.default_rng(n)))
-            on_device = values.cuda()
-            result = mudsc_fast.linear_assignment(on_device)
-            row: Row = {"op": "assignment", "size": f"{n} x {n}", "family": family}
-            row["ms"] = median_milliseconds(lambda on_device=on_device: mudsc_fast.linear_assignment(on_device))  # type: ignore[misc]
-            row["floor_ms"] = floor_milliseconds(4 * n * n, rate)
-            row["gap"] = float(result.gap)
-            if n <= LARGEST_FOR_CPU:
-                row["cpu_ms"] = on_cpu(lambda values=values: mudsc_fast.linear_assignment(values))  # type: ignore[misc]
-                expected = mudsc_fast.linear_assignment(values)
-                assert abs(float(result.objective - expected.objective)) <= 1e-11 * max(1.0, float(expected.objective))
-            if n <= LARGEST_FOR_SCIPY:
-                row["scipy_ms"] = on_cpu(lambda values=values: scipy_solve(values.numpy(), True))  # type: ignore[misc]
-            rows.append(row)
-    return rows
-
-
-def batch_rows(rate: float) -> list[Row]:
-    values = torch.randn(1024, 128, 128, generator=torch.Generator().manual_seed(0))
+def measure_assignment(n: int, family: str, row: Row, rate: float) -> None:
+    values = torch.from_numpy(families.RANDOM[family](n, np.random.default_rng(n)))
     on_device = values.cuda()
-    found, expected = mudsc_fast.linear_assignment(on_device), mudsc_fast.linear_assignment(values)
-    assert torch.equal(found.columns.cpu(), expected.columns)
-    return [
-        {
-            "op": "assignment",
-            "size": "1024 of 128 x 128",
-            "family": "gaussian",
-            "ms": median_milliseconds(lambda: mudsc_fast.linear_assignment(on_device)),
-            "floor_ms": floor_milliseconds(values.numel() * 4, rate),
-            "cpu_ms": on_cpu(lambda: mudsc_fast.linear_assignment(values)),
-            "scipy_ms": on_cpu(lambda: [scipy_solve(matrix.numpy(), True) for matrix in values]),
-        }
-    ]
+    found = mudsc_fast.linear_assignment(on_device)
+    objective = float(found.objective)
+    row["gap"] = float(found.gap)
+    check(row, len(found.columns.unique()) == n and row["gap"] <= 1e-9 * max(1.0, abs(objective)), f"gap {row['gap']}")
+    if n <= LARGEST_FOR_CPU:
+        begin = time.perf_counter()
+        expected = float(mudsc_fast.linear_assignment(values).objective)
+        row["cpu_ms"] = 1000 * (time.perf_counter() - begin)
+        check(row, abs(objective - expected) <= 1e-11 * max(1.0, abs(expected)), f"{objective}, not {expected}")
+    if n <= LARGEST_FOR_SCIPY:
+        begin = time.perf_counter()
+        scipy_solve(values.numpy(), True)
+        row["scipy_ms"] = 1000 * (time.perf_counter() - begin)
+    row["floor_ms"] = floor_milliseconds(4 * n * n, rate)
+    row["ms"] = median_milliseconds(lambda: mudsc_fast.linear_assignment(on_device))
 
 
-def zip_rows(rate: float) -> list[Row]:
-    rows: list[Row] = []
-    for units in (512, 2048, 8192):
-        if time.monotonic() > DEADLINE:
-            return rows
-        similarity = torch.corrcoef(torch.randn(units, 1000, generator=torch.Generator().manual_seed(0)))
-        on_device = similarity.cuda()
-        found, expected = mudsc_fast.zip_units(on_device, 2), mudsc_fast.zip_units(similarity, 2)
-        assert torch.equal(found.cluster_of_unit.cpu(), expected.cluster_of_unit)
-        rows.append(
-            {
-                "op": "zip",
-                "size": f"{units} units",
-                "family": "correlations",
-                "ms": median_milliseconds(lambda on_device=on_device: mudsc_fast.zip_units(on_device, 2)),  # type: ignore[misc]
-                "floor_ms": floor_milliseconds(2 * 4 * units * units, rate),
-                "cpu_ms": on_cpu(lambda similarity=similarity: mudsc_fast.zip_units(similarity, 2)),  # type: ignore[misc]
-            }
-        )
-    return rows
+def measure_batch(count: int, n: int, row: Row, rate: float) -> None:
+    values = torch.randn(count, n, n, generator=torch.Generator().manual_seed(0))
+    on_device = values.cuda()
+    begin = time.perf_counter()
+    expected = mudsc_fast.linear_assignment(values)
+    row["cpu_ms"] = 1000 * (time.perf_counter() - begin)
+    found = mudsc_fast.linear_assignment(on_device)
+    check(row, torch.equal(found.columns.cpu(), expected.columns), "other columns than on the CPU")
+    begin = time.perf_counter()
+    for matrix in values:
+        scipy_solve(matrix.numpy(), True)
+    row["scipy_ms"] = 1000 * (time.perf_counter() - begin)
+    row["floor_ms"] = floor_milliseconds(values.numel() * 4, rate)
+    row["ms"] = median_milliseconds(lambda: mudsc_fast.linear_assignment(on_device))
 
 
-def permute_rows(rate: float) -> list[Row]:
-    n = 4096
-    tensors = [torch.randn(n, n, device="cuda") for _ in range(2)]
-    order = torch.stack([torch.randperm(n, device="cuda") for _ in range(2)])
-    maps = {axis: mudsc_fast.UnitMap.permutation(order) for axis in (0, 1)}
-    run = lambda: mudsc_fast.permute_merge(tensors, maps)  # noqa: E731
-    return [
-        {
-            "op": "permute",
-            "size": f"2 of {n} x {n}",
-            "family": "permutations",
-            "ms": median_milliseconds(run),
-            "floor_ms": floor_milliseconds(3 * 4 * n * n, rate),
-        }
-    ]
+def measure_zip(units: int, row: Row, rate: float) -> None:
+    similarity = torch.corrcoef(torch.randn(units, 1000, generator=torch.Generator().manual_seed(0)))
+    on_device = similarity.cuda()
+    begin = time.perf_counter()
+    expected = mudsc_fast.zip_units(similarity, 2)
+    row["cpu_ms"] = 1000 * (time.perf_counter() - begin)
+    found = mudsc_fast.zip_units(on_device, 2)
+    check(row, torch.equal(found.cluster_of_unit.cpu(), expected.cluster_of_unit), "other clusters than on the CPU")
+    row["floor_ms"] = floor_milliseconds(2 * 4 * units * units, rate)
+    row["ms"] = median_milliseconds(lambda: mudsc_fast.zip_units(on_device, 2))
+
+
+def measure_permute(
+    num_models: int, shape: tuple[int, int], axes: tuple[int, ...], dtype: torch.dtype, row: Row, rate: float
+) -> None:
+    tensors = [torch.randn(shape, device="cuda").to(dtype) for _ in range(num_models)]
+    orders = [torch.stack([torch.randperm(shape[axis], device="cuda") for _ in tensors]) for axis in axes]
+    maps = {axis: mudsc_fast.UnitMap.permutation(order) for axis, order in zip(axes, orders, strict=True)}
+
+    def chain() -> Tensor:
+        total: Tensor | None = None
+        for model, tensor in enumerate(tensors):
+            for axis, order in zip(axes, orders, strict=True):
+                tensor = tensor.index_select(axis, order[model])
+            total = tensor if total is None else total + tensor
+        assert total is not None
+        return total if num_models == 1 else total.mul_(1 / num_models)
+
+    found = mudsc_fast.permute_merge(tensors, maps)
+    difference = float((found.float() - chain().float()).abs().max())
+    check(row, difference <= 8 * torch.finfo(dtype).eps * (num_models > 1), f"{difference} from index_select's")
+    row["floor_ms"] = floor_milliseconds((num_models + 1) * tensors[0].nbytes, rate)
+    row["ms"] = median_milliseconds(lambda: mudsc_fast.permute_merge(tensors, maps))
+    row["torch_ms"] = median_milliseconds(chain)
+
+
+def measure_correlation(units: int, dtype: torch.dtype, instructions: str, row: Row, rate: float) -> None:
+    os.environ["MUDSC_TENSOR_CORES"] = instructions
+    features = features_of("cuda", units, SAMPLES, dtype)
+
+    def update() -> mudsc_fast.CorrelationAccumulator:
+        sums = mudsc_fast.CorrelationAccumulator(2, units, device=torch.device("cuda"))
+        sums.update(*features)
+        return sums
+
+    row["greatest_error"] = error_of(update().finalize()[0], features)
+    what = f"correlations of the first {CHECKED} units are off by {row['greatest_error']}"
+    check(row, row["greatest_error"] <= MOST_ERROR, what)
+    row["ms"] = median_milliseconds(update)
+    row["teraflops"] = 2 * SAMPLES * units**2 / row["ms"] / 1e9
+    first, second = (one.float() for one in features)
+    halves = [one.bfloat16() for one in features]
+    row["torch_ms"] = median_milliseconds(lambda: first.T @ second)
+    row["bfloat16_product_ms"] = median_milliseconds(lambda: halves[0].T @ halves[1])
+    with tf32():
+        row["tf32_product_ms"] = median_milliseconds(lambda: first.T @ second)
+    products = row["bfloat16_product_ms"] if dtype == torch.bfloat16 else 3 * row["tf32_product_ms"]
+    row["floor_ms"] = max(products, floor_milliseconds(2 * features[0].nbytes, rate))
+
+
+def measure_finalize(units: int, blended: bool, row: Row, rate: float) -> None:
+    features = features_of("cuda", units, SAMPLES // 8, torch.float32)
+    sums = mudsc_fast.CorrelationAccumulator(2, units, device=torch.device("cuda"))
+    sums.update(*features)
+    other = torch.rand(1, units, units, device="cuda") if blended else None
+    plain, found = sums.finalize(), sums.finalize(other=other, balance=0.3 if blended else 1.0)
+    error = error_of(plain[0], features)
+    check(row, error <= MOST_ERROR, f"correlations are off by {error}")
+    if other is not None:
+        difference = float((found - torch.lerp(other, plain, 0.3)).abs().max())
+        check(row, difference <= 1e-6, f"the blend is {difference} from torch.lerp's")
+    # Eight bytes of a co-moment are read, and four of the other similarity; four are written.
+    row["floor_ms"] = floor_milliseconds(units**2 * (16 if blended else 12), rate)
+    row["ms"] = median_milliseconds(lambda: sums.finalize(other=other, balance=0.3 if blended else 1.0))
+
+
+def instructions_in_use() -> str:
+    try:
+        return ": ".join(correlation.tensor_cores(torch.device("cuda", torch.cuda.current_device())))
+    except RuntimeError as error:
+        return f"none: {error}"
 
 
 def instructions_to_measure() -> list[str]:
-    """Return what the device can multiply with, if it is seen to do it rightly."""
-    chosen = correlation.tensor_cores(torch.device("cuda", torch.cuda.current_device())).instructions
-    return list(dict.fromkeys([chosen, "mma.sync"]))
+    """Return what multiplies: on a device that has wgmma both, whatever a comparison says of it."""
+    both = torch.cuda.get_device_capability() == (9, 0)
+    return [_tensor_cores.WGMMA, _tensor_cores.MMA_SYNC] if both else [_tensor_cores.MMA_SYNC]
 
 
-def correlation_rows(rate: float) -> list[Row]:
-    rows: list[Row] = []
-    for units in (768, 2048, 4096):
-        if time.monotonic() > DEADLINE:
-            return rows
-        samples = 65536
-        features = [torch.randn(samples, units, device="cuda") for _ in range(2)]
+def assignment_rows(n: int, names: tuple[str, ...] = FAMILIES) -> Iterator[tuple[Row, Measure]]:
+    for family in names:
+        row = {"op": "assignment", "size": f"{n} x {n}", "family": family}
+        yield row, functools.partial(measure_assignment, n, family)
 
-        def run(features: list[Tensor] = features, units: int = units) -> object:
-            accumulator = mudsc_fast.CorrelationAccumulator(2, units, device=torch.device("cuda"))
-            accumulator.update(*features)
-            return accumulator.finalize()
 
-        product_ms = median_milliseconds(lambda features=features: features[0].T @ features[1])  # type: ignore[misc]
+def correlation_rows(units: int) -> Iterator[tuple[Row, Measure]]:
+    for dtype in (torch.float32, torch.bfloat16):
         for instructions in instructions_to_measure():
-            os.environ["MUDSC_TENSOR_CORES"] = instructions
-            rows.append(
-                {
-                    "op": "correlation",
-                    "size": f"{units} units, {samples} samples",
-                    "family": f"gaussian, {instructions}",
-                    "ms": median_milliseconds(run),
-                    "float32_product_ms": product_ms,
-                    "floor_ms": floor_milliseconds(2 * 4 * samples * units, rate),
-                }
-            )
-        del os.environ["MUDSC_TENSOR_CORES"]
-    return rows
+            family = f"{str(dtype).removeprefix('torch.')}, {instructions}"
+            row = {"op": "correlation", "size": f"{units} units, {SAMPLES} samples", "family": family}
+            yield row, functools.partial(measure_correlation, units, dtype, instructions)
 
 
-def table(rows: list[Row], gpu: str) -> str:
-    names = ("op", "size", "family", "ms", "floor_ms", "cpu_ms", "scipy_ms", "float32_product_ms")
+def permute_rows(num_models: int, shape: tuple[int, int]) -> Iterator[tuple[Row, Measure]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, axes in (("rows", (0,)), ("columns", (1,)), ("both", (0, 1))):
+            family = f"{str(dtype).removeprefix('torch.')}, {name}"
+            row = {"op": "permute", "size": f"{num_models} of {shape[0]} x {shape[1]}", "family": family}
+            yield row, functools.partial(measure_permute, num_models, shape, axes, dtype)
+
+
+def rows_to_measure() -> Iterator[tuple[Row, Measure]]:
+    """Yield all rows, the most important first, and those that take long last."""
+    yield from assignment_rows(4096)
+    yield from assignment_rows(8192, FAMILIES[:2])
+    batch = {"op": "assignment", "size": "1024 of 128 x 128", "family": "gaussian"}
+    yield batch, functools.partial(measure_batch, 1024, 128)
+    yield from correlation_rows(4096)
+    yield from correlation_rows(768)
+    for units in (4096, 768):
+        for blended in (False, True):
+            row = {"op": "finalize", "size": f"{units} units", "family": "blended" if blended else "alone"}
+            yield row, functools.partial(measure_finalize, units, blended)
+    yield from permute_rows(2, (4096, 4096))
+    yield from permute_rows(2, (11008, 4096))
+    for units in (512, 2048, 8192):
+        yield {"op": "zip", "size": f"{units} units", "family": "correlations"}, functools.partial(measure_zip, units)
+    yield from permute_rows(1, (4096, 4096))
+    for n in (2048, 1024, 512):
+        yield from assignment_rows(n)
+    yield from assignment_rows(8192, FAMILIES[2:])
+    yield from correlation_rows(2048)
+    yield from correlation_rows(8192)
+    yield from assignment_rows(16384)
+
+
+def table(found: Row) -> str:
+    names = ("op", "size", "family", "ms", "floor_ms", "torch_ms", "cpu_ms", "scipy_ms", "error")
     cells = [
         " | ".join(f"{row[name]:.3f}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names)
-        for row in rows
+        for row in found["rows"]
     ]
     lines = [f"| {line} |" for line in (" | ".join(names), " | ".join("---" for _ in names), *cells)]
-    return f"{gpu}\n\n" + "\n".join(lines) + "\n"
+    return f"{found['gpu']}\n\n" + "\n".join(lines) + f"\n\nrows not measured: {found['not_measured']}\n"
+
+
+def write(folder: Path, found: Row) -> None:
+    """Write aside, then rename: what bears the name is whole."""
+    for name, text in (("cuda.json", json.dumps(found, indent=1)), ("cuda.md", table(found))):
+        aside = folder / f".{name}"
+        aside.write_text(text)
+        aside.replace(folder / name)
+
+
+def read(folder: Path) -> Row:
+    found: Row = json.loads((folder / "cuda.json").read_text())
+    return found
+
+
+def measure_rows(folder: Path, deadline: float) -> None:
+    """Measure the rows that the folder does not have yet, until the first that loses the device."""
+    found = read(folder)
+    found["copy_bytes_per_s"] = copy_rate()
+    for row, measure in list(rows_to_measure())[len(found["rows"]) :]:
+        left = deadline - time.monotonic()
+        if left < 0:
+            break
+        faulthandler.dump_traceback_later(min(SECONDS_OF_A_ROW, left + GRACE), exit=True)
+        found["not_measured"] -= 1
+        found["rows"].append({**row, "error": "the process ended or hung"})
+        write(folder, found)
+        begin = time.monotonic()
+        try:
+            measure(row, found["copy_bytes_per_s"])
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever it is, the other rows are measured
+            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        os.environ.pop("MUDSC_TENSOR_CORES", None)
+        found["rows"][-1] = {**row, "seconds_in_all": time.monotonic() - begin}
+        write(folder, found)
+        if "error" in row:
+            torch.cuda.synchronize()  # raises if the device is lost to this process
+        torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def main() -> None:
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        measure_rows(folder, float(sys.argv[2]))
+        return
     if _device.unavailable_reason():
         sys.exit(f"no CUDA device to measure on: {_device.unavailable_reason()}")
-    folder = Path(sys.argv[1])
-    gpu = torch.cuda.get_device_name()
-    rate = copy_rate()
-    chosen = correlation.tensor_cores(torch.device("cuda", torch.cuda.current_device()))
-    facts = {
-        "gpu": gpu,
+    deadline = time.monotonic() + float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "240"))
+    in_all = len(list(rows_to_measure()))
+    found: Row = {
+        "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "mudsc_fast": mudsc_fast.__version__,
-        "copy_bytes_per_s": rate,
-        "tensor_cores": f"{chosen.instructions}: {chosen.reason}",
+        "tensor_cores": instructions_in_use(),
+        "not_measured": in_all,
+        "rows": [],
     }
-    rows: list[Row] = []
-    failures: dict[str, str] = {}
-    for part in (batch_rows, zip_rows, permute_rows, correlation_rows, assignment_rows):
-        try:
-            rows += part(rate)
-        except (RuntimeError, AssertionError, TypeError, AttributeError, ValueError) as error:
-            failures[part.__name__] = f"{type(error).__name__}: {error}"
-        (folder / "cuda.json").write_text(json.dumps({**facts, "rows": rows, "failures": failures}, indent=1))
-        (folder / "cuda.md").write_text(table(rows, gpu))
-    print(table(rows, gpu))
-    if failures:
-        sys.exit(f"failed: {failures}")
+    write(folder, found)
+    measured = -1
+    while measured < len(read(folder)["rows"]) < in_all and time.monotonic() < deadline:
+        measured = len(read(folder)["rows"])
+        with suppress(subprocess.TimeoutExpired):
+            command = [sys.executable, __file__, str(folder), str(deadline)]
+            subprocess.run(command, check=False, timeout=deadline - time.monotonic() + GRACE)
+    found = read(folder)
+    print(table(found))
+    if not found["rows"] or any("error" in row for row in found["rows"]):
+        sys.exit("there are rows with errors" if found["rows"] else "no row was measured")
 
 
 if __name__ == "__main__":
