@@ -333,8 +333,11 @@ def main() -> None:
             subprocess.run(command, check=False, timeout=deadline - time.monotonic() + GRACE)
     found = read(folder)
     print(table(found))
-    if not found["rows"] or any("error" in row for row in found["rows"]):
-        sys.exit("there are rows with errors" if found["rows"] else "no row was measured")
+    errors = [
+        f"ERROR {row['op']}, {row['size']}, {row['family']}: {row['error']}" for row in found["rows"] if "error" in row
+    ]
+    if errors or not found["rows"]:
+        sys.exit("\n".join(errors) or "ERROR no row was measured")
 
 
 if __name__ == "__main__":

@@ -532,7 +532,8 @@ def test_on_a_device(
     monkeypatch.setenv("MUDSC_TENSOR_CORES", instructions)
     features = [(offset + one).to(dtype).to(gpu) for one in features_of(2, samples, units)]
     features[0][3] = math.nan
-    assert_correlated([one.movedim(1, axis).contiguous() for one in features], axis)
+    # Far from zero the NaN, counted as 0, lies far from all others: float32 products of torch are off by 9e-6 there.
+    assert_correlated([one.movedim(1, axis).contiguous() for one in features], axis, 2e-6 if offset == 0 else 3e-5)
 
 
 @pytest.mark.gpu
