@@ -90,7 +90,7 @@ finish() { # what was left out and why, if anything was
   local failures
   [[ ${1:-} ]] && note "NOT RUN    $1"
   [[ -f $output/cuda.md ]] && cat "$output/cuda.md"
-  printf '\nSummary:\n' && cat "$output/summary.txt"
+  grep -E '^(FAILED|TIMED OUT|NOT RUN)' "$output/summary.txt"
   failures=$(grep -cE '^(FAILED|TIMED OUT|NOT RUN)' "$output/summary.txt")
   if ((failures)); then
     note "NOT ALL WELL: $failures steps failed, timed out or were not run; $SECONDS s in all"
