@@ -190,11 +190,11 @@ class _LargeProblem:
             solver.copy_duals(on_host.data_ptr(), self.columns)
             duals = on_host.to(self.values.device)
             for request, (wanted, count) in enumerate(requests):
-                rows = torch.empty(count, dtype=torch.int32)
+                rows = torch.empty(count, dtype=torch.int32, device="cpu")
                 solver.copy_requested_rows(request, rows.data_ptr())
                 self._list(solver, rows, duals, wanted)
         solver.copy_duals(on_host.data_ptr(), self.columns)
-        column_of_row = torch.empty(self.rows, dtype=torch.int64)
+        column_of_row = torch.empty(self.rows, dtype=torch.int64, device="cpu")
         solver.copy_column_of_row(column_of_row.data_ptr(), self.rows)
         return column_of_row.to(self.values.device), on_host.to(self.values.device)
 
