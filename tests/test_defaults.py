@@ -122,7 +122,7 @@ def test_results_do_not_depend_on_defaults(case: str, backend: str) -> None:
 @pytest.mark.parametrize("case", ["assignment", "large assignment", "zip", "correlation", "full correlation"])
 @pytest.mark.usefixtures("simulator")
 def test_simulated_kernels_do_not_depend_on_them_either(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_is_usable", lambda _: True)
+    monkeypatch.setattr(_dispatch, "_is_usable", lambda *_: True)
     # The comparison of instructions, which the first product makes, is part of it: of few units and samples.
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     monkeypatch.setattr(_tensor_cores, "_compared", {})
