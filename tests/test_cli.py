@@ -22,7 +22,7 @@ def test_info_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_why_cuda_is_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for reason, expected in (("no driver", "off (no driver)"), ("", "on")):
-        monkeypatch.setattr(_device, "unavailable_reason", lambda reason=reason: reason)
+        monkeypatch.setattr(_device, "unavailable_reason", lambda *_, reason=reason: reason)
         assert cli.main(["info"]) == 0
         shown = capsys.readouterr().out
         assert any(

@@ -7,6 +7,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import _core
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.ops import _dispatch
 
 
@@ -42,6 +43,26 @@ def test_a_requested_back_end_that_does_not_serve_a_device() -> None:
 def test_cuda_tensors_are_for_triton_where_it_is_installed() -> None:
     assert _dispatch.backend_for("permute", "cuda") == ("triton" if find_spec("triton") else "reference")
     assert _dispatch.backend_for("permute", "mps") == "reference"
+
+
+def test_devices_that_the_build_has_no_code_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_device, "unavailable_reason", lambda index=None: "no kernel image" if index == 1 else "")
+    kernels = {"cuda": lambda: 0, "cpu": lambda: 1, "reference": lambda: 2}
+    assert _dispatch.choose("zip", torch.device("cuda:0"), kernels) is kernels["cuda"]
+    assert _dispatch.choose("zip", torch.device("cuda:1"), kernels) is kernels["cpu"]
+
+
+def test_devices_are_not_asked_for_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for them keeps processes that are forked later from using one."""
+
+    def fail(index: int | None = None) -> str:
+        raise AssertionError(index)
+
+    monkeypatch.setattr(_device, "unavailable_reason", fail)
+    monkeypatch.setenv("MUDSC_BACKEND", "reference")
+    assert _dispatch.backend_for("zip", "cpu") == "reference"
+    with mudsc_fast.use_backend("cpu"):
+        assert _dispatch.backend_for("zip", "cpu") == "cpu"
 
 
 def test_instruction_level_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:

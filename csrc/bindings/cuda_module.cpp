@@ -54,7 +54,7 @@ void register_simulator(py::module_& module) {
 PYBIND11_MODULE(MUDSC_CUDA_MODULE, module) {
   using namespace mudsc;
   module.doc() = "CUDA kernels of mudsc_fast; see mudsc_fast.ops for the functions to call.";
-  module.def("unavailable_reason", &cuda::unavailable_reason);
+  module.def("unavailable_reason", &cuda::unavailable_reason, pybind11::arg("device") = -1);
   bindings::register_cuda_assignment(module);
   bindings::register_cuda_correlation(module);
   bindings::register_cuda_zip(module);

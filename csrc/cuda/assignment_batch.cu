@@ -257,7 +257,7 @@ template <class T>
 void run(const AssignmentProblem& problem, Stream stream) {
   const std::size_t arrays = array_bytes(problem.rows, problem.columns);
   const std::size_t whole = arrays + static_cast<std::size_t>(problem.rows * problem.columns) * sizeof(T);
-  const bool in_shared_memory = whole + kReservedShared <= shared_memory_limit(stream);
+  const bool in_shared_memory = whole + kReservedShared <= shared_memory_limit("assignment_batch", stream);
   const std::size_t bytes = in_shared_memory ? whole : arrays;
   const dim3 blocks(static_cast<unsigned>(problem.batch));
   if (problem.columns <= kWarpColumns) {
@@ -272,7 +272,7 @@ void run(const AssignmentProblem& problem, Stream stream) {
 }  // namespace
 
 bool assignment_batch_fits(const AssignmentProblem& problem, Stream stream) {
-  return array_bytes(problem.rows, problem.columns) + kReservedShared <= shared_memory_limit(stream);
+  return array_bytes(problem.rows, problem.columns) + kReservedShared <= shared_memory_limit("assignment_batch", stream);
 }
 
 void assignment_batch(const AssignmentProblem& problem, Stream stream) {

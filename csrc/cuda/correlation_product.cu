@@ -214,7 +214,7 @@ struct MmaSync {
   static void launch(Product product, const ProductProblem& problem, Stream stream) {
     using Place = PaddedLayout<Stored, kUnitsAdjacent, kTile>;
     constexpr std::size_t kStageBytes = 2 * sizeof(Stored) * Place::kNumbers;
-    const bool most = kMostStages * kStageBytes + kReservedShared <= shared_memory_limit(stream);
+    const bool most = kMostStages * kStageBytes + kReservedShared <= shared_memory_limit("correlation_product", stream);
     product.stages = most ? kMostStages : kLeastStages;
     cuda::launch("correlation_product", correlation_product_kernel<Source, Stored, kUnitsAdjacent>,
                  {grid_of(problem, kTile), dim3(kThreads), static_cast<std::size_t>(product.stages) * kStageBytes},

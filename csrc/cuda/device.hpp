@@ -63,15 +63,24 @@ inline void check(cudaError_t error, const char* kernel) {
   throw LaunchError(kernel, cudaGetErrorString(error));
 }
 
+// Bytes of shared memory that one block of the kernel can have, those of static arrays included.
+inline std::size_t shared_memory_limit(const char* name, Stream stream) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), name);
+  return static_cast<std::size_t>(bytes);
+}
+
+// Without being asked a device gives a block 48 KB, from which static arrays are taken too. What is asked for is always
+// all that these leave: less, for this launch, could be too little for one that another thread is about to make.
 template <class... Parameters>
 void prepare_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream) {
   check(cudaSetDevice(stream.device), name);
-  constexpr std::size_t kWithoutAsking = 48 * 1024;
-  if (shape.shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          name);
-  }
+  if (shape.shared_bytes == 0) return;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, function), name);
+  const std::size_t left = shared_memory_limit(name, stream) - attributes.sharedSizeBytes;
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(left)), name);
 }
 
 template <class... Parameters>
@@ -108,13 +117,6 @@ unsigned cooperative_blocks(const char* name, void (*kernel)(Parameters...), int
   return static_cast<unsigned>(per_multiprocessor * multiprocessors);
 }
 
-// Bytes of dynamic shared memory that one block can have.
-inline std::size_t shared_memory_limit(Stream stream) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), "(none yet)");
-  return static_cast<std::size_t>(bytes);
-}
-
 #else
 
 inline void grid_barrier() { cuda_sim::grid_barrier(); }
@@ -137,7 +139,7 @@ unsigned cooperative_blocks(const char*, void (*)(Parameters...), int, std::size
   return cuda_sim::kCooperativeBlocks;
 }
 
-inline std::size_t shared_memory_limit(Stream) { return cuda_sim::shared_memory_limit(); }
+inline std::size_t shared_memory_limit(const char*, Stream) { return cuda_sim::shared_memory_limit(); }
 
 #endif
 

@@ -328,7 +328,7 @@ void run(const ZipProblem& problem, void* workspace, std::int64_t* merges, Strea
          static_cast<const Source*>(problem.similarity), problem.row_stride);
   launch("zip_symmetry", zip_symmetry<Real>, {dim3(tiles, tiles), dim3(kTile * 8), 0}, stream, zip);
   const std::size_t bytes = bytes_per_row_best<Real>() * units;
-  const bool in_shared_memory = bytes + kReservedShared <= shared_memory_limit(stream);
+  const bool in_shared_memory = bytes + kReservedShared <= shared_memory_limit("zip_merge", stream);
   launch("zip_merge", zip_merge<Real>, {dim3(1), dim3(kMergeThreads), in_shared_memory ? bytes : 0}, stream, zip,
          in_shared_memory);
 }

@@ -43,7 +43,7 @@ class RowLister {
       return kInfinity;
     }
     double bound = 0.0;
-    if (request_.wanted <= threads_) {
+    if (request_.wanted <= threads_ / 2) {
       bound = bound_of_threads();
       add_up_to(bound, true);
       if (static_cast<std::int64_t>(listed_.size()) <= request_.capacity) return in_order(bound);

@@ -104,7 +104,7 @@ struct Block {
   std::vector<std::uint32_t> live_lanes;  // by warp
   std::vector<std::pair<const void*, std::unique_ptr<unsigned char[]>>> arrays;
   std::unique_ptr<unsigned char[]> dynamic;
-  std::size_t dynamic_bytes = 0;
+  std::size_t dynamic_bytes = 0, static_bytes = 0;
   std::vector<std::uint32_t> unfenced_stores;  // by piece of dynamic shared memory, of all threads
   std::vector<char> warp_order;  // addresses that stand for happens-before in ThreadSanitizer
   char block_order = 0;
@@ -485,6 +485,9 @@ void* shared_array(const void* key, std::size_t bytes) {
   for (const auto& [known, memory] : arrays) {
     if (known == key) return memory.get();
   }
+  Block& block = *current->block;
+  block.static_bytes += bytes;
+  if (block.static_bytes + block.dynamic_bytes > kLargestSharedMemory) running->fail("too much shared memory");
   arrays.emplace_back(key, poisoned(bytes));
   return arrays.back().second.get();
 }

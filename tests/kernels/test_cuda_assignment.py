@@ -110,6 +110,22 @@ def test_simulated_large_problems(
             check_proof(values.double(), found, maximize)
 
 
+@pytest.mark.parametrize("family", ["low rank", "ties"])
+def test_simulated_large_problems_are_listed_in_parts(
+    simulator: Any,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "WANTED", 4)
+    values = matrix(family, 90, 90, 1).float()
+    at_once = cuda.solve(values[None], True, None, 0.0)
+    monkeypatch.setattr(cuda, "LISTED_AT_ONCE", 100)
+    in_parts = cuda.solve(values[None], True, None, 0.0)
+    for name, tensor in vars(at_once).items():
+        assert torch.equal(getattr(in_parts, name), tensor)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, family: str) -> None:
     """The kernel, in several orders, and the plain loops of csrc/cuda_sim/auction_rounds.cpp agree to the bit."""
@@ -142,7 +158,7 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("wanted", [4, 40, 100])
+@pytest.mark.parametrize("wanted", [4, 30, 40, 100])
 def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int) -> None:
     """The kernel and csrc/cuda_sim/row_lists.cpp agree to the bit, among ties too."""
     rows = 90

@@ -29,7 +29,7 @@ TOLERANCE = 1e-6
 def used(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let accumulators on the CPU use the CUDA kernels, in the simulator."""
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, "correlation": {"cpu": ("cuda",), "other": ()}})
-    monkeypatch.setattr(_dispatch, "_is_usable", lambda _: True)
+    monkeypatch.setattr(_dispatch, "_is_usable", lambda *_: True)
     return simulator
 
 
@@ -497,7 +497,7 @@ def test_instructions_that_the_environment_names(monkeypatch: pytest.MonkeyPatch
 
 
 def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    monkeypatch.setattr(_device, "unavailable_reason", lambda: "")
+    monkeypatch.setattr(_device, "unavailable_reason", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cuda, "tensor_cores", lambda _: _tensor_cores.choose(CPU, planted(0)))
     said = cli._tensor_cores()["tensor cores"]
@@ -508,7 +508,7 @@ def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cuda, "tensor_cores", fail)
     assert cli._tensor_cores() == {"tensor cores": "cuda:0 none (an illegal instruction)"}
-    monkeypatch.setattr(_device, "unavailable_reason", lambda: "no driver")
+    monkeypatch.setattr(_device, "unavailable_reason", lambda *_: "no driver")
     assert cli._tensor_cores() == {}
 
 

@@ -18,7 +18,7 @@ struct LaunchError : std::runtime_error {
       : std::runtime_error("CUDA kernel " + kernel + " could not be launched: " + reason) {}
 };
 
-// Why no kernel can run here; empty if there is a device.
-std::string unavailable_reason();
+// Why no kernel can run on a device, or, where it is negative, on any; empty if they can.
+std::string unavailable_reason(int device);
 
 }  // namespace mudsc::cuda

@@ -94,13 +94,14 @@ def _zip_literally(
     dtype = torch.float64 if similarity.dtype == torch.float64 else torch.float32
     working = similarity.detach().to("cpu", dtype, copy=True).fill_diagonal_(-torch.inf)
     units = len(working)
-    model = torch.arange(units) // (units // num_models)
-    set_of_unit = torch.empty(units, dtype=torch.int64)
+    unit = torch.arange(units, device="cpu")
+    model = unit // (units // num_models)
+    set_of_unit = torch.empty_like(unit)
     for position, members in enumerate(sets):
         set_of_unit[members.cpu()] = position
     group = set_of_unit * num_models + model
-    left, root, values = torch.arange(units), torch.arange(units), []
-    used_of_model, used_of_group = torch.zeros(num_models), torch.zeros(len(sets) * num_models)
+    left, root, values = unit, unit.clone(), []
+    used_of_model, used_of_group = unit.new_zeros(num_models), unit.new_zeros(len(sets) * num_models)
     for position, members in enumerate(sets):
         for _ in range(len(members) - per_set):
             outside = set_of_unit[left] != position
@@ -128,8 +129,8 @@ def _zip_literally(
                         own = owner[left] == owners[0]
                         working[own[:, None] & own[None, :]] = -torch.inf
     order = torch.cat([left[group[left] == which] for which in range(len(sets) * num_models)])
-    cluster_of_unit = torch.empty(units, dtype=torch.int64)
-    cluster_of_unit[order] = torch.arange(len(order))
+    cluster_of_unit = torch.empty_like(unit)
+    cluster_of_unit[order] = unit[: len(order)]
     mean = sum(values) / len(values) if values else 0.0
     return Zip(cluster_of_unit[root].to(similarity.device), len(order), mean)
 

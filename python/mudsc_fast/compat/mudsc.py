@@ -221,7 +221,7 @@ class WeightFusion:
         best: dict[Hashable, _Match] | None = None
         best_value, misses = 0.0, 0
         for number in range(self.iter):
-            for index in torch.randperm(len(nodes), generator=generator).tolist():
+            for index in torch.randperm(len(nodes), generator=generator, device="cpu").tolist():
                 node = nodes[index]
                 seen = {other: self._matching[other] for other in neighbours[node] if other in self._matching}
                 # Under neighbours that are matched as at its last visit, a node's weight vectors are the same.

@@ -102,14 +102,18 @@ def weight_matching(
         If `init_perm` lacks a permutation or holds one that is none.
     """
     units = {p: params_a[uses[0][0]].shape[uses[0][1]] for p, uses in ps.perm_to_axes.items()}
-    perm = {p: torch.arange(n) for p, n in units.items()} if init_perm is None else _checked(init_perm, units)
+    perm = (
+        {p: torch.arange(n, device="cpu") for p, n in units.items()}
+        if init_perm is None
+        else _checked(init_perm, units)
+    )
     names = list(perm)
     changes = 0
     changed_at = dict.fromkeys(names, 0)
     visited_at = dict.fromkeys(names, -1)
     for iteration in range(max_iter):
         progress = False
-        for index in torch.randperm(len(names)).tolist():
+        for index in torch.randperm(len(names), device="cpu").tolist():
             p = names[index]
             # Under the neighbours that it was matched under last, its products and its permutation are the same.
             if max((changed_at[other] for other in _neighbours(ps, p)), default=0) <= visited_at[p]:
@@ -136,7 +140,7 @@ def _checked(init_perm: Mapping[str, Tensor], units: Mapping[str, int]) -> dict[
         raise ValueError(f"init_perm must hold the permutations {', '.join(units)}, got {', '.join(init_perm)}")
     checked = {p: given.to(device="cpu", dtype=torch.int64) for p, given in init_perm.items()}
     for p, count in units.items():
-        if not torch.equal(checked[p].sort().values, torch.arange(count)):
+        if not torch.equal(checked[p].sort().values, torch.arange(count, device="cpu")):
             raise ValueError(f"init_perm[{p!r}] must be a permutation of {count} units")
     return checked
 

@@ -197,12 +197,13 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
     if "input_ids" in taken:
         text = getattr(config, "text_config", config)
         length = min(_TOKENS, getattr(text, "max_position_embeddings", _TOKENS))
-        inputs["input_ids"] = torch.randint(text.vocab_size, (_SAMPLES, length), generator=generator)
+        inputs["input_ids"] = torch.randint(text.vocab_size, (_SAMPLES, length), generator=generator, device="cpu")
     if "pixel_values" in taken:
         vision = getattr(config, "vision_config", config)
         size = vision.image_size
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.randn(_SAMPLES, vision.num_channels, *sides, generator=generator)
+        shape = (_SAMPLES, vision.num_channels, *sides)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return inputs
 
 

@@ -252,7 +252,9 @@ def _write_torch(
             file.write_bytes(part)
             entries = torch.Size(size.shape).numel()
             flat = torch.from_file(str(file), shared=False, size=entries, dtype=size.dtype) if entries else None
-            mapped[name] = torch.empty(size.shape, dtype=size.dtype) if flat is None else flat.view(size.shape)
+            mapped[name] = (
+                torch.empty(size.shape, dtype=size.dtype, device="cpu") if flat is None else flat.view(size.shape)
+            )
         with path.open("wb") as output:
             try:
                 torch.save(mapped, output)

@@ -213,8 +213,8 @@ def _check_groups(spec: PermutationSpec, units: Mapping[str, int], permutations:
         orders = {}
         for node in nodes:
             size = units[node] // spec.groups(node).count
-            order = permutations[node] // size if node in permutations else torch.arange(units[node]) // size
-            order = order.view(-1, size)
+            order = permutations[node] if node in permutations else torch.arange(units[node], device="cpu")
+            order = order.view(-1, size) // size
             if not torch.equal(order, order[:, :1].expand(order.shape)):
                 raise ValueError(f"permutations[{node!r}] must keep the units of a group of {size} together")
             orders[node] = order[:, 0].tolist()

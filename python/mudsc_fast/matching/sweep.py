@@ -53,7 +53,7 @@ def sweep(
     visits: dict[tuple[str, ...], _Visit] = {}
     with tqdm(total=max_sweeps, desc="sweeps", disable=not progress) as bar:
         while len(objectives) < max_sweeps and misses < patience:
-            for index in torch.randperm(len(spec.bundles), generator=generator).tolist():
+            for index in torch.randperm(len(spec.bundles), generator=generator, device="cpu").tolist():
                 bundle = spec.bundles[index]
                 around = {other for node in bundle for other in spec.neighbours(node)}
                 seen = {other: current[other] for other in around if other in current}

@@ -314,7 +314,7 @@ def _change(
     elif old is not None and new is not None:
         changed = _changed_clusters(old, new)
     else:
-        changed = [torch.arange(units), torch.arange(units)]
+        changed = [torch.arange(units, device="cpu")] * 2
     if len(changed[0]) == 0:
         return None
     return _Change(
@@ -328,7 +328,7 @@ def _change(
 def _order(matching: NodeMatching | None, num_models: int, units: int) -> Tensor:
     """Return [models, units]: the unit of each model that each merged unit is made of."""
     permutations = None if matching is None else matching.permutations
-    return torch.arange(units).expand(num_models, units) if permutations is None else permutations
+    return torch.arange(units, device="cpu").expand(num_models, units) if permutations is None else permutations
 
 
 def _changed_clusters(old: NodeMatching, new: NodeMatching) -> list[Tensor]:

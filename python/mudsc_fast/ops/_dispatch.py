@@ -28,13 +28,14 @@ KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "permute": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
 }
 
+_NAMES = sorted({name for by_device in KERNELS.values() for names in by_device.values() for name in names})
+
 _requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=None)
 
 
 def backends() -> tuple[str, ...]:
     """Return the names of all back ends that can be used here: "cuda" only where it was built and finds a device."""
-    named = {name for by_device in KERNELS.values() for names in by_device.values() for name in names}
-    return tuple(sorted(filter(_is_usable, named)))
+    return tuple(filter(_is_usable, _NAMES))
 
 
 @contextmanager
@@ -59,8 +60,12 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def backend_for(op: str, device_type: str) -> str:
-    """Return the name of the back end that would serve `op` on a device of that type now."""
+def backend_for(op: str, device_type: str, index: int | None = None) -> str:
+    """Return the name of the back end that would serve `op` on a device of that type, or on one of them, now."""
+
+    def is_usable(name: str) -> bool:
+        return _is_usable(name, index)
+
     named = KERNELS[op].get(device_type, KERNELS[op]["other"])
     requested = _requested.get()
     if requested is None:
@@ -68,8 +73,8 @@ def backend_for(op: str, device_type: str) -> str:
         if requested is not None:
             _check_backend_name("the environment variable MUDSC_BACKEND", requested)
     if requested is None:
-        return next(filter(_is_usable, named))
-    served = tuple(filter(_is_usable, named))
+        return next(filter(is_usable, named))
+    served = tuple(filter(is_usable, named))
     if requested not in served:
         raise ValueError(
             f"backend {requested!r} has no {op} kernel for {device_type} tensors; available: {', '.join(served)}"
@@ -83,7 +88,7 @@ requested = _requested.get
 
 def choose(op: str, device: torch.device, kernels: Mapping[str, Kernel]) -> Kernel:
     """Return the kernel of `kernels` (by back end) that serves `op` on `device`."""
-    return kernels[backend_for(op, device.type)]
+    return kernels[backend_for(op, device.type, device.index)]
 
 
 def isa_level() -> int:
@@ -103,10 +108,11 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _is_usable(name: str) -> bool:
-    return name != "cuda" or not _device.unavailable_reason()
+def _is_usable(name: str, index: int | None = None) -> bool:
+    return name != "cuda" or not _device.unavailable_reason(index)
 
 
 def _check_backend_name(argument: str, name: str) -> None:
-    if name not in backends():
+    # Whether there is a device is asked for "cuda" only: the answer keeps processes forked later from using one.
+    if name not in _NAMES or not _is_usable(name):
         raise ValueError(f"{argument} must be one of {', '.join(backends())}, got {name!r}")

@@ -18,6 +18,11 @@ from mudsc_fast.ops import _arrays, _dispatch, _library
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
+#: Duals to start from that exceed the entries so many times are not used: differences would lose the entries' digits.
+_LARGEST_DUAL = 64.0
+#: Rows whose entries stand for all in that: to read all would take as long as the search.
+_SAMPLED_ROWS = 8
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -68,7 +73,8 @@ def linear_assignment(
         Whether the sum is maximised or minimised.
     warm_start
         An earlier result for a problem of the same shape: its duals start the search, so that a similar problem is
-        solved sooner. The result is optimal whatever they are. Used for square problems.
+        solved sooner. The result is optimal whatever they are. Used for square problems, and where duals are not much
+        larger than entries.
     tolerance
         0 for an optimal assignment. Else the search may end as soon as `gap` is proven to be at most this share of the
         magnitude of `objective`; used for square problems of many rows, others are solved to the end.
@@ -239,6 +245,10 @@ def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
             f"warm_start must be of a problem of shape {list(values.shape)}, got column duals of shape "
             f"{list(warm_start.column_duals.shape)}"
         )
-    if values.shape[-2] != values.shape[-1] or not bool(torch.isfinite(warm_start.column_duals).all()):
+    if values.shape[-2] != values.shape[-1] or values.numel() == 0:
         return None
-    return warm_start.column_duals.to(values.device)
+    duals = warm_start.column_duals.to(values.device, torch.float64)
+    sample = values[..., :: max(1, values.shape[-2] // _SAMPLED_ROWS), :].to(torch.float64).abs()
+    largest = sample.nan_to_num(posinf=0.0).amax((-2, -1))
+    serve = duals.abs().amax(-1) <= _LARGEST_DUAL * largest  # not where a dual is NaN
+    return torch.where(serve[..., None], duals, 0.0) if bool(serve.any()) else None

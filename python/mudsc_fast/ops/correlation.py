@@ -535,7 +535,7 @@ class CorrelationAccumulator:
 
     def _takes_as_they_are(self, features: list[Tensor]) -> bool:
         """Return whether the kernel that reads features in their own layout serves these."""
-        backend = _dispatch.backend_for("correlation", self._mean.device.type)
+        backend = _dispatch.backend_for("correlation", self._mean.device.type, self._mean.device.index)
         return backend == "cuda" and features[0].dtype in cuda.DTYPES and len({one.dtype for one in features}) == 1
 
     def _add_samples(self, chunk: list[_Samples]) -> None:

@@ -26,7 +26,7 @@ def center(
     samples = outer * inner
     unit_major = features.stride(1) != 1 or (features.stride(2) == 1 and inner > 1)
     centered = memory.view((units, samples) if unit_major else (samples, units))
-    mean, squares = torch.empty(units, dtype=torch.float64), torch.empty(units, dtype=torch.float64)
+    mean, squares = torch.empty(2, units, dtype=torch.float64, device="cpu")
     _core.center_features(
         isa=_dispatch.isa_level(),
         threads=_dispatch.threads(),

@@ -16,8 +16,8 @@ def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, 
     if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent
         source = source.contiguous()
     units = len(source)
-    cluster_of_unit = torch.empty(units, dtype=torch.int64)
-    values = torch.empty(units - remaining, dtype=torch.float64)
+    cluster_of_unit = torch.empty(units, dtype=torch.int64, device="cpu")
+    values = torch.empty(units - remaining, dtype=torch.float64, device="cpu")
     merges = _core.zip_units(
         similarity=source.data_ptr(),
         dtype=SCALAR_TYPES[source.dtype],

@@ -23,10 +23,10 @@ class Launch(NamedTuple):
 
 
 @cache
-def unavailable_reason() -> str:
-    """Return why no CUDA kernel can run here; empty if they can."""
+def unavailable_reason(index: int | None = None) -> str:
+    """Return why no CUDA kernel can run on the device of that index, or on any; empty if they can."""
     try:
-        return str(import_module("mudsc_fast._cuda").unavailable_reason())
+        return str(import_module("mudsc_fast._cuda").unavailable_reason(-1 if index is None else index))
     except ImportError:
         return "not built: no CUDA compiler when the package was installed"
 

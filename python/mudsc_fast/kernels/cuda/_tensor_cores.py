@@ -63,7 +63,10 @@ _compared: dict[tuple[torch.device, Multiply], Choice] = {}
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _compare(device: torch.device, multiply: Multiply) -> Choice:
@@ -91,7 +94,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _examples(device: torch.device) -> Iterator[tuple[list[Tensor], int, str]]:
     """Yield features for every kernel: types, units or samples adjacent, and means at and far from zero."""
     generator = torch.Generator().manual_seed(0)
-    plain = [torch.randn(_SAMPLES, _UNITS, generator=generator) for _ in range(2)]
+    plain = [torch.randn(_SAMPLES, _UNITS, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2)]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for offset in (0.0, 8.0):
             features = [(one + offset).to(device, dtype) for one in plain]

@@ -24,6 +24,8 @@ EPSILON_SHARE = 0.2
 WANTED = 32
 #: Longer lists, which a block collects in shared memory, are whole rows instead.
 LONGEST_LIST = 8192
+#: Entries of lists that are on the device, and copied to the host, at a time: 8 bytes each.
+LISTED_AT_ONCE = 2**27
 #: Magnitudes that sums in float32 can hold, as for the kernels on the CPU.
 LARGEST, SMALLEST = 1e35, 1e-28
 
@@ -190,20 +192,21 @@ class _LargeProblem:
             solver.copy_duals(on_host.data_ptr(), self.columns)
             duals = on_host.to(self.values.device)
             for request, (wanted, count) in enumerate(requests):
-                rows = torch.empty(count, dtype=torch.int32)
+                rows = torch.empty(count, dtype=torch.int32, device="cpu")
                 solver.copy_requested_rows(request, rows.data_ptr())
-                self._list(solver, rows, duals, wanted)
+                whole = 4 * wanted >= self.columns or 2 * wanted > LONGEST_LIST
+                capacity = self.columns if whole else 2 * wanted
+                for part in rows.split(max(1, LISTED_AT_ONCE // capacity)):
+                    self._list(solver, part, duals, wanted, capacity)
         solver.copy_duals(on_host.data_ptr(), self.columns)
-        column_of_row = torch.empty(self.rows, dtype=torch.int64)
+        column_of_row = torch.empty(self.rows, dtype=torch.int64, device="cpu")
         solver.copy_column_of_row(column_of_row.data_ptr(), self.rows)
         return column_of_row.to(self.values.device), on_host.to(self.values.device)
 
-    def _list(self, solver: Any, rows: Tensor, duals: Tensor, wanted: int) -> None:
+    def _list(self, solver: Any, rows: Tensor, duals: Tensor, wanted: int, capacity: int) -> None:
         """Make the lists of [count] rows and give them to the solver."""
         on_device = rows.to(self.values.device)
         count = len(rows)
-        whole = 4 * wanted >= self.columns or 2 * wanted > LONGEST_LIST
-        capacity = self.columns if whole else 2 * wanted
         lists = {
             "columns": self._empty(count, capacity, dtype=torch.int32),
             "costs": self._empty(count, capacity, dtype=torch.float32),

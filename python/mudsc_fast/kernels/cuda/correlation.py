@@ -58,7 +58,7 @@ class Samples:
         self.count = self._outer * self._inner
         self._device = features[0].device
         self._instructions = instructions or tensor_cores(self._device).instructions
-        self._shifts = torch.empty(len(features), self._units, device=self._device)
+        self._shifts = torch.empty(len(features), self._units, dtype=torch.float32, device=self._device)
         self._sums: list[Tensor | None] = [None] * len(features)
         with _device.launching_on(self._device) as launch:
             for feature, index, shift in zip(features, self._index, self._shifts, strict=True):
@@ -82,7 +82,7 @@ class Samples:
         """
         parts, samples_per_part = _parts(self._units, self.count)
         units, symmetric = self._units, i == j
-        products = torch.empty(parts, units, units, device=self._device)
+        products = torch.empty(parts, units, units, dtype=torch.float32, device=self._device)
         sums = [torch.empty(parts, 2, units, dtype=torch.float64, device=self._device) for _ in range(2)]
         takes_rows = self._sums[i] is None
         takes_columns = not symmetric and self._sums[j] is None

@@ -329,11 +329,14 @@ def permute_merge_group(
              view.columns, columns.units_out, view.inner, *(tensor.data_ptr() for tensor in inputs)]
         )  # fmt: skip
     if problems:
-        table = torch.tensor(problems, dtype=torch.int64).to(like.device)
-        program_problem, program_tile = torch.tensor(programs, dtype=torch.int64).T.contiguous().to(like.device)
+        table = torch.tensor(problems, dtype=torch.int64, device=like.device)
+        program_problem, program_tile = torch.tensor(
+            list(zip(*programs, strict=True)), dtype=torch.int64, device=like.device
+        )
+        factors = torch.tensor(weights, dtype=torch.float32, device=like.device)
         with _device_of(like):
             merge_group_kernel[(len(programs),)](
-                table, program_problem, program_tile, like, torch.tensor(weights, dtype=torch.float32).to(like.device),
+                table, program_problem, program_tile, like, factors,
                 NUM_MODELS=len(weights), FIELDS=table.shape[1], BLOCK_LINES=_GROUP_LINES, BLOCK_ITEMS=_GROUP_ITEMS,
                 enable_fp_fusion=False,
             )  # fmt: skip
