@@ -67,8 +67,10 @@ def tf32() -> Iterator[None]:
     """Let torch multiply float32 in TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def published(features: list[Tensor]) -> Tensor:

@@ -312,8 +312,8 @@ def main() -> None:
     if len(sys.argv) > 2:
         measure_rows(folder, float(sys.argv[2]))
         return
-    if _device.unavailable_reason():
-        sys.exit(f"no CUDA device to measure on: {_device.unavailable_reason()}")
+    if _device.unavailable_reason(0):
+        sys.exit(f"no CUDA device to measure on: {_device.unavailable_reason(0)}")
     deadline = time.monotonic() + float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "240"))
     in_all = len(list(rows_to_measure()))
     found: Row = {

@@ -119,8 +119,8 @@ import sys
 from mudsc_fast import cli
 from mudsc_fast.kernels.cuda import _device
 print(cli.info())
-if _device.unavailable_reason():
-    sys.exit(f"the CUDA kernels cannot run: {_device.unavailable_reason()}")'
+if _device.unavailable_reason(0):
+    sys.exit(f"the CUDA kernels cannot run: {_device.unavailable_reason(0)}")'
 
 # Warnings of other versions are no failures here.
 pytest=("$python" -m pytest -p no:cacheprovider -W default --tb=short)
@@ -142,7 +142,7 @@ done < <(sed -n 's/^\(tests[^[]*::[^[]*\).*/\1/p' "$scratch/collect.log" | sort 
 
 # Small cases of every kernel. Torch's pool of memory would hide what is read beside a tensor.
 declare -A cases=(
-  [assignment]='tests/kernels/test_cuda_assignment.py -k (batches_on and uniform and shape1) or (one_problem and (uniform or ties) and not shape1 and not shape4)'
+  [assignment]='tests/kernels/test_cuda_assignment.py -k (batches_on and uniform and shape1) or (one_problem and (uniform or ties or equal) and not shape1 and not shape4)'
   [correlation]='tests/kernels/test_cuda_correlation.py tests/test_gpu.py -k on_a_device and 70-16 or test_correlation'
   [zip]='tests/kernels/test_cuda_zip.py -k 16 or 254'
   [triton]='tests/triton_kernels/against_reference.py -k test_group or (test_center and strides) or (test_correlate and 70-dtype1) or not_aligned'
