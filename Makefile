@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 SANITIZED := build/sanitized
 # One process per core; eight bound what a large machine spends on importing torch.
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
@@ -23,6 +24,7 @@ test: lint unit sanitized compiled
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 # The tests of the kernels run once per instruction level of this processor by themselves (fixture `isa`).

@@ -24,8 +24,8 @@ inline T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Level for a kernel that is called without Python's own choice (mudsc_fast.ops._dispatch): the processor's best, capped
-// by MUDSC_ISA; -1 where the environment names another back end or a level that does not exist.
+// Level for a kernel that is called without Python's own choice (mudsc_fast.ops._dispatch): the processor's best,
+// capped by MUDSC_ISA; -1 where the environment names another back end or a level that does not exist.
 inline int isa_of_environment() {
   static const int supported = static_cast<int>(supported_isa());
   const char* const backend = std::getenv("MUDSC_BACKEND");

@@ -76,36 +76,47 @@ void register_large(py::module_& module) {
                                        stream_of(device, stream));
       },
       py::arg("matrix"), py::kw_only(), py::arg("class_of_row"), py::arg("device"), py::arg("stream"));
-  module.def("assignment_bid_workspace_bytes", [](const MatrixArguments& matrix) {
-    return cuda::assignment_bid_workspace_bytes(large_problem(matrix));
-  });
+  module.def("assignment_bid_workspace_bytes",
+             [](const MatrixArguments& matrix) { return cuda::assignment_bid_workspace_bytes(large_problem(matrix)); });
   module.def(
       "assignment_bid",
       [](const MatrixArguments& matrix, std::uintptr_t epsilon, std::int64_t stop, std::int64_t most_rounds,
          std::int64_t most_bids, std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row,
          std::uintptr_t counts, std::uintptr_t workspace, int device, std::uintptr_t stream) {
-        const cuda::Auction auction{pointer<const float>(epsilon), stop, most_rounds, most_bids,
-                                    pointer<const std::int32_t>(class_of_row), pointer<float>(prices),
-                                    pointer<std::int32_t>(column_of_row), pointer<std::int64_t>(counts)};
+        const cuda::Auction auction{pointer<const float>(epsilon),
+                                    stop,
+                                    most_rounds,
+                                    most_bids,
+                                    pointer<const std::int32_t>(class_of_row),
+                                    pointer<float>(prices),
+                                    pointer<std::int32_t>(column_of_row),
+                                    pointer<std::int64_t>(counts)};
         const py::gil_scoped_release released;
         cuda::assignment_bid(large_problem(matrix), auction, pointer<void>(workspace), stream_of(device, stream));
       },
-      py::arg("matrix"), py::kw_only(), py::arg("epsilon"), py::arg("stop"), py::arg("most_rounds"), py::arg("most_bids"),
-      py::arg("class_of_row"), py::arg("prices"), py::arg("column_of_row"), py::arg("counts"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("matrix"), py::kw_only(), py::arg("epsilon"), py::arg("stop"), py::arg("most_rounds"),
+      py::arg("most_bids"), py::arg("class_of_row"), py::arg("prices"), py::arg("column_of_row"), py::arg("counts"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
   module.def(
       "assignment_list",
       [](const MatrixArguments& matrix, std::uintptr_t rows, std::int64_t count, std::uintptr_t duals,
-         std::int64_t wanted, std::int64_t capacity, std::uintptr_t columns, std::uintptr_t costs,
-         std::uintptr_t sizes, std::uintptr_t floors, int device, std::uintptr_t stream) {
-        const cuda::ListRequest request{pointer<const std::int32_t>(rows), count, pointer<const double>(duals), wanted,
-                                        capacity, pointer<std::int32_t>(columns), pointer<float>(costs),
-                                        pointer<std::int32_t>(sizes), pointer<double>(floors)};
+         std::int64_t wanted, std::int64_t capacity, std::uintptr_t columns, std::uintptr_t costs, std::uintptr_t sizes,
+         std::uintptr_t floors, int device, std::uintptr_t stream) {
+        const cuda::ListRequest request{pointer<const std::int32_t>(rows),
+                                        count,
+                                        pointer<const double>(duals),
+                                        wanted,
+                                        capacity,
+                                        pointer<std::int32_t>(columns),
+                                        pointer<float>(costs),
+                                        pointer<std::int32_t>(sizes),
+                                        pointer<double>(floors)};
         const py::gil_scoped_release released;
         cuda::assignment_list(large_problem(matrix), request, stream_of(device, stream));
       },
       py::arg("matrix"), py::kw_only(), py::arg("rows"), py::arg("count"), py::arg("duals"), py::arg("wanted"),
-      py::arg("capacity"), py::arg("columns"), py::arg("costs"), py::arg("sizes"), py::arg("floors"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("capacity"), py::arg("columns"), py::arg("costs"), py::arg("sizes"), py::arg("floors"), py::arg("device"),
+      py::arg("stream"));
   module.def(
       "assignment_certify",
       [](const MatrixArguments& matrix, std::uintptr_t duals, std::uintptr_t column_of_row, std::uintptr_t least,
@@ -115,8 +126,8 @@ void register_large(py::module_& module) {
                                  pointer<const std::int64_t>(column_of_row), pointer<double>(least),
                                  pointer<double>(paired), stream_of(device, stream));
       },
-      py::arg("matrix"), py::kw_only(), py::arg("duals"), py::arg("column_of_row"), py::arg("least"),
-      py::arg("paired"), py::arg("device"), py::arg("stream"));
+      py::arg("matrix"), py::kw_only(), py::arg("duals"), py::arg("column_of_row"), py::arg("least"), py::arg("paired"),
+      py::arg("device"), py::arg("stream"));
 }
 
 void register_paths(py::module_& module) {
@@ -150,7 +161,9 @@ void register_paths(py::module_& module) {
              std::vector<std::pair<std::int64_t, std::size_t>> requests;  // entries wanted, and of how many rows
              {
                const py::gil_scoped_release released;
-               for (const cuda::RowsToList& group : solver.advance()) requests.emplace_back(group.wanted, group.rows.size());
+               for (const cuda::RowsToList& group : solver.advance()) {
+                 requests.emplace_back(group.wanted, group.rows.size());
+               }
              }
              return requests;
            })
@@ -159,10 +172,8 @@ void register_paths(py::module_& module) {
              const std::vector<std::int32_t>& rows = solver.requests()[request].rows;
              std::copy(rows.begin(), rows.end(), pointer<std::int32_t>(out));
            })
-      .def("copy_duals",
-           [](const cuda::PathSolver& solver, std::uintptr_t out, std::int64_t columns) {
-             std::copy_n(solver.duals(), columns, pointer<double>(out));
-           })
+      .def("copy_duals", [](const cuda::PathSolver& solver, std::uintptr_t out,
+                            std::int64_t columns) { std::copy_n(solver.duals(), columns, pointer<double>(out)); })
       .def("copy_column_of_row", [](const cuda::PathSolver& solver, std::uintptr_t out, std::int64_t rows) {
         std::copy_n(solver.column_of_row(), rows, pointer<std::int64_t>(out));
       });

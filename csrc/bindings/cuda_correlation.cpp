@@ -11,7 +11,7 @@ namespace {
 using Strides = std::array<std::int64_t, 3>;  // of outer, unit, inner
 
 cuda::FeatureView view_of(std::uintptr_t values, const Strides& strides, std::uintptr_t index, std::uintptr_t shift) {
-  return {pointer<const void>(values),         strides[0],           strides[1], strides[2],
+  return {pointer<const void>(values),        strides[0],           strides[1], strides[2],
           pointer<const std::int32_t>(index), pointer<float>(shift)};
 }
 
@@ -26,7 +26,8 @@ void correlation_shift(int dtype, std::uintptr_t features, const Strides& stride
 
 void correlation_product(int dtype, std::uintptr_t rows, const Strides& row_strides, std::uintptr_t row_index,
                          std::uintptr_t row_shift, std::uintptr_t columns, const Strides& column_strides,
-                         std::uintptr_t column_index, std::uintptr_t column_shift, std::int64_t outer, std::int64_t units, std::int64_t inner, bool symmetric, std::int64_t parts,
+                         std::uintptr_t column_index, std::uintptr_t column_shift, std::int64_t outer,
+                         std::int64_t units, std::int64_t inner, bool symmetric, std::int64_t parts,
                          std::int64_t samples_per_part, std::uintptr_t products, std::uintptr_t row_sums,
                          std::uintptr_t column_sums, bool warpgroups, int device, std::uintptr_t stream) {
   const cuda::ProductProblem problem{static_cast<ScalarType>(dtype),
@@ -89,13 +90,14 @@ void correlation_blend(std::uintptr_t comoment, std::uintptr_t row_deviation, st
 void register_cuda_correlation(py::module_& module) {
   module.def("correlation_tile", &cuda::correlation_tile);
   module.def("correlation_shift", &correlation_shift, py::kw_only(), py::arg("dtype"), py::arg("features"),
-             py::arg("strides"), py::arg("index"), py::arg("outer"), py::arg("units"), py::arg("inner"), py::arg("shift"),
-             py::arg("device"), py::arg("stream"));
+             py::arg("strides"), py::arg("index"), py::arg("outer"), py::arg("units"), py::arg("inner"),
+             py::arg("shift"), py::arg("device"), py::arg("stream"));
   module.def("correlation_product", &correlation_product, py::kw_only(), py::arg("dtype"), py::arg("rows"),
              py::arg("row_strides"), py::arg("row_index"), py::arg("row_shift"), py::arg("columns"),
-             py::arg("column_strides"), py::arg("column_index"), py::arg("column_shift"), py::arg("outer"), py::arg("units"), py::arg("inner"), py::arg("symmetric"),
-             py::arg("parts"), py::arg("samples_per_part"), py::arg("products"), py::arg("row_sums"),
-             py::arg("column_sums"), py::arg("warpgroups"), py::arg("device"), py::arg("stream"));
+             py::arg("column_strides"), py::arg("column_index"), py::arg("column_shift"), py::arg("outer"),
+             py::arg("units"), py::arg("inner"), py::arg("symmetric"), py::arg("parts"), py::arg("samples_per_part"),
+             py::arg("products"), py::arg("row_sums"), py::arg("column_sums"), py::arg("warpgroups"), py::arg("device"),
+             py::arg("stream"));
   module.def("correlation_join", &correlation_join, py::kw_only(), py::arg("product_dtype"), py::arg("products"),
              py::arg("parts"), py::arg("units"), py::arg("symmetric"), py::arg("rows"), py::arg("columns"),
              py::arg("weight"), py::arg("comoment"), py::arg("device"), py::arg("stream"));

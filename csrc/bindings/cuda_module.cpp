@@ -22,10 +22,9 @@ void register_simulator(py::module_& module) {
                                   std::int64_t stop, std::int64_t most_rounds, std::int64_t most_bids,
                                   std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row) {
     const py::gil_scoped_release released;
-    const cuda_sim::RoundCounts counts =
-        cuda_sim::auction_rounds(pointer<const float>(values), n, maximize, epsilon, stop, most_rounds, most_bids,
-                                 pointer<const std::int32_t>(class_of_row),
-                                 pointer<float>(prices), pointer<std::int32_t>(column_of_row));
+    const cuda_sim::RoundCounts counts = cuda_sim::auction_rounds(
+        pointer<const float>(values), n, maximize, epsilon, stop, most_rounds, most_bids,
+        pointer<const std::int32_t>(class_of_row), pointer<float>(prices), pointer<std::int32_t>(column_of_row));
     return std::make_tuple(counts.rounds, counts.bids, counts.small_rounds);
   });
   module.def(
@@ -34,9 +33,15 @@ void register_simulator(py::module_& module) {
          std::int64_t count, std::uintptr_t duals, std::int64_t wanted, std::int64_t capacity, std::uintptr_t columns,
          std::uintptr_t costs, std::uintptr_t sizes, std::uintptr_t floors) {
         const cuda::LargeProblem problem{pointer<const void>(values), ScalarType::float32, n, n, maximize};
-        const cuda::ListRequest request{pointer<const std::int32_t>(rows), count, pointer<const double>(duals), wanted,
-                                        capacity, pointer<std::int32_t>(columns), pointer<float>(costs),
-                                        pointer<std::int32_t>(sizes), pointer<double>(floors)};
+        const cuda::ListRequest request{pointer<const std::int32_t>(rows),
+                                        count,
+                                        pointer<const double>(duals),
+                                        wanted,
+                                        capacity,
+                                        pointer<std::int32_t>(columns),
+                                        pointer<float>(costs),
+                                        pointer<std::int32_t>(sizes),
+                                        pointer<double>(floors)};
         const py::gil_scoped_release released;
         cuda_sim::list_rows(problem, request, threads);
       },

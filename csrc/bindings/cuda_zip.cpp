@@ -7,8 +7,16 @@ namespace {
 ZipProblem zip_problem(std::uintptr_t similarity, int dtype, std::int64_t row_stride, std::int64_t units,
                        std::int64_t num_models, std::int64_t remaining, std::int64_t budget, double shrink,
                        std::uintptr_t cluster_of_unit, std::uintptr_t values) {
-  return {pointer<const void>(similarity), static_cast<ScalarType>(dtype), row_stride, units, num_models, remaining,
-          budget, shrink, pointer<std::int64_t>(cluster_of_unit), pointer<double>(values)};
+  return {pointer<const void>(similarity),
+          static_cast<ScalarType>(dtype),
+          row_stride,
+          units,
+          num_models,
+          remaining,
+          budget,
+          shrink,
+          pointer<std::int64_t>(cluster_of_unit),
+          pointer<double>(values)};
 }
 
 }  // namespace

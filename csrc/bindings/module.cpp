@@ -2,7 +2,6 @@
 
 #include "bindings.hpp"
 
-
 #if defined(__clang__)
 #define MUDSC_COMPILER "clang " __clang_version__
 #elif defined(__GNUC__)

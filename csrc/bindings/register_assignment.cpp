@@ -40,8 +40,7 @@ class NewArray {
  public:
   NewArray(const py::detail::npy_api& numpy, std::int64_t count) {
     Py_intptr_t shape = count;
-    PyObject* const descriptor =
-        numpy.PyArray_DescrFromType_(py::detail::npy_format_descriptor<Value>::value);
+    PyObject* const descriptor = numpy.PyArray_DescrFromType_(py::detail::npy_format_descriptor<Value>::value);
     array_ = py::reinterpret_steal<py::object>(numpy.PyArray_NewFromDescr_(
         numpy.PyArray_Type_, descriptor, count < 0 ? 0 : 1, &shape, nullptr, nullptr, 0, nullptr));
     if (!array_) throw py::error_already_set();
@@ -214,8 +213,9 @@ void register_assignment(py::module_& module) {
         MUDSC_CALL_KERNEL(static_cast<Isa>(isa), linear_assignment, problem);
       },
       py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("dtype"), py::arg("values"), py::arg("batch"),
-      py::arg("rows"), py::arg("columns"), py::arg("maximize"), py::arg("tolerance"), py::arg("prices"), py::arg("column_of_row"),
-      py::arg("row_duals"), py::arg("column_duals"), py::arg("objective"), py::arg("gap"), py::arg("status"));
+      py::arg("rows"), py::arg("columns"), py::arg("maximize"), py::arg("tolerance"), py::arg("prices"),
+      py::arg("column_of_row"), py::arg("row_duals"), py::arg("column_duals"), py::arg("objective"), py::arg("gap"),
+      py::arg("status"));
 }
 
 }  // namespace mudsc::bindings

@@ -195,8 +195,8 @@ PermuteProblem view_of(const PlainMerge& merge) {
   const auto identity = [](std::int64_t length) {
     return AxisMap{UnitMapKind::identity, nullptr, nullptr, length, length};
   };
-  PermuteProblem problem{merge.type,  merge.num_models, merge.tensors,    merge.weights,    1,       1, 1,
-                         identity(1), identity(1),      /*out=*/nullptr, /*out_is_new=*/false, /*threads=*/1};
+  PermuteProblem problem{merge.type,  merge.num_models, merge.tensors,        merge.weights, 1, 1, 1, identity(1),
+                         identity(1), /*out=*/nullptr,  /*out_is_new=*/false, /*threads=*/1};
   if (merge.num_mapped == 0) {
     const int first = end < 1 ? end : 1;
     problem.rows = identity(product(shape, 0, first));
@@ -266,8 +266,7 @@ py::object new_result(const Torch& torch, const PlainMerge& merge, PyObject* lik
     for (int axis = 0; axis < merge.num_axes; ++axis) {
       shape[static_cast<std::size_t>(axis)] = length_out(merge, axis);
     }
-    result = py::reinterpret_steal<py::object>(
-        PyObject_CallMethodOneArg(like, torch.new_empty.ptr(), shape.ptr()));
+    result = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(like, torch.new_empty.ptr(), shape.ptr()));
   }
   if (!result) throw py::error_already_set();
   return result;
@@ -300,8 +299,8 @@ void run(const Torch& torch, PermuteProblem problem, int isa, void* out, bool ou
   }
 }
 
-// merge(tensors, maps, weights, out) -> tensor or None: the whole of mudsc_fast.permute_merge for what most calls pass, of
-// small tensors of which checks in Python take longer than the sum. Unlike other bindings it checks its arguments.
+// merge(tensors, maps, weights, out) -> tensor or None: the whole of mudsc_fast.permute_merge for what most calls pass,
+// of small tensors of which checks in Python take longer than the sum. Unlike other bindings it checks its arguments.
 // None, for anything that is not known here and for errors, leaves the call to the general way.
 PyObject* merge_plain(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   const Torch& torch = *static_cast<const Torch*>(PyCapsule_GetPointer(self, nullptr));
@@ -334,9 +333,9 @@ py::object plain_permute_merge(const py::object& torch_module, const py::object&
   const py::object tensor_type = torch_module.attr("Tensor");
   const DlpackFunctions* const functions = dlpack_functions(tensor_type);
   if (functions == nullptr) return py::none();
-  auto torch = std::make_unique<Torch>(Torch{functions, tensor_type, torch_module.attr("nn").attr("Parameter"), map_type,
-                                             torch_module.attr("empty_like"), torch_module.attr("get_num_threads"),
-                                             torch_module.attr("is_grad_enabled")});
+  auto torch = std::make_unique<Torch>(Torch{
+      functions, tensor_type, torch_module.attr("nn").attr("Parameter"), map_type, torch_module.attr("empty_like"),
+      torch_module.attr("get_num_threads"), torch_module.attr("is_grad_enabled")});
   const py::capsule self(torch.get(), [](void* data) { delete static_cast<Torch*>(data); });
   torch.release();
   return plain_function<merge_plain>("permute_merge", self);
@@ -353,21 +352,39 @@ void register_permute(py::module_& module) {
          const AxisArguments& rows, const AxisArguments& columns, std::uintptr_t out, bool out_is_new) {
         std::vector<const void*> addresses;
         for (const std::uintptr_t tensor : tensors) addresses.push_back(pointer<const void>(tensor));
-        const PermuteProblem problem{static_cast<ScalarType>(dtype), static_cast<std::int64_t>(tensors.size()),
-                                     addresses.data(), weights.data(), outer, middle, inner,
-                                     axis_map(rows), axis_map(columns), pointer<void>(out), out_is_new, threads};
+        const PermuteProblem problem{static_cast<ScalarType>(dtype),
+                                     static_cast<std::int64_t>(tensors.size()),
+                                     addresses.data(),
+                                     weights.data(),
+                                     outer,
+                                     middle,
+                                     inner,
+                                     axis_map(rows),
+                                     axis_map(columns),
+                                     pointer<void>(out),
+                                     out_is_new,
+                                     threads};
         const py::gil_scoped_release released;
         MUDSC_CALL_KERNEL(static_cast<Isa>(isa), permute_merge, problem);
       },
-      py::arg("isa"), py::arg("threads"), py::arg("dtype"), py::arg("tensors"), py::arg("weights"),
-      py::arg("outer"), py::arg("middle"), py::arg("inner"), py::arg("rows"), py::arg("columns"), py::arg("out"),
-      py::arg("out_is_new"));
+      py::arg("isa"), py::arg("threads"), py::arg("dtype"), py::arg("tensors"), py::arg("weights"), py::arg("outer"),
+      py::arg("middle"), py::arg("inner"), py::arg("rows"), py::arg("columns"), py::arg("out"), py::arg("out_is_new"));
   module.def(
       "permute_in_place",
       [](int isa, int threads, int dtype, std::int64_t outer, std::int64_t middle, std::int64_t inner,
          const AxisArguments& rows, const AxisArguments& columns, std::uintptr_t out) {
-        const PermuteProblem problem{static_cast<ScalarType>(dtype), 1, nullptr, nullptr, outer, middle, inner,
-                                     axis_map(rows), axis_map(columns), pointer<void>(out), false, threads};
+        const PermuteProblem problem{static_cast<ScalarType>(dtype),
+                                     1,
+                                     nullptr,
+                                     nullptr,
+                                     outer,
+                                     middle,
+                                     inner,
+                                     axis_map(rows),
+                                     axis_map(columns),
+                                     pointer<void>(out),
+                                     false,
+                                     threads};
         const py::gil_scoped_release released;
         MUDSC_CALL_KERNEL(static_cast<Isa>(isa), permute_in_place, problem);
       },

@@ -48,8 +48,8 @@ inline const DlpackFunctions* dlpack_functions(const py::object& tensor_type) {
   return functions->major_version == kMajorVersion && functions->read != nullptr ? functions : nullptr;
 }
 
-// Reads a tensor that lies in the host's memory, entry after entry; false, without an exception, for any other. That the
-// entries of a view are meant negated is not in the table: whoever takes foreign tensors asks them.
+// Reads a tensor that lies in the host's memory, entry after entry; false, without an exception, for any other. That
+// the entries of a view are meant negated is not in the table: whoever takes foreign tensors asks them.
 inline bool read_contiguous(const DlpackFunctions& functions, PyObject* object, DlpackTensor& tensor) {
   constexpr std::int32_t kHost = 1;
   if (functions.read(object, &tensor) != 0) {

@@ -42,14 +42,10 @@ void solve_batch(const AssignmentProblem& problem) {
 
 void linear_assignment(const AssignmentProblem& problem) {
   switch (problem.type) {
-    case ScalarType::float16:
-      return solve_batch<Half>(problem);
-    case ScalarType::bfloat16:
-      return solve_batch<BFloat16>(problem);
-    case ScalarType::float32:
-      return solve_batch<float>(problem);
-    case ScalarType::float64:
-      return solve_batch<double>(problem);
+    case ScalarType::float16: return solve_batch<Half>(problem);
+    case ScalarType::bfloat16: return solve_batch<BFloat16>(problem);
+    case ScalarType::float32: return solve_batch<float>(problem);
+    case ScalarType::float64: return solve_batch<double>(problem);
   }
 }
 

@@ -90,7 +90,8 @@ inline Lanes spread_least(Lanes values) {
   return values;
 }
 
-// Writes one entry of an array of whole vectors. A vector is written, because the next read of it would wait for a part.
+// Writes one entry of an array of whole vectors. A vector is written, because the next read of it would wait for a
+// part.
 inline void set_entry(double* array, std::int64_t index, double value) {
   typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
   Order order;
@@ -302,8 +303,8 @@ class DenseSolver {
     const T* const values = values_ + row * columns_;
     std::int64_t j = 0;
     if constexpr (sizeof(T) == sizeof(Number)) {
-      // In whole vectors to the end, with entries of the next row that are made infinite: what is written piece by piece
-      // cannot be read as a vector at once.
+      // In whole vectors to the end, with entries of the next row that are made infinite: what is written piece by
+      // piece cannot be read as a vector at once.
       using Vector = typename VectorOf<Number>::Type;
       using Memory = typename VectorOf<Number>::Unaligned;
       using Bits = typename VectorOf<Number>::Bits;
@@ -325,8 +326,8 @@ class DenseSolver {
     for (; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
   }
 
-  // Returns whether no cost is NaN or -inf; notes the largest magnitude and whether there are several rows or columns of
-  // zeros, and makes column minima the first duals of a square problem, unless there are, or others are given.
+  // Returns whether no cost is NaN or -inf; notes the largest magnitude and whether there are several rows or columns
+  // of zeros, and makes column minima the first duals of a square problem, unless there are, or others are given.
   bool copy_costs() {
     using Vector = typename VectorOf<Number>::Type;
     using Memory = typename VectorOf<Number>::Unaligned;
@@ -405,8 +406,8 @@ class DenseSolver {
     }
   }
 
-  // Numbers rows by the first row that is equal in every entry, found by the sum of the row, and returns how many are not
-  // the first. What is left out, as where rows are not copied, only takes longer.
+  // Numbers rows by the first row that is equal in every entry, found by the sum of the row, and returns how many are
+  // not the first. What is left out, as where rows are not copied, only takes longer.
   std::int64_t find_classes() {
     std::int64_t repeated = 0;
     for (std::int64_t i = 0; i < rows_; ++i) {
@@ -828,8 +829,9 @@ class DenseSolver {
     return true;
   }
 
-  // Whether no exchange of columns along listed ties comes round to where it began: rows that nothing leads to are taken
-  // away, with the ties from them, until none are left. A free column leads on to rows whose own one is as good free.
+  // Whether no exchange of columns along listed ties comes round to where it began: rows that nothing leads to are
+  // taken away, with the ties from them, until none are left. A free column leads on to rows whose own one is as good
+  // free.
   bool ties_lead_nowhere() {
     for (std::int64_t i = 0; i <= rows_; ++i) tied_into_[i] = 0;
     std::int32_t count = tie_begin_[rows_];

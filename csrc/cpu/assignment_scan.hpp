@@ -92,8 +92,12 @@ class RowScanner {
 
   RowScanner() = default;
   explicit RowScanner(std::int64_t columns)
-      : columns_(columns), minima_(columns + 2 * kBlock), keys_(columns + kBlock), hits_(columns),
-        blocks_(columns / kBlock + 1), bits_(columns / kBlock + 1) {}
+      : columns_(columns),
+        minima_(columns + 2 * kBlock),
+        keys_(columns + kBlock),
+        hits_(columns),
+        blocks_(columns / kBlock + 1),
+        bits_(columns / kBlock + 1) {}
 
   // Reads a row: cost = sign * value. There are about `groups` groups, one per entry at most. `upcoming` is the row to
   // be read next, or any memory as long: it comes while this one is worked on.
@@ -140,7 +144,9 @@ class RowScanner {
   template <class List>
   Number list_least(std::int64_t wanted, std::int64_t room, double start, const List& list) {
     const Rank rank = find_rank(minima_.data(), group_count_, wanted);
-    if (rank.passed > 2 * room) return list_tied(rank, room, start, least_above(minima_.data(), group_count_, rank.bound), list);
+    if (rank.passed > 2 * room) {
+      return list_tied(rank, room, start, least_above(minima_.data(), group_count_, rank.bound), list);
+    }
     // Nothing else is at most the bound.
     Number floor = rank.bound;
     const std::int64_t hit_count = collect(rank.bound, start);

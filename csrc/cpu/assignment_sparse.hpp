@@ -262,8 +262,13 @@ class SparseSolver : private AssignmentState<T> {
     Scan largest = 0;
     in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
       if (!__atomic_load_n(&finite, __ATOMIC_RELAXED)) return;
-      lists_[i] = List{first_columns_.data() + i * kFirstCapacity, first_costs_.data() + i * kFirstCapacity, 0,
-                       kFirstCapacity, kInfinity, 0, false};
+      lists_[i] = List{first_columns_.data() + i * kFirstCapacity,
+                       first_costs_.data() + i * kFirstCapacity,
+                       0,
+                       kFirstCapacity,
+                       kInfinity,
+                       0,
+                       false};
       const Scan most = list_row(i, wanted, scratch, i + 1 < rows_ ? i + 1 : i);
       if (!(most < kLargest)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
       raise(largest, most);
@@ -300,14 +305,14 @@ class SparseSolver : private AssignmentState<T> {
   static void raise(Scan& value, Scan candidate) {
     Scan known;
     __atomic_load(&value, &known, __ATOMIC_RELAXED);
-    while (candidate > known && !__atomic_compare_exchange(&value, &known, &candidate, false, __ATOMIC_RELAXED,
-                                                           __ATOMIC_RELAXED)) {
+    while (candidate > known &&
+           !__atomic_compare_exchange(&value, &known, &candidate, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
 
-  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for, while the row `upcoming` is
-  // fetched. Returns the row's largest magnitude, or something not less than kLargest, with nothing listed, if the row
-  // cannot be.
+  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for, while the row `upcoming`
+  // is fetched. Returns the row's largest magnitude, or something not less than kLargest, with nothing listed, if the
+  // row cannot be.
   Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
@@ -401,15 +406,15 @@ class SparseSolver : private AssignmentState<T> {
     list.costs[list.size++] = static_cast<Scan>(sign_) * value;
   }
 
-  // Lists a row again at the duals of now, with room for `wanted` entries at least, while the row `upcoming` is fetched.
+  // Lists a row again at the duals of now, with room for `wanted` entries at least, while the row `upcoming` is
+  // fetched.
   void relist(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
     List& list = lists_[row];
     const std::int64_t room = 4 * wanted >= columns_ ? columns_ : 2 * wanted;
     if (room > list.capacity) {
       // Costs lie behind the columns, an even number of these so that costs are aligned.
       const std::int64_t aligned_room = room + (room & 1);
-      void* const block =
-          std::malloc(static_cast<std::size_t>(aligned_room) * (sizeof(std::int32_t) + sizeof(Scan)));
+      void* const block = std::malloc(static_cast<std::size_t>(aligned_room) * (sizeof(std::int32_t) + sizeof(Scan)));
       if (block == nullptr) throw OutOfMemory{};
       if (list.own_block) std::free(list.columns);
       list.columns = static_cast<std::int32_t*>(block);
@@ -485,7 +490,8 @@ class SparseSolver : private AssignmentState<T> {
     return count;
   }
 
-  // Calls bid(row, best) for the rows of a block, one after another; those whose lists do not tell wait again in stack_.
+  // Calls bid(row, best) for the rows of a block, one after another; those whose lists do not tell wait again in
+  // stack_.
   template <class Bid>
   void take_bids(std::int64_t& free_count, const Bid& bid) {
     const std::int64_t size = take_block(free_count);
@@ -499,8 +505,8 @@ class SparseSolver : private AssignmentState<T> {
   }
 
   // Brings up to date a bid that others have come before. Costs only rise, so that the best column is still the best
-  // unless its dual has moved; that the second best may have become worse makes a bid a lower one than it could be, which
-  // matters to none but ties. Returns false if the list does not tell.
+  // unless its dual has moved; that the second best may have become worse makes a bid a lower one than it could be,
+  // which matters to none but ties. Returns false if the list does not tell.
   bool renew(std::int64_t row, BestTwo& bid) const {
     if (v_[bid.column] == bid.price && bid.first < bid.second) return true;
     return look_up(row, Known::both, bid);
@@ -574,8 +580,8 @@ class SparseSolver : private AssignmentState<T> {
   }
 
   // One phase of Bertsekas' auction: a free row bids its best column's dual down until the second best is better by
-  // epsilon. Of equal rows only the first takes part: they would outbid one another without end, and a path search finds
-  // columns for all of them at once. Where most rows tie there is little to spread. Returns whether all rows then
+  // epsilon. Of equal rows only the first takes part: they would outbid one another without end, and a path search
+  // finds columns for all of them at once. Where most rows tie there is little to spread. Returns whether all rows then
   // have columns.
   bool auction() {
     std::int64_t free_count = 0;
@@ -636,9 +642,9 @@ class SparseSolver : private AssignmentState<T> {
   }
 
   // The step of row reduction for all rows of a class at once (Bertsekas and Castanon, "The auction algorithm for the
-  // transportation problem", Annals of Operations Research 20, 1989): k equal rows take the k best columns, which become
-  // as dear as the next best one. Rows that lose their columns are released; where the last of the best columns tie,
-  // rows of the class may find none.
+  // transportation problem", Annals of Operations Research 20, 1989): k equal rows take the k best columns, which
+  // become as dear as the next best one. Rows that lose their columns are released; where the last of the best columns
+  // tie, rows of the class may find none.
   void reduce_class(std::int64_t first, std::int64_t& free_count) {
     const std::int64_t size = class_size_[first];
     for (std::int64_t row = first; row >= 0; row = class_next_[row]) {
@@ -834,9 +840,9 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<std::uint64_t> row_hashes_;
   // A class by its first row: how many there are, and each row's successor in it, -1 for the last.
   Buffer<std::int64_t> class_of_row_, class_size_, class_next_, stack_;
-  Buffer<bool> class_waits_;          // for its step; those that do are in tree_rows_
+  Buffer<bool> class_waits_;  // for its step; those that do are in tree_rows_
   std::int64_t classes_waiting_ = 0;
-  Buffer<double> reduced_;            // a row's reduced costs, when its class bids
+  Buffer<double> reduced_;  // a row's reduced costs, when its class bids
   Buffer<double> gaps_;
   bool any_tie_ = false;  // whether a row had two best columns when it was matched
   // The search: stamps tell what belongs to the path being searched.

@@ -126,7 +126,8 @@ class AssignmentState {
   }
 
   // Calls visit(members, count) for groups of rows that are equal in every entry, members ascending. `hashes` are the
-  // rows' sampled hashes, or kHashOfZeros, which spares reading them; groups of like hashes for which skip(members, count) holds are left out unread.
+  // rows' sampled hashes, or kHashOfZeros, which spares reading them; groups of like hashes for which skip(members,
+  // count) holds are left out unread.
   template <class Skip, class Visit>
   void for_equal_rows(const Buffer<std::uint64_t>& hashes, const Skip& skip, const Visit& visit) {
     const auto refine = [this](const std::int64_t* rows, std::int64_t count) {
@@ -262,8 +263,8 @@ class AssignmentState {
   // Visits groups of equal items in [0, count). `hashes` are compared first; refine(members, count) then writes
   // refined_ for a group, and keep_equal(members, count) leaves those that equal the first at the front.
   template <class Skip, class Refine, class KeepEqual, class Visit>
-  void for_equal_groups(std::int64_t count, const Buffer<std::uint64_t>& hashes, const Skip& skip,
-                        const Refine& refine, const KeepEqual& keep_equal, const Visit& visit) {
+  void for_equal_groups(std::int64_t count, const Buffer<std::uint64_t>& hashes, const Skip& skip, const Refine& refine,
+                        const KeepEqual& keep_equal, const Visit& visit) {
     std::int64_t* const order = order_.data();
     for (std::int64_t k = 0; k < count; ++k) order[k] = k;
     sort(order, count,

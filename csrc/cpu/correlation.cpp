@@ -127,7 +127,9 @@ void add_run(SumOf<T>* __restrict sums, const T* __restrict from, std::int64_t s
   if (stride == 1) {
     for (std::int64_t e = 0; e < count; ++e) sums[e] = kFirst ? widen(from[e]) : sums[e] + widen(from[e]);
   } else {
-    for (std::int64_t e = 0; e < count; ++e) sums[e] = kFirst ? widen(from[e * stride]) : sums[e] + widen(from[e * stride]);
+    for (std::int64_t e = 0; e < count; ++e) {
+      sums[e] = kFirst ? widen(from[e * stride]) : sums[e] + widen(from[e * stride]);
+    }
   }
 }
 
@@ -218,7 +220,8 @@ void store_sums(Out* __restrict to, const SumOf<T>* __restrict sums, std::int64_
 
 // The samples of one unit and one place of the outer axis.
 template <class T, class Out>
-void read_samples(const CenterProblem& p, const Sums<T>& clusters, SumOf<T>* sums, const T* unit, std::int64_t o, Out* to) {
+void read_samples(const CenterProblem& p, const Sums<T>& clusters, SumOf<T>* sums, const T* unit, std::int64_t o,
+                  Out* to) {
   if (p.outer_order.starts != nullptr) {
     clusters.outer.sum_across(sums, o, unit, p.outer_stride, p.inner_stride, p.inner);
     return store_sums<T>(to, sums, p.inner);

@@ -8,10 +8,10 @@
 // columns are touched, so the indexed part runs once per line. One model with weight 1 and gathers only is a copy
 // of bits: exact for every value, NaN payloads and signed zeros included.
 //
-// Sums of gathers in float32 and indexed copies of 4-byte entries, the common case, are one fused loop: a block of outputs
-// is summed in registers over all models and written past the caches where the result is large; meanwhile the same part
-// of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow. Copies of rows
-// are copies of bytes, of any type.
+// Sums of gathers in float32 and indexed copies of 4-byte entries, the common case, are one fused loop: a block of
+// outputs is summed in registers over all models and written past the caches where the result is large; meanwhile the
+// same part of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow.
+// Copies of rows are copies of bytes, of any type.
 //
 // In place, the lines of one tensor move along the cycles of the row permutation: each is read once and written once.
 //
@@ -229,7 +229,8 @@ class LineSources {
   }
 
  private:
-  // What lines depend on is held by value: as far as a compiler knows, each line that is written may change the problem.
+  // What lines depend on is held by value: as far as a compiler knows, each line that is written may change the
+  // problem.
   const void* const* tensors_;
   const std::int64_t* index_;
   std::int64_t items_, rows_in_, rows_out_, middles_;
@@ -242,8 +243,13 @@ inline bool is_streamed(const PermuteProblem& problem, std::int64_t bytes_per_li
 
 // What all lines share. `weights` has room for kFusedModels and lives as long as the result; no columns stay in place.
 FusedLine fused_line(const PermuteProblem& problem, const ColumnIndex* columns, float* weights) {
-  FusedLine line{problem.num_models, weights, {}, {}, {},
-                 problem.columns.units_in * problem.inner, problem.columns.units_out * problem.inner};
+  FusedLine line{problem.num_models,
+                 weights,
+                 {},
+                 {},
+                 {},
+                 problem.columns.units_in * problem.inner,
+                 problem.columns.units_out * problem.inner};
   for (std::int64_t i = 0; i < problem.num_models; ++i) {
     weights[i] = static_cast<float>(problem.weights[i]);
     if (columns != nullptr) line.index[i] = columns->first(i);
@@ -272,7 +278,8 @@ void merge_fused_lines(const PermuteProblem& problem, const FusedLine& shape) {
 
 void merge_fused(const PermuteProblem& problem) {
   const bool in_place = problem.columns.kind == UnitMapKind::identity;
-  const ColumnIndex columns = in_place ? ColumnIndex() : ColumnIndex(problem.columns, problem.inner, problem.num_models);
+  const ColumnIndex columns =
+      in_place ? ColumnIndex() : ColumnIndex(problem.columns, problem.inner, problem.num_models);
   float weights[kFusedModels];
   FusedLine shape = fused_line(problem, in_place ? nullptr : &columns, weights);
   if (is_copy(problem)) shape.weights = nullptr;

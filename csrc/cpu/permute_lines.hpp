@@ -1,5 +1,5 @@
-// Loops over the entries of one line, in vectors: contiguous and indexed sums, and the sum of a line of each model that is
-// written once.
+// Loops over the entries of one line, in vectors: contiguous and indexed sums, and the sum of a line of each model that
+// is written once.
 #pragma once
 
 #include "permute_index.hpp"
@@ -269,8 +269,8 @@ void write_line(const FusedLine& line, float* out) {
 // ---- Indexed loops ------------------------------------------------------------------------------------------
 
 template <class Accumulator>
-void add_indexed(Accumulator* __restrict to, const Accumulator* __restrict line,
-                 const std::int32_t* __restrict index, Accumulator weight, std::int64_t count) {
+void add_indexed(Accumulator* __restrict to, const Accumulator* __restrict line, const std::int32_t* __restrict index,
+                 Accumulator weight, std::int64_t count) {
   for (std::int64_t e = 0; e < count; ++e) to[e] += weight * line[index[e]];
 }
 

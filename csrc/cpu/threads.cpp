@@ -100,7 +100,9 @@ struct Team::State {
 
   void wake_sleepers() {
     if (sleeping.load() == 0) return;
-    { const std::lock_guard<std::mutex> lock(mutex); }
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+    }
     wake.notify_all();
   }
 };

@@ -1,4 +1,5 @@
-// Greedy zip of units into clusters (Stoica et al., "ZipIt!", arXiv 2305.03053, as used by Xu et al., arXiv 2403.01753).
+// Greedy zip of units into clusters (Stoica et al., "ZipIt!", arXiv 2305.03053, as used by Xu et al., arXiv
+// 2403.01753).
 //
 // Until `remaining` clusters are left, the first largest similarity in row-major order names a pair i < j; j joins i,
 // and row and column i become the smaller of those of i and j, times `shrink`. Each entry is computed by the same
@@ -254,14 +255,14 @@ class Zip {
   bool severs_;  // instead of shrinking
   bool symmetric_ = false;
   Real shrink_;
-  std::int64_t clusters_;         // left
-  Buffer<Real> similarity_;       // [units, stride]
-  Buffer<Real> limit_;            // [stride]: inf where a cluster is left, -inf elsewhere
-  Buffer<Real> bound_;            // [stride]: no entry of the row exceeds it
-  Buffer<std::int64_t> best_;     // [units]: first column whose entry equals the bound, or unknown
-  Buffer<std::int64_t> rows_;     // [units]: the clusters left, ascending, by first unit
-  Buffer<std::int64_t> parent_;   // [units]: the unit that this one was joined to, or itself
-  Buffer<std::int64_t> budget_;   // [models]: merges left inside each model
+  std::int64_t clusters_;        // left
+  Buffer<Real> similarity_;      // [units, stride]
+  Buffer<Real> limit_;           // [stride]: inf where a cluster is left, -inf elsewhere
+  Buffer<Real> bound_;           // [stride]: no entry of the row exceeds it
+  Buffer<std::int64_t> best_;    // [units]: first column whose entry equals the bound, or unknown
+  Buffer<std::int64_t> rows_;    // [units]: the clusters left, ascending, by first unit
+  Buffer<std::int64_t> parent_;  // [units]: the unit that this one was joined to, or itself
+  Buffer<std::int64_t> budget_;  // [models]: merges left inside each model
 };
 
 }  // namespace
@@ -269,14 +270,10 @@ class Zip {
 std::int64_t zip_units(const ZipProblem& problem) {
   if (problem.units == 0) return 0;
   switch (problem.type) {
-    case ScalarType::float16:
-      return Zip<float>(problem).run<Half>(problem);
-    case ScalarType::bfloat16:
-      return Zip<float>(problem).run<BFloat16>(problem);
-    case ScalarType::float32:
-      return Zip<float>(problem).run<float>(problem);
-    case ScalarType::float64:
-      return Zip<double>(problem).run<double>(problem);
+    case ScalarType::float16: return Zip<float>(problem).run<Half>(problem);
+    case ScalarType::bfloat16: return Zip<float>(problem).run<BFloat16>(problem);
+    case ScalarType::float32: return Zip<float>(problem).run<float>(problem);
+    case ScalarType::float64: return Zip<double>(problem).run<double>(problem);
   }
   __builtin_unreachable();
 }

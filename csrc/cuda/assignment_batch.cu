@@ -1,13 +1,14 @@
-// Exact linear assignment of many small problems: a block each, by shortest augmenting paths from one row after another.
+// Exact linear assignment of many small problems: a block each, by shortest augmenting paths from one row after
+// another.
 //
-// D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52 (2016), with its choices between equally
-// good assignments; sums are made in its order, so that results are those of csrc/cpu/assignment_dense.hpp for problems of
-// up to 128 columns, and of scipy, to the last bit. Duals are double, in which float32 costs are exact.
+// D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52 (2016), with its choices between
+// equally good assignments; sums are made in its order, so that results are those of csrc/cpu/assignment_dense.hpp for
+// problems of up to 128 columns, and of scipy, to the last bit. Duals are double, in which float32 costs are exact.
 //
-// A step of a path search reads one row, lowers the distances of all open columns and finds the nearest: every thread has
-// columns of its own. Up to 160 columns a block is one warp, which needs no barrier of more than its lanes.
-// Memory traffic: one read of the matrices, into shared memory if they fit (233 x 233 in float32); else steps and
-// certificate read rows from L2. The search's own arrays, 60 bytes a row and column, are always in shared memory.
+// A step of a path search reads one row, lowers the distances of all open columns and finds the nearest: every thread
+// has columns of its own. Up to 160 columns a block is one warp, which needs no barrier of more than its lanes. Memory
+// traffic: one read of the matrices, into shared memory if they fit (233 x 233 in float32); else steps and certificate
+// read rows from L2. The search's own arrays, 60 bytes a row and column, are always in shared memory.
 #include "block.hpp"
 #include "mudsc/assignment_cuda.hpp"
 
@@ -34,9 +35,9 @@ struct Nearest {
 
 // What the search of one problem keeps in shared memory.
 struct SearchArrays {
-  double *v, *distance;                             // [columns]
-  double *u, *tree_distance;                        // [rows]
-  std::int32_t *parent, *row_of_column, *open, *place;  // [columns]; open columns in the order that decides ties
+  double *v, *distance;                                  // [columns]
+  double *u, *tree_distance;                             // [rows]
+  std::int32_t *parent, *row_of_column, *open, *place;   // [columns]; open columns in the order that decides ties
   std::int32_t *column_of_row, *tree_row, *tree_column;  // [rows]
 
   // Returns where the memory behind the arrays begins.
@@ -145,8 +146,8 @@ class BatchSolver {
       const Candidate nearest = nearest_column(row, reached);
       if (nearest.distance == infinity<double>) return false;
       reached = nearest.distance;
-      const std::int32_t place = static_cast<std::int32_t>(
-          nearest.key >> 31 ? nearest.key & 0x7fffffffu : 0x7fffffffu - nearest.key);
+      const std::int32_t place =
+          static_cast<std::int32_t>(nearest.key >> 31 ? nearest.key & 0x7fffffffu : 0x7fffffffu - nearest.key);
       const std::int32_t column = s_.open[place];
       if (s_.row_of_column[column] < 0) {
         sink = column;
@@ -272,19 +273,16 @@ void run(const AssignmentProblem& problem, Stream stream) {
 }  // namespace
 
 bool assignment_batch_fits(const AssignmentProblem& problem, Stream stream) {
-  return array_bytes(problem.rows, problem.columns) + kReservedShared <= shared_memory_limit("assignment_batch", stream);
+  return array_bytes(problem.rows, problem.columns) + kReservedShared <=
+         shared_memory_limit("assignment_batch", stream);
 }
 
 void assignment_batch(const AssignmentProblem& problem, Stream stream) {
   switch (problem.type) {
-    case ScalarType::float16:
-      return run<Half>(problem, stream);
-    case ScalarType::bfloat16:
-      return run<BFloat16>(problem, stream);
-    case ScalarType::float32:
-      return run<float>(problem, stream);
-    case ScalarType::float64:
-      return run<double>(problem, stream);
+    case ScalarType::float16: return run<Half>(problem, stream);
+    case ScalarType::bfloat16: return run<BFloat16>(problem, stream);
+    case ScalarType::float32: return run<float>(problem, stream);
+    case ScalarType::float64: return run<double>(problem, stream);
   }
 }
 

@@ -1,6 +1,6 @@
 // Bids on the lists that the device made, on the host: one row after another, a few thousand chains that each look at a
-// list or two, a CPU core's work on 2 to 30 MB. A row whose list does not tell what to bid waits until all others are done
-// too; then the device lists all that wait anew at once.
+// list or two, a CPU core's work on 2 to 30 MB. A row whose list does not tell what to bid waits until all others are
+// done too; then the device lists all that wait anew at once.
 #include "assignment_bids.hpp"
 
 #include <utility>
@@ -165,9 +165,9 @@ void RowReduction::reduce(std::int32_t row) {
 }
 
 // The step of row reduction for all rows of a class at once (Bertsekas and Castanon, "The auction algorithm for the
-// transportation problem", Annals of Operations Research 20, 1989): k equal rows take the k best columns, which become as
-// dear as the next best one. Rows that lose their columns are released; where the last of the best columns tie, rows of
-// the class may find none.
+// transportation problem", Annals of Operations Research 20, 1989): k equal rows take the k best columns, which become
+// as dear as the next best one. Rows that lose their columns are released; where the last of the best columns tie, rows
+// of the class may find none.
 void RowReduction::reduce_class(std::int32_t first) {
   if (!price_columns(first)) {
     waiting_classes_.push_back(first);

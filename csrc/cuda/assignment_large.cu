@@ -1,16 +1,18 @@
 // The dense passes of one large assignment: each reads rows of the matrix once, a block a row, in coalesced order.
 //
-//   1. assignment_inspect: the distance of each row's two least costs, which tells how large a bid should be, and a hash to
+//   1. assignment_inspect: the distance of each row's two least costs, which tells how large a bid should be, and a
+//   hash to
 //      find equal rows by (assignment_check_classes compares them): dead units would outbid one another without end.
-//   2. assignment_bid: an auction (D. P. Bertsekas, "The auction algorithm", Annals of Operations Research 14, 1988) in Jacobi
+//   2. assignment_bid: an auction (D. P. Bertsekas, "The auction algorithm", Annals of Operations Research 14, 1988) in
+//   Jacobi
 //      rounds, in one cooperative launch without a word with the host. Every row without a column finds its best and
 //      second best at the prices of now and offers what makes them alike, plus epsilon; the highest offer for a column
-//      wins, of equal ones the first row's. Offers meet in one 64-bit maximum per column, the price above the row, so that
-//      rounds do not depend on the order of threads. It ends when few rows are left: the last of them would take most of
-//      the rounds, and a path search on lists takes them at once.
+//      wins, of equal ones the first row's. Offers meet in one 64-bit maximum per column, the price above the row, so
+//      that rounds do not depend on the order of threads. It ends when few rows are left: the last of them would take
+//      most of the rounds, and a path search on lists takes them at once.
 //   3. assignment_list: each row's least few reduced costs, in double, and a floor below which none is left out. A
-//      thread's least is one of 256; the bound is the one of rank `wanted` among these, and what passes it is listed. Only
-//      where more than `capacity` entries pass, which takes ties, it is found by bisection over the whole row.
+//      thread's least is one of 256; the bound is the one of rank `wanted` among these, and what passes it is listed.
+//      Only where more than `capacity` entries pass, which takes ties, it is found by bisection over the whole row.
 //   4. assignment_certify: row duals anew over every entry, in double: the proof.
 //
 // Memory traffic: passes 1, 4 and the first round read the matrix once; 3 reads a row twice, the second time from L2.
@@ -77,8 +79,7 @@ struct Largest {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    inspect_rows(const Rows<T> matrix, const Inspection inspection) {
+__global__ void __launch_bounds__(kThreads) inspect_rows(const Rows<T> matrix, const Inspection inspection) {
   const std::int64_t row = blockIdx.x;
   const T* const values = matrix.row(row);
   float largest = 0.0f;
@@ -108,18 +109,20 @@ __global__ void __launch_bounds__(kThreads) check_classes(const Rows<T> matrix, 
   const T* const others = matrix.row(first);
   std::int32_t different = 0;
   MUDSC_UNROLL_4
-  for (std::int64_t j = threadIdx.x; j < matrix.columns; j += kThreads) different |= widen(values[j]) != widen(others[j]);
+  for (std::int64_t j = threadIdx.x; j < matrix.columns; j += kThreads) {
+    different |= widen(values[j]) != widen(others[j]);
+  }
   different = block_combine(different, Sum(), 0);
   if (threadIdx.x == 0 && different != 0) class_of_row[row] = static_cast<std::int32_t>(row);
 }
 
 struct BidState {
   Auction auction;
-  unsigned long long* offers;     // [2, columns]: of this round and of the next
-  std::int32_t* active;           // [2, rows]: rows without a column, of this round and of the next
-  std::int32_t* offered_column;   // [rows]: by place among the active
-  std::int32_t* row_of_column;    // [columns]
-  std::int32_t* active_count;     // [3]: of this round, of the next, and of the one after
+  unsigned long long* offers;    // [2, columns]: of this round and of the next
+  std::int32_t* active;          // [2, rows]: rows without a column, of this round and of the next
+  std::int32_t* offered_column;  // [rows]: by place among the active
+  std::int32_t* row_of_column;   // [columns]
+  std::int32_t* active_count;    // [3]: of this round, of the next, and of the one after
 };
 
 __device__ __forceinline__ std::int32_t bidder_of(unsigned long long offer) {
@@ -189,7 +192,9 @@ __global__ void __launch_bounds__(kThreads, 4) bid_in_rounds(const Rows<T> matri
   if (!(*state.auction.epsilon > 0.0f)) return;
   grid_barrier();
   for (std::int64_t i = thread; i < matrix.rows; i += threads) {
-    if (state.auction.class_of_row[i] == i) state.active[atomicAdd(state.active_count, 1)] = static_cast<std::int32_t>(i);
+    if (state.auction.class_of_row[i] == i) {
+      state.active[atomicAdd(state.active_count, 1)] = static_cast<std::int32_t>(i);
+    }
   }
   grid_barrier();
   for (std::int64_t round = 0; round < state.auction.most_rounds; ++round) {
@@ -271,7 +276,8 @@ class RowLister {
     return low;
   }
 
-  // Collects the entries up to `bound`, in any order, and returns how many there are; those beyond the capacity are lost.
+  // Collects the entries up to `bound`, in any order, and returns how many there are; those beyond the capacity are
+  // lost.
   __device__ std::int32_t collect(unsigned long long bound) const {
     MUDSC_SHARED(std::int32_t, found, 1);
     __syncthreads();  // who still reads the count of before
@@ -290,8 +296,8 @@ class RowLister {
     return found[0];
   }
 
-  // Appends entries equal to `bound` until the list is full; returns how many it then has. Rows begin at different places,
-  // so that rows full of ties do not all list the same columns.
+  // Appends entries equal to `bound` until the list is full; returns how many it then has. Rows begin at different
+  // places, so that rows full of ties do not all list the same columns.
   __device__ std::int32_t fill_with_ties(std::int32_t size, unsigned long long bound) const {
     MUDSC_SHARED(std::int32_t, filled, 1);
     if (threadIdx.x < kWarp) {
@@ -384,8 +390,7 @@ void with_rows(const LargeProblem& problem, const Body& body) {
       return body(Rows<BFloat16>{static_cast<const BFloat16*>(problem.values), problem.rows, problem.columns, sign});
     case ScalarType::float32:
       return body(Rows<float>{static_cast<const float*>(problem.values), problem.rows, problem.columns, sign});
-    case ScalarType::float64:
-      throw LaunchError("assignment", "values must be float32 or smaller");
+    case ScalarType::float64: throw LaunchError("assignment", "values must be float32 or smaller");
   }
 }
 

@@ -1,4 +1,5 @@
-// What the steps of the host's search share: duals and pairs so far, lists, equal rows, and what the device is asked for.
+// What the steps of the host's search share: duals and pairs so far, lists, equal rows, and what the device is asked
+// for.
 #pragma once
 
 #include <algorithm>

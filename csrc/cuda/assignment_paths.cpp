@@ -1,9 +1,9 @@
 // The end of a large assignment, on the host: shortest augmenting paths on the lists that the device made.
 //
-// What few rows are left by bids (assignment_bids.cpp) are matched one after another, by searches that depend on each other
-// and look at a few thousand entries. The method is that of csrc/cpu/assignment_sparse.hpp, but that a search which reaches
-// a row's floor, where an unlisted entry could matter, is put off until the device has listed anew all rows that such
-// searches met. Searches that were put off change nothing, so that nothing is missed.
+// What few rows are left by bids (assignment_bids.cpp) are matched one after another, by searches that depend on each
+// other and look at a few thousand entries. The method is that of csrc/cpu/assignment_sparse.hpp, but that a search
+// which reaches a row's floor, where an unlisted entry could matter, is put off until the device has listed anew all
+// rows that such searches met. Searches that were put off change nothing, so that nothing is missed.
 #include <algorithm>
 #include <optional>
 
@@ -148,13 +148,14 @@ class PathSearch {
     return true;
   }
 
-  // Asks for the lists of all rows of the tree that can end before the nearest free column known. A list that would be much
-  // the same must show more.
+  // Asks for the lists of all rows of the tree that can end before the nearest free column known. A list that would be
+  // much the same must show more.
   void ask_for_lists() {
     for (const std::int32_t row : relaxed_rows_) {
       if (floor_distance(row) >= sink_distance_) continue;
       const List& list = matching_.list_of(row);
-      const std::int64_t needed = list.tells(list.size / 2, matching_.v) ? kGrowth * list.size : kGrowth * matching_.wanted;
+      const std::int64_t needed =
+          list.tells(list.size / 2, matching_.v) ? kGrowth * list.size : kGrowth * matching_.wanted;
       matching_.ask(row, std::max(needed, 2 * matching_.classes.size(matching_.classes.first(row))));
     }
   }

@@ -83,7 +83,7 @@ __device__ __forceinline__ Real blend(Real other, Real quotient, Real balance) {
 template <class T>
 __global__ void __launch_bounds__(kBlendTile* kBlendRows) correlation_blend_kernel(const CorrelateProblem p) {
   using Real = typename ArithmeticOf<T>::type;
-  MUDSC_SHARED(T, transposed, kBlendTile*(kBlendTile + 1));
+  MUDSC_SHARED(T, transposed, kBlendTile * (kBlendTile + 1));
   const bool symmetric = p.out == p.mirror;
   if (symmetric && blockIdx.x < blockIdx.y) return;
   const int across = static_cast<int>(threadIdx.x) % kBlendTile, down = static_cast<int>(threadIdx.x) / kBlendTile;
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kBlendTile* kBlendRows) correlation_blend_kern
       narrow(quotient, result);
     } else {
       const T other = static_cast<const T*>(p.other)[row * p.other_stride + column];
-      narrow(static_cast<double>(
-                 blend(widen(other), static_cast<Real>(quotient), static_cast<Real>(p.balance))),
+      narrow(static_cast<double>(blend(widen(other), static_cast<Real>(quotient), static_cast<Real>(p.balance))),
              result);
     }
     static_cast<T*>(p.out)[row * p.row_stride + column] = result;

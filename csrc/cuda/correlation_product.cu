@@ -90,8 +90,8 @@ __device__ __forceinline__ void multiply_slab(const T* rows, const T* columns, c
     for (int n = 0; n < kColumnFragments; n += 2) {
       const int unit = lane.first_column + n * kFragmentColumns + high;
       std::uint32_t two[4];
-      load_matrices<kUnitsAdjacent>(two, columns + (kUnitsAdjacent ? Place::at(unit, first + low + row)
-                                                                   : Place::at(unit + row, first + low)));
+      load_matrices<kUnitsAdjacent>(
+          two, columns + (kUnitsAdjacent ? Place::at(unit, first + low + row) : Place::at(unit + row, first + low)));
       b[n][0] = two[0], b[n][1] = two[1], b[n + 1][0] = two[2], b[n + 1][1] = two[3];
     }
     MUDSC_UNROLL
@@ -150,8 +150,8 @@ class ProductTile {
   }
   __device__ static __forceinline__ Stored* column_tile(int stage) { return row_tile(stage) + Place::kNumbers; }
 
-  __device__ __forceinline__ void fetch(const Feed& row_feed, const Feed& column_feed, AsyncCopies& copies,
-                                        int slab, int stage) const {
+  __device__ __forceinline__ void fetch(const Feed& row_feed, const Feed& column_feed, AsyncCopies& copies, int slab,
+                                        int stage) const {
     if (first_sample(slab) < work_.end) {
       row_feed.fetch(row_tile(stage), first_sample(slab), copies);
       column_feed.fetch(column_tile(stage), first_sample(slab), copies);

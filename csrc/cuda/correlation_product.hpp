@@ -1,5 +1,5 @@
-// What both kernels of the product (correlation_product.cu, correlation_wgmma.cu) are made of: what a block computes, how
-// features come into shared memory, sums beside the product, and the split of float32 into TF32.
+// What both kernels of the product (correlation_product.cu, correlation_wgmma.cu) are made of: what a block computes,
+// how features come into shared memory, sums beside the product, and the split of float32 into TF32.
 #pragma once
 
 #include <type_traits>

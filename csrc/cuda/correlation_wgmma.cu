@@ -1,21 +1,23 @@
 // The product of a correlation by wgmma, for devices of compute capability 9.0 (code for 9.0a).
 //
 // What is computed, and how it is rounded, is as in correlation_product.cu. A block of two warpgroups has a tile of
-// 128 x 128 pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go
-// on: a slab is multiplied while the next one is made ready and two further ones are copied.
-//   float32 (and halves that are shifted): TF32 operands must lie along the samples. Threads read what was copied, in its own
+// 128 x 128 pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its
+// threads go on: a slab is multiplied while the next one is made ready and two further ones are copied.
+//   float32 (and halves that are shifted): TF32 operands must lie along the samples. Threads read what was copied, in
+//   its own
 //     layout, repair it, split it, and store both parts swizzled; two pairs of such tiles take turns.
 //   halves: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs take turns.
 // Two accumulators of 64 numbers a thread and one block a multiprocessor, as there.
-// Shared memory a slab of float32: 32 kB arrive, 32 kB are read, 64 kB stored and 144 kB read by wgmma in 1536 cycles of
-// tensor cores at their nominal rate; of halves 32 kB arrive, are read and stored, and 48 kB are read, in 512.
+// Shared memory a slab of float32: 32 kB arrive, 32 kB are read, 64 kB stored and 144 kB read by wgmma in 1536 cycles
+// of tensor cores at their nominal rate; of halves 32 kB arrive, are read and stored, and 48 kB are read, in 512.
 #include "correlation_product.hpp"
 
 namespace mudsc::cuda {
 namespace {
 
 constexpr int kUnits = 128, kThreads = 256;
-static_assert(kUnits % kTile == 0, "entries of a symmetric product that correlation_join reads are in tiles that are written");
+static_assert(kUnits % kTile == 0,
+              "entries of a symmetric product that correlation_join reads are in tiles that are written");
 // Slabs under way by cp.async.
 constexpr int kAhead = 2;
 
@@ -76,7 +78,8 @@ class Stages {
     return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
   }
   __device__ static __forceinline__ Stored* rows(int slab) {
-    return reinterpret_cast<Stored*>(Operands::first_pattern(dynamic_shared())) + slab % kStages * 2 * Operands::kNumbers;
+    return reinterpret_cast<Stored*>(Operands::first_pattern(dynamic_shared())) +
+           slab % kStages * 2 * Operands::kNumbers;
   }
   __device__ static __forceinline__ Stored* columns(int slab) { return rows(slab) + Operands::kNumbers; }
 
@@ -184,7 +187,8 @@ class Stages<Source, float, kUnitsAdjacent> {
     return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
   }
   __device__ static __forceinline__ float* rows(int slab) {
-    return reinterpret_cast<float*>(Operands::first_pattern(dynamic_shared())) + slab % 2 * kSplitTiles * Operands::kNumbers;
+    return reinterpret_cast<float*>(Operands::first_pattern(dynamic_shared())) +
+           slab % 2 * kSplitTiles * Operands::kNumbers;
   }
   __device__ static __forceinline__ float* columns(int slab) { return rows(slab) + 2 * Operands::kNumbers; }
   __device__ static __forceinline__ float* copied_rows(int slab) {
@@ -201,7 +205,8 @@ class Stages<Source, float, kUnitsAdjacent> {
 template <class Stages>
 __device__ __forceinline__ void multiply_tile(const Product& problem, const Work& work) {
   using Sums = typename Stages::Sums;
-  static_assert(Sums::kColumns == kUnits && Sums::kRows * kThreads / Sums::kThreads == kUnits, "warpgroups fill the tile");
+  static_assert(Sums::kColumns == kUnits && Sums::kRows * kThreads / Sums::kThreads == kUnits,
+                "warpgroups fill the tile");
   constexpr int kSamples = Stages::Operands::kSamples;
   // The same in all lanes, so that descriptors can be made in uniform registers.
   const int first_row = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / Sums::kThreads, 0) * Sums::kRows;

@@ -1,7 +1,7 @@
 // What every .cu source includes: CUDA under nvcc, and under a C++ compiler the simulator that runs threads as fibers.
 //
-// Sources are plain CUDA but for four things, which differ between the two: shared arrays (MUDSC_SHARED), dynamic shared
-// memory (dynamic_shared), the grid's barrier (grid_barrier) and launches (launch, launch_cooperative).
+// Sources are plain CUDA but for four things, which differ between the two: shared arrays (MUDSC_SHARED), dynamic
+// shared memory (dynamic_shared), the grid's barrier (grid_barrier) and launches (launch, launch_cooperative).
 #pragma once
 
 #include <cstdint>
@@ -110,8 +110,8 @@ unsigned cooperative_blocks(const char* name, void (*kernel)(Parameters...), int
                             Stream stream) {
   prepare_launch(name, kernel, {dim3(1), dim3(threads), shared_bytes}, stream);
   int per_multiprocessor = 0, multiprocessors = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, reinterpret_cast<const void*>(kernel), threads,
-                                                      shared_bytes),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, reinterpret_cast<const void*>(kernel),
+                                                      threads, shared_bytes),
         name);
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, stream.device), name);
   return static_cast<unsigned>(per_multiprocessor * multiprocessors);
@@ -219,8 +219,7 @@ __device__ __forceinline__ unsigned long long ordered(double value) {
   return bits >> 63 ? ~bits : bits | 0x8000000000000000ull;
 }
 __device__ __forceinline__ double from_ordered(unsigned long long key) {
-  return __longlong_as_double(
-      static_cast<long long>(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
+  return __longlong_as_double(static_cast<long long>(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
 }
 
 // Threads of a block: in the simulator few, where every thread of every barrier costs time.

@@ -1,8 +1,8 @@
 // Tensor cores, matrix loads and asynchronous copies: PTX on the device, the same arithmetic in C++ in the simulator.
 //
 // The products of a step are exact and their sum is rounded towards zero, as tensor cores do; operands in TF32 lose the
-// low 13 bits. Asynchronous work is done when it is waited for, as late as a device may do it; copies, with some seeds of
-// the simulator, at once.
+// low 13 bits. Asynchronous work is done when it is waited for, as late as a device may do it; copies, with some seeds
+// of the simulator, at once.
 #pragma once
 
 #include <type_traits>
@@ -25,9 +25,9 @@ struct Accumulator {
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer);
 
-// Operands of wgmma in shared memory: rows of 128 bytes in which chunks of 16 are swizzled, eight rows to a pattern of 1024
-// bytes. A row is a unit's samples or, for units that are adjacent (halves only), a sample's units; a tile of more units than
-// such a row holds is several tiles of `kSamples` rows.
+// Operands of wgmma in shared memory: rows of 128 bytes in which chunks of 16 are swizzled, eight rows to a pattern of
+// 1024 bytes. A row is a unit's samples or, for units that are adjacent (halves only), a sample's units; a tile of more
+// units than such a row holds is several tiles of `kSamples` rows.
 template <class T, bool kUnitsAreAdjacent, int kUnits>
 struct SwizzledLayout {
   using Number = T;
@@ -52,8 +52,8 @@ struct SwizzledLayout {
   __device__ static __forceinline__ std::uint64_t operand(const T* tile, int first_unit, int step);
 };
 
-// A warpgroup's share of 64 x 128 sums of products, and those under way. Warp w of the group has rows 16 w and on; in each
-// eight columns a thread's numbers are an Accumulator of those rows.
+// A warpgroup's share of 64 x 128 sums of products, and those under way. Warp w of the group has rows 16 w and on; in
+// each eight columns a thread's numbers are an Accumulator of those rows.
 template <class T, bool kUnitsAdjacent>
 class WarpgroupSums {
  public:
@@ -127,7 +127,8 @@ class AsyncCopies {
 
 // Stores to shared memory that wgmma will read are noted for the simulator, which then misses a fence.
 __device__ __forceinline__ void note_write(const void*, std::size_t) {}
-// After a thread's stores, before the barrier behind which wgmma reads them: it reads past the path of loads and stores.
+// After a thread's stores, before the barrier behind which wgmma reads them: it reads past the path of loads and
+// stores.
 __device__ __forceinline__ void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // c += a b in TF32: a is 16 x 8, b is 8 x 8.
@@ -175,15 +176,16 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&matrices)[4], cons
 }
 
 // The registers of a warpgroup's share of a sum, as operands of assembly.
-#define MUDSC_8_REGISTERS(first)                                                                            \
-  "+f"(values[first]), "+f"(values[first + 1]), "+f"(values[first + 2]), "+f"(values[first + 3]),           \
+#define MUDSC_8_REGISTERS(first)                                                                  \
+  "+f"(values[first]), "+f"(values[first + 1]), "+f"(values[first + 2]), "+f"(values[first + 3]), \
       "+f"(values[first + 4]), "+f"(values[first + 5]), "+f"(values[first + 6]), "+f"(values[first + 7])
-#define MUDSC_64_REGISTERS                                                                                  \
-  MUDSC_8_REGISTERS(0), MUDSC_8_REGISTERS(8), MUDSC_8_REGISTERS(16), MUDSC_8_REGISTERS(24),                 \
-      MUDSC_8_REGISTERS(32), MUDSC_8_REGISTERS(40), MUDSC_8_REGISTERS(48), MUDSC_8_REGISTERS(56)
+#define MUDSC_64_REGISTERS                                                                                         \
+  MUDSC_8_REGISTERS(0), MUDSC_8_REGISTERS(8), MUDSC_8_REGISTERS(16), MUDSC_8_REGISTERS(24), MUDSC_8_REGISTERS(32), \
+      MUDSC_8_REGISTERS(40), MUDSC_8_REGISTERS(48), MUDSC_8_REGISTERS(56)
 #define MUDSC_WGMMA(shape_and_types, flags)                                                                 \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"                                                        \
-  "wgmma.mma_async.sync.aligned." shape_and_types " "                                                       \
+  "wgmma.mma_async.sync.aligned." shape_and_types                                                           \
+  " "                                                                                                       \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"    \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, adds, 1, 1" flags ";\n}"
@@ -361,9 +363,9 @@ class Operand {
   // The number of row or column `outside` at place k of the sum.
   float at(unsigned outside, unsigned k) const {
     constexpr unsigned kSize = sizeof(T), kRowBytes = 128, kPerRow = kRowBytes / kSize;
-    const unsigned offset = kTransposed ? outside / kPerRow * leading_ + outside % kPerRow * kSize + k / 8 * stride_ +
-                                              k % 8 * kRowBytes
-                                        : outside / 8 * stride_ + outside % 8 * kRowBytes + k * kSize;
+    const unsigned offset =
+        kTransposed ? outside / kPerRow * leading_ + outside % kPerRow * kSize + k / 8 * stride_ + k % 8 * kRowBytes
+                    : outside / 8 * stride_ + outside % 8 * kRowBytes + k * kSize;
     const unsigned address = start_ + offset;
     const void* const place = cuda_sim::read_by_tensor_core(address ^ (address >> 7 & 7) << 4, kSize);
     if constexpr (sizeof(T) == 4) {
@@ -410,11 +412,15 @@ void WarpgroupSums<T, kUnitsAdjacent>::execute(const Pending& product) {
   const twin::Operand<T, kUnitsAdjacent> a(product.a), b(product.b);
   float of_rows[2][kDepth];
   for (int half = 0; half < 2; ++half) {
-    for (int k = 0; k < kDepth; ++k) of_rows[half][k] = a.at(static_cast<unsigned>(row(2 * half)), static_cast<unsigned>(k));
+    for (int k = 0; k < kDepth; ++k) {
+      of_rows[half][k] = a.at(static_cast<unsigned>(row(2 * half)), static_cast<unsigned>(k));
+    }
   }
   for (int number = 0; number < kNumbers; number += number % 2 == 0 ? 1 : 3) {
     float of_column[kDepth];
-    for (int k = 0; k < kDepth; ++k) of_column[k] = b.at(static_cast<unsigned>(column(number)), static_cast<unsigned>(k));
+    for (int k = 0; k < kDepth; ++k) {
+      of_column[k] = b.at(static_cast<unsigned>(column(number)), static_cast<unsigned>(k));
+    }
     for (int half = 0; half < 2; ++half) {
       float& value = values[number + 2 * half];
       double sum = product.from_zero ? 0.0 : static_cast<double>(value);
@@ -428,10 +434,10 @@ void WarpgroupSums<T, kUnitsAdjacent>::execute(const Pending& product) {
 
 template <class T, bool kUnitsAreAdjacent, int kUnits>
 __device__ __forceinline__ std::uint64_t SwizzledLayout<T, kUnitsAreAdjacent, kUnits>::operand(const T* tile,
-                                                                                              int first_unit,
-                                                                                              int step) {
-  // Either way 64 units take 64 rows of 128 bytes. Swizzling is applied to the address, so that a step along a row is an
-  // addition; a step down the rows is 32 bytes of samples in as many rows.
+                                                                                               int first_unit,
+                                                                                               int step) {
+  // Either way 64 units take 64 rows of 128 bytes. Swizzling is applied to the address, so that a step along a row is
+  // an addition; a step down the rows is 32 bytes of samples in as many rows.
   constexpr unsigned kStepBytes = kUnitsAdjacent ? 32 / sizeof(T) * kRowBytes : 32;
   const unsigned address = shared_address(tile) + static_cast<unsigned>(first_unit * kRowBytes) + step * kStepBytes;
   // From the units of one row to those of the next tile; without meaning where a row holds samples.

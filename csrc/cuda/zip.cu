@@ -1,14 +1,16 @@
-// Greedy zip of units into clusters on the device, merge for merge what csrc/cpu/zip.cpp does; see there for the algorithm.
+// Greedy zip of units into clusters on the device, merge for merge what csrc/cpu/zip.cpp does; see there for the
+// algorithm.
 //
 // Three launches, and no word with the host between them:
 //   1. zip_load, a block per row: a working copy of the matrix and each row's first largest entry;
 //   2. zip_symmetry, over tiles: whether the matrix equals its transpose;
-//   3. zip_merge, one block for all merges. A merge is a search over the rows' bounds, a look at two rows, and one entry
-//      in every row left. That is a few thousand independent accesses, which one multiprocessor has under way at once in
-//      less time than a barrier of the whole device takes.
+//   3. zip_merge, one block for all merges. A merge is a search over the rows' bounds, a look at two rows, and one
+//   entry
+//      in every row left. That is a few thousand independent accesses, which one multiprocessor has under way at once
+//      in less time than a barrier of the whole device takes.
 // The bounds and their columns are in shared memory if they fit (25,000 units in float32), else in L2.
-// Memory traffic: two reads and a write of the matrix, then per merge two rows and a sector in every row: written, and if the
-// matrix is not symmetric read as well, twice.
+// Memory traffic: two reads and a write of the matrix, then per merge two rows and a sector in every row: written, and
+// if the matrix is not symmetric read as well, twice.
 #include <type_traits>
 
 #include "block.hpp"
@@ -27,15 +29,15 @@ template <class Real>
 struct Zip {
   std::int64_t units, model_units, num_models, remaining, budget;
   Real shrink;
-  bool severs;                     // instead of shrinking
-  Real* similarity;                // [units, units]
-  Real* first_bound;               // [units]
-  std::int64_t* budgets;           // [num_models]
-  std::int32_t* first_best;        // [units]
-  std::int32_t* parent;            // [units]: the unit that this one was joined to, or itself
-  std::int32_t* number;            // [units]
-  std::int32_t* different;         // [1]: pairs of entries that break the symmetry
-  std::uint8_t* alive;             // [units]
+  bool severs;               // instead of shrinking
+  Real* similarity;          // [units, units]
+  Real* first_bound;         // [units]
+  std::int64_t* budgets;     // [num_models]
+  std::int32_t* first_best;  // [units]
+  std::int32_t* parent;      // [units]: the unit that this one was joined to, or itself
+  std::int32_t* number;      // [units]
+  std::int32_t* different;   // [1]: pairs of entries that break the symmetry
+  std::uint8_t* alive;       // [units]
   std::int64_t* cluster_of_unit;
   double* values;
   std::int64_t* merges;
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kLoadThreads)
 
 template <class Real>
 __global__ void __launch_bounds__(kTile * 8) zip_symmetry(const Zip<Real> zip) {
-  MUDSC_SHARED(Real, transposed, kTile*(kTile + 1));
+  MUDSC_SHARED(Real, transposed, kTile * (kTile + 1));
   const std::int64_t top = static_cast<std::int64_t>(blockIdx.y) * kTile;
   const std::int64_t left = static_cast<std::int64_t>(blockIdx.x) * kTile;
   if (left > top) return;
@@ -346,14 +348,10 @@ std::int64_t zip_workspace_bytes(const ZipProblem& problem) {
 
 void zip_units(const ZipProblem& problem, void* workspace, std::int64_t* merges, Stream stream) {
   switch (problem.type) {
-    case ScalarType::float16:
-      return run<float, Half>(problem, workspace, merges, stream);
-    case ScalarType::bfloat16:
-      return run<float, BFloat16>(problem, workspace, merges, stream);
-    case ScalarType::float32:
-      return run<float, float>(problem, workspace, merges, stream);
-    case ScalarType::float64:
-      return run<double, double>(problem, workspace, merges, stream);
+    case ScalarType::float16: return run<float, Half>(problem, workspace, merges, stream);
+    case ScalarType::bfloat16: return run<float, BFloat16>(problem, workspace, merges, stream);
+    case ScalarType::float32: return run<float, float>(problem, workspace, merges, stream);
+    case ScalarType::float64: return run<double, double>(problem, workspace, merges, stream);
   }
 }
 

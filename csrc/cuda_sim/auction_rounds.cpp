@@ -1,5 +1,5 @@
-// The auction of csrc/cuda/assignment_large.cu, round for round, as plain loops: it gives the same prices and pairs to the
-// bit at sizes that the simulator cannot reach, and counts rounds and bids there.
+// The auction of csrc/cuda/assignment_large.cu, round for round, as plain loops: it gives the same prices and pairs to
+// the bit at sizes that the simulator cannot reach, and counts rounds and bids there.
 #include "auction_rounds.hpp"
 
 #include <cmath>
@@ -57,9 +57,8 @@ RoundCounts auction_rounds(const float* values, std::int64_t n, bool maximize, f
   }
   std::vector<Offer> offers(n);
   RoundCounts counts{0, 0, 0};
-  for (; epsilon > 0.0f && counts.rounds < most_rounds && counts.bids < most_bids &&
-         static_cast<std::int64_t>(active.size()) > stop;
-       ++counts.rounds) {
+  const auto left = [&] { return static_cast<std::int64_t>(active.size()); };
+  for (; epsilon > 0.0f && left() > stop && counts.rounds < most_rounds && counts.bids < most_bids; ++counts.rounds) {
     std::vector<std::int64_t> offered, next;
     for (Offer& offer : offers) offer.row = -1;
     for (const std::int64_t row : active) {

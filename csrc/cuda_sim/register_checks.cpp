@@ -90,13 +90,13 @@ void register_simulator_checks(py::module_& module) {
   module.def("check_exited_lane", [] { cuda::launch("wait_for_the_exited", wait_for_the_exited, kShape, kStream); });
   module.def("check_warpgroup", [](int forgotten) {
     std::vector<float> result(Sums::kRows * Sums::kColumns);
-    const cuda::LaunchShape shape{dim3(1), dim3(Sums::kThreads), Tile::kPatternBytes + 2 * sizeof(float) * Tile::kNumbers};
+    const cuda::LaunchShape shape{dim3(1), dim3(Sums::kThreads),
+                                  Tile::kPatternBytes + 2 * sizeof(float) * Tile::kNumbers};
     cuda::launch("multiply_once", multiply_once, shape, kStream, static_cast<Forgotten>(forgotten), result.data());
     return result;
   });
-  module.def("check_block_size", [](unsigned threads) {
-    cuda::launch("wait_apart", wait_apart, {dim3(1), dim3(threads), 0}, kStream);
-  });
+  module.def("check_block_size",
+             [](unsigned threads) { cuda::launch("wait_apart", wait_apart, {dim3(1), dim3(threads), 0}, kStream); });
 }
 
 }  // namespace mudsc::bindings

@@ -1,5 +1,5 @@
-// The lists of csrc/cuda/assignment_large.cu as plain loops: the same entries, to the bit and ties included, at sizes that
-// the simulator cannot reach.
+// The lists of csrc/cuda/assignment_large.cu as plain loops: the same entries, to the bit and ties included, at sizes
+// that the simulator cannot reach.
 #include "row_lists.hpp"
 
 #include <algorithm>
@@ -79,9 +79,8 @@ class RowLister {
   }
 
   double in_order(double bound) {
-    std::sort(listed_.begin(), listed_.end(), [this](std::int32_t a, std::int32_t b) {
-      return keys_[a] != keys_[b] ? keys_[a] < keys_[b] : a < b;
-    });
+    std::sort(listed_.begin(), listed_.end(),
+              [this](std::int32_t a, std::int32_t b) { return keys_[a] != keys_[b] ? keys_[a] < keys_[b] : a < b; });
     return bound;
   }
 

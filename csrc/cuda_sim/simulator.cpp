@@ -106,7 +106,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> dynamic;
   std::size_t dynamic_bytes = 0, static_bytes = 0;
   std::vector<std::uint32_t> unfenced_stores;  // by piece of dynamic shared memory, of all threads
-  std::vector<char> warp_order;  // addresses that stand for happens-before in ThreadSanitizer
+  std::vector<char> warp_order;                // addresses that stand for happens-before in ThreadSanitizer
   char block_order = 0;
   unsigned live = 0;
   unsigned at_barrier = 0;
@@ -126,8 +126,8 @@ void acquire_order([[maybe_unused]] void* address) {
 #endif
 }
 
-// While it lives, what the current fiber or the scheduler does is not part of the kernel to ThreadSanitizer, not even what
-// it allocates and frees.
+// While it lives, what the current fiber or the scheduler does is not part of the kernel to ThreadSanitizer, not even
+// what it allocates and frees.
 struct Aside {
   Aside() {
 #if defined(MUDSC_THREAD_SANITIZER)
@@ -500,8 +500,8 @@ void fail(const char* message) {
 }
 
 std::uint32_t shared_address(const void* pointer) {
-  return kDynamicSharedBegin + static_cast<std::uint32_t>(static_cast<const unsigned char*>(pointer) -
-                                                          current->block->dynamic.get());
+  return kDynamicSharedBegin +
+         static_cast<std::uint32_t>(static_cast<const unsigned char*>(pointer) - current->block->dynamic.get());
 }
 
 void note_write(const void* to, std::size_t bytes) {

@@ -1,9 +1,10 @@
-// Runs CUDA kernels on a CPU: the device's functions as C++, threads as fibers that switch at barriers and warp functions.
+// Runs CUDA kernels on a CPU: the device's functions as C++, threads as fibers that switch at barriers and warp
+// functions.
 //
-// For tests only. Within a launch, fibers run one at a time, in an order that a seed shuffles: a missing barrier shows as
-// a result that depends on the seed, and under ThreadSanitizer, which is told of barriers and of nothing else, as a race.
-// Blocks run one after another, those of a cooperative launch together. Shared memory is allocated to the byte, so
-// that AddressSanitizer sees its bounds, and filled with a pattern, so that reading what was never written shows.
+// For tests only. Within a launch, fibers run one at a time, in an order that a seed shuffles: a missing barrier shows
+// as a result that depends on the seed, and under ThreadSanitizer, which is told of barriers and of nothing else, as a
+// race. Blocks run one after another, those of a cooperative launch together. Shared memory is allocated to the byte,
+// so that AddressSanitizer sees its bounds, and filled with a pattern, so that reading what was never written shows.
 // Misuse of barriers and warp functions (exited or disagreeing lanes, threads at different barriers) is an error.
 #pragma once
 
@@ -144,8 +145,8 @@ inline T atomicAdd(T* address, T value) {
 inline float atomicAdd(float* address, float value) {
   float known;
   __atomic_load(address, &known, __ATOMIC_RELAXED);
-  for (float sum = known + value; !__atomic_compare_exchange(address, &known, &sum, false, __ATOMIC_RELAXED,
-                                                             __ATOMIC_RELAXED);) {
+  for (float sum = known + value;
+       !__atomic_compare_exchange(address, &known, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);) {
     sum = known + value;
   }
   return known;
@@ -153,8 +154,8 @@ inline float atomicAdd(float* address, float value) {
 inline double atomicAdd(double* address, double value) {
   double known;
   __atomic_load(address, &known, __ATOMIC_RELAXED);
-  for (double sum = known + value; !__atomic_compare_exchange(address, &known, &sum, false, __ATOMIC_RELAXED,
-                                                              __ATOMIC_RELAXED);) {
+  for (double sum = known + value;
+       !__atomic_compare_exchange(address, &known, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);) {
     sum = known + value;
   }
   return known;
@@ -162,8 +163,8 @@ inline double atomicAdd(double* address, double value) {
 template <class T>
 inline T atomicMax(T* address, T value) {
   T known = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (known < value && !__atomic_compare_exchange_n(address, &known, value, false, __ATOMIC_RELAXED,
-                                                       __ATOMIC_RELAXED)) {
+  while (known < value &&
+         !__atomic_compare_exchange_n(address, &known, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return known;
 }

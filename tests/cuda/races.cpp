@@ -1,6 +1,6 @@
-// Runs every CUDA kernel in the simulator at a tiny size, to be compiled with ThreadSanitizer, which is told of barriers
-// only: two threads that touch the same memory without one between them are reported, in whatever order they ran.
-// With the argument "planted", a kernel without a barrier that it needs, to show that such a race is found.
+// Runs every CUDA kernel in the simulator at a tiny size, to be compiled with ThreadSanitizer, which is told of
+// barriers only: two threads that touch the same memory without one between them are reported, in whatever order they
+// ran. With the argument "planted", a kernel without a barrier that it needs, to show that such a race is found.
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -42,7 +42,7 @@ void zip(int units, double shrink, std::int64_t budget) {
   std::vector<double> values(units);
   std::int64_t merges = 0;
   const ZipProblem problem{similarity.data(), ScalarType::float32, units, units, 2, units / 2, budget, shrink,
-                           clusters.data(), values.data()};
+                           clusters.data(),   values.data()};
   std::vector<double> workspace(cuda::zip_workspace_bytes(problem) / 8 + 1);
   cuda::zip_units(problem, workspace.data(), &merges, kStream);
 }
@@ -52,9 +52,21 @@ void assign_batch(int rows, int columns) {
   std::vector<std::int64_t> column_of_row(2 * rows);
   std::vector<double> row_duals(2 * rows), column_duals(2 * columns), objective(2), gap(2);
   std::vector<AssignmentStatus> status(2);
-  const AssignmentProblem problem{values.data(), ScalarType::float32, 2, rows, columns, true, 0.0, 1, nullptr,
-                                  column_of_row.data(), row_duals.data(), column_duals.data(), objective.data(),
-                                  gap.data(), status.data()};
+  const AssignmentProblem problem{values.data(),
+                                  ScalarType::float32,
+                                  2,
+                                  rows,
+                                  columns,
+                                  true,
+                                  0.0,
+                                  1,
+                                  nullptr,
+                                  column_of_row.data(),
+                                  row_duals.data(),
+                                  column_duals.data(),
+                                  objective.data(),
+                                  gap.data(),
+                                  status.data()};
   cuda::assignment_batch(problem, kStream);
 }
 
@@ -69,21 +81,23 @@ void assign_large(int n, int modulus) {
   cuda::assignment_check_classes(problem, class_of_row.data(), kStream);
   const float epsilon = 0.01f;
   std::vector<double> workspace(cuda::assignment_bid_workspace_bytes(problem) / 8 + 1);
-  cuda::assignment_bid(problem, {&epsilon, 0, 50, 50 * n, class_of_row.data(), prices.data(), pairs.data(), counts.data()},
+  cuda::assignment_bid(problem,
+                       {&epsilon, 0, 50, 50 * n, class_of_row.data(), prices.data(), pairs.data(), counts.data()},
                        workspace.data(), kStream);
   const std::vector<double> duals(n, 0.0);
   const int wanted = 3, capacity = 6;
   std::vector<std::int32_t> columns(n * capacity), sizes(n);
   std::vector<float> costs(n * capacity);
   std::vector<double> floors(n), least(n), paired(n);
-  cuda::assignment_list(problem, {nullptr, n, duals.data(), wanted, capacity, columns.data(), costs.data(),
-                                  sizes.data(), floors.data()}, kStream);
+  cuda::assignment_list(
+      problem, {nullptr, n, duals.data(), wanted, capacity, columns.data(), costs.data(), sizes.data(), floors.data()},
+      kStream);
   for (int i = 0; i < n; ++i) column_of_row[i] = i;
   cuda::assignment_certify(problem, duals.data(), column_of_row.data(), least.data(), paired.data(), kStream);
 }
 
-// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of `offset`;
-// multiplied by mma.sync or by warpgroups.
+// Two models of the same values: float32 (4 bytes) or bfloat16 (2), units adjacent or samples, about a mean of
+// `offset`; multiplied by mma.sync or by warpgroups.
 void correlate(int units, int samples, int bytes, bool units_adjacent, float offset, bool warpgroups) {
   std::vector<float> values = some_values(units * samples, 0);
   std::vector<std::uint16_t> halves(values.size());
@@ -97,19 +111,26 @@ void correlate(int units, int samples, int bytes, bool units_adjacent, float off
   // Adjacent units are read through an index of their samples.
   std::vector<std::int32_t> order(samples);
   for (int k = 0; k < samples; ++k) order[k] = samples - 1 - k;
-  const cuda::FeatureView view{numbers, units_adjacent ? units : 0, units_adjacent ? 1 : samples, units_adjacent ? units : 1,
-                               units_adjacent ? order.data() : nullptr, shift.data()};
+  const cuda::FeatureView view{numbers,
+                               units_adjacent ? units : 0,
+                               units_adjacent ? 1 : samples,
+                               units_adjacent ? units : 1,
+                               units_adjacent ? order.data() : nullptr,
+                               shift.data()};
   const std::int64_t outer = units_adjacent ? samples : 1, inner = samples / outer;
   cuda::correlation_shift({dtype, view, outer, units, inner}, kStream);
   std::vector<double> row_sums(4 * units), column_sums(4 * units), comoment(units * units, 0.0);
   cuda::correlation_product({dtype, view, view, outer, units, inner, false, 2, (samples / 2 + 63) / 64 * 64,
-                             products.data(), row_sums.data(), column_sums.data(), warpgroups}, kStream);
+                             products.data(), row_sums.data(), column_sums.data(), warpgroups},
+                            kStream);
   const std::vector<double> vectors(2 * units, 1.0);
-  cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(),
-                          1.0, comoment.data()}, kStream);
+  cuda::correlation_join(
+      {ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(), 1.0, comoment.data()},
+      kStream);
   std::vector<float> result(units * units);
   cuda::correlation_blend({comoment.data(), vectors.data(), vectors.data(), units, 1.0, 1e-7, ScalarType::float32,
-                            result.data(), result.data(), units, nullptr, 0, 1.0, 1}, kStream);
+                           result.data(), result.data(), units, nullptr, 0, 1.0, 1},
+                          kStream);
 }
 
 }  // namespace

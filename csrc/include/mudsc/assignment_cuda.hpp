@@ -20,8 +20,8 @@ bool assignment_batch_fits(const AssignmentProblem& problem, Stream stream);
 // Solves every problem of the batch, exactly, one block each. All pointers are on the device; does not wait for it.
 void assignment_batch(const AssignmentProblem& problem, Stream stream);
 
-// One problem of [rows, columns] contiguous values on the device, minimised: cost = value, or -value to maximise. Values
-// are float16, bfloat16 or float32.
+// One problem of [rows, columns] contiguous values on the device, minimised: cost = value, or -value to maximise.
+// Values are float16, bfloat16 or float32.
 struct LargeProblem {
   const void* values;
   ScalarType type;
@@ -33,10 +33,10 @@ struct LargeProblem {
 // What is asked of every row at first: the distance between its least and second least cost, at the given prices of
 // columns, the largest magnitude of a value (+inf if one is not finite), and a hash that equal rows share.
 struct Inspection {
-  const float* prices;    // [columns]
-  float* gaps;            // [rows]
-  float* magnitudes;      // [rows]
-  std::int64_t* hashes;   // [rows]
+  const float* prices;   // [columns]
+  float* gaps;           // [rows]
+  float* magnitudes;     // [rows]
+  std::int64_t* hashes;  // [rows]
 };
 void assignment_inspect(const LargeProblem& problem, const Inspection& inspection, Stream stream);
 
@@ -44,14 +44,14 @@ void assignment_inspect(const LargeProblem& problem, const Inspection& inspectio
 void assignment_check_classes(const LargeProblem& problem, std::int32_t* class_of_row, Stream stream);
 
 struct Auction {
-  const float* epsilon;         // [1] on the device; nobody bids unless it is positive
-  std::int64_t stop;            // ends when so few rows are left
-  std::int64_t most_rounds;     // or after so many rounds
-  std::int64_t most_bids;       // or bids
+  const float* epsilon;              // [1] on the device; nobody bids unless it is positive
+  std::int64_t stop;                 // ends when so few rows are left
+  std::int64_t most_rounds;          // or after so many rounds
+  std::int64_t most_bids;            // or bids
   const std::int32_t* class_of_row;  // [rows]: the first row that equals this one; of equal rows only the first bids
-  float* prices;                // [columns]: where they start, and where they end
-  std::int32_t* column_of_row;  // [rows]: -1 for a row that is left
-  std::int64_t* counts;         // [2]: rounds, and bids made in them
+  float* prices;                     // [columns]: where they start, and where they end
+  std::int32_t* column_of_row;       // [rows]: -1 for a row that is left
+  std::int64_t* counts;              // [2]: rounds, and bids made in them
 };
 std::int64_t assignment_bid_workspace_bytes(const LargeProblem& problem);
 // Rounds of bids by all rows without a column, for square problems.
@@ -61,13 +61,13 @@ void assignment_bid(const LargeProblem& problem, const Auction& auction, void* w
 struct ListRequest {
   const std::int32_t* rows;  // [count], or null for all rows
   std::int64_t count;
-  const double* duals;       // [columns]
-  std::int64_t wanted;       // at least so many entries a row
-  std::int64_t capacity;     // and at most so many: twice `wanted`, or all columns
-  std::int32_t* columns;     // [count, capacity]
-  float* costs;              // [count, capacity]
-  std::int32_t* sizes;       // [count]
-  double* floors;            // [count]: no unlisted reduced cost is less
+  const double* duals;    // [columns]
+  std::int64_t wanted;    // at least so many entries a row
+  std::int64_t capacity;  // and at most so many: twice `wanted`, or all columns
+  std::int32_t* columns;  // [count, capacity]
+  float* costs;           // [count, capacity]
+  std::int32_t* sizes;    // [count]
+  double* floors;         // [count]: no unlisted reduced cost is less
 };
 void assignment_list(const LargeProblem& problem, const ListRequest& request, Stream stream);
 
@@ -84,17 +84,18 @@ struct RowsToList {
 // The last bids and shortest augmenting paths on lists, on the host; see assignment_bids.cpp and assignment_paths.cpp.
 class PathSolver {
  public:
-  // `duals` are those of the columns; 0 for problems of more columns than rows. `class_of_row` is the first row that equals
-  // a row in every entry. `wanted` is how many entries lists have at first.
+  // `duals` are those of the columns; 0 for problems of more columns than rows. `class_of_row` is the first row that
+  // equals a row in every entry. `wanted` is how many entries lists have at first.
   PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row,
              std::int64_t wanted);
   ~PathSolver();
 
-  // Takes over the pairs of an auction (-1 for a row without a column), to be continued on the first lists; square problems.
+  // Takes over the pairs of an auction (-1 for a row without a column), to be continued on the first lists; square
+  // problems.
   void continue_auction(const std::int32_t* column_of_row, double epsilon);
 
-  // Matches what the lists allow. Returns the rows whose lists must be made of the duals of now before it can go on; none
-  // when done.
+  // Matches what the lists allow. Returns the rows whose lists must be made of the duals of now before it can go on;
+  // none when done.
   const std::vector<RowsToList>& advance();
   const std::vector<RowsToList>& requests() const;  // the same again
   // Takes lists that assignment_list made.

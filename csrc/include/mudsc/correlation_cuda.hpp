@@ -55,7 +55,7 @@ struct JoinProblem {
   const double* rows;     // [2, units]
   const double* columns;  // [2, units]
   double weight;
-  double* comoment;       // [units, units]
+  double* comoment;  // [units, units]
 };
 
 // Units of a tile's side.

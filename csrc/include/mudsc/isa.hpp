@@ -35,9 +35,9 @@ Isa supported_isa();
   __VA_ARGS__;                    \
   }                               \
   static_assert(true, "")
-#define MUDSC_CALL_KERNEL(level, name, ...)                                  \
-  ((level) == ::mudsc::Isa::avx512 ? ::mudsc::avx512::name(__VA_ARGS__)      \
-   : (level) == ::mudsc::Isa::avx2 ? ::mudsc::avx2::name(__VA_ARGS__)        \
+#define MUDSC_CALL_KERNEL(level, name, ...)                             \
+  ((level) == ::mudsc::Isa::avx512 ? ::mudsc::avx512::name(__VA_ARGS__) \
+   : (level) == ::mudsc::Isa::avx2 ? ::mudsc::avx2::name(__VA_ARGS__)   \
                                    : ::mudsc::baseline::name(__VA_ARGS__))
 #else
 #define MUDSC_DECLARE_KERNEL(...) \
