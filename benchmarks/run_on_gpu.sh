@@ -110,7 +110,8 @@ print(torch.ones(3, device="cuda").sum().item())' || finish 'the rest: there is 
 
 step build 240 env MUDSC_CUDA=ON CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" "$python" -m pip install --no-build-isolation \
   --no-deps --no-index --target "$scratch/site" . --config-settings=build-dir="$scratch/build" \
-  --config-settings=cmake.define.MUDSC_CUDA_ARCHITECTURES="${MUDSC_CUDA_ARCHITECTURES:-90a-real}" || finish 'the rest: there is nothing to test'
+  --config-settings=cmake.define.MUDSC_CUDA_ARCHITECTURES="${MUDSC_CUDA_ARCHITECTURES:-90a-real}" ||
+  finish 'the rest: there is nothing to test'
 export PYTHONPATH=$scratch/site
 
 # The Triton kernels and the reference run without these: go on whatever this says.
