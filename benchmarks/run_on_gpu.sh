@@ -64,8 +64,9 @@ step() {
   timeout -k 5 "$limit" "$@" >"$log" 2>&1
   code=$?
   if [[ ${tests:-} ]]; then
-    details=$(grep -aE '^=* ?[0-9]+ (passed|failed|skipped|errors?|deselected).* in [0-9.]+s' "$log" | tail -n 1 | tr -d =)
-    details+=$(grep -aE '(ERROR|RACECHECK) SUMMARY' "$log" | tail -n 1 | tr -d =)
+    details=$(grep -aE '^=* ?[0-9]+ (passed|failed|skipped|errors?|deselected).* in [0-9.]+s' "$log" | tail -n 1)
+    details+=$(grep -aE '(ERROR|RACECHECK) SUMMARY' "$log" | tail -n 1)
+    details=${details//=/}
   fi
   if ((code == 124 || code == 137)); then
     state='TIMED OUT'
