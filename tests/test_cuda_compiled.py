@@ -38,6 +38,7 @@ MOST_REGISTERS = {
     "certify_rows": 40,
     "bid_in_rounds": 64,  # 4 blocks of 256, which wait for each other
     "list_rows": 64,
+    "do_nothing": 16,
 }
 
 #: Tensor-core instructions that the kernels of these sources and mangled names must have, on every architecture and on
@@ -109,7 +110,7 @@ def test_registers_and_spills(source: str, architecture: str) -> None:
         report,
         re.DOTALL,
     )
-    assert bool(kernels) == (source != "device")
+    assert kernels
     for mangled, stack, spilled, registers in kernels:
         named = [name for name in MOST_REGISTERS if re.search(rf"\d{name}I?", mangled)]
         assert len(named) == 1, f"no plan for {mangled}"

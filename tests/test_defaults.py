@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,4 +131,6 @@ def test_simulated_kernels_do_not_depend_on_them_either(case: str, monkeypatch: 
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
     kernels = {op: {"cpu": ("cuda",), "other": ()} for op in ("assignment", "zip", "correlation")}
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, **kernels})
-    check(case)
+    # Small matrices in the host's memory take a shorter way unless a back end is asked for.
+    with contextlib.nullcontext() if "correlation" in case else mudsc_fast.ops.use_backend("cuda"):
+        check(case)

@@ -87,6 +87,13 @@ def test_simulated_forbidden_and_invalid_entries(simulator: Any) -> None:  # noq
     assert torch.equal(solution.columns[:1], wanted.columns)
 
 
+def test_simulated_matrix_without_a_batch(simulator: Any) -> None:  # noqa: ARG001
+    values = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    found, wanted = (solve(values, True, None, 0.0) for solve in (cuda.solve, cpu.solve))
+    assert found.objective.shape == found.gap.shape == found.status.shape == ()
+    assert torch.equal(found.columns, wanted.columns)
+
+
 def test_simulated_warm_start(simulator: Any) -> None:  # noqa: ARG001
     values = torch.randn(2, 30, 30, generator=torch.Generator().manual_seed(0))
     prices = cpu.solve(values, True, None, 0.0).column_duals

@@ -40,7 +40,7 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: 
     values = similarity.detach().reshape(-1, rows, columns).contiguous()
     starts = None if prices is None else prices.reshape(-1, columns)
     solution = _solve_all(values, maximize, starts, tolerance)
-    return Solution(**{name: value.reshape(*batch, *value.shape[1:]) for name, value in vars(solution).items()})
+    return Solution(**{name: value.reshape([*batch, *value.shape[1:]]) for name, value in vars(solution).items()})
 
 
 def _solve_all(values: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:

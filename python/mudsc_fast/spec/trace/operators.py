@@ -12,10 +12,10 @@ from mudsc_fast.spec.trace.views import NotAViewError, View
 
 __all__ = ["CONSTANTS", "apply", "moving", "opaque", "products", "reducing"]
 
-#: Entry by entry, or leaving values as they are, but without PyTorch's tag for it.
+#: Entry by entry, or leaving values as they are, but without PyTorch's tag for it, in some version at least.
 ELEMENTWISE = (
-    "hardswish log_sigmoid subtract multiply divide __and__ __or__ __xor__ __invert__ rsub floor_divide alias "
-    "contiguous to _to_copy type_as dropout native_dropout feature_dropout alpha_dropout detach clone "
+    "leaky_relu hardswish log_sigmoid subtract multiply divide __and__ __or__ __xor__ __invert__ rsub floor_divide "
+    "alias contiguous to _to_copy type_as dropout native_dropout feature_dropout alpha_dropout detach clone "
     "lift_fresh_copy special_expit special_erf greater less greater_equal less_equal not_equal absolute negative copy "
     "fill requires_grad"
 )
