@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mudsc_fast._files import written_aside
+from mudsc_fast._files import atomic_write
 
 #: A ratio may fall to this share of what it was.
 LEAST_SHARE = 0.8
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         old = load(options.old)
         if options.reduce:
-            with written_aside(options.new) as aside:
-                aside.write_text(json.dumps({"ratios": old}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            with atomic_write(options.new) as temporary:
+                temporary.write_text(json.dumps({"ratios": old}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             return 0
         fallen = regressions(old, load(options.new))
     except (OSError, ValueError) as error:

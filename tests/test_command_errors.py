@@ -307,9 +307,9 @@ def test_a_full_disk(
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with atomic_path(tmp_path / "out") as aside:
-            aside.mkdir()
-            (aside / "file").write_text("half")
+        with atomic_path(tmp_path / "out") as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -319,8 +319,8 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     def overtaken() -> None:
-        with atomic_path(tmp_path / "out") as aside:
-            aside.write_text("new")
+        with atomic_path(tmp_path / "out") as temporary:
+            temporary.write_text("new")
             (tmp_path / "out").write_text("old")
 
     with pytest.raises(CheckpointError, match="exists"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
+from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 
 
 def reset_batch_norm(
@@ -54,7 +54,7 @@ def reset_batch_norm(
     momenta = [layer.momentum for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(modes_restored(model))
+        stack.enter_context(preserve_training_mode(model))
         model.eval()
         num_batches = 0
         try:

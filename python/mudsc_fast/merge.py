@@ -12,16 +12,16 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_finite, check_int, check_number, check_share, check_tensor
+from mudsc_fast._forward import Forward
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import merge_state_dicts, task_tensors
-from mudsc_fast.matching.division import Division, divide
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
-from mudsc_fast.matching.running import Forward
+from mudsc_fast.matching.partial import Division, divide
 from mudsc_fast.matching.sweep import SweepResult, sweep
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import Precision
-from mudsc_fast.spec.axes import PermutationSpec
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 Space = Literal["weight", "activation", "dual"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mudsc_fast._files import written_aside
+from mudsc_fast._files import atomic_write
 
 
 def plot_merges(
@@ -82,5 +82,5 @@ def plot_merges(
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
 
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mudsc_fast._checks import check_choice, check_finite
+from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast.matching.apply import reindex
-from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
 from mudsc_fast.merge import MergeResult
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.axes import Axis, Segment
+from mudsc_fast.spec.permutation_spec import Axis, Segment
 
 MissingBias = Literal["error", "add", "skip"]
 
@@ -105,7 +105,7 @@ def repair(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for model in (task_models[0], *models):
-            stack.enter_context(modes_restored(model))
+            stack.enter_context(preserve_training_mode(model))
             model.eval()
         for batch in tqdm(data, desc="repair", disable=not progress):
             observer.run(batch, target_of, forward)

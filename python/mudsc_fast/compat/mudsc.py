@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mudsc_fast._forward import preserve_training_mode, run_on_batch
 from mudsc_fast.compat._mudsc_perm import (
     Look,
     Network,
@@ -31,7 +32,6 @@ from mudsc_fast.compat._mudsc_perm import (
 )
 from mudsc_fast.compat._zip import zip_published
 from mudsc_fast.compat.zipit import CovarianceMetric, compute_correlation
-from mudsc_fast.matching.running import modes_restored, run_on_batch
 from mudsc_fast.ops.assignment import linear_assignment
 from mudsc_fast.ops.permute import UnitMap, permute_merge
 from mudsc_fast.ops.zip import merges_inside
@@ -401,7 +401,7 @@ def _activation_similarities(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for net, features in zip(nets, seen, strict=True):
-            stack.enter_context(modes_restored(net))
+            stack.enter_context(preserve_training_mode(net))
             net.eval()
             for node, described in network.nodes.items():
                 for index, look in enumerate(described.looks):

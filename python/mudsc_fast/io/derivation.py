@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mudsc_fast._forward import inputs_of
 from mudsc_fast.io.checkpoint import CheckpointError
 from mudsc_fast.io.models import built, class_of_config, random_inputs, users_code
-from mudsc_fast.matching.running import inputs_of
 from mudsc_fast.spec import PermutationSpec
 
 

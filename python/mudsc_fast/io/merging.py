@@ -33,7 +33,7 @@ from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching
 from mudsc_fast.merge import Space, prepare_matching
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.axes import Axis, PermutationSpec
+from mudsc_fast.spec.permutation_spec import Axis, PermutationSpec
 
 #: Shards of a directory are no larger, unless a single tensor is: the size at which Hugging Face cuts.
 DEFAULT_SHARD_SIZE = "5GB"
@@ -513,17 +513,17 @@ def _write(
         return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     sizes = {name: TensorSize(tuple(tensor.shape), stored(tensor)) for name, tensor in source.tensors.items()}
-    with atomic_path(plan.path) as aside:
+    with atomic_path(plan.path) as temporary:
         written = write_checkpoint(
-            aside,
+            temporary,
             plan.kind or source.format,
             sizes,
             lambda name: tensor_of(name).to(sizes[name].dtype),
             shard_bytes=plan.shard_bytes,
         )
         if plan.shard_bytes is not None and source.path.is_dir():
-            copy_companions(source.path, aside, dtype)
-        return written, check(aside)
+            copy_companions(source.path, temporary, dtype)
+        return written, check(temporary)
 
 
 def _result(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mudsc_fast._forward import run_on_batch
 from mudsc_fast.io.checkpoint import Checkpoint, CheckpointError
-from mudsc_fast.matching.running import run_on_batch
 
 #: Outputs of Hugging Face's models whose order is fixed; hidden states follow the units.
 _ORDERED_OUTPUTS = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast._files import written_aside
+from mudsc_fast._files import atomic_write
 from mudsc_fast.io.checkpoint import FORMAT_OF_SUFFIX, WEIGHTS_NAME, CheckpointError, Format
 
 _SAFETENSORS_NAMES = {
@@ -93,11 +93,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
     check_free(target)
     try:
         # A directory of its own, so that nothing else is ever at the path; beside the target, to be renamed.
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     try:
-        written = aside / target.name
+        written = temporary / target.name
         yield written
         for path in [*written.rglob("*"), written] if written.is_dir() else [written]:
             _flush(path)
@@ -107,7 +107,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free(target: Path) -> None:
@@ -191,8 +191,8 @@ def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None) 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file; one that cannot be written whole is as it was."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(sizes: Mapping[str, TensorSize], most: int) -> list[list[str]]:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mudsc_fast._files import written_aside
+from mudsc_fast._files import atomic_write
+from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast.matching.node import with_first
-from mudsc_fast.matching.running import Forward, modes_restored, run_on_batch
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
-from mudsc_fast.spec.axes import Observation, PermutationSpec
+from mudsc_fast.spec.permutation_spec import Observation, PermutationSpec
 
 _FORMAT = "mudsc_fast statistics 1"
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
@@ -147,8 +147,8 @@ class MatchingStatistics:
             "blocks": self.blocks,
             "sums": {node: sums.state_dict() for node, sums in self._sums.items()},
         }
-        with written_aside(path) as aside:
-            torch.save(state, aside)
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> MatchingStatistics:
@@ -246,7 +246,7 @@ def collect_statistics(
             for kind in sorted({next(iter(model.state_dict().values())).device.type for model in models}):
                 stack.enter_context(torch.autocast(kind, dtype=autocast))
         for model, observer in zip(models, observers, strict=True):
-            stack.enter_context(modes_restored(model))
+            stack.enter_context(preserve_training_mode(model))
             model.eval()
             stack.enter_context(observer.attached())
         for batch in tqdm(data, desc="activations", disable=not progress):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mudsc_fast.matching.node import Matcher, NodeMatching
-from mudsc_fast.spec.axes import PermutationSpec
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 #: Returns a node's similarity blocks under the current matching of the other nodes.
 SimilarityOfNode = Callable[[str, Mapping[str, NodeMatching]], Tensor]

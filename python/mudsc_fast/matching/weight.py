@@ -19,7 +19,7 @@ from mudsc_fast.matching.apply import reindex, split_axes
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.axes import Axis, PermutationSpec, Role, Segment
+from mudsc_fast.spec.permutation_spec import Axis, PermutationSpec, Role, Segment
 
 #: Vectors shorter than this (of biases and norms) are joined before they are multiplied.
 _SHORT = 512

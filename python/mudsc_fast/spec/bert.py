@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from mudsc_fast._checks import check_choice
-from mudsc_fast.spec.axes import PermutationSpec
 from mudsc_fast.spec.layers import (
     attention,
     check_positive,
@@ -15,6 +14,7 @@ from mudsc_fast.spec.layers import (
     norm,
     tied_head,
 )
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 def bert(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mudsc_fast.spec.axes import Observation, PermutationSpec, consumes, produces
 from mudsc_fast.spec.layers import (
     Part,
     attention,
@@ -16,6 +15,7 @@ from mudsc_fast.spec.layers import (
     norm,
     packed_attention,
 )
+from mudsc_fast.spec.permutation_spec import Observation, PermutationSpec, consumes, produces
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from mudsc_fast.spec.axes import Axis, Entry, Groups, Observation, PermutationSpec, Segment, Window
+from mudsc_fast.spec.permutation_spec import Axis, Entry, Groups, Observation, PermutationSpec, Segment, Window
 
 FORMAT = "mudsc_fast.PermutationSpec"
 VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mudsc_fast.spec.axes import PermutationSpec
 from mudsc_fast.spec.layers import (
     Head,
     check_divides,
@@ -13,6 +12,7 @@ from mudsc_fast.spec.layers import (
     norm,
     token_head,
 )
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 def gpt2(num_layers: int, num_heads: int, width: int, *, head: Head = "tied") -> PermutationSpec:

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mudsc_fast._checks import check_choice
-from mudsc_fast.spec.axes import Axis, Entry, Groups, Observation, PermutationSpec, Role, Window, consumes, produces
+from mudsc_fast.spec.permutation_spec import (
+    Axis,
+    Entry,
+    Groups,
+    Observation,
+    PermutationSpec,
+    Role,
+    Window,
+    consumes,
+    produces,
+)
 
 #: How a language model's output layer stands to its embedding table.
 Head = Literal["separate", "tied", "absent"]

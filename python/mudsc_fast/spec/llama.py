@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mudsc_fast.spec.axes import PermutationSpec
 from mudsc_fast.spec.layers import (
     Head,
     check_divides,
@@ -13,6 +12,7 @@ from mudsc_fast.spec.layers import (
     rotary_attention,
     token_head,
 )
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 def llama(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mudsc_fast.spec.axes import PermutationSpec
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 def mlp(layers: Sequence[str], *, bias: bool = True) -> PermutationSpec:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mudsc_fast._checks import check_choice
-from mudsc_fast.spec.axes import Groups, Observation, PermutationSpec
 from mudsc_fast.spec.layers import Part, batch_norm, check_positive, linear, norm
+from mudsc_fast.spec.permutation_spec import Groups, Observation, PermutationSpec
 
 #: The modules of a down-sampling shortcut and of the last layer.
 _NAMES = {"torchvision": ("downsample", "fc"), "cifar": ("shortcut", "linear")}

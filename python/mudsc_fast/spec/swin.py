@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mudsc_fast.spec.axes import Axis, Observation, PermutationSpec, consumes, produces
 from mudsc_fast.spec.layers import (
     Part,
     check_divides,
@@ -15,6 +14,7 @@ from mudsc_fast.spec.layers import (
     linear,
     norm,
 )
+from mudsc_fast.spec.permutation_spec import Axis, Observation, PermutationSpec, consumes, produces
 
 
 def swin(blocks: Sequence[int], heads: Sequence[int], width: int) -> PermutationSpec:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mudsc_fast.spec.axes import PermutationSpec, consumes
 from mudsc_fast.spec.layers import Part, batch_norm, check_positive, linear
+from mudsc_fast.spec.permutation_spec import PermutationSpec, consumes
 
 
 def vgg(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mudsc_fast.spec.axes import PermutationSpec, produces
 from mudsc_fast.spec.layers import (
     Part,
     attention,
@@ -13,6 +12,7 @@ from mudsc_fast.spec.layers import (
     linear,
     norm,
 )
+from mudsc_fast.spec.permutation_spec import PermutationSpec, produces
 
 
 def vit(

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mudsc_fast.spec.trace import views
-from mudsc_fast.spec.trace.factors import (
+from mudsc_fast.spec.infer import views
+from mudsc_fast.spec.infer.factors import (
     Factor,
     concatenation,
     factors_of,
@@ -22,7 +22,7 @@ from mudsc_fast.spec.trace.factors import (
     unify,
     window,
 )
-from mudsc_fast.spec.trace.views import NotAViewError, View, factors_of_view
+from mudsc_fast.spec.infer.views import NotAViewError, View, factors_of_view
 
 
 def sizes(factors: list[Factor]) -> list[int]:

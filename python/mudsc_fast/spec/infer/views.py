@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mudsc_fast.spec.trace.factors import Factor, freeze, product, split, window
+from mudsc_fast.spec.infer.factors import Factor, freeze, product, split, window
 
 
 class NotAViewError(Exception):

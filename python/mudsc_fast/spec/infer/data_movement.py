@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from mudsc_fast.spec.trace import views
-from mudsc_fast.spec.trace.factors import Factor, concatenation, unify
-from mudsc_fast.spec.trace.record import Call, Record
-from mudsc_fast.spec.trace.table import axes_of, rule
-from mudsc_fast.spec.trace.views import NotAViewError, View
+from mudsc_fast.spec.infer import views
+from mudsc_fast.spec.infer.factors import Factor, concatenation, unify
+from mudsc_fast.spec.infer.record import Call, Record
+from mudsc_fast.spec.infer.registry import axes_of, rule
+from mudsc_fast.spec.infer.views import NotAViewError, View
 
 
 @rule("view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as ravel")

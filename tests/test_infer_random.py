@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mudsc_fast
-from mudsc_fast.spec.trace import derive
+from mudsc_fast.spec.infer import derive
 from test_builders import random_permutations
 
 

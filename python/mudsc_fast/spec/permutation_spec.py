@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from mudsc_fast._files import written_aside
+from mudsc_fast._files import atomic_write
 
 Role = Literal["produce", "consume"]
 Port = Literal["input", "output", "projection"]
@@ -268,7 +268,7 @@ class PermutationSpec:
         needed; its parameters may be on the meta device) and the axes of all tensors are followed through its
         operators. Units may move if nothing depends on their order; inputs and outputs keep theirs. Operators that are
         not known keep all that they read in order, and are named in a warning of the logger
-        ``mudsc_fast.spec.trace``; ``mudsc_fast.spec.trace.derive`` returns them with the specification.
+        ``mudsc_fast.spec.infer``; ``mudsc_fast.spec.infer.derive`` returns them with the specification.
 
         Parameters
         ----------
@@ -295,9 +295,9 @@ class PermutationSpec:
         >>> PermutationSpec.from_model(model, torch.randn(1, 4))
         PermutationSpec(3 tensors, nodes: 0)
         """
-        from mudsc_fast.spec import trace  # it is built on this module
+        from mudsc_fast.spec import infer  # it is built on this module
 
-        return trace.derive(model, example_inputs, outputs=outputs).spec
+        return infer.derive(model, example_inputs, outputs=outputs).spec
 
     @property
     def layouts(self) -> Mapping[str, tuple[tuple[Segment, ...], ...]]:
@@ -459,8 +459,8 @@ class PermutationSpec:
         OSError
             If the file cannot be written.
         """
-        with written_aside(path) as aside:
-            aside.write_text(self.to_json(), encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:

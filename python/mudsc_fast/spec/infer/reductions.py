@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mudsc_fast.spec.trace.factors import Factor, freeze, split, unify
-from mudsc_fast.spec.trace.record import Call, Record
-from mudsc_fast.spec.trace.table import axes_of, per_channel, rule
-from mudsc_fast.spec.trace.views import NotAViewError, View, factors_of_view
+from mudsc_fast.spec.infer.factors import Factor, freeze, split, unify
+from mudsc_fast.spec.infer.record import Call, Record
+from mudsc_fast.spec.infer.registry import axes_of, per_channel, rule
+from mudsc_fast.spec.infer.views import NotAViewError, View, factors_of_view
 
 
 @rule("layer_norm rms_norm native_layer_norm")

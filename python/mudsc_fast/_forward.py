@@ -53,7 +53,7 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
 
 
 @contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
+def preserve_training_mode(model: nn.Module) -> Iterator[None]:
     """Give every submodule its own mode, training or evaluation, back after the enclosed code."""
     training = {module: module.training for module in model.modules()}
     try:

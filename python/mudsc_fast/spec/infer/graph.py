@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from mudsc_fast.matching.running import modes_restored
-from mudsc_fast.spec.trace import operators, views
-from mudsc_fast.spec.trace.factors import Factor, freeze
-from mudsc_fast.spec.trace.record import Call, Record
-from mudsc_fast.spec.trace.views import View
+from mudsc_fast._forward import preserve_training_mode
+from mudsc_fast.spec.infer import operators, views
+from mudsc_fast.spec.infer.factors import Factor, freeze
+from mudsc_fast.spec.infer.record import Call, Record
+from mudsc_fast.spec.infer.views import View
 
 #: Chooses among what a model returns.
 Outputs = Callable[[Any], Any]
@@ -139,7 +139,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 def _export(
     model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any], outputs: Outputs | None
 ) -> ExportedProgram:
-    with modes_restored(model), _plain_attention(), torch.no_grad():
+    with preserve_training_mode(model), _plain_attention(), torch.no_grad():
         model.eval()
         try:
             return torch.export.export(_Wrapped(model, outputs), tuple(arguments), dict(keywords), strict=False)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
 
-from mudsc_fast.spec.trace.factors import Factor, factors_of, freeze, is_frozen, terms_of
+from mudsc_fast.spec.infer.factors import Factor, factors_of, freeze, is_frozen, terms_of
 
 #: The atoms of a node: its units, or its groups and the units in each.
 Key = tuple[Factor, ...]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mudsc_fast.spec.axes import PermutationSpec
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 @dataclass(frozen=True)

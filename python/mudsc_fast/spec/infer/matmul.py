@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import string
 
-from mudsc_fast.spec.trace import views
-from mudsc_fast.spec.trace.factors import Factor, freeze, product, split, unify
-from mudsc_fast.spec.trace.record import Call, Record
-from mudsc_fast.spec.trace.table import per_channel, rule
-from mudsc_fast.spec.trace.views import NotAViewError, View
+from mudsc_fast.spec.infer import views
+from mudsc_fast.spec.infer.factors import Factor, freeze, product, split, unify
+from mudsc_fast.spec.infer.record import Call, Record
+from mudsc_fast.spec.infer.registry import per_channel, rule
+from mudsc_fast.spec.infer.views import NotAViewError, View
 
 
 @rule("linear")

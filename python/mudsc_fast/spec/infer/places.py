@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mudsc_fast.spec.axes import Observation, Port, Role
-from mudsc_fast.spec.trace.factors import Factor, product
-from mudsc_fast.spec.trace.graph import ModuleCall
-from mudsc_fast.spec.trace.nodes import Key, Part, parts_of
-from mudsc_fast.spec.trace.views import View
+from mudsc_fast.spec.infer.factors import Factor, product
+from mudsc_fast.spec.infer.graph import ModuleCall
+from mudsc_fast.spec.infer.nodes import Key, Part, parts_of
+from mudsc_fast.spec.infer.views import View
+from mudsc_fast.spec.permutation_spec import Observation, Port, Role
 
 
 @dataclass(frozen=True)

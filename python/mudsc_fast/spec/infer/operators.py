@@ -5,12 +5,12 @@ Operators that work entry by entry are known by PyTorch's own tag. What is in no
 
 from __future__ import annotations
 
-from mudsc_fast.spec.trace import moving, products, reducing, views
-from mudsc_fast.spec.trace.record import Call, Record
-from mudsc_fast.spec.trace.table import RULES
-from mudsc_fast.spec.trace.views import NotAViewError, View
+from mudsc_fast.spec.infer import data_movement, matmul, reductions, views
+from mudsc_fast.spec.infer.record import Call, Record
+from mudsc_fast.spec.infer.registry import RULES
+from mudsc_fast.spec.infer.views import NotAViewError, View
 
-__all__ = ["CONSTANTS", "apply", "moving", "opaque", "products", "reducing"]
+__all__ = ["CONSTANTS", "apply", "data_movement", "matmul", "opaque", "reductions"]
 
 #: Entry by entry, or leaving values as they are, but without PyTorch's tag for it, in some version at least.
 ELEMENTWISE = (

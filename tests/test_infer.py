@@ -20,7 +20,7 @@ import mudsc_fast
 from architectures import FeedForward, ResNet, Vgg, VisionTransformer, calibrate, randomize
 from mudsc_fast import Observation, PermutationSpec, Space
 from mudsc_fast.spec import Axis, Groups, llama, mlp
-from mudsc_fast.spec.trace import derive, graph
+from mudsc_fast.spec.infer import derive, graph
 from networks import assert_recovered
 from test_builders import CASES, SHAPE, TEXT, Case, causal, images, outputs, permuted_copy, tokens
 
@@ -480,7 +480,7 @@ def test_what_an_operator_hides_stays_in_order_and_is_reported(
     name: str, operator: str, known: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     build, inputs, _ = OTHERS[name]
-    with caplog.at_level(logging.INFO, "mudsc_fast.spec.trace"):
+    with caplog.at_level(logging.INFO, "mudsc_fast.spec.infer"):
         found = derive(build(), inputs(0))
     assert found.spec.nodes == ("second",)
     (obstacle,) = found.obstacles

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mudsc_fast.spec.axes import Axis, Entry, Groups, PermutationSpec, Role, Window
-from mudsc_fast.spec.trace.graph import Outputs, Reading, read
-from mudsc_fast.spec.trace.nodes import Key, Part, parts_of, settle
-from mudsc_fast.spec.trace.places import Places, Use
-from mudsc_fast.spec.trace.record import Obstacle
+from mudsc_fast.spec.infer.graph import Outputs, Reading, read
+from mudsc_fast.spec.infer.nodes import Key, Part, parts_of, settle
+from mudsc_fast.spec.infer.places import Places, Use
+from mudsc_fast.spec.infer.record import Obstacle
+from mudsc_fast.spec.permutation_spec import Axis, Entry, Groups, PermutationSpec, Role, Window
 
 __all__ = ["Derivation", "Obstacle", "derive"]
 

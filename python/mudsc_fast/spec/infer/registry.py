@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mudsc_fast.spec.trace.record import Call, Record
-from mudsc_fast.spec.trace.views import View, reshape
+from mudsc_fast.spec.infer.record import Call, Record
+from mudsc_fast.spec.infer.views import View, reshape
 
 #: Returns what an operator computes: a view, or one for each of its results.
 Rule = Callable[[Record, Call], "View | list[View]"]
