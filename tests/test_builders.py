@@ -263,7 +263,7 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
         (lambda: clip_huggingface(), "vision or text must be given, got None for both"),
         (lambda: vgg(()), r"convolutions and classifier must not be empty, got \[\]"),
         (lambda: vgg((1,), positions=0), "positions must be at least 1, got 0"),
-        (lambda: swin((2, 2), (4,), 16), r"blocks and heads must name as many stages, got \[2, 2\] and \[4\]"),
+        (lambda: swin((2, 2), (4,), 16), r"blocks and heads must have one entry per stage, got \[2, 2\] and \[4\]"),
         (lambda: swin((2, 2), (4, 6), 16), r"the width of stage 1 must be a multiple of heads\[1\], got 32 and 6"),
     ],
 )

@@ -482,7 +482,7 @@ def test_what_an_operator_hides_stays_in_order_and_is_reported(
     build, inputs, _ = OTHERS[name]
     with caplog.at_level(logging.INFO, "mudsc_fast.spec.infer"):
         found = derive(build(), inputs(0))
-    assert found.spec.nodes == ("second",)
+    assert list(found.observe) == ["second"]
     (obstacle,) = found.obstacles
     assert (obstacle.operator, obstacle.shape, obstacle.axes, obstacle.known) == (operator, (64, 16), (1,), known)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [

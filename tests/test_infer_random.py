@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mudsc_fast
-from mudsc_fast.spec.infer import derive
 from test_builders import random_permutations
 
 
@@ -174,7 +173,7 @@ def test_what_may_move_leaves_the_function_as_it_was(first: int) -> None:
     for seed in range(first, first + 10):
         network = Network(seed)
         values = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        spec = derive(network, values).spec
+        spec = mudsc_fast.PermutationSpec.from_model(network, values)
         spec.validate(network)
         state = network.state_dict()
         permutations = random_permutations(spec, spec.units(state), seed)

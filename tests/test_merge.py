@@ -308,7 +308,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             [STATE, OTHER],
             {"spec": PermutationSpec({"fc1.weight": ("a", "a")})},
             ValueError,
-            "axis 1 of 'fc1.weight' has 20 units, but node 'a' has 32 by axis 0 of 'fc1.weight'",
+            "axis 1 of 'fc1.weight' has 20 units, but node 'a' has 32 units on axis 0 of 'fc1.weight'",
         ),
         ([STATE, OTHER], {"mode": "both"}, ValueError, "mode must be one of 'align', 'zip', got 'both'"),
         ([STATE, OTHER], {"space": "outer"}, ValueError, "space must be one of .* got 'outer'"),

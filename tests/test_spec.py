@@ -35,7 +35,7 @@ def test_inverse_map_is_derived() -> None:
         ("fc1.bias", 0, "produce"),
         ("fc2.weight", 1, "consume"),
     ]
-    assert spec.neighbours("a") == ("b",)
+    assert spec.neighbors("a") == ("b",)
     assert spec.units(chain_state()) == {"a": 7, "b": 6}
 
 
@@ -66,7 +66,7 @@ def test_roles_can_be_named() -> None:
 
 
 def test_a_square_tensor_makes_a_node_its_own_neighbour() -> None:
-    assert PermutationSpec({"fc.weight": ("a", "a")}).neighbours("a") == ("a",)
+    assert PermutationSpec({"fc.weight": ("a", "a")}).neighbors("a") == ("a",)
 
 
 def test_from_nodes_equals_the_axes_map() -> None:
@@ -108,7 +108,7 @@ def test_missing_tensor() -> None:
 def test_axis_of_another_length() -> None:
     state = chain_state()
     state["fc2.weight"] = torch.randn(6, 8)
-    expected = r"axis 1 of 'fc2.weight' has 8 units, but node 'a' has 7 by axis 0 of 'fc1.weight'"
+    expected = r"axis 1 of 'fc2.weight' has 8 units, but node 'a' has 7 units on axis 0 of 'fc1.weight'"
     with pytest.raises(ValueError, match=expected):
         PermutationSpec(CHAIN).units(state)
 
@@ -125,13 +125,13 @@ def test_too_many_axes() -> None:
         (
             lambda: PermutationSpec({"w": (Axis("a", "produce", compared=False),)}),
             ValueError,
-            "axes must name node 'a' on an axis that is compared, got none",
+            "axes must name node 'a' on at least one axis that is compared, got none",
         ),
-        (lambda: PermutationSpec({"w": "ab"}), TypeError, "sequence with an entry per axis"),
+        (lambda: PermutationSpec({"w": "ab"}), TypeError, "sequence with one entry per axis"),
         (
             lambda: PermutationSpec({"w": (BAD,)}),
             TypeError,
-            "axis 0 of 'w' must be a node's name",
+            "axis 0 of 'w' must be the name of a node",
         ),
         (lambda: PermutationSpec(CHAIN, observe={"z": "fc1"}), ValueError, "observe names the node 'z'"),
         (lambda: PermutationSpec.from_nodes({"a": [("w", -1)]}), ValueError, "must not be negative, got -1"),
@@ -153,7 +153,7 @@ def test_too_many_axes() -> None:
         (
             lambda: PermutationSpec(CHAIN, groups={"a": Groups(2, "t"), "b": Groups(3, "t")}),
             ValueError,
-            "groups that are tied must be equally many, got {'a': 2, 'b': 3}",
+            "nodes with the same tie must have the same number of groups, got {'a': 2, 'b': 3}",
         ),
         (lambda: mlp(["fc1"]), ValueError, "at least two layers"),
         (lambda: mlp(["fc1", "fc1"]), ValueError, "distinct"),
@@ -186,7 +186,7 @@ def test_problems_of_one_tensor_hide_none_of_another() -> None:
     state["fc2.weight"] = torch.randn(6, 8)
     assert PermutationSpec(CHAIN).problems(state) == [
         "spec gives 2 axes to 'fc1.weight', which has 1: shape (7,)",
-        "axis 1 of 'fc2.weight' has 8 units, but node 'a' has 7 by axis 0 of 'fc1.bias'",
+        "axis 1 of 'fc2.weight' has 8 units, but node 'a' has 7 units on axis 0 of 'fc1.bias'",
     ]
 
 
@@ -208,7 +208,7 @@ def test_windows_groups_and_flattened_axes() -> None:
     assert FUSED.units(fused_state()) == {"qk": 8, "v": 12, "stream": 5}
     assert FUSED.bundles == (("qk", "v"), ("stream",))
     assert [(use.position, use.segment.start, use.segment.width) for use in FUSED.uses("qk")] == [(0, 0, 8), (0, 8, 8)]
-    assert FUSED.neighbours("stream") == ("qk", "v")
+    assert FUSED.neighbors("stream") == ("qk", "v")
     assert FUSED.observations("stream") == (Observation("flat", inner=3, outer=2),)
 
 
@@ -232,10 +232,10 @@ def test_groups_must_divide_the_units() -> None:
 
 def test_description() -> None:
     assert FUSED.describe().splitlines() == [
-        "node    groups  tied to  places  the first",
-        "qk      2       v        2       axis 0 of 'qkv.weight' (entries 0 on)",
-        "v       2       qk       2       axis 0 of 'qkv.weight' (entries 16 on)",
-        "stream  1                3       axis 1 of 'qkv.weight'",
+        "node    groups  tied to  axes  first axis",
+        "qk      2       v        2     axis 0 of 'qkv.weight' (from entry 0)",
+        "v       2       qk       2     axis 0 of 'qkv.weight' (from entry 16)",
+        "stream  1                3     axis 1 of 'qkv.weight'",
     ]
 
 

@@ -124,8 +124,8 @@ def changed(**parts: Any) -> dict[str, Any]:
         (changed(version=True), "version must be 1, got True"),
         (changed(tensors=[]), r"tensors must be an object, got \[\]"),
         (changed(tensors={"w": "a"}), r"tensors\['w'\] must be a list, got \"a\""),
-        (changed(tensors={"w": [3]}), r"tensors\['w'\]\[0\] must be a node's name, an object or null, got 3"),
-        (changed(tensors={"w": [[]]}), r"tensors\['w'\]\[0\] must hold at least one window, got none"),
+        (changed(tensors={"w": [3]}), r"tensors\['w'\]\[0\] must be the name of a node, an object or null, got 3"),
+        (changed(tensors={"w": [[]]}), r"tensors\['w'\]\[0\] must have at least one window, got none"),
         (changed(tensors={"w": [["a"]]}), r"tensors\['w'\]\[0\]\[0\] must be an object, got \"a\""),
         (
             changed(tensors={"w": [[{"axis": "a"}]]}),
@@ -162,9 +162,9 @@ def changed(**parts: Any) -> dict[str, Any]:
         ),
         (
             changed(observe={"a": [{"module": "v", "axis": 1}]}),
-            r"observe\['a'\]\[0\] must have no fields but module, .* got 'axis'",
+            r"observe\['a'\]\[0\] must have no fields other than module, .* got 'axis'",
         ),
-        (changed(extra=1), "specification must have no fields but format, version, .* got 'extra'"),
+        (changed(extra=1), "specification must have no fields other than format, version, .* got 'extra'"),
         ({"format": "mudsc_fast.PermutationSpec", "version": 1}, "specification must have the field 'tensors'"),
     ],
 )
@@ -177,7 +177,7 @@ def test_bad_documents(document: dict[str, Any], message: str) -> None:
     ("text", "message"),
     [
         ("{", "specification must be JSON, got an error at line 1"),
-        ('{"format": 1, "format": 2}', "every field must come once, got 'format' twice"),
+        ('{"format": 1, "format": 2}', "every field must occur only once, got 'format' twice"),
     ],
 )
 def test_text_that_is_no_document(text: str, message: str) -> None:

@@ -24,7 +24,7 @@ from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.merge import MergeResult
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.permutation_spec import Axis, Segment
+from mudsc_fast.spec.axes import Axis, Segment
 
 MissingBias = Literal["error", "add", "skip"]
 

@@ -33,7 +33,8 @@ from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching
 from mudsc_fast.merge import Space, prepare_matching
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.permutation_spec import Axis, PermutationSpec
+from mudsc_fast.spec.axes import Axis
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 #: Shards of a directory are no larger, unless a single tensor is: the size at which Hugging Face cuts.
 DEFAULT_SHARD_SIZE = "5GB"

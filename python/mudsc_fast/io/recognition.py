@@ -27,7 +27,7 @@ from mudsc_fast.spec import (
     vit,
     vit_huggingface,
 )
-from mudsc_fast.spec.layers import Head
+from mudsc_fast.spec.families.layers import Head
 
 Tensors = Mapping[str, Tensor]
 Options = Mapping[str, int]

@@ -23,7 +23,8 @@ from mudsc_fast._files import atomic_write
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
-from mudsc_fast.spec.permutation_spec import Observation, PermutationSpec
+from mudsc_fast.spec.observation import Observation
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 _FORMAT = "mudsc_fast statistics 1"
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.ops.permute import UnitMap, permute_merge, permute_merge_group
-from mudsc_fast.spec.permutation_spec import Axis, PermutationSpec, Segment
+from mudsc_fast.spec.axes import Axis, Segment
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 #: How the units of an axis are re-indexed; None leaves them as they are.
 MapOfAxis = Callable[[Axis], UnitMap | None]

@@ -13,7 +13,7 @@ from mudsc_fast.ops.assignment import Assignment, linear_assignment
 from mudsc_fast.ops.correlation import Blocks
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.ops.zip import merges_inside, zip_within_budget
-from mudsc_fast.spec.permutation_spec import Role
+from mudsc_fast.spec.axes import Role
 
 Mode = Literal["align", "zip"]
 

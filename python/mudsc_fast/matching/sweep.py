@@ -55,7 +55,7 @@ def sweep(
         while len(objectives) < max_sweeps and misses < patience:
             for index in torch.randperm(len(spec.bundles), generator=generator, device="cpu").tolist():
                 bundle = spec.bundles[index]
-                around = {other for node in bundle for other in spec.neighbours(node)}
+                around = {other for node in bundle for other in spec.neighbors(node)}
                 seen = {other: current[other] for other in around if other in current}
                 visit = visits.get(bundle)
                 if visit is None or not visit.saw(seen):

@@ -19,7 +19,8 @@ from mudsc_fast.matching.apply import reindex, split_axes
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.spec.permutation_spec import Axis, PermutationSpec, Role, Segment
+from mudsc_fast.spec.axes import Axis, Role, Segment
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 #: Vectors shorter than this (of biases and norms) are joined before they are multiplied.
 _SHORT = 512
@@ -77,7 +78,7 @@ class WeightSimilarity:
 
         With another similarity, e.g. of activations: ``balance * weight + (1 - balance) * other``, the dual space.
         """
-        around = {neighbour: matching.get(neighbour) for neighbour in self._spec.neighbours(node)}
+        around = {neighbour: matching.get(neighbour) for neighbour in self._spec.neighbors(node)}
         kept = self._kept.get(node)
         if kept is None or not self._follow(node, kept, around):
             kept = _Kept(self._computed(node, around), around)

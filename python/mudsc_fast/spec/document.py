@@ -1,4 +1,4 @@
-"""Specifications as JSON: the axes map, groups and places to observe, under the names of the Python classes.
+"""Specifications as JSON documents. Fields have the names of the Python arguments and attributes.
 
 ::
 
@@ -10,8 +10,8 @@
       "observe": {"hidden": [{"module": "fc2"}]}
     }
 
-An axis is a node's name, null, an object with the fields of :class:`Axis`, or a list of windows, objects with ``width``
-and ``axis``. Fields at their default are left out.
+An axis is the name of a node, null, an object with the fields of :class:`Axis`, or a list of windows: objects with
+``width`` and ``axis``. Fields at their default are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from mudsc_fast.spec.permutation_spec import Axis, Entry, Groups, Observation, PermutationSpec, Segment, Window
+from mudsc_fast.spec.axes import Axis, Entry, Layout, Segment, Window
+from mudsc_fast.spec.groups import Groups
+from mudsc_fast.spec.observation import Observation
 
 FORMAT = "mudsc_fast.PermutationSpec"
 VERSION = 1
@@ -30,16 +32,18 @@ VERSION = 1
 _Record = TypeVar("_Record", Axis, Groups, Observation)
 
 
-def to_json(spec: PermutationSpec) -> str:
-    """Return a specification as a document that :func:`from_json` reads."""
+def to_json(
+    layouts: Mapping[str, Layout], observations: Mapping[str, Sequence[Observation]], groups: Mapping[str, Groups]
+) -> str:
+    """Return a document that :func:`from_json` reads."""
     tensors = {
         tensor: [_axis_to_json(position, segments) for position, segments in enumerate(layout)]
-        for tensor, layout in spec.layouts.items()
+        for tensor, layout in layouts.items()
     }
-    groups = {node: _fields(spec.groups(node)) for node in spec.nodes if spec.groups(node) != Groups(1)}
-    observe = {node: [_fields(observation) for observation in spec.observations(node)] for node in spec.nodes}
-    parts: dict[str, Mapping[str, object]] = {"tensors": tensors, "groups": groups, "observe": observe}
-    # One line for each tensor and node: json's own indentation would give every number a line.
+    proper = {node: _fields(grouped) for node, grouped in groups.items() if grouped != Groups(1)}
+    observe = {node: [_fields(observation) for observation in where] for node, where in observations.items()}
+    parts: dict[str, Mapping[str, object]] = {"tensors": tensors, "groups": proper, "observe": observe}
+    # One line per tensor and node. The indentation of `json` would put every number on a line of its own.
     lines = [f'  "format": {json.dumps(FORMAT)}', f'  "version": {VERSION}']
     for name, entries in parts.items():
         rows = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
@@ -47,14 +51,14 @@ def to_json(spec: PermutationSpec) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def from_json(text: str) -> PermutationSpec:
-    """Return the specification that a document describes.
+def from_json(text: str) -> tuple[dict[str, list[Entry]], dict[str, list[Observation]], dict[str, Groups]]:
+    """Return the axes map, the observations and the groups in a document: the arguments of a specification.
 
     Raises
     ------
     ValueError
-        If the text is no JSON, or a field is missing, unknown, of another type or out of range: it is named, with what
-        was expected and what came.
+        If the text is not JSON, or a field is missing, unknown, out of range or of another type. The message names
+        the field, what was expected and what was found.
     """
     try:
         document = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -78,7 +82,7 @@ def from_json(text: str) -> PermutationSpec:
         node: [_read_record(f"observe[{node!r}][{i}]", value, Observation) for i, value in enumerate(values)]
         for node, values in _read_mapping("observe", document.get("observe", {}), list, "a list")
     }
-    return PermutationSpec(axes, observe, groups)
+    return axes, observe, groups
 
 
 def _axis_to_json(position: int, segments: Sequence[Segment]) -> object:
@@ -95,7 +99,7 @@ def _entry_to_json(position: int, axis: Axis | None) -> object:
 
 
 def _fields(record: Axis | Groups | Observation) -> dict[str, object]:
-    """Return the fields that are not at their default."""
+    """Return the fields that differ from their default."""
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     return {f.name: values[f.name] for f in dataclasses.fields(record) if values[f.name] != f.default}
 
@@ -104,7 +108,7 @@ def _read_axis(where: str, value: object) -> Entry:
     if not isinstance(value, list):
         return _read_entry(where, value)
     if not value:
-        raise ValueError(f"{where} must hold at least one window, got none")
+        raise ValueError(f"{where} must have at least one window, got none")
     windows = []
     for index, window in enumerate(value):
         place = f"{where}[{index}]"
@@ -119,12 +123,12 @@ def _read_axis(where: str, value: object) -> Entry:
 def _read_entry(where: str, value: object) -> str | Axis | None:
     if value is None or isinstance(value, str):
         return value
-    _check_type(where, value, dict, "a node's name, an object or null")
+    _check_type(where, value, dict, "the name of a node, an object or null")
     return _read_record(where, value, Axis)
 
 
 def _read_record(where: str, value: Any, kind: type[_Record]) -> _Record:
-    """Return an instance of a class of this package, having checked its fields by their annotations."""
+    """Return an instance of a dataclass, after checking its fields by their annotations."""
     _check_type(where, value, dict, "an object")
     fields = dataclasses.fields(kind)
     needed = [field.name for field in fields if field.default is dataclasses.MISSING]
@@ -173,13 +177,13 @@ def _check_names(where: str, value: Mapping[str, object], known: Sequence[str], 
             raise ValueError(f"{where} must have the field {name!r}, got {sorted(value)}")
     for name in value:
         if name not in known:
-            raise ValueError(f"{where} must have no fields but {', '.join(known)}, got {name!r}")
+            raise ValueError(f"{where} must have no fields other than {', '.join(known)}, got {name!r}")
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"every field must come once, got {name!r} twice")
+            raise ValueError(f"every field must occur only once, got {name!r} twice")
         found[name] = value
     return found

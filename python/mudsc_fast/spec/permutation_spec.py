@@ -1,189 +1,51 @@
-"""Which axes of which tensors must be re-indexed together.
+"""Which axes of which tensors must be permuted together.
 
-A *node* is a set of tensor axes that a network ties to one another: a hidden layer's output axis, its bias, and the
-input axis of the next layer. A specification is one mapping, from each tensor to the nodes of its axes; everything
-else is derived from it.
+A *node* is a set of tensor axes that hold the same units: the output axis of a hidden layer, its bias, and the input
+axis of the next layer. A specification maps each tensor to the nodes of its axes. Everything else is derived from that
+map.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from mudsc_fast._files import atomic_write
-
-Role = Literal["produce", "consume"]
-Port = Literal["input", "output", "projection"]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """How one axis of a tensor holds the units of a node.
-
-    Parameters
-    ----------
-    node
-        The node's name.
-    role
-        Whether the units are produced or consumed here. It matters where units are clustered: a cluster averages its
-        members where they are produced and sums them where they are consumed.
-    inner
-        Consecutive entries that belong to one unit and keep their order: the positions of a flattened feature map, or
-        the width of an attention head that moves as a whole.
-    outer
-        How often the sequence of all units repeats along the axis: the positions of a feature map that was flattened
-        with its channels last.
-    compared
-        Whether the tensor counts in the units' weight similarity. The running statistics of a norm and a tensor that
-        is tied to another do not: they follow the units only.
-    """
-
-    node: str
-    role: Role
-    inner: int = 1
-    outer: int = 1
-    compared: bool = True
-
-    def __post_init__(self) -> None:
-        if self.role not in ("produce", "consume"):
-            raise ValueError(f"role of node {self.node!r} must be 'produce' or 'consume', got {self.role!r}")
-        if self.inner < 1 or self.outer < 1:
-            raise ValueError(
-                f"inner and outer of node {self.node!r} must be at least 1, got {self.inner} and {self.outer}"
-            )
-
-
-@dataclass(frozen=True)
-class Window:
-    """A run of `width` entries of a fused tensor's axis, e.g. the queries in a weight that holds queries, keys, values.
-
-    An axis is given as the sequence of its windows, which must cover it; `axis` None keeps the order of a window.
-    """
-
-    axis: Axis | str | None
-    width: int
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width of a window must be at least 1, got {self.width}")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of one axis as the specification understands it: from `start`, `width` entries (None: the whole axis)."""
-
-    axis: Axis | None
-    start: int = 0
-    width: int | None = None
-
-
-@dataclass(frozen=True)
-class TensorAxis:
-    """A node's use of one axis of one tensor."""
-
-    tensor: str
-    position: int
-    segment: Segment
-    axis: Axis
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Units that move only with their group: attention heads, the groups of a GroupNorm.
-
-    Parameters
-    ----------
-    count
-        Number of groups; the units of a group are consecutive.
-    tie
-        Nodes whose groups must keep one common order name the same tie: the query-key and the value units of one
-        attention layer, whose heads belong together.
-    """
-
-    count: int
-    tie: str | None = None
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Where the activations of a node's units are seen.
-
-    Parameters
-    ----------
-    module
-        Name of a submodule, as in ``model.get_submodule``.
-    port
-        ``"input"`` (the first tensor that the module is called with), ``"output"``, or ``"projection"`` (of
-        ``torch.nn.MultiheadAttention``: its queries, keys and values one behind the other, projected from the input
-        that it takes those at `start` from; it has no submodule that does so).
-    position
-        The axis of that tensor that holds the units; None takes it from the module's type (the last one for linear
-        layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm).
-    start, width
-        The part of that axis that holds the units, where it holds more; by default all of it.
-    inner, outer
-        As for :class:`Axis`: what belongs to one unit counts as further samples.
-    """
-
-    module: str
-    port: Port = "input"
-    position: int | None = None
-    start: int = 0
-    width: int | None = None
-    inner: int = 1
-    outer: int = 1
-
-    def __post_init__(self) -> None:
-        if self.port not in get_args(Port):
-            raise ValueError(
-                f"port of the observation of {self.module!r} must be 'input', 'output' or 'projection', "
-                f"got {self.port!r}"
-            )
-
-
-#: What may stand for one axis of a tensor in the axes map.
-Entry = str | Axis | Sequence[Window] | None
-
-
-def produces(node: str, *, inner: int = 1, outer: int = 1) -> Axis:
-    """Mark an axis that produces the units of `node`, e.g. the columns of an embedding table."""
-    return Axis(node, "produce", inner, outer)
-
-
-def consumes(node: str, *, inner: int = 1, outer: int = 1) -> Axis:
-    """Mark an axis that consumes the units of `node`, e.g. the rows of a transposed weight."""
-    return Axis(node, "consume", inner, outer)
+from mudsc_fast.spec import document
+from mudsc_fast.spec.axes import Axis, Entry, Layout, Role, TensorAxis, entry_of, parse_layout
+from mudsc_fast.spec.groups import Groups, tied_nodes
+from mudsc_fast.spec.observation import Observation, default_observations, parse_observations
+from mudsc_fast.spec.validation import count_units, observation_problems, tensor_problems
 
 
 class PermutationSpec:
-    """The axes map of an architecture, with the inverse map derived.
+    """The axes map of an architecture.
 
     Parameters
     ----------
     axes
-        For each tensor (by its name in the state dict) one entry per axis: a node's name, an :class:`Axis`, the
-        :class:`Window` s of a fused axis, or None for an axis that keeps its order. Axes behind the last entry keep
-        their order too, so a convolution's kernel needs two entries. A plain name produces the node on axis 0 and
-        consumes it on every other axis, as in ``torch.nn.Linear`` and convolutions; :func:`produces` and
-        :func:`consumes` say otherwise.
+        For each tensor (by its name in the state dict) one entry per axis: the name of a node, an :class:`Axis`, the
+        :class:`Window` s of a fused axis, or None for an axis that keeps its order. Trailing axes may be left out and
+        keep their order, so a convolution kernel needs two entries. A plain name produces the node on axis 0 and
+        consumes it on every other axis, as in ``torch.nn.Linear`` and convolutions. Use :func:`produces` and
+        :func:`consumes` where this is not so.
     observe
-        Where a node's activations are seen: an :class:`Observation`, several of them (their samples are stacked), or a
-        module's name (its input is then observed). Without an entry it is the input of the last layer in `axes` that
-        consumes the node.
+        Where the activations of a node are observed: an :class:`Observation`, several of them (their samples are
+        stacked), or the name of a module (whose input is observed). The default is the input of the last layer in
+        `axes` that consumes the node.
     groups
         Nodes whose units move only with their group: the number of groups, or :class:`Groups`.
 
     Raises
     ------
     ValueError
-        If no axis names a node, or `observe` or `groups` name an unknown one or do not fit.
+        If no axis names a node, or `observe` or `groups` name an unknown node or do not fit.
     TypeError
-        If an entry is of another type.
+        If an entry has an unsupported type.
 
     Examples
     --------
@@ -201,7 +63,7 @@ class PermutationSpec:
         observe: Mapping[str, Observation | str | Sequence[Observation]] | None = None,
         groups: Mapping[str, int | Groups] | None = None,
     ) -> None:
-        self._layouts = {tensor: _parse_layout(tensor, entries) for tensor, entries in axes.items()}
+        self._layouts = {tensor: parse_layout(tensor, entries) for tensor, entries in axes.items()}
         uses: dict[str, list[TensorAxis]] = {}
         for tensor, layout in self._layouts.items():
             for position, segments in enumerate(layout):
@@ -212,20 +74,20 @@ class PermutationSpec:
         if not uses:
             raise ValueError("axes must name at least one node, got none")
         self._uses = {node: tuple(where) for node, where in uses.items()}
-        for node, places in self._uses.items():
-            if not any(use.axis.compared for use in places):
-                raise ValueError(f"axes must name node {node!r} on an axis that is compared, got none")
-        self._observations = {node: _default_observations(where) for node, where in self._uses.items()}
-        for node, where in (observe or {}).items():
+        for node, where in self._uses.items():
+            if not any(use.axis.compared for use in where):
+                raise ValueError(f"axes must name node {node!r} on at least one axis that is compared, got none")
+        self._observations = {node: default_observations(where) for node, where in self._uses.items()}
+        for node, observed in (observe or {}).items():
             self._check_known("observe", node)
-            self._observations[node] = _parse_observations(where)
+            self._observations[node] = parse_observations(observed)
         self._groups = dict.fromkeys(self._uses, Groups(1))
         for node, grouped in (groups or {}).items():
             self._check_known("groups", node)
             self._groups[node] = grouped if isinstance(grouped, Groups) else Groups(grouped)
             if self._groups[node].count < 1:
                 raise ValueError(f"groups[{node!r}] must be at least 1, got {self._groups[node].count}")
-        self._bundles = self._tied_nodes()
+        self._bundles = tied_nodes(self._groups)
 
     @classmethod
     def from_nodes(
@@ -239,7 +101,7 @@ class PermutationSpec:
         Raises
         ------
         ValueError
-            If one axis of a tensor is covered twice.
+            If two nodes name the same axis of a tensor, or an axis is negative.
         """
         axes: dict[str, dict[int, str | Axis]] = {}
         for node, uses in nodes.items():
@@ -264,30 +126,30 @@ class PermutationSpec:
     ) -> PermutationSpec:
         """Derive the specification of a model from what it computes.
 
-        The model is exported (``torch.export``, on tensors without data, so that no memory of the weights' size is
-        needed; its parameters may be on the meta device) and the axes of all tensors are followed through its
-        operators. Units may move if nothing depends on their order; inputs and outputs keep theirs. Operators that are
-        not known keep all that they read in order, and are named in a warning of the logger
-        ``mudsc_fast.spec.infer``; ``mudsc_fast.spec.infer.derive`` returns them with the specification.
+        The model is exported with ``torch.export`` on fake tensors, so no memory of the size of the weights is needed
+        and parameters may be on the meta device. The axes of all tensors are then followed through the operators of
+        the graph. Units may be permuted if nothing depends on their order. Inputs and outputs keep their order.
+        Operators that are not supported keep the order of everything they read. The logger ``mudsc_fast.spec.infer``
+        names them in a warning; ``mudsc_fast.spec.infer.derive`` also returns them.
 
         Parameters
         ----------
         model
-            Left as it is.
+            The model. It is not modified.
         example_inputs
             What the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-            Only shapes and dtypes count.
+            Only shapes and dtypes matter.
         outputs
-            Chooses among what the model returns that whose order counts. By default all tensors; of what the models
-            of Hugging Face return, neither caches, hidden states nor attention, and the last features only where
-            there is nothing else.
+            Selects the outputs whose order matters from what the model returns. By default these are all tensors.
+            For Hugging Face models, caches, hidden states and attention weights are left out, and the last features
+            count only if there is no other output.
 
         Raises
         ------
         TypeError
-            If `model` is no module or `example_inputs` of another type.
+            If `model` is not a module or `example_inputs` has another type.
         ValueError
-            If the model cannot be exported, or if none of its units may move.
+            If the model cannot be exported, or none of its units can be permuted.
 
         Examples
         --------
@@ -295,43 +157,61 @@ class PermutationSpec:
         >>> PermutationSpec.from_model(model, torch.randn(1, 4))
         PermutationSpec(3 tensors, nodes: 0)
         """
-        from mudsc_fast.spec import infer  # it is built on this module
+        from mudsc_fast.spec import infer  # only here, so that `import mudsc_fast` stays fast
 
-        return infer.derive(model, example_inputs, outputs=outputs).spec
+        found = infer.derive(model, example_inputs, outputs=outputs)
+        return cls(found.axes, found.observe, found.groups)
 
     @property
-    def layouts(self) -> Mapping[str, tuple[tuple[Segment, ...], ...]]:
+    def layouts(self) -> Mapping[str, Layout]:
         """For each tensor and each of its axes the segments of that axis, in order."""
         return self._layouts
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """All nodes, in the order in which the axes map names them first."""
+        """All nodes, in the order in which the axes map first names them."""
         return tuple(self._uses)
 
     @property
     def bundles(self) -> tuple[tuple[str, ...], ...]:
-        """The nodes, those whose groups keep a common order together: what is matched in one step."""
+        """The nodes in bundles that are matched in one step: nodes whose groups keep a common order are together."""
         return self._bundles
 
     def uses(self, node: str) -> tuple[TensorAxis, ...]:
-        """Return every place of a node: the inverse of :attr:`layouts`."""
+        """Return every use of a node: the inverse of :attr:`layouts`."""
         return self._uses[node]
 
     def groups(self, node: str) -> Groups:
-        """Return the groups of a node; one group means that its units move freely."""
+        """Return the groups of a node. One group means that the units move freely."""
         return self._groups[node]
 
+    def observations(self, node: str) -> tuple[Observation, ...]:
+        """Return where the activations of a node are observed. Empty if the specification does not say."""
+        return self._observations[node]
+
+    def neighbors(self, node: str) -> tuple[str, ...]:
+        """Return the nodes that share a tensor with `node`: its weight similarity depends on their matching.
+
+        The node itself is included if it has two axes of one tensor.
+        """
+        found: dict[str, None] = {}
+        for use in self._uses[node]:
+            for position, segments in enumerate(self._layouts[use.tensor]):
+                for segment in segments:
+                    if segment.axis is not None and position != use.position:
+                        found[segment.axis.node] = None
+        return tuple(found)
+
     def without(self, tensors: Container[str]) -> PermutationSpec:
-        """Return the specification that does not name some tensors; all else stays, also where nodes are observed.
+        """Return this specification without some tensors. Nodes are observed in the same places as before.
 
         Raises
         ------
         ValueError
-            If no node is left, or one only on axes that are not compared.
+            If no node is left, or if a node is left only on axes that are not compared.
         """
         axes = {
-            tensor: [_entry(segments) for segments in layout]
+            tensor: [entry_of(segments) for segments in layout]
             for tensor, layout in self._layouts.items()
             if tensor not in tensors
         }
@@ -343,116 +223,75 @@ class PermutationSpec:
         )
 
     def renamed(self, names: Mapping[str, str]) -> PermutationSpec:
-        """Return the specification of the same nodes in which some tensors, the keys of `names`, have other names."""
+        """Return this specification with some tensors renamed. `names` maps old names to new ones."""
         return PermutationSpec(
             {
-                names.get(tensor, tensor): [_entry(segments) for segments in layout]
+                names.get(tensor, tensor): [entry_of(segments) for segments in layout]
                 for tensor, layout in self._layouts.items()
             },
             self._observations,
             self._groups,
         )
 
-    def neighbours(self, node: str) -> tuple[str, ...]:
-        """Return the nodes that share a tensor with `node`: those its weight similarity depends on.
-
-        The node itself is among them where it has two axes of one tensor.
-        """
-        found: dict[str, None] = {}
-        for use in self._uses[node]:
-            for position, segments in enumerate(self._layouts[use.tensor]):
-                for segment in segments:
-                    if segment.axis is not None and position != use.position:
-                        found[segment.axis.node] = None
-        return tuple(found)
-
-    def observations(self, node: str) -> tuple[Observation, ...]:
-        """Return where the activations of a node are seen; nothing if the specification does not say."""
-        return self._observations[node]
-
     def units(self, state_dict: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return the number of units of every node, having checked the specification against the tensors.
+        """Return the number of units of every node, after checking the specification against the tensors.
 
         Raises
         ------
         ValueError
-            If a tensor is missing or has too few axes, if its windows do not cover an axis, if a node has another
-            number of units there than at its first use, or if its groups do not divide them.
+            If a tensor is missing or has too few axes, if its windows do not cover an axis, if two uses of a node
+            have different numbers of units, or if groups do not divide the units.
         """
         problems = self.problems(state_dict)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise ValueError(problems[0] + more)
-        return {node: _units_at(uses[0], state_dict) for node, uses in self._uses.items()}
+        return {node: count_units(uses[0], state_dict) for node, uses in self._uses.items()}
 
     def problems(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Return every way in which the specification does not fit the tensors, in words; none if it fits."""
-        by_tensor = {
-            tensor: _layout_problems(tensor, layout, state_dict.get(tensor)) for tensor, layout in self._layouts.items()
-        }
-        problems = [problem for found in by_tensor.values() for problem in found]
-        for node, places in self._uses.items():
-            uses = [use for use in places if not by_tensor[use.tensor]]
-            if not uses:
-                continue
-            first = uses[0]
-            expected = _units_at(first, state_dict)
-            problems += [
-                f"{_described(use)} has {_units_at(use, state_dict)} units, but node {node!r} has {expected} by "
-                f"{_described(first)}"
-                for use in uses
-                if _units_at(use, state_dict) != expected
-            ]
-            if expected % self._groups[node].count:
-                problems.append(
-                    f"node {node!r} has {expected} units, which {self._groups[node].count} groups do not divide"
-                )
-        return problems
+        """Return one message for each way in which the specification does not fit the tensors; none if it fits."""
+        return tensor_problems(self._layouts, self._uses, self._groups, state_dict)
 
     def validate(self, model: nn.Module) -> None:
-        """Check the specification against a model: its tensors, and the modules at which nodes are observed.
+        """Check the specification against a model: its tensors, and the modules where nodes are observed.
 
         Raises
         ------
         ValueError
-            If the specification does not fit, with a line for each way in which it does not.
+            If the specification does not fit. The message lists every problem.
         """
         state_dict = model.state_dict()
         problems = self.problems(state_dict)
         modules = dict(model.named_modules(remove_duplicate=False))
         for node, observations in self._observations.items():
-            units = None if problems else _units_at(self._uses[node][0], state_dict)
+            num_units = None if problems else count_units(self._uses[node][0], state_dict)
             for observation in observations:
-                problems += _observation_problems(node, observation, modules.get(observation.module), units)
+                problems += observation_problems(node, observation, modules.get(observation.module), num_units)
         if problems:
             raise ValueError("\n".join([f"spec does not fit the model in {len(problems)} places:", *problems]))
 
     def to_json(self) -> str:
-        """Return the specification as a JSON document, a line for each tensor and node, which :meth:`from_json` reads.
+        """Return the specification as a JSON document for :meth:`from_json`, one line per tensor and node.
 
-        ``tensors`` is the axes map; ``groups`` and ``observe`` are as the arguments of this class. The document names
-        its format and version.
+        ``tensors`` is the axes map; ``groups`` and ``observe`` correspond to the arguments of this class. The document
+        names its format and version.
         """
-        from mudsc_fast.spec import document  # it is built on this module
-
-        return document.to_json(self)
+        return document.to_json(self._layouts, self._observations, self._groups)
 
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
-        """Return the specification that a document of :meth:`to_json` describes.
+        """Return the specification in a document written by :meth:`to_json`.
 
         Raises
         ------
         ValueError
-            If the text is no JSON or of another format or version, or if a field is missing, unknown, of another type
-            or out of range; the field is named, with what was expected and what came.
+            If the text is not JSON or has another format or version, or if a field is missing, unknown, out of range
+            or of another type. The message names the field, what was expected and what was found.
         """
-        from mudsc_fast.spec import document  # it is built on this module
-
-        return document.from_json(text)
+        return cls(*document.from_json(text))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the specification to a JSON file, which is complete or, if this fails, as it was before.
+        """Write the specification to a JSON file. The file is replaced atomically.
 
         Raises
         ------
@@ -471,7 +310,7 @@ class PermutationSpec:
         OSError
             If the file cannot be read.
         ValueError
-            As :meth:`from_json`, naming the file.
+            As for :meth:`from_json`. The message names the file.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
@@ -479,28 +318,28 @@ class PermutationSpec:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
 
     def describe(self) -> str:
-        """Return a table of the nodes: their groups, the nodes whose groups keep the same order, and their places."""
-        rows = [("node", "groups", "tied to", "places", "the first")]
+        """Return a table of the nodes: their groups, the nodes tied to them, and the axes that hold their units."""
+        rows = [("node", "groups", "tied to", "axes", "first axis")]
         for bundle in self._bundles:
             for node in bundle:
                 others = ", ".join(other for other in bundle if other != node)
                 uses = self._uses[node]
-                rows.append((node, str(self._groups[node].count), others, str(len(uses)), _described(uses[0])))
+                rows.append((node, str(self._groups[node].count), others, str(len(uses)), str(uses[0])))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def __eq__(self, other: object) -> bool:
-        """Two specifications are equal if they map the same axes, groups and places to observe."""
+        """Compare the axes map, the groups and the observations of two specifications."""
         return self._content() == other._content() if isinstance(other, PermutationSpec) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._content())
 
     def __repr__(self) -> str:
-        return f"PermutationSpec({len(self._layouts)} tensors, nodes: {_listed(self.nodes)})"
+        return f"PermutationSpec({len(self._layouts)} tensors, nodes: {_shorten(self.nodes)})"
 
     def _content(self) -> tuple[object, ...]:
-        # An axis that keeps its order may be listed or left out at the end.
+        # Trailing axes that keep their order may be listed or left out.
         layouts = []
         for tensor, layout in self._layouts.items():
             mapped = [i for i, segments in enumerate(layout) if any(segment.axis is not None for segment in segments)]
@@ -509,121 +348,9 @@ class PermutationSpec:
 
     def _check_known(self, argument: str, node: str) -> None:
         if node not in self._uses:
-            raise ValueError(f"{argument} names the node {node!r}, which no axis has; nodes: {_listed(self.nodes)}")
-
-    def _tied_nodes(self) -> tuple[tuple[str, ...], ...]:
-        bundles: dict[str, list[str]] = {}
-        for node, groups in self._groups.items():
-            bundles.setdefault(f"node {node}" if groups.tie is None else f"tie {groups.tie}", []).append(node)
-        for nodes in bundles.values():
-            counts = {node: self._groups[node].count for node in nodes}
-            if len(set(counts.values())) != 1:
-                raise ValueError(f"groups that are tied must be equally many, got {counts}")
-        return tuple(map(tuple, bundles.values()))
+            raise ValueError(f"{argument} names the node {node!r}, which no axis has; nodes: {_shorten(self.nodes)}")
 
 
-def _parse_layout(tensor: str, entries: Sequence[Entry]) -> tuple[tuple[Segment, ...], ...]:
-    if isinstance(entries, str) or not isinstance(entries, Sequence):
-        raise TypeError(f"axes of {tensor!r} must be a sequence with an entry per axis, got {entries!r}")
-    layout: list[tuple[Segment, ...]] = []
-    for position, entry in enumerate(entries):
-        if isinstance(entry, (list, tuple)) and entry and all(isinstance(window, Window) for window in entry):
-            layout.append(_parse_windows(entry, position))
-        elif entry is None or isinstance(entry, (str, Axis)):
-            layout.append((Segment(_parse_axis(entry, position)),))
-        else:
-            raise TypeError(
-                f"axis {position} of {tensor!r} must be a node's name, an Axis, a sequence of Windows or None, "
-                f"got {type(entry).__name__}"
-            )
-    return tuple(layout)
-
-
-def _parse_windows(windows: Sequence[Window], position: int) -> tuple[Segment, ...]:
-    segments, start = [], 0
-    for window in windows:
-        segments.append(Segment(_parse_axis(window.axis, position), start, window.width))
-        start += window.width
-    return tuple(segments)
-
-
-def _entry(segments: Sequence[Segment]) -> Entry:
-    """Return what stands for an axis of these segments in an axes map."""
-    windows = [Window(segment.axis, segment.width) for segment in segments if segment.width is not None]
-    return windows or segments[0].axis
-
-
-def _parse_axis(entry: str | Axis | None, position: int) -> Axis | None:
-    return Axis(entry, "produce" if position == 0 else "consume") if isinstance(entry, str) else entry
-
-
-def _parse_observations(where: Observation | str | Sequence[Observation]) -> tuple[Observation, ...]:
-    if isinstance(where, str):
-        return (Observation(where),)
-    return (where,) if isinstance(where, Observation) else tuple(where)
-
-
-def _default_observations(uses: Sequence[TensorAxis]) -> tuple[Observation, ...]:
-    for use in reversed(uses):
-        if use.axis.role == "consume" and "." in use.tensor:
-            segment, axis = use.segment, use.axis
-            module = use.tensor.rpartition(".")[0]
-            return (Observation(module, "input", None, segment.start, segment.width, axis.inner, axis.outer),)
-    return ()
-
-
-def _layout_problems(tensor: str, layout: Sequence[Sequence[Segment]], value: Tensor | None) -> list[str]:
-    if value is None:
-        return [f"spec names the tensor {tensor!r}, which the models do not have"]
-    shape = tuple(value.shape)
-    if len(shape) < len(layout):
-        return [f"spec gives {len(layout)} axes to {tensor!r}, which has {len(shape)}: shape {shape}"]
-    problems = []
-    for position, segments in enumerate(layout):
-        covered = sum(shape[position] if segment.width is None else segment.width for segment in segments)
-        if covered != shape[position]:
-            problems.append(
-                f"axis {position} of {tensor!r} has length {shape[position]}, but its windows cover {covered}"
-            )
-            continue
-        for segment in segments:
-            width = shape[position] if segment.width is None else segment.width
-            if segment.axis is not None and width % (segment.axis.inner * segment.axis.outer):
-                problems.append(
-                    f"axis {position} of {tensor!r} holds {width} entries of node {segment.axis.node!r}, not a "
-                    f"multiple of inner * outer = {segment.axis.inner * segment.axis.outer}"
-                )
-    return problems
-
-
-def _observation_problems(node: str, seen: Observation, module: nn.Module | None, units: int | None) -> list[str]:
-    if module is None:
-        return [f"node {node!r} is observed at module {seen.module!r}, which the model does not have"]
-    problems = []
-    if seen.port == "projection" and getattr(module, "in_proj_weight", None) is None:
-        problems.append(
-            f"node {node!r} is observed at the projection of {seen.module!r}, which must be a MultiheadAttention with "
-            f"one weight for queries, keys and values, got {type(module).__name__}"
-        )
-    if seen.width is not None and units is not None and seen.width != seen.outer * units * seen.inner:
-        problems.append(
-            f"node {node!r} has {units} units, but is observed at {seen.width} entries of the {seen.port} of "
-            f"{seen.module!r}, {seen.outer * units * seen.inner} expected"
-        )
-    return problems
-
-
-def _units_at(use: TensorAxis, state_dict: Mapping[str, Tensor]) -> int:
-    width = use.segment.width
-    length = int(state_dict[use.tensor].shape[use.position]) if width is None else width
-    return length // (use.axis.inner * use.axis.outer)
-
-
-def _described(use: TensorAxis) -> str:
-    window = "" if use.segment.width is None else f" (entries {use.segment.start} on)"
-    return f"axis {use.position} of {use.tensor!r}{window}"
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+def _shorten(names: Sequence[str], max_names: int = 8) -> str:
+    shown = ", ".join(names[:max_names])
+    return shown if len(names) <= max_names else f"{shown}, ... ({len(names)} in total)"

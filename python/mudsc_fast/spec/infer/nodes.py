@@ -20,11 +20,11 @@ from mudsc_fast.spec.infer.factors import Factor, factors_of, freeze, is_frozen,
 Key = tuple[Factor, ...]
 
 #: Values with more alternatives (sums within sums) than this are not told apart.
-_MOST_ALTERNATIVES = 256
+_MAX_ALTERNATIVES = 256
 
 
 @dataclass(frozen=True)
-class Part:
+class NodeSegment:
     """A segment of an axis: `width` entries from `start` on, the units of a node (no key: nothing moves)."""
 
     start: int
@@ -40,9 +40,9 @@ def settle(axes: Sequence[Factor], occurrences: Sequence[Sequence[Factor]]) -> N
         pass
 
 
-def parts_of(factor: Factor) -> list[Part]:
+def segments_of(factor: Factor) -> list[NodeSegment]:
     """Return the segments of a settled axis; neighbours that do not move are one segment."""
-    parts: list[Part] = []
+    segments: list[NodeSegment] = []
     start = 0
     for term in terms_of(factor):
         atoms = factors_of(term)
@@ -50,13 +50,13 @@ def parts_of(factor: Factor) -> list[Part]:
         if places:
             first, last = places[0], places[-1] + 1
             outer, inner = (math.prod(atom.size for atom in run) for run in (atoms[:first], atoms[last:]))
-            parts.append(Part(start, term.size, outer, tuple(atoms[first:last]), inner))
-        elif parts and not parts[-1].key:
-            parts[-1] = Part(parts[-1].start, parts[-1].width + term.size, 1, (), 1)
+            segments.append(NodeSegment(start, term.size, outer, tuple(atoms[first:last]), inner))
+        elif segments and not segments[-1].key:
+            segments[-1] = NodeSegment(segments[-1].start, segments[-1].width + term.size, 1, (), 1)
         else:
-            parts.append(Part(start, term.size, 1, (), 1))
+            segments.append(NodeSegment(start, term.size, 1, (), 1))
         start += term.size
-    return parts
+    return segments
 
 
 def _freeze_one_more(axes: Sequence[Factor], contexts: Mapping[Factor, set[Factor]]) -> bool:
@@ -104,7 +104,7 @@ def _contexts(occurrences: Sequence[Sequence[Factor]]) -> dict[Factor, set[Facto
 def _alternatives(axes: Sequence[Factor]) -> Iterator[tuple[Factor, ...]]:
     """Yield the free atoms that occur together, one tuple for each choice of terms of the axes' sums."""
     choices = [found for found in (_choices(factor) for factor in axes) if found != [()]]
-    if math.prod(map(len, choices)) > _MOST_ALTERNATIVES:
+    if math.prod(map(len, choices)) > _MAX_ALTERNATIVES:
         # Each axis by itself: fewer atoms are found together, so less is left free.
         for found in choices:
             yield from found

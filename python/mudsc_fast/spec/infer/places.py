@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from mudsc_fast.spec.axes import Role
 from mudsc_fast.spec.infer.factors import Factor, product
 from mudsc_fast.spec.infer.graph import ModuleCall
-from mudsc_fast.spec.infer.nodes import Key, Part, parts_of
+from mudsc_fast.spec.infer.nodes import Key, NodeSegment, segments_of
 from mudsc_fast.spec.infer.views import View
-from mudsc_fast.spec.permutation_spec import Observation, Port, Role
+from mudsc_fast.spec.observation import Observation, Port
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Use:
     tensor: str
     position: int
     ndim: int
-    part: Part
+    segment: NodeSegment
     whole: bool
     role: Role
     compared: bool
@@ -84,8 +85,8 @@ class Places:
         module, _, name = use.tensor.rpartition(".")
         if name != "in_proj_weight" or not isinstance(self._model.get_submodule(module), nn.MultiheadAttention):
             return []
-        part = use.part
-        return [Observation(module, "projection", -1, part.start, part.width, part.inner, part.outer)]
+        segment = use.segment
+        return [Observation(module, "projection", -1, segment.start, segment.width, segment.inner, segment.outer)]
 
     @staticmethod
     def _owner(use: Use) -> str:
@@ -97,19 +98,22 @@ def _observations(path: str, port: Port, view: View) -> Mapping[Key, list[_Candi
     found: dict[Key, list[_Candidate]] = {}
     shape = view.shape
     for position in range(len(shape)):
-        parts = _parts(view, position) or []
-        for part in parts:
-            if part.key:
+        segments = _segments(view, position) or []
+        for segment in segments:
+            if segment.key:
                 place = -1 if position == len(shape) - 1 else position
-                start, width = (0, None) if len(parts) == 1 else (part.start, part.width)
-                observation = Observation(path, port, place, start, width, part.inner, part.outer)
-                samples = math.prod(shape) // shape[position] * part.inner * part.outer
-                found.setdefault(part.key, []).append(_Candidate(observation, samples))
+                start, width = (0, None) if len(segments) == 1 else (segment.start, segment.width)
+                observation = Observation(path, port, place, start, width, segment.inner, segment.outer)
+                samples = math.prod(shape) // shape[position] * segment.inner * segment.outer
+                found.setdefault(segment.key, []).append(_Candidate(observation, samples))
     return found
 
 
-def _parts(view: View, position: int) -> list[Part] | None:
-    """Return the parts of an axis of whole axes of the base, or of whole parts of one; nothing is refined any more."""
+def _segments(view: View, position: int) -> list[NodeSegment] | None:
+    """Return the segments of an axis that consists of whole axes of the base, or of whole segments of one of them.
+
+    Return None for any other axis: factors must not be refined any more.
+    """
     pieces = list(view.axes[position])
     factors: list[Factor] = []
     while pieces:
@@ -122,8 +126,8 @@ def _parts(view: View, position: int) -> list[Part] | None:
         factor = view.base.axes[axis]
         if count != factor.size:
             begin, end = view.offsets[axis], view.offsets[axis] + count
-            inside = [part for part in parts_of(factor) if begin <= part.start and part.start + part.width <= end]
-            whole = not factors and not pieces and sum(part.width for part in inside) == count
-            return [replace(part, start=part.start - begin) for part in inside] if whole else None
+            inside = [s for s in segments_of(factor) if begin <= s.start and s.start + s.width <= end]
+            whole = not factors and not pieces and sum(segment.width for segment in inside) == count
+            return [replace(segment, start=segment.start - begin) for segment in inside] if whole else None
         factors.append(factor)
-    return parts_of(product(factors[::-1]))
+    return segments_of(product(factors[::-1]))

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mudsc_fast.spec.axes import Role
 from mudsc_fast.spec.infer.factors import Factor, freeze, is_frozen, unify
 from mudsc_fast.spec.infer.views import View, factors_of_view, whole
-from mudsc_fast.spec.permutation_spec import Role
 
 
 @dataclass(frozen=True)

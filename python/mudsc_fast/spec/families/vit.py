@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mudsc_fast.spec.layers import (
-    Part,
+from mudsc_fast.spec.axes import produces
+from mudsc_fast.spec.families.layers import (
+    PartialSpec,
     attention,
     check_divides,
     check_positive,
@@ -12,7 +13,7 @@ from mudsc_fast.spec.layers import (
     linear,
     norm,
 )
-from mudsc_fast.spec.permutation_spec import PermutationSpec, produces
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 def vit(
@@ -26,20 +27,20 @@ def vit(
 ) -> PermutationSpec:
     """Return the specification of timm's ``VisionTransformer``.
 
-    Nodes are ``stream`` and, for each block, ``blocks.0.attn.qk``, ``blocks.0.attn.v`` (both grouped by head) and
+    The nodes are ``stream`` and, for each block, ``blocks.0.attn.qk``, ``blocks.0.attn.v`` (both grouped by head) and
     ``blocks.0.mlp``.
 
     Parameters
     ----------
     num_blocks, num_heads, width
-        Of the transformer, e.g. 12, 12 and 768 for ViT-B.
+        Shape of the transformer, e.g. 12, 12 and 768 for ViT-B.
     class_token
         Whether there is a ``cls_token``.
     qkv_bias
         Whether the fused layer of queries, keys and values has a bias.
     published
-        Take the nodes of the published MuDSC specification: heads of ``attn.qk`` and ``attn.v`` are paired
-        independently, although a layer's function depends on their common order, and queries are not observed.
+        Use the nodes of the published MuDSC specification: the heads of ``attn.qk`` and ``attn.v`` are matched
+        independently, although the function of a layer depends on their common order, and queries are not observed.
 
     Raises
     ------
@@ -50,7 +51,7 @@ def vit(
     check_divides("num_heads", num_heads, "width", width)
     stream = "stream"
     tokens = ["cls_token", "pos_embed"] if class_token else ["pos_embed"]
-    network = Part({name: (None, None, produces(stream)) for name in tokens})
+    network = PartialSpec({name: (None, None, produces(stream)) for name in tokens})
     network += linear("patch_embed.proj", stream, None)
     for index in range(num_blocks):
         block = f"blocks.{index}"
@@ -71,9 +72,9 @@ def vit(
 
 
 def vit_huggingface(num_layers: int, num_heads: int, *, checkpoint_names: bool = False) -> PermutationSpec:
-    """Return the specification of ``ViTForImageClassification`` of Hugging Face.
+    """Return the specification of ``ViTForImageClassification`` from Hugging Face.
 
-    Nodes are ``stream`` and, for each layer, ``layers.0.attention.qk``, ``layers.0.attention.v`` (both grouped by
+    The nodes are ``stream`` and, for each layer, ``layers.0.attention.qk``, ``layers.0.attention.v`` (both grouped by
     head) and ``layers.0.mlp``.
 
     Parameters
@@ -81,8 +82,8 @@ def vit_huggingface(num_layers: int, num_heads: int, *, checkpoint_names: bool =
     num_layers, num_heads
         ``num_hidden_layers`` and ``num_attention_heads`` of the configuration, e.g. 12 and 12.
     checkpoint_names
-        Take the names of published files and of transformers before version 5
-        (``vit.encoder.layer.0.attention.attention.query``), not those of its modules since
+        Use the names of published checkpoints and of transformers before version 5
+        (``vit.encoder.layer.0.attention.attention.query``) instead of the module names since version 5
         (``vit.layers.0.attention.q_proj``).
 
     Raises
@@ -99,7 +100,7 @@ def vit_huggingface(num_layers: int, num_heads: int, *, checkpoint_names: bool =
         output, first, second = "attention.o_proj", "mlp.fc1", "mlp.fc2"
     stream = "stream"
     tokens = ("cls_token", "position_embeddings")
-    network = Part({f"vit.embeddings.{name}": (None, None, produces(stream)) for name in tokens})
+    network = PartialSpec({f"vit.embeddings.{name}": (None, None, produces(stream)) for name in tokens})
     network += linear("vit.embeddings.patch_embeddings.projection", stream, None)
     for index in range(num_layers):
         node, layer = f"layers.{index}", f"vit.{layers}.{index}"

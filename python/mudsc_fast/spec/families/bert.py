@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mudsc_fast._checks import check_choice
-from mudsc_fast.spec.layers import (
+from mudsc_fast.spec.families.layers import (
     attention,
     check_positive,
     embedding,
@@ -22,16 +22,16 @@ def bert(
 ) -> PermutationSpec:
     """Return the specification of ``BertForSequenceClassification`` or ``BertForMaskedLM``.
 
-    Nodes are ``stream``, for each layer ``layer.0.attention.qk``, ``layer.0.attention.v`` (both grouped by head) and
-    ``layer.0.mlp``, and for a classifier ``pooler``. The hidden layer of a masked language model's head belongs to
-    ``stream``, because its output layer is the embedding table.
+    The nodes are ``stream`` and, for each layer, ``layer.0.attention.qk``, ``layer.0.attention.v`` (both grouped by
+    head) and ``layer.0.mlp``. A classifier also has ``pooler``. The hidden layer in the head of a masked language model
+    belongs to ``stream``, because its output layer is the embedding table.
 
     Parameters
     ----------
     num_layers, num_heads
         ``num_hidden_layers`` and ``num_attention_heads`` of the configuration, e.g. 12 and 12.
     head
-        What follows the encoder: pooler and ``classifier``, or the head of a masked language model.
+        What follows the encoder: pooler and classifier, or the head of a masked language model.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mudsc_fast.spec.layers import (
+from mudsc_fast.spec.families.layers import (
     Head,
     check_divides,
     check_positive,
@@ -24,23 +24,23 @@ def llama(
     qkv_bias: bool = False,
     head: Head = "separate",
 ) -> PermutationSpec:
-    """Return the specification of ``LlamaForCausalLM``, or that of Mistral, Qwen2 or Qwen3.
+    """Return the specification of ``LlamaForCausalLM``, also for Mistral, Qwen2 and Qwen3.
 
-    Nodes are ``stream`` and, for each layer, ``layers.0.mlp`` and those of the attention: ``layers.0.attn.q`` (query
-    heads) and ``layers.0.attn.kv`` (heads of keys and values) or, where there are as many of one as of the other,
-    ``layers.0.attn.qk`` (heads of queries and keys) and ``layers.0.attn.v`` (units of values, grouped by head). Norms
-    of queries and keys that all heads share, as in Qwen3, keep their order.
+    The nodes are ``stream`` and, for each layer, ``layers.0.mlp`` and the nodes of the attention. With grouped queries
+    these are ``layers.0.attn.q`` (query heads) and ``layers.0.attn.kv`` (heads of keys and values), else
+    ``layers.0.attn.qk`` (heads of queries and keys) and ``layers.0.attn.v`` (units of values, grouped by head). Query
+    and key norms that all heads share, as in Qwen3, keep their order.
 
     Parameters
     ----------
     num_layers, num_heads, num_kv_heads, head_width
         ``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads`` and ``head_dim`` of the configuration
-        (the hidden size divided by the heads, where it does not say), e.g. 32, 32, 8 and 128 for LLaMA 3 8B.
+        (by default the hidden size divided by the number of heads), e.g. 32, 32, 8 and 128 for LLaMA 3 8B.
     qkv_bias
         Whether queries, keys and values have biases, as in Qwen2.
     head
-        Whether ``lm_head`` is a tensor of its own (``"separate"``), the embedding table itself (``"tied"``), or, as in
-        files that leave a tied one out, not among the tensors (``"absent"``).
+        Whether ``lm_head`` is a separate tensor (``"separate"``), the embedding table itself (``"tied"``), or missing,
+        as in files that do not store tied tensors twice (``"absent"``).
 
     Raises
     ------

@@ -1,11 +1,12 @@
-"""Plain chains of convolutions with a classifier behind."""
+"""Plain chains of convolutions followed by a classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mudsc_fast.spec.layers import Part, batch_norm, check_positive, linear
-from mudsc_fast.spec.permutation_spec import PermutationSpec, consumes
+from mudsc_fast.spec.axes import consumes
+from mudsc_fast.spec.families.layers import PartialSpec, batch_norm, check_positive, linear
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 def vgg(
@@ -15,9 +16,9 @@ def vgg(
     positions: int = 49,
     classifier: Sequence[str] = ("classifier.0", "classifier.3", "classifier.6"),
 ) -> PermutationSpec:
-    """Return the specification of torchvision's VGG, or of one with another classifier.
+    """Return the specification of VGG from torchvision, or of a variant with another classifier.
 
-    Every layer but the last is a node of its own name: ``features.0``, ..., ``classifier.0``, ...
+    Every layer but the last is a node with the name of the layer: ``features.0``, ..., ``classifier.0``, ...
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ def vgg(
             f"convolutions and classifier must not be empty, got {list(convolutions)} and {list(classifier)}"
         )
     check_positive(positions=positions, **{f"convolutions[{stage}]": n for stage, n in enumerate(convolutions)})
-    network, reads, index = Part(), None, 0
+    network, reads, index = PartialSpec(), None, 0
     for count in convolutions:
         for _ in range(count):
             layer = f"features.{index}"

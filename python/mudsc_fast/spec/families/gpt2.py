@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mudsc_fast.spec.layers import (
+from mudsc_fast.spec.families.layers import (
     Head,
     check_divides,
     check_positive,
@@ -18,15 +18,16 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 def gpt2(num_layers: int, num_heads: int, width: int, *, head: Head = "tied") -> PermutationSpec:
     """Return the specification of ``GPT2LMHeadModel``.
 
-    Nodes are ``stream`` and, for each layer, ``h.0.attn.qk``, ``h.0.attn.v`` (both grouped by head) and ``h.0.mlp``.
+    The nodes are ``stream`` and, for each layer, ``h.0.attn.qk``, ``h.0.attn.v`` (both grouped by head) and
+    ``h.0.mlp``.
 
     Parameters
     ----------
     num_layers, num_heads, width
         ``n_layer``, ``n_head`` and ``n_embd`` of the configuration, e.g. 12, 12 and 768.
     head
-        Whether ``lm_head`` is the embedding table itself (``"tied"``), a tensor of its own (``"separate"``), or, as in
-        files that leave a tied one out, not among the tensors (``"absent"``).
+        Whether ``lm_head`` is the embedding table itself (``"tied"``), a separate tensor (``"separate"``), or missing,
+        as in files that do not store tied tensors twice (``"absent"``).
 
     Raises
     ------

@@ -13,15 +13,15 @@ def mlp(layers: Sequence[str], *, bias: bool = True) -> PermutationSpec:
     Parameters
     ----------
     layers
-        Names of the ``torch.nn.Linear`` modules from input to output. Every layer but the last is a node of the same
-        name: its outputs may be re-ordered. The network's input and output keep their order.
+        Names of the ``torch.nn.Linear`` modules from input to output. The outputs of every layer but the last form a
+        node with the name of the layer. The input and output of the network keep their order.
     bias
         Whether the layers have biases.
 
     Raises
     ------
     ValueError
-        If there are fewer than two layers, or a name comes twice.
+        If there are fewer than two layers, or a name occurs twice.
     """
     if len(layers) < 2:
         raise ValueError(f"layers must name at least two layers, got {list(layers)}")

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mudsc_fast._checks import check_choice
-from mudsc_fast.spec.layers import Part, batch_norm, check_positive, linear, norm
-from mudsc_fast.spec.permutation_spec import Groups, Observation, PermutationSpec
+from mudsc_fast.spec.families.layers import PartialSpec, batch_norm, check_positive, linear, norm
+from mudsc_fast.spec.groups import Groups
+from mudsc_fast.spec.observation import Observation
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: The modules of a down-sampling shortcut and of the last layer.
+#: Names of the down-sampling shortcut and of the last layer.
 _NAMES = {"torchvision": ("downsample", "fc"), "cifar": ("shortcut", "linear")}
 
 
@@ -22,18 +24,19 @@ def resnet(
 ) -> PermutationSpec:
     """Return the specification of a ResNet.
 
-    Nodes are ``stem`` (also the stream of the first stage where that has no shortcut of its own), ``layer2``, ... (the
-    streams of the others) and ``layer1.0.conv1``, ... (what a block's convolution writes for the next one in it).
+    The nodes are ``stem`` (also the residual stream of the first stage, unless that has a projection shortcut),
+    ``layer2``, ... (the residual streams of the other stages) and ``layer1.0.conv1``, ... (the outputs of a
+    convolution inside a block).
 
     Parameters
     ----------
     blocks
         Number of blocks in each stage, e.g. ``(2, 2, 2, 2)`` for ResNet-18 and ``(3, 4, 6, 3)`` for ResNet-50.
     bottleneck
-        Whether blocks have three convolutions, as from ResNet-50 on, instead of two.
+        Whether blocks have three convolutions, as in ResNet-50 and larger, instead of two.
     names
-        Modules are named as in torchvision (``downsample.0``, ``fc``) or as usual for CIFAR networks (``shortcut.0``,
-        ``linear``). Both begin with ``conv1`` and ``bn1`` and have blocks ``layer1.0`` and so on.
+        Module names: those of torchvision (``downsample.0``, ``fc``) or those common for CIFAR networks
+        (``shortcut.0``, ``linear``). Both start with ``conv1`` and ``bn1`` and have blocks ``layer1.0`` and so on.
     norm_groups
         Number of groups of every GroupNorm; by default the norms are BatchNorms.
 
@@ -50,7 +53,7 @@ def resnet(
         check_positive(norm_groups=norm_groups)
     shortcut, head = _NAMES[names]
 
-    def convolution(conv: str, norm_name: str, writes: str, reads: str | None) -> Part:
+    def convolution(conv: str, norm_name: str, writes: str, reads: str | None) -> PartialSpec:
         normalized = batch_norm(norm_name, writes) if norm_groups is None else norm(norm_name, writes)
         return linear(conv, writes, reads, bias=False) + normalized
 
@@ -70,10 +73,10 @@ def resnet(
             network += convolution(f"{block}.conv{last}", f"{block}.bn{last}", stream, reads)
             if stream != entered:
                 network += convolution(f"{block}.{shortcut}.0", f"{block}.{shortcut}.1", stream, entered)
-    # Before the pooling: every position of the last stage's map is a sample, not only their mean.
+    # Observed before the pooling, so that every position of the feature map is a sample, not only their mean.
     last_stage = Observation(f"layer{len(blocks)}", "output", 1)
-    network += linear(head, None, stream) + Part(observe={stream: (last_stage,)})
+    network += linear(head, None, stream) + PartialSpec(observe={stream: (last_stage,)})
     spec = network.spec()
     if norm_groups is None:
         return spec
-    return (network + Part(groups={node: Groups(norm_groups) for node in spec.nodes})).spec()
+    return (network + PartialSpec(groups={node: Groups(norm_groups) for node in spec.nodes})).spec()

@@ -1,11 +1,12 @@
-"""CLIP's towers, with the names of OpenAI and of Hugging Face."""
+"""The towers of CLIP with the names of OpenAI and of Hugging Face."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mudsc_fast.spec.layers import (
-    Part,
+from mudsc_fast.spec.axes import consumes, produces
+from mudsc_fast.spec.families.layers import (
+    PartialSpec,
     attention,
     check_divides,
     check_positive,
@@ -15,12 +16,13 @@ from mudsc_fast.spec.layers import (
     norm,
     packed_attention,
 )
-from mudsc_fast.spec.permutation_spec import Observation, PermutationSpec, consumes, produces
+from mudsc_fast.spec.observation import Observation
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The shape of a transformer: 12, 12 and 768 for the images of ViT-B, 12, 8 and 512 for the texts that go with it.
+    """The shape of a transformer: 12, 12 and 768 for the images of ViT-B, and 12, 8 and 512 for its texts.
 
     Raises
     ------
@@ -38,16 +40,16 @@ class Tower:
 
 
 def clip_openai(vision: Tower | None = None, text: Tower | None = None) -> PermutationSpec:
-    """Return the specification of OpenAI's ``CLIP`` with vision transformer, of open_clip too.
+    """Return the specification of ``CLIP`` from OpenAI or open_clip, with a vision transformer.
 
-    Nodes are, for ``visual`` and for ``text``, ``visual.stream`` and for each block ``visual.0.attn.qk``,
-    ``visual.0.attn.v`` (both grouped by head) and ``visual.0.mlp``. The space in which images and texts meet keeps its
-    order.
+    The nodes are, for ``visual`` and for ``text``, ``visual.stream`` and for each block ``visual.0.attn.qk``,
+    ``visual.0.attn.v`` (both grouped by head) and ``visual.0.mlp``. The joint embedding space of
+    images and texts keeps its order.
 
     Parameters
     ----------
     vision, text
-        The towers to match. One that is not given keeps its order, or need not be among the tensors.
+        The towers to match. A tower that is not given keeps its order and may be missing from the tensors.
 
     Raises
     ------
@@ -55,38 +57,38 @@ def clip_openai(vision: Tower | None = None, text: Tower | None = None) -> Permu
         If neither tower is given.
     """
     _check_towers(vision, text)
-    network = Part()
+    network = PartialSpec()
     if vision is not None:
         stream = "visual.stream"
-        network += Part({"visual.class_embedding": (produces(stream),)})
-        network += Part({"visual.positional_embedding": (None, produces(stream))})
+        network += PartialSpec({"visual.class_embedding": (produces(stream),)})
+        network += PartialSpec({"visual.positional_embedding": (None, produces(stream))})
         network += linear("visual.conv1", stream, None, bias=False) + norm("visual.ln_pre", stream)
         network += _openai_blocks("visual", "visual.transformer.resblocks", vision)
-        network += norm("visual.ln_post", stream) + Part(
+        network += norm("visual.ln_post", stream) + PartialSpec(
             {"visual.proj": (consumes(stream), None)}, {stream: (Observation("visual.ln_post", "output", -1),)}
         )
     if text is not None:
         stream = "text.stream"
         network += embedding("token_embedding", stream)
-        network += Part({"positional_embedding": (None, produces(stream))})
+        network += PartialSpec({"positional_embedding": (None, produces(stream))})
         network += _openai_blocks("text", "transformer.resblocks", text)
-        network += norm("ln_final", stream) + Part(
+        network += norm("ln_final", stream) + PartialSpec(
             {"text_projection": (consumes(stream), None)}, {stream: (Observation("ln_final", "output", -1),)}
         )
     return network.spec()
 
 
 def clip_huggingface(vision: Tower | None = None, text: Tower | None = None) -> PermutationSpec:
-    """Return the specification of Hugging Face's ``CLIPModel``, or of the model of one tower ``WithProjection``.
+    """Return the specification of ``CLIPModel`` from Hugging Face, or of one tower ``WithProjection``.
 
-    Nodes are, for ``vision`` and for ``text``, ``vision.stream`` and for each layer ``vision.0.attn.qk``,
-    ``vision.0.attn.v`` (both grouped by head) and ``vision.0.mlp``. The space in which images and texts meet keeps its
-    order.
+    The nodes are, for ``vision`` and for ``text``, ``vision.stream`` and for each layer ``vision.0.attn.qk``,
+    ``vision.0.attn.v`` (both grouped by head) and ``vision.0.mlp``. The joint embedding space of
+    images and texts keeps its order.
 
     Parameters
     ----------
     vision, text
-        The towers to match. One that is not given keeps its order, or need not be among the tensors.
+        The towers to match. A tower that is not given keeps its order and may be missing from the tensors.
 
     Raises
     ------
@@ -94,13 +96,13 @@ def clip_huggingface(vision: Tower | None = None, text: Tower | None = None) -> 
         If neither tower is given.
     """
     _check_towers(vision, text)
-    network = Part()
+    network = PartialSpec()
     if vision is not None:
         stream, embeddings = "vision.stream", "vision_model.embeddings"
-        network += Part({f"{embeddings}.class_embedding": (produces(stream),)})
+        network += PartialSpec({f"{embeddings}.class_embedding": (produces(stream),)})
         network += linear(f"{embeddings}.patch_embedding", stream, None, bias=False)
         network += embedding(f"{embeddings}.position_embedding", stream)
-        network += norm("vision_model.pre_layrnorm", stream)  # the library's spelling
+        network += norm("vision_model.pre_layrnorm", stream)  # sic
         network += _huggingface_layers("vision", vision)
         network += norm("vision_model.post_layernorm", stream)
         network += linear("visual_projection", None, stream, bias=False)
@@ -114,8 +116,8 @@ def clip_huggingface(vision: Tower | None = None, text: Tower | None = None) -> 
     return network.spec()
 
 
-def _openai_blocks(tower: str, modules: str, shape: Tower) -> Part:
-    stream, blocks = f"{tower}.stream", Part()
+def _openai_blocks(tower: str, modules: str, shape: Tower) -> PartialSpec:
+    stream, blocks = f"{tower}.stream", PartialSpec()
     for index in range(shape.num_layers):
         node, block = f"{tower}.{index}", f"{modules}.{index}"
         blocks += norm(f"{block}.ln_1", stream)
@@ -125,8 +127,8 @@ def _openai_blocks(tower: str, modules: str, shape: Tower) -> Part:
     return blocks
 
 
-def _huggingface_layers(tower: str, shape: Tower) -> Part:
-    stream, layers = f"{tower}.stream", Part()
+def _huggingface_layers(tower: str, shape: Tower) -> PartialSpec:
+    stream, layers = f"{tower}.stream", PartialSpec()
     for index in range(shape.num_layers):
         node, layer = f"{tower}.{index}", f"{tower}_model.encoder.layers.{index}"
         query, key, value, output = (f"{layer}.self_attn.{name}_proj" for name in ("q", "k", "v", "out"))

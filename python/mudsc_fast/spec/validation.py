@@ -1,0 +1,92 @@
+"""Checks of a specification against the tensors and modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mudsc_fast.spec.axes import Layout, TensorAxis
+from mudsc_fast.spec.groups import Groups
+from mudsc_fast.spec.observation import Observation
+
+
+def count_units(use: TensorAxis, state_dict: Mapping[str, Tensor]) -> int:
+    """Return the number of units on an axis of a tensor."""
+    width = use.segment.width
+    length = int(state_dict[use.tensor].shape[use.position]) if width is None else width
+    return length // (use.axis.inner * use.axis.outer)
+
+
+def tensor_problems(
+    layouts: Mapping[str, Layout],
+    uses: Mapping[str, Sequence[TensorAxis]],
+    groups: Mapping[str, Groups],
+    state_dict: Mapping[str, Tensor],
+) -> list[str]:
+    """Return one message for each way in which a specification does not fit the tensors."""
+    by_tensor = {tensor: _layout_problems(tensor, layout, state_dict.get(tensor)) for tensor, layout in layouts.items()}
+    problems = [problem for found in by_tensor.values() for problem in found]
+    for node, where in uses.items():
+        fitting = [use for use in where if not by_tensor[use.tensor]]
+        if not fitting:
+            continue
+        first = fitting[0]
+        expected = count_units(first, state_dict)
+        problems += [
+            f"{use} has {count_units(use, state_dict)} units, but node {node!r} has {expected} units on {first}"
+            for use in fitting
+            if count_units(use, state_dict) != expected
+        ]
+        if expected % groups[node].count:
+            problems.append(f"node {node!r} has {expected} units, which {groups[node].count} groups do not divide")
+    return problems
+
+
+def observation_problems(
+    node: str, observation: Observation, module: nn.Module | None, num_units: int | None
+) -> list[str]:
+    """Return one message for each reason why `node` cannot be observed there.
+
+    `module` is None if the model has no submodule of that name, `num_units` is None if it is not known.
+    """
+    if module is None:
+        return [f"node {node!r} is observed at module {observation.module!r}, which the model does not have"]
+    problems = []
+    if observation.port == "projection" and getattr(module, "in_proj_weight", None) is None:
+        problems.append(
+            f"node {node!r} is observed at the projection of {observation.module!r}, which must be a "
+            f"MultiheadAttention with one weight for queries, keys and values, got {type(module).__name__}"
+        )
+    if observation.width is not None and num_units is not None:
+        expected = observation.outer * num_units * observation.inner
+        if observation.width != expected:
+            problems.append(
+                f"node {node!r} has {num_units} units, but is observed at {observation.width} entries of the "
+                f"{observation.port} of {observation.module!r}, {expected} expected"
+            )
+    return problems
+
+
+def _layout_problems(tensor: str, layout: Layout, value: Tensor | None) -> list[str]:
+    if value is None:
+        return [f"spec names the tensor {tensor!r}, which the models do not have"]
+    shape = tuple(value.shape)
+    if len(shape) < len(layout):
+        return [f"spec gives {len(layout)} axes to {tensor!r}, which has {len(shape)}: shape {shape}"]
+    problems = []
+    for position, segments in enumerate(layout):
+        covered = sum(shape[position] if segment.width is None else segment.width for segment in segments)
+        if covered != shape[position]:
+            problems.append(
+                f"axis {position} of {tensor!r} has length {shape[position]}, but its windows cover {covered}"
+            )
+            continue
+        for segment in segments:
+            width = shape[position] if segment.width is None else segment.width
+            if segment.axis is not None and width % (segment.axis.inner * segment.axis.outer):
+                problems.append(
+                    f"axis {position} of {tensor!r} holds {width} entries of node {segment.axis.node!r}, not a "
+                    f"multiple of inner * outer = {segment.axis.inner * segment.axis.outer}"
+                )
+    return problems
