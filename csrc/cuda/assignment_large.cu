@@ -1,22 +1,23 @@
 // The dense passes of one large assignment: each reads rows of the matrix once, a block a row, in coalesced order.
 //
-//   1. assignment_inspect: the distance of each row's two least costs, which tells how large a bid should be, and a
-//   hash to
-//      find equal rows by (assignment_check_classes compares them): dead units would outbid one another without end.
+//   1. assignment_inspect: the difference between each row's two smallest costs, from which the size of a bid follows,
+//      and a hash that finds equal rows (assignment_check_classes compares them): otherwise dead units would outbid one
+//      another forever.
 //   2. assignment_bid: an auction (D. P. Bertsekas, "The auction algorithm", Annals of Operations Research 14, 1988) in
-//   Jacobi
-//      rounds, in one cooperative launch without a word with the host. Every row without a column finds its best and
-//      second best at the prices of now and offers what makes them alike, plus epsilon; the highest offer for a column
-//      wins, of equal ones the first row's. Offers meet in one 64-bit maximum per column, the price above the row, so
-//      that rounds do not depend on the order of threads. It ends when few rows are left: the last of them would take
-//      most of the rounds, and a path search on lists takes them at once.
-//   3. assignment_list: each row's least few reduced costs, in double, and a floor below which none is left out. A
-//      thread's least is one of 256; the bound is the one of rank `wanted` among these, and what passes it is listed.
-//      Only where more than `capacity` entries pass, which takes ties, it is found by bisection over the whole row.
-//   4. assignment_certify: row duals anew over every entry, in double: the proof.
+//      Jacobi rounds, in one cooperative launch that never waits for the host. Every row without a column finds its
+//      best and second-best column at the current prices and offers the price that makes both equally good, plus
+//      epsilon. The highest offer for a column wins; among equal offers, the first row's. Offers meet in one 64-bit
+//      maximum per column, with the price in the high bits and the row in the low ones, so that rounds do not depend on
+//      the order of threads. The auction ends when few rows are left: those would take most of the rounds, and a path
+//      search on lists assigns them at once.
+//   3. assignment_list: the few smallest reduced costs of each row, in double, and a floor that no unlisted entry is
+//      below. Each of 256 threads finds its smallest entry; the bound is the one of rank `wanted` among these, and
+//      entries up to the bound are listed. Only where more than `capacity` entries qualify, which takes ties, the bound
+//      is found by bisection over the whole row.
+//   4. assignment_certify: recomputes the row duals over every entry, in double: the proof of optimality.
 //
 // Memory traffic: passes 1, 4 and the first round read the matrix once; 3 reads a row twice, the second time from L2.
-// A later round reads a row per bidder. Prices and duals are read along with every row, from the first caches.
+// A later round reads one row per bidder. Prices and duals are read with every row, from L1 and L2.
 #include <type_traits>
 
 #include "block.hpp"

@@ -4,8 +4,7 @@
 // 128 x 128 pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its
 // threads go on: a slab is multiplied while the next one is made ready and two further ones are copied.
 //   float32 (and halves that are shifted): TF32 operands must lie along the samples. Threads read what was copied, in
-//   its own
-//     layout, repair it, split it, and store both parts swizzled; two pairs of such tiles take turns.
+//     its own layout, repair it, split it, and store both parts swizzled; two pairs of such tiles take turns.
 //   halves: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs take turns.
 // Two accumulators of 64 numbers a thread and one block a multiprocessor, as there.
 // Shared memory a slab of float32: 32 kB arrive, 32 kB are read, 64 kB stored and 144 kB read by wgmma in 1536 cycles

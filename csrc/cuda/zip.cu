@@ -4,10 +4,9 @@
 // Three launches, and no word with the host between them:
 //   1. zip_load, a block per row: a working copy of the matrix and each row's first largest entry;
 //   2. zip_symmetry, over tiles: whether the matrix equals its transpose;
-//   3. zip_merge, one block for all merges. A merge is a search over the rows' bounds, a look at two rows, and one
-//   entry
-//      in every row left. That is a few thousand independent accesses, which one multiprocessor has under way at once
-//      in less time than a barrier of the whole device takes.
+//   3. zip_merge, one block for all merges. A merge searches the rows' bounds, reads two rows, and touches one entry
+//      in every remaining row: a few thousand independent accesses, which one multiprocessor issues in less time than
+//      a barrier across the whole device takes.
 // The bounds and their columns are in shared memory if they fit (25,000 units in float32), else in L2.
 // Memory traffic: two reads and a write of the matrix, then per merge two rows and a sector in every row: written, and
 // if the matrix is not symmetric read as well, twice.
