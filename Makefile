@@ -14,6 +14,9 @@ PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 # The tests run the CUDA kernels in the simulator, which needs no CUDA compiler; `compiled` is for those who have one.
 SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
 
+# The demo builds CUDA kernels only where there is a GPU to use them: compiling them for all GPUs takes minutes.
+DEMO_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
+
 .PHONY: demo test lint unit sanitized compiled clean
 
 demo: $(VENV)/demo.stamp
@@ -45,7 +48,7 @@ compiled: $(VENV)/test.stamp
 
 $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet ".[demo]"
+	MUDSC_CUDA=$(DEMO_CUDA) $(BIN)/python -m pip install --quiet ".[demo]"
 	touch $@
 
 $(VENV)/test.stamp: $(SOURCES) | $(VENV)

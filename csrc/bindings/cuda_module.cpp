@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cuda_bindings.hpp"
+#include "mudsc/build_info.hpp"
 
 #if defined(MUDSC_CUDA_SIMULATOR)
 #include "auction_rounds.hpp"
@@ -60,6 +61,11 @@ PYBIND11_MODULE(MUDSC_CUDA_MODULE, module) {
   using namespace mudsc;
   module.doc() = "CUDA kernels of mudsc_fast; see mudsc_fast.ops for the functions to call.";
   module.def("unavailable_reason", &cuda::unavailable_reason, pybind11::arg("device") = -1);
+  module.attr("architectures") = build_info::kCudaArchitectures;  // as in CMAKE_CUDA_ARCHITECTURES
+  module.def("versions", [] {
+    const cuda::Versions versions = cuda::cuda_versions();
+    return std::make_pair(versions.toolkit, versions.driver);
+  });
   bindings::register_cuda_assignment(module);
   bindings::register_cuda_correlation(module);
   bindings::register_cuda_zip(module);

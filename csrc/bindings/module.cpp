@@ -1,6 +1,7 @@
 #include <exception>
 
 #include "bindings.hpp"
+#include "mudsc/build_info.hpp"
 
 #if defined(__clang__)
 #define MUDSC_COMPILER "clang " __clang_version__
@@ -15,8 +16,9 @@ PYBIND11_MODULE(_core, module) {
   using namespace mudsc;
 
   module.doc() = "Compiled kernels of mudsc_fast; see mudsc_fast.ops for the functions to call.";
-  module.attr("__version__") = MUDSC_VERSION;
+  module.attr("__version__") = build_info::kVersion;
   module.attr("compiler") = MUDSC_COMPILER;
+  module.attr("cuda_problem") = build_info::kCudaProblem;  // why there is no module of CUDA kernels; "" if there is
   // Names in the order of the Isa enumeration: an index is a level.
 #if MUDSC_X86_64
   module.attr("isa_levels") = py::make_tuple("baseline", "avx2", "avx512");

@@ -10,6 +10,7 @@ __version__: Final[str]
 compiler: Final[str]
 isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]
+cuda_problem: Final[str]
 
 def assign_array(cost_matrix: object, maximize: object, /) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None: ...
 def solve_array(

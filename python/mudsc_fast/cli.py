@@ -178,7 +178,8 @@ def info() -> str:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "extension": f"built by {_core.compiler}",
-        "CUDA kernels": f"off ({_device.unavailable_reason()})" if _device.unavailable_reason() else "on",
+        "CUDA kernels": _device.build_description(),
+        **_kernels_by_device(),
         **_tensor_cores(),
         "instruction levels": f"{', '.join(_core.isa_levels)}; in use: {_core.isa_levels[isa_level()]}",
         "devices": ", ".join(devices),
@@ -194,12 +195,20 @@ def info() -> str:
     return "\n".join(lines)
 
 
+def _kernels_by_device() -> dict[str, str]:
+    """Return whether the CUDA kernels run on each device."""
+    indices = range(torch.cuda.device_count())
+    return {f"CUDA kernels on cuda:{index}": _device.device_description(index) for index in indices}
+
+
 def _tensor_cores() -> dict[str, str]:
     """Return what multiplies on each CUDA device, and why."""
     if _device.unavailable_reason():
         return {}
     found = []
     for index in range(torch.cuda.device_count()):
+        if _device.unavailable_reason(index):
+            continue
         try:
             instructions, reason = correlation.tensor_cores(torch.device("cuda", index))
         except RuntimeError as error:

@@ -18,7 +18,13 @@ struct LaunchError : std::runtime_error {
       : std::runtime_error("CUDA kernel " + kernel + " could not be launched: " + reason) {}
 };
 
-// Why no kernel can run on a device, or, where it is negative, on any; empty if they can.
+// Why no kernel can run on a device or, if it is negative, on any device; empty if they can.
 std::string unavailable_reason(int device);
+
+// As CUDA counts them: 13000 is 13.0. Of the driver, the newest version it supports; 0 without a driver.
+struct Versions {
+  int toolkit, driver;
+};
+Versions cuda_versions();
 
 }  // namespace mudsc::cuda

@@ -1,15 +1,18 @@
-"""The extension with the CUDA kernels, and where to launch them."""
+"""The extension with the CUDA kernels, what it was built for, and where to launch them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mudsc_fast import _core
 
 #: The numbers of mudsc::ScalarType (csrc/include/mudsc/types.hpp).
 SCALAR_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -24,11 +27,61 @@ class Launch(NamedTuple):
 
 @cache
 def unavailable_reason(index: int | None = None) -> str:
-    """Return why no CUDA kernel can run on the device of that index, or on any; empty if they can."""
+    """Return why no CUDA kernel can run on the device of that index, or on any device; empty if they can."""
     try:
-        return str(import_module("mudsc_fast._cuda").unavailable_reason(-1 if index is None else index))
+        return str(extension().unavailable_reason(-1 if index is None else index))
+    except ImportError as error:
+        return f"not built: {_core.cuda_problem}" if _core.cuda_problem else str(error)
+
+
+def code_for(capability: tuple[int, int], architectures: str) -> Literal["machine code", "PTX", ""]:
+    """Return what a build for `architectures` has for devices of a compute capability.
+
+    Parameters
+    ----------
+    capability
+        Major and minor version, such as (8, 6).
+    architectures
+        As in CMAKE_CUDA_ARCHITECTURES: "80;90a-real" is machine code and PTX for 8.0 and machine code for 9.0a.
+
+    Returns
+    -------
+    str
+        Machine code runs on devices of the same major version and the same or a later minor version; PTX is compiled by
+        the driver at first use, for any later device. Empty if neither is there.
+    """
+    has_ptx = False
+    for number, suffix, kind in re.findall(r"(\d+)([af]?)(-real|-virtual)?", architectures):
+        built = divmod(int(number), 10)
+        if kind != "-virtual" and (
+            built == capability if suffix else built[0] == capability[0] and built <= capability
+        ):
+            return "machine code"
+        has_ptx |= kind != "-real" and not suffix and built <= capability
+    return "PTX" if has_ptx else ""
+
+
+def build_description() -> str:
+    """Return for which CUDA and which devices the kernels were built, or why they were not."""
+    try:
+        module = extension()
     except ImportError:
-        return "not built: no CUDA compiler when the package was installed"
+        return f"off ({unavailable_reason()})"
+    toolkit, driver = (f"{version // 1000}.{version % 1000 // 10}" if version else "" for version in module.versions())
+    built = f"built with CUDA {toolkit} for {', '.join(module.architectures.split(';'))}"
+    built += f", driver for CUDA {driver}" if driver else ", no driver"
+    reason = unavailable_reason()
+    return f"off ({reason}); {built}" if reason else f"on; {built}"
+
+
+def device_description(index: int) -> str:
+    """Return whether the CUDA kernels run on the device of that index, and from what code."""
+    reason = unavailable_reason(index)
+    if reason:
+        return f"off ({reason})"
+    if code_for(torch.cuda.get_device_capability(index), extension().architectures) == "PTX":
+        return "on (compiled from PTX by the driver, which takes some seconds at first use)"
+    return "on"
 
 
 def extension() -> Any:
