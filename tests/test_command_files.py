@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import mudsc_fast
 from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, randomize
 from mudsc_fast import cli
-from mudsc_fast.io import CheckpointError, choose_spec, open_checkpoint
+from mudsc_fast.io import open_checkpoint
 from mudsc_fast.spec import PermutationSpec, bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
+from mudsc_fast.spec.choose import choose_spec
 from networks import make_mlp
 from test_builders import SHAPE, TEXT
 
@@ -118,7 +119,7 @@ def test_directories_merge_as_loaded_models(name: str, mode: Any, tmp_path: Path
     assert (tmp_path / "a" / "model.safetensors.index.json").exists()
     run("merge", a, b, "--output", tmp_path / "out", "--mode", mode, "--quiet", "--shard-size", "30KB")
     models = [load(a), load(b)]
-    spec = choose_spec("auto", models[0].state_dict(), json.loads((tmp_path / "a" / "config.json").read_text()))
+    spec = choose_spec(None, models[0].state_dict(), config=json.loads((tmp_path / "a" / "config.json").read_text()))
     expected = mudsc_fast.merge([model.state_dict() for model in models], spec, mode=mode)
     assert_states_equal(load(tmp_path / "out").state_dict(), expected.state_dict)
     shards = list((tmp_path / "out").glob("model-*.safetensors"))
@@ -149,7 +150,7 @@ def test_activations_of_directories(name: str, data: str, space: Any, tmp_path: 
     run("merge", a, b, "--output", tmp_path / "out", "--space", space, "--data", where, "--quiet", "--balance", "0.3")
     models = [load(a), load(b)]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    spec = choose_spec("auto", models[0].state_dict(), config)
+    spec = choose_spec(None, models[0].state_dict(), config=config)
     expected = mudsc_fast.merge(models, spec, globals()[data](), space=space, balance=0.3)
     found = load(tmp_path / "out").state_dict()
     for key, tensor in expected.state_dict.items():
@@ -291,12 +292,12 @@ def test_a_wrong_specification_changes_outputs(tmp_path: Path, capsys: pytest.Ca
     assert "the specification does not describe this network" in failure(capsys, tmp_path, *arguments)
 
 
-RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
-    "mlp": (make_mlp, "auto", mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])),
-    "resnet": (lambda: ResNet((2, 1), (8, 16)), "auto", resnet((2, 1), names="cifar")),
+RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str | None, Any]] = {
+    "mlp": (make_mlp, None, mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])),
+    "resnet": (lambda: ResNet((2, 1), (8, 16)), None, resnet((2, 1), names="cifar")),
     "resnet bottleneck": (
         lambda: ResNet((2, 1), (8, 10), shortcut="downsample", head="fc", bottleneck=True),
-        "auto",
+        None,
         resnet((2, 1), bottleneck=True),
     ),
     "resnet group norm": (
@@ -306,16 +307,16 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str, Any]] = {
     ),
     "vgg": (
         lambda: Vgg([(8,), (12, 10)], 8, (24,), batch_norms=False),
-        "auto",
+        None,
         vgg((1, 2), positions=4, classifier=("classifier.0", "classifier.3")),
     ),
     "vgg batch norm": (
         lambda: Vgg([(8, 8), (12,)], 12, (24, 20), batch_norms=True),
-        "auto",
+        None,
         vgg((2, 1), batch_norms=True, positions=9),
     ),
     "vit": (VisionTransformer, "vit:num_heads=3", vit(2, 3, 24)),
-    "swin": (lambda: Swin((1, 2), (2, 4), 16), "auto", swin((1, 2), (2, 4), 16)),
+    "swin": (lambda: Swin((1, 2), (2, 4), 16), None, swin((1, 2), (2, 4), 16)),
     "clip": (
         lambda: Clip((2, 3, 24), (2, 4, 32)),
         "clip_openai:vision_heads=3,text_heads=4",
@@ -337,7 +338,7 @@ def test_names_of_gpt2_without_its_prefix() -> None:
     state = {key.removeprefix("transformer."): value for key, value in gpt2_model().state_dict().items()}
     del state["lm_head.weight"]
     config = {"model_type": "gpt2", "n_head": 4}
-    spec = choose_spec("auto", state, config)
+    spec = choose_spec(None, state, config=config)
     assert spec.nodes == gpt2(2, 4, 32).nodes
     assert spec.units(state)["stream"] == 32
 
@@ -345,23 +346,22 @@ def test_names_of_gpt2_without_its_prefix() -> None:
 @pytest.mark.parametrize(
     ("build", "text", "message"),
     [
-        (VisionTransformer, "auto", r"do not tell num_heads of the family vit: name it, --spec vit:num_heads=N"),
+        (VisionTransformer, None, r"do not tell num_heads of the family vit: pass it as spec 'vit:num_heads=N'"),
         (VisionTransformer, "vit:num_heads=5", "not those of the family vit: width must be a multiple of num_heads"),
         (VisionTransformer, "vit:heads=3,num_heads=3", "no number 'heads'; it takes: num_heads"),
         (VisionTransformer, "vit:num_heads", r"must be NAME:number=value,..., got 'num_heads'"),
         (
             VisionTransformer,
             "swim",
-            "unknown specification 'swim': expected auto, derive, a .json file or one of bert, clip",
+            "spec names the unknown family 'swim': expected one of bert, clip",
         ),
-        (VisionTransformer, "auto:num_heads=3", "takes no numbers"),
         (VisionTransformer, "resnet", "not those of the family resnet"),
-        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), "auto", r"not recognised by its tensors \(0.weight, 0.bias"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), None, r"not recognized by its tensors \(0.weight, 0.bias"),
         (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), "mlp", "expected nothing but linear layers"),
     ],
 )
-def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         choose_spec(text, build().state_dict())
 
 
@@ -372,7 +372,7 @@ def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: 
         ({"model_type": "t5", "architectures": ["T6"]}, "transformers has no T6, which config.json names"),
         (
             {"model_type": "whisper"},
-            "there is no batch to derive the specification of WhisperModel with",
+            "there is no batch to derive the spec of WhisperModel with",
         ),
         ({"model_type": "phi"}, "PhiModel has no 'model.embed_tokens.weight', as 21 of the 21 tensors in files"),
         ({"model_type": "llama"}, "do not tell num_heads of the family llama"),
@@ -380,8 +380,8 @@ def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: 
     ],
 )
 def test_configurations_that_do_not_help(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        choose_spec("auto", llama_model().state_dict(), config)
+    with pytest.raises(ValueError, match=message):
+        choose_spec(None, llama_model().state_dict(), config=config)
 
 
 def qwen3_model(**options: Any) -> Any:
@@ -423,7 +423,7 @@ def no_batches() -> list[str]:
 def test_deriving_needs_something_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     for arguments, message in (
-        ((), "--spec derive needs a directory with a config.json, or --model and --data"),
+        ((), "spec='derive' needs the model and a batch to run it on"),
         (
             ("--model", f"{__name__}:no_model", "--data", f"{__name__}:mlp_batches"),
             "the model function must return a torch.nn.Module, got str",
@@ -432,7 +432,7 @@ def test_deriving_needs_something_to_run(tmp_path: Path, capsys: pytest.CaptureF
             ("--model", "networks:make_mlp", "--data", f"{__name__}:no_batches"),
             "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, got str",
         ),
-        (("--model", "networks:make_mlp"), "deriving the specification of what --model builds needs --data"),
+        (("--model", "networks:make_mlp"), "there is no data"),
     ):
         shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "out", "--spec", "derive", *arguments)
         assert message in shown
@@ -440,11 +440,11 @@ def test_deriving_needs_something_to_run(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_deriving_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match="'qwen3' has no specification of its own, and deriving one needs trans"):
-        choose_spec("auto", {}, {"model_type": "qwen3"})
+    with pytest.raises(ValueError, match="deriving the spec of the model type 'qwen3' needs transformers"):
+        choose_spec(None, {}, config={"model_type": "qwen3"})
 
 
 def test_a_tensor_that_no_builder_names() -> None:
     state = llama_model(attention_bias=True).state_dict()
-    with pytest.raises(CheckpointError, match=r"does not name 2 tensors, model.layers.0.self_attn.o_proj.bias"):
+    with pytest.raises(ValueError, match=r"does not name 2 tensors, model.layers.0.self_attn.o_proj.bias"):
         choose_spec("llama:num_heads=4,num_kv_heads=2", state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,44 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
         "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, "
         f"got {type(batch).__name__}" + (f" of {type(inputs).__name__}" if inputs is not batch else "")
     )
+
+
+class Rewindable(Iterable[Any]):
+    """Batches of which the first can be looked at before, during and after reading them, even if only once."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._first: list[Any] = []
+        self._behind_first: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._behind_first is not None:
+            rest, self._behind_first = self._behind_first, None
+            yield self._first[0]
+            yield from rest
+            return
+        for batch in self._batches:
+            if not self._first:
+                self._first.append(batch)
+            yield batch
+
+    def first(self) -> Any:
+        """Return the first batch.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        if not self._first:
+            rest = iter(self._batches)
+            for batch in rest:
+                self._first.append(batch)
+                self._behind_first = rest
+                break
+        if not self._first:
+            raise ValueError("data must yield at least one batch, got none")
+        return self._first[0]
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def _shared(given: argparse.Namespace) -> dict[str, Any]:
                 f"--data {given.data}: must return batches to iterate over, got {type(data).__name__}"
             )
     return {
-        "spec": given.spec,
+        "spec": None if given.spec == "auto" else given.spec,
         "data": data,
         "build": None if given.model is None else import_function("--model", given.model),
         "space": given.space,

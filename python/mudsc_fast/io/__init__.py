@@ -2,7 +2,6 @@
 
 from mudsc_fast.io.checkpoint import Checkpoint, CheckpointError, Format, LazyTensors, open_checkpoint
 from mudsc_fast.io.merging import WriteResult, align_checkpoints, merge_checkpoints
-from mudsc_fast.io.recognition import choose_spec
 from mudsc_fast.io.writing import TensorSize, Written, atomic_path, write_checkpoint
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "Written",
     "align_checkpoints",
     "atomic_path",
-    "choose_spec",
     "merge_checkpoints",
     "open_checkpoint",
     "write_checkpoint",

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 import mudsc_fast
 from mudsc_fast._checks import check_choice, check_share
+from mudsc_fast._forward import Rewindable
 from mudsc_fast.io import models as loading
 from mudsc_fast.io.checkpoint import FORMAT_OF_SUFFIX, Checkpoint, CheckpointError, Format, open_checkpoint, read_json
-from mudsc_fast.io.derivation import derive_from_build
-from mudsc_fast.io.recognition import choose_spec
 from mudsc_fast.io.writing import (
     TensorSize,
     Written,
@@ -34,6 +33,7 @@ from mudsc_fast.merge import Space, prepare_matching
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis
+from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 #: Shards of a directory are no larger, unless a single tensor is: the size at which Hugging Face cuts.
@@ -140,7 +140,7 @@ def merge_checkpoints(
     inputs: Sequence[PathLike],
     output: PathLike,
     *,
-    spec: PermutationSpec | str = "auto",
+    spec: SpecLike = None,
     data: Iterable[Any] | None = None,
     build: Callable[[], nn.Module] | None = None,
     mode: Mode = "align",
@@ -172,7 +172,7 @@ def merge_checkpoints(
         input is a directory, copies of its configuration, tokenizer and other small files. It appears when it is
         complete.
     spec
-        The specification, or how to choose it, as for :func:`choose_spec`.
+        The specification, or how to choose it, as for :func:`mudsc_fast.merge`.
     data
         Batches to run the models on, as for :func:`mudsc_fast.merge`; needed for the activation and the dual space.
     build
@@ -233,7 +233,7 @@ def align_checkpoints(
     other: PathLike,
     output: PathLike,
     *,
-    spec: PermutationSpec | str = "auto",
+    spec: SpecLike = None,
     data: Iterable[Any] | None = None,
     build: Callable[[], nn.Module] | None = None,
     space: Space | None = None,
@@ -274,7 +274,7 @@ def align_checkpoints(
     """
     plan = _Output.of(Path(output), file_format, shard_size)
     checkpoints = [open_checkpoint(path) for path in (base, other)]
-    batches = None if data is None else loading.Rewindable(data)
+    batches = None if data is None else Rewindable(data)
     found, chosen = _match(
         checkpoints,
         spec,
@@ -352,7 +352,7 @@ class _Found:
 
 def _match(
     checkpoints: Sequence[Checkpoint],
-    spec: PermutationSpec | str,
+    spec: SpecLike,
     data: Iterable[Any] | None,
     build: Callable[[], nn.Module] | None,
     *,
@@ -367,19 +367,15 @@ def _match(
     space = ("weight" if data is None else "dual") if space is None else space
     check_choice("space", space, get_args(Space))
     _check_together(checkpoints)
-    if spec == "derive" and build is not None:
-        if data is None:
-            raise CheckpointError("deriving the specification of what --model builds needs --data")
-        data = loading.Rewindable(data)
-        spec = derive_from_build(build, data.first(), checkpoints[0].tensors)
-    chosen = _spec_of_all(checkpoints, spec)
+    batches = None if data is None else Rewindable(data)
+    chosen = _spec_of_all(checkpoints, spec, build, batches)
     activations = None
     timings: dict[str, float] = {}
     if space != "weight":
-        if data is None:
+        if batches is None:
             raise CheckpointError(f"the {space} space needs data: name a function that yields batches")
         began = time.perf_counter()
-        activations = _activations(checkpoints, spec, chosen, data, build, mode, precision, progress)
+        activations = _activations(checkpoints, spec, chosen, batches, build, mode, precision, progress)
         timings["activations"] = time.perf_counter() - began
     prepared = prepare_matching(
         [checkpoint.tensors for checkpoint in checkpoints],
@@ -400,7 +396,7 @@ def _match(
 
 def _activations(
     checkpoints: Sequence[Checkpoint],
-    spec: PermutationSpec | str,
+    spec: SpecLike,
     chosen: PermutationSpec,
     data: Iterable[Any],
     build: Callable[[], nn.Module] | None,
@@ -409,9 +405,9 @@ def _activations(
     progress: bool,
 ) -> MatchingStatistics:
     models = [loading.load_model(checkpoint, build) for checkpoint in checkpoints]
-    if isinstance(spec, str) and build is None and not spec.endswith(".json"):
+    if build is None and chosen.problems(models[0].state_dict()):
         # In memory tensors may have other names than in files; nodes are the same.
-        observed = choose_spec(spec, models[0].state_dict(), checkpoints[0].config)
+        observed = choose_spec(spec, models[0].state_dict(), config=checkpoints[0].config, model=lambda: models[0])
     else:
         observed = chosen
     observed.validate(models[0])
@@ -485,15 +481,26 @@ def _texts_of_tokens(path: Path) -> dict[int, str]:
     return {}
 
 
-def _spec_of_all(checkpoints: Sequence[Checkpoint], spec: PermutationSpec | str) -> PermutationSpec:
+def _spec_of_all(
+    checkpoints: Sequence[Checkpoint],
+    spec: SpecLike,
+    build: Callable[[], nn.Module] | None,
+    batches: Rewindable | None,
+) -> PermutationSpec:
     """Return the specification, having made sure that every configuration leads to the same."""
-    if isinstance(spec, PermutationSpec):
-        return spec
-    first = choose_spec(spec, checkpoints[0].tensors, checkpoints[0].config)
+
+    def chosen(checkpoint: Checkpoint) -> PermutationSpec:
+        return choose_spec(
+            spec,
+            checkpoint.tensors,
+            config=checkpoint.config,
+            model=None if build is None else lambda: loading.built(build),
+            batch=None if batches is None else batches.first,
+        )
+
+    first = chosen(checkpoints[0])
     for checkpoint in checkpoints[1:]:
-        if checkpoint.config == checkpoints[0].config:
-            continue
-        if choose_spec(spec, checkpoint.tensors, checkpoint.config) != first:
+        if checkpoint.config != checkpoints[0].config and chosen(checkpoint) != first:
             raise CheckpointError(
                 f"{checkpoints[0].path} and {checkpoint.path} do not go together: by their configurations they are of "
                 "different architectures (numbers of heads, tied embeddings)"

@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast._forward import run_on_batch
+from mudsc_fast._forward import Rewindable, run_on_batch
+from mudsc_fast._huggingface import class_of_config, random_inputs
 from mudsc_fast.io.checkpoint import Checkpoint, CheckpointError
 
 #: Outputs of Hugging Face's models whose order is fixed; hidden states follow the units.
 _ORDERED_OUTPUTS = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds")
-
-_SAMPLES, _TOKENS = 2, 16
-
-
-class Rewindable(Iterable[Any]):
-    """Batches of which the first can be looked at before, during and after reading them, even if only once."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = batches
-        self._first: list[Any] = []
-        self._behind_first: Iterator[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._behind_first is not None:
-            rest, self._behind_first = self._behind_first, None
-            yield self._first[0]
-            yield from rest
-            return
-        for batch in self._batches:
-            if not self._first:
-                self._first.append(batch)
-            yield batch
-
-    def first(self) -> Any:
-        """Return the first batch.
-
-        Raises
-        ------
-        CheckpointError
-            If there is none.
-        """
-        if not self._first:
-            rest = iter(self._batches)
-            for batch in rest:
-                self._first.append(batch)
-                self._behind_first = rest
-                break
-        if not self._first:
-            raise CheckpointError("the data function must yield at least one batch, got none")
-        return self._first[0]
 
 
 def import_function(argument: str, text: str) -> Callable[[], Any]:
@@ -188,25 +148,6 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
     return ordered or f"{type(model).__name__} returns nothing whose order is fixed"
 
 
-def random_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Return random tokens and pixels for a model of Hugging Face, as far as it takes them."""
-    taken = inspect.signature(model.forward).parameters
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    if "input_ids" in taken:
-        text = getattr(config, "text_config", config)
-        length = min(_TOKENS, getattr(text, "max_position_embeddings", _TOKENS))
-        inputs["input_ids"] = torch.randint(text.vocab_size, (_SAMPLES, length), generator=generator, device="cpu")
-    if "pixel_values" in taken:
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size
-        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        shape = (_SAMPLES, vision.num_channels, *sides)
-        inputs["pixel_values"] = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return inputs
-
-
 def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     if checkpoint.config is None:
         raise CheckpointError(f"{checkpoint.path}: has no config.json: name a function that builds the model (--model)")
@@ -222,21 +163,6 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
             checkpoint.path, dtype="auto" if dtype is None else dtype, local_files_only=True
         )
     return model.eval()
-
-
-def class_of_config(transformers: Any, config: Mapping[str, Any]) -> Any:
-    """Return the class of transformers that a configuration names.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such class.
-    """
-    names = config.get("architectures") or ["AutoModel"]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise CheckpointError(f"transformers has no {names[0]}, which config.json names")
-    return kind
 
 
 @contextmanager

@@ -1,36 +1,27 @@
-"""Choosing the specification of a checkpoint: by its configuration, by its tensors' names, by a name or from a file."""
+"""Families of networks: recognized by their tensors' names or configuration, and built from what these tell."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from mudsc_fast.io.checkpoint import CheckpointError
-from mudsc_fast.io.derivation import derive_from_config
-from mudsc_fast.spec import (
-    PermutationSpec,
-    Tower,
-    bert,
-    clip_huggingface,
-    clip_openai,
-    gpt2,
-    llama,
-    mlp,
-    resnet,
-    swin,
-    vgg,
-    vit,
-    vit_huggingface,
-)
+from mudsc_fast.spec.families.bert import bert
+from mudsc_fast.spec.families.clip import Tower, clip_huggingface, clip_openai
+from mudsc_fast.spec.families.gpt2 import gpt2
 from mudsc_fast.spec.families.layers import Head
+from mudsc_fast.spec.families.llama import llama
+from mudsc_fast.spec.families.mlp import mlp
+from mudsc_fast.spec.families.resnet import resnet
+from mudsc_fast.spec.families.swin import swin
+from mudsc_fast.spec.families.vgg import vgg
+from mudsc_fast.spec.families.vit import vit, vit_huggingface
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 Tensors = Mapping[str, Tensor]
-Options = Mapping[str, int]
 
 #: Tensors that no specification needs to name: tables that are no weights, and numbers for tokens or for a whole model.
 _FREE_TENSORS = re.compile(
@@ -39,62 +30,87 @@ _FREE_TENSORS = re.compile(
 )
 
 
-def choose_spec(text: str, tensors: Tensors, config: Mapping[str, Any] | None = None) -> PermutationSpec:
-    """Return the specification of a checkpoint.
+def build_family(name: str, numbers: Mapping[str, int], tensors: Tensors, config: Mapping[str, Any]) -> PermutationSpec:
+    """Return the spec of a network of one family.
 
     Parameters
     ----------
-    text
-        ``"auto"``; a builder's name with what the tensors' shapes do not tell, e.g. ``"vit:num_heads=12"``;
-        ``"derive"``, from what the network that the configuration describes computes, which ``"auto"`` does as well
-        where there is no builder; or the path of a ``.json`` file of :meth:`PermutationSpec.save`.
+    name
+        The family, one of :func:`family_names`.
+    numbers
+        What the tensors' shapes do not tell, e.g. ``{"num_heads": 12}``.
     tensors
         The tensors by name.
     config
-        What ``config.json`` says, if there is one; a family of Hugging Face then needs no numbers in `text`.
+        The entries of the network's configuration; they replace missing `numbers` for families of Hugging Face.
 
     Raises
     ------
-    CheckpointError
-        If the network is not recognised, a number is missing, the file cannot be read, or the specification does not
-        fit the tensors.
+    ValueError
+        If the family is unknown, a number is missing or unknown, or the tensors are not those of the family.
     """
-    if text.endswith(".json"):
-        spec = _load(Path(text))
-        _check_fits(spec, tensors, text, every_tensor=False)
-        return spec
-    name, _, rest = text.partition(":")
-    if name == "auto":
-        if rest:
-            raise CheckpointError(f"--spec auto takes no numbers, got {text!r}: name a family: {_choices()}")
-        kind = config.get("model_type") if config else None
-        name = _FAMILY_OF_MODEL_TYPE.get(str(kind), "derive") if kind else _family_of_names(tensors)
-    if name == "derive" and not rest:
-        if not config:
-            raise CheckpointError("--spec derive needs a directory with a config.json, or --model and --data")
-        spec = derive_from_config(config, tensors)
-        _check_fits(spec, tensors, "the derived specification", every_tensor=False)
-        return spec
     if name not in _FAMILIES:
-        raise CheckpointError(
-            f"unknown specification {text!r}: expected auto, derive, a .json file or one of {_choices()}"
+        raise ValueError(
+            f"spec names the unknown family {name!r}: expected one of {family_names()}, 'derive', or a .json file"
         )
-    options = _Options(name, _numbers(text, rest), config or {})
+    options = _Options(name, numbers, config)
     try:
         spec = _FAMILIES[name](tensors, options)
         options.check_all_used()
-    except CheckpointError:
+    except _OptionError:
         raise
     except (ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"the tensors are not those of the family {name}: {error}") from error
-    _check_fits(spec, tensors, f"the specification {name}", every_tensor=True)
+        raise ValueError(f"the tensors are not those of the family {name}: {error}") from error
+    problems = spec.problems(tensors)
+    if problems:
+        raise ValueError(f"the spec of the family {name} does not fit the tensors: {listed(problems)}")
+    # A tensor whose axes the spec does not know would fall out of sync with the units that it reads or writes.
+    unnamed = [
+        name
+        for name, tensor in tensors.items()
+        if name not in spec.layouts and tensor.is_floating_point() and tensor.ndim and not _FREE_TENSORS.search(name)
+    ]
+    if unnamed:
+        raise ValueError(
+            f"the spec of the family {name} does not name {len(unnamed)} tensors, {', '.join(unnamed[:5])}: this is "
+            "another architecture or a variant. Derive the spec with PermutationSpec.from_model, or write it as a "
+            ".json file"
+        )
     return spec
+
+
+def family_of_config(config: Mapping[str, Any]) -> str | None:
+    """Return the family that a configuration's ``model_type`` names, if there is one."""
+    return _FAMILY_OF_MODEL_TYPE.get(str(config.get("model_type")))
+
+
+def family_of_names(tensors: Tensors) -> str | None:
+    """Return the family that the tensors' names tell, if there is one."""
+    for marks, family in _MARKS:
+        if all(any(re.search(mark, name) for name in tensors) for mark in marks):
+            return family
+    return "mlp" if _chain(tensors) is not None else None
+
+
+def family_names() -> str:
+    """Return the names of all families, as text."""
+    return ", ".join(sorted(_FAMILIES))
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return the first of many problems, a line each."""
+    more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "\n  ".join(["", *problems[:10], *more])
+
+
+class _OptionError(ValueError):
+    """A number that a family needs is missing, or one was given that it does not have."""
 
 
 class _Options:
     """Numbers of a network: as the user gave them or, by the names that configurations have for them, from its own."""
 
-    def __init__(self, family: str, given: Options, config: Mapping[str, Any]) -> None:
+    def __init__(self, family: str, given: Mapping[str, int], config: Mapping[str, Any]) -> None:
         self._family = family
         self._given = given
         self._config = config
@@ -107,8 +123,9 @@ class _Options:
         found = [config[key] for key in in_config if config.get(key) is not None]
         value = self._given.get(name, found[0] if found else default)
         if not isinstance(value, int):
-            raise CheckpointError(
-                f"the tensors do not tell {name} of the family {self._family}: name it, --spec {self._family}:{name}=N"
+            raise _OptionError(
+                f"the tensors do not tell {name} of the family {self._family}: pass it as spec "
+                f"'{self._family}:{name}=N'"
             )
         return value
 
@@ -117,68 +134,11 @@ class _Options:
         return bool(self._config.get(name, default))
 
     def check_all_used(self) -> None:
-        """Raise a CheckpointError if a number was given that the family does not have."""
+        """Raise an error if a number was given that the family does not have."""
         unknown = [name for name in self._given if name not in self._used]
         if unknown:
             taken = ", ".join(sorted(self._used)) or "none"
-            raise CheckpointError(f"--spec {self._family} has no number {unknown[0]!r}; it takes: {taken}")
-
-
-def _choices() -> str:
-    return ", ".join(sorted(_FAMILIES))
-
-
-def _load(path: Path) -> PermutationSpec:
-    try:
-        return PermutationSpec.load(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _check_fits(spec: PermutationSpec, tensors: Tensors, what: str, *, every_tensor: bool) -> None:
-    problems = spec.problems(tensors)
-    if problems:
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise CheckpointError("\n  ".join([f"{what} does not fit the tensors:", *problems[:10], *more]))
-    if not every_tensor:
-        return
-    # A tensor that reads or writes units in an order that the specification does not know would come apart from them.
-    unnamed = [
-        name
-        for name, tensor in tensors.items()
-        if name not in spec.layouts and tensor.is_floating_point() and tensor.ndim and not _FREE_TENSORS.search(name)
-    ]
-    if unnamed:
-        raise CheckpointError(
-            f"{what} does not name {len(unnamed)} tensors, {', '.join(unnamed[:5])}: this is another architecture "
-            "or a variant; write its specification with PermutationSpec.save and give the file to --spec"
-        )
-
-
-def _numbers(text: str, rest: str) -> dict[str, int]:
-    numbers = {}
-    for entry in filter(None, rest.split(",")):
-        name, _, value = entry.partition("=")
-        try:
-            numbers[name.strip()] = int(value)
-        except ValueError:
-            raise CheckpointError(f"--spec must be NAME:number=value,..., got {entry!r} in {text!r}") from None
-    return numbers
-
-
-def _family_of_names(tensors: Tensors) -> str:
-    for marks, family in _MARKS:
-        if all(any(re.search(mark, name) for name in tensors) for mark in marks):
-            return family
-    if _chain(tensors) is not None:
-        return "mlp"
-    shown = ", ".join(list(tensors)[:5])
-    raise CheckpointError(
-        f"the network is not recognised by its tensors ({shown}, ...): name its family with --spec, one of "
-        f"{_choices()}, or give a .json file"
-    )
+            raise _OptionError(f"the family {self._family} has no number {unknown[0]!r}; it takes: {taken}")
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:

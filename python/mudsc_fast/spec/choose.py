@@ -1,0 +1,193 @@
+"""Choosing the spec of a network: one that is given, a family's, one from a file, or one derived from the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast._forward import inputs_of, preserve_training_mode
+from mudsc_fast._huggingface import build_without_weights, random_inputs
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+from mudsc_fast.spec.recognize import build_family, family_names, family_of_config, family_of_names, listed
+
+#: What a user may pass as `spec`.
+SpecLike = PermutationSpec | str | os.PathLike[str] | None
+
+
+def choose_spec(
+    spec: SpecLike,
+    tensors: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any] | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    batch: Callable[[], Any] | None = None,
+) -> PermutationSpec:
+    """Return the spec of a network.
+
+    Parameters
+    ----------
+    spec
+        A :class:`PermutationSpec`, which is returned; the path of a ``.json`` file of :meth:`PermutationSpec.save`; the
+        name of a family with what the tensors' shapes do not tell, e.g. ``"resnet"`` or ``"vit:num_heads=12"``;
+        ``"derive"``, from what the model computes; or None: the family that the configuration or the tensors' names
+        tell, and where there is none, or the network is a variant of it, derived.
+    tensors
+        The network's tensors by name.
+    config
+        The entries of its configuration, if it is a model of Hugging Face.
+    model
+        Returns the model, to derive a spec from. Not needed where `config` names a class of transformers.
+    batch
+        Returns a batch that the model can run on. Not needed for models of Hugging Face that take tokens or pixels.
+
+    Raises
+    ------
+    TypeError
+        If `spec` is of another type.
+    ValueError
+        If the network is not recognized and no spec can be derived, a number is missing, the file cannot be read, or
+        the spec does not fit the tensors. The message says what to pass.
+    """
+    if isinstance(spec, PermutationSpec):
+        return spec
+    if spec is not None and not isinstance(spec, (str, os.PathLike)):
+        raise TypeError(
+            "spec must be a PermutationSpec, the name of a family, the path of a .json file or None, got "
+            f"{type(spec).__name__}"
+        )
+    if isinstance(spec, os.PathLike) or (spec is not None and spec.endswith(".json")):
+        return _load(Path(spec), tensors)
+    source = _Source(tensors, config or {}, model, batch)
+    if spec == "derive":
+        return source.derive()
+    if spec is not None:
+        name, _, rest = spec.partition(":")
+        return build_family(name, _numbers(spec, rest), tensors, config or {})
+    return _recognize(source)
+
+
+class _Source:
+    """A network as far as it is known: tensors, configuration, and perhaps the model and a batch for it."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        model: Callable[[], nn.Module] | None,
+        batch: Callable[[], Any] | None,
+    ) -> None:
+        self.tensors, self.config, self.model, self.batch = tensors, config, model, batch
+
+    @property
+    def can_derive(self) -> bool:
+        """Whether there is a model, and something to run it on."""
+        return bool(self.config) if self.batch is None else bool(self.config) or self.model is not None
+
+    def derive(self) -> PermutationSpec:
+        """Return the spec derived from what the model computes."""
+        if not self.can_derive:
+            raise ValueError(
+                "spec='derive' needs the model and a batch to run it on, or a model of Hugging Face: "
+                + ("there is no model" if self.model is None else "there is no data")
+            )
+        model = build_without_weights(self.config) if self.model is None else self.model()
+        inputs = random_inputs(model) if self.batch is None or self.model is None else inputs_of(self.batch())
+        if isinstance(inputs, dict) and not inputs:
+            raise ValueError(
+                f"there is no batch to derive the spec of {type(model).__name__} with: pass data, or a spec"
+            )
+        return _derived(model, inputs, self.tensors)
+
+
+def _recognize(source: _Source) -> PermutationSpec:
+    """Return the spec by the configuration or the tensors' names, or else derived."""
+    family = family_of_config(source.config) if source.config else family_of_names(source.tensors)
+    if family == "mlp" and source.model is not None:
+        return _of_chain(source, source.model())
+    if family is None:
+        if source.can_derive:
+            return source.derive()
+        shown = ", ".join(list(source.tensors)[:5])
+        raise ValueError(
+            f"the network is not recognized by its tensors ({shown}, ...). Pass spec: a PermutationSpec, the path of "
+            f"a .json file, or a family: {family_names()}. Or pass modules and data: the spec is then derived"
+        )
+    try:
+        return build_family(family, {}, source.tensors, source.config)
+    except ValueError as error:
+        if not source.can_derive:
+            raise
+        try:
+            return source.derive()
+        except ValueError as second:
+            raise ValueError(f"{error}\n  deriving the spec instead failed: {second}") from second
+
+
+def _of_chain(source: _Source, model: nn.Module) -> PermutationSpec:
+    """Return the spec of a model that has linear layers alone.
+
+    Their names do not tell what happens between them (a residual connection, a softmax), so the spec is derived where
+    the model can be traced, with an input made for the first layer if there is no batch.
+    """
+    if source.batch is not None:
+        return source.derive()
+    first = next(tensor for name, tensor in source.tensors.items() if name.endswith("weight"))
+    inputs = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
+    try:
+        return _derived(model, inputs, source.tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The model has linear layers alone; if each feeds the next, pass spec='mlp', else pass data"
+        ) from error
+
+
+def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> PermutationSpec:
+    """Return the spec of a model, without tensors that are the same as one that is in the files."""
+    known = set(model.state_dict())
+    unknown = [name for name in tensors if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__} has no {unknown[0]!r}, as {len(unknown)} of the {len(tensors)} tensors in files: "
+            "another architecture, or other names than in memory; write the spec as a .json file"
+        )
+    with preserve_training_mode(model):
+        try:
+            spec = PermutationSpec.from_model(model.eval(), inputs)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"the spec of {type(model).__name__} cannot be derived: {error}") from error
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    stored = [names for names in names_of.values() if any(name in tensors for name in names)]
+    spec = spec.without({name for names in stored for name in names if name not in tensors})
+    problems = spec.problems(tensors)
+    if problems:
+        raise ValueError(f"the derived spec does not fit the tensors: {listed(problems)}")
+    return spec
+
+
+def _load(path: Path, tensors: Mapping[str, Tensor]) -> PermutationSpec:
+    try:
+        spec = PermutationSpec.load(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    problems = spec.problems(tensors)
+    if problems:
+        raise ValueError(f"{path} does not fit the tensors: {listed(problems)}")
+    return spec
+
+
+def _numbers(text: str, rest: str) -> dict[str, int]:
+    numbers = {}
+    for entry in filter(None, rest.split(",")):
+        name, _, value = entry.partition("=")
+        try:
+            numbers[name.strip()] = int(value)
+        except ValueError:
+            raise ValueError(f"spec must be NAME:number=value,..., got {entry!r} in {text!r}") from None
+    return numbers
