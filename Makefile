@@ -1,9 +1,11 @@
-# make demo: merge networks on real data and show the result.    make test: check everything.
-# Both make a virtual environment in $(VENV) and install what they need into it.
+# make demo: merge networks on real data and show the result.    make test: run all checks.
+# make docs: build the documentation in site/.    make test-oldest: run the tests with the oldest supported torch.
+# Each creates a virtual environment in $(VENV) and installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
-# A release rather than a range: the demo and the tests then run on what they were measured with.
+# A fixed release, so that the demo and the tests run with the version they were measured with.
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.4.*
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
@@ -17,34 +19,49 @@ SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cma
 # The demo builds CUDA kernels only where there is a GPU to use them: compiling them for all GPUs takes minutes.
 DEMO_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 
-.PHONY: demo test lint unit sanitized compiled clean
+.PHONY: demo test test-oldest lint unit sanitized compiled docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
 test: lint unit sanitized compiled
+	$(MAKE) docs
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/codespell
 	$(BIN)/mypy
 
-# The tests of the kernels run once per instruction level of this processor by themselves (fixture `isa`).
+# Kernel tests run once per instruction level of this processor (fixture `isa`).
 unit: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/test_cuda_compiled.py
 
-# The kernels' tests again, on an extension in which every memory access and every arithmetic step is checked.
-# Leaks are not looked for: Python and torch keep memory until the process ends.
+# The kernel tests again, with an extension that checks every memory access and arithmetic operation. Leaks are not
+# reported, because Python and torch keep memory until the process ends. Preloading the sanitizers needs Linux.
+ifeq ($(shell uname -s),Linux)
 sanitized: $(SANITIZED)/stamp
 	PYTHONPATH=$(SANITIZED)/site \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=25 \
 	$(BIN)/python -m pytest $(PARALLEL) tests/kernels
+else
+sanitized:
+	@echo "skipped: the sanitized tests need Linux"
+endif
 
-# The CUDA kernels, compiled for every architecture where there is a CUDA compiler. What did not change is not compiled anew.
+# The CUDA kernels, compiled for every architecture; skipped without nvcc. Only changed files are recompiled.
 compiled: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests/test_cuda_compiled.py
+
+# The extra `test` includes `docs`.
+docs: $(if $(wildcard $(VENV)/test.stamp),$(VENV)/test.stamp,$(VENV)/docs.stamp)
+	$(BIN)/mkdocs build --strict --quiet
+
+# The same tests in a second environment, with the oldest torch that pyproject.toml allows.
+test-oldest:
+	$(MAKE) unit VENV=$(VENV)-oldest TORCH="$(OLDEST_TORCH)"
 
 $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
@@ -57,6 +74,11 @@ $(VENV)/test.stamp: $(SOURCES) | $(VENV)
 		--config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
 	touch $@
 
+$(VENV)/docs.stamp: $(SOURCES) | $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet ".[docs]"
+	touch $@
+
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
@@ -67,4 +89,4 @@ $(SANITIZED)/stamp: $(SOURCES) $(VENV)/test.stamp
 	touch $@
 
 clean:
-	rm -rf build $(VENV) demo_output
+	rm -rf build site demo_output $(VENV) $(VENV)-oldest

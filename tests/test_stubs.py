@@ -1,0 +1,40 @@
+"""The stubs of the compiled modules say what these modules have."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import files
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "python" / "mudsc_fast"
+STUBS = sorted(path.stem for path in PACKAGE.glob("_*.pyi"))
+
+
+@pytest.mark.parametrize("module", STUBS)
+def test_stub_matches_the_compiled_module(module: str, tmp_path: Path) -> None:
+    if find_spec(f"mudsc_fast.{module}") is None:
+        pytest.skip(f"mudsc_fast.{module} is not built")
+    # The stub alone, with a torch of one class: otherwise mypy reads the sources of both packages, which takes a minute.
+    for package, content in (("mudsc_fast", ""), ("torch", "class Tensor: ...\n")):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.pyi").write_text(content)
+    shutil.copy(PACKAGE / f"{module}.pyi", tmp_path / "mudsc_fast")
+    (tmp_path / "mypy.ini").write_text("[mypy]\n")
+    command = [sys.executable, "-m", "mypy.stubtest", f"mudsc_fast.{module}", "--mypy-config-file", "mypy.ini"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env={"MYPYPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_installed_package_is_typed() -> None:
+    installed = {str(path) for path in files("mudsc-fast") or ()}
+    if not any(path.startswith("mudsc_fast/ops") for path in installed):
+        pytest.skip("an editable install lists no Python files")
+    assert "mudsc_fast/py.typed" in installed
+    assert {f"mudsc_fast/{module}.pyi" for module in STUBS} <= installed
