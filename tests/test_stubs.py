@@ -19,7 +19,7 @@ STUBS = sorted(path.stem for path in PACKAGE.glob("_*.pyi"))
 def test_stub_matches_the_compiled_module(module: str, tmp_path: Path) -> None:
     if find_spec(f"mudsc_fast.{module}") is None:
         pytest.skip(f"mudsc_fast.{module} is not built")
-    # The stub alone, with a torch of one class: otherwise mypy reads the sources of both packages, which takes a minute.
+    # Only the stub, and a torch of one class: reading the sources of both packages takes mypy a minute.
     for package, content in (("mudsc_fast", ""), ("torch", "class Tensor: ...\n")):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.pyi").write_text(content)
