@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import families
-from mudsc_fast.kernels.cuda import _device, assignment
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
+from mudsc_fast.kernels.cuda import assignment
 
 SIZES = tuple(map(int, os.environ.get("MUDSC_BENCHMARK_SIZES", "1024,2048,4096,8192,16384").split(",")))
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted", "integer_ties")
@@ -40,7 +41,7 @@ class HostProblem(assignment._LargeProblem):
     def __init__(self, values: Tensor, simulator: Any) -> None:
         self.values = values
         self.rows, self.columns = values.shape
-        self.matrix = (_device.SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, True)
+        self.matrix = (SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, True)
         self.where = {}
         self.simulator = simulator
         # What the searches need of the extension.

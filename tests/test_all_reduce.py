@@ -51,8 +51,8 @@ def run_process(rank: int, folder: str) -> None:
     with pytest.raises(ValueError, match=r"configuration of rank 0, .*'units': 5.* got .*'units': 6.* in rank 1"):
         other.all_reduce()
     other = CorrelationAccumulator(2, 5)
-    other._in_range = torch.tensor(rank == 0)  # as an infinite feature on a CUDA device leaves it
-    with pytest.raises(ValueError, match=r"features must be finite, .* got others in an earlier update in rank 1"):
+    other._moments.in_range = torch.tensor(rank == 0)  # as an infinite feature on a CUDA device leaves it
+    with pytest.raises(ValueError, match=r"features must be finite, .* got others in .* in rank 1"):
         other.all_reduce()
     torch.save((states, empty.num_samples), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

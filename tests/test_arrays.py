@@ -103,7 +103,7 @@ def test_maps_take_them_too(kind: str) -> None:
 
 
 def test_memory_is_shared_where_it_can_be() -> None:
-    from mudsc_fast.ops._arrays import as_tensor
+    from mudsc_fast._arrays import as_tensor
 
     tensor = torch.ones(3)
     assert as_tensor("x", tensor.numpy()).data_ptr() == tensor.data_ptr()

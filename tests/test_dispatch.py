@@ -7,6 +7,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import _core
+from mudsc_fast.kernels.cpu import _runtime
 from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.ops import _dispatch
 
@@ -66,10 +67,10 @@ def test_devices_are_not_asked_for_where_none_is_named(monkeypatch: pytest.Monke
 
 
 def test_instruction_level_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _dispatch.isa_level() == _core.supported_isa
+    assert _runtime.isa_level() == _core.supported_isa
     for index, level in enumerate(_core.isa_levels):
         monkeypatch.setenv("MUDSC_ISA", level)
-        assert _dispatch.isa_level() == min(index, _core.supported_isa)
+        assert _runtime.isa_level() == min(index, _core.supported_isa)
     monkeypatch.setenv("MUDSC_ISA", "sse9")
     with pytest.raises(ValueError, match=r"MUDSC_ISA must be one of baseline.*got 'sse9'"):
         mudsc_fast.zip_units(torch.eye(4), 2)

@@ -132,5 +132,5 @@ def test_compiled_updates_say_whether_features_were_in_range(monkeypatch: pytest
     accumulator = CorrelationAccumulator(2, 4)
     monkeypatch.setattr(CorrelationAccumulator, "in_range", property(lambda _: torch.tensor(False)))
     compiled(lambda a, b: accumulator.update(a, b))(torch.randn(9, 4), torch.randn(9, 4))
-    with pytest.raises(ValueError, match="features must be finite, and the sums of their squares float32"):
+    with pytest.raises(ValueError, match="features must be finite, with sums of squares that float32 can hold"):
         accumulator.finalize()

@@ -13,10 +13,11 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import _core
+from mudsc_fast.kernels.cpu._runtime import isa_level, threads
 from mudsc_fast.kernels.cuda import _device, correlation
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.merge import Space
-from mudsc_fast.ops._dispatch import KERNELS, backend_for, isa_level, threads
+from mudsc_fast.ops._dispatch import KERNELS, backend_for
 from mudsc_fast.ops.correlation import Precision
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from conftest import load_golden
 from mudsc_fast.kernels._samples import SampleOrder
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import correlation
+from mudsc_fast.ops import _centered_products
 from mudsc_fast.ops._dispatch import use_backend
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Workspace
 from mudsc_fast.ops.permute import UnitMap, permute_merge
@@ -383,8 +383,8 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
         features = [100 + one for one in features_of(2, *shape)]
         whole = accumulated(features, axis=axis)
         for limit in (1, 7, 30, 64):
-            monkeypatch.setattr(correlation, "_LEAST_CHUNK", limit)
-            monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", 1)
+            monkeypatch.setattr(_centered_products, "_MIN_CHUNK", limit)
+            monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", 1)
             torch.testing.assert_close(accumulated(features, axis=axis), whole, rtol=0, atol=1e-6)
         monkeypatch.undo()
 
@@ -500,8 +500,8 @@ def test_samples_are_reindexed_where_they_are_summed(
     backend: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(correlation, "_LEAST_CHUNK", 50)
-    monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", 50)
+    monkeypatch.setattr(_centered_products, "_MIN_CHUNK", 50)
+    monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", 50)
     features = [one.to(dtype) for one in features_of(2, 3, 7, 11, 5, 4)]
     for channel_axis, axes in ((2, (1,)), (0, (1,)), (-1, (1,)), (0, (-1,)), (1, (0,)), (2, (0, 3)), (1, ())):
         maps = dict(zip(axes, maps_of(kind, *(features[0].shape[axis] for axis in axes)), strict=True))
@@ -521,8 +521,8 @@ def test_samples_are_reindexed_where_they_are_summed(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_sums_that_overflow_change_nothing(backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correlation, "_LEAST_CHUNK", chunk)
-    monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(_centered_products, "_MIN_CHUNK", chunk)
+    monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", chunk)
     features = features_of(2, 20, 3)
     features[1][18:, 2] = 3e38
     clusters = UnitMap.clusters(torch.arange(20).expand(2, 20) // 2, 10)
@@ -570,8 +570,8 @@ def test_products_in_bfloat16(blocks: Any) -> None:
 
 
 def test_bfloat16_on_a_torch_that_has_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correlation, "_product_settings", lambda: None)
-    with pytest.raises(ValueError, match="precision 'bfloat16' needs a newer torch"):
+    monkeypatch.setattr(_centered_products, "_product_settings", lambda: None)
+    with pytest.raises(ValueError, match="precision 'bfloat16' requires a version of torch"):
         CorrelationAccumulator(2, 4, precision="bfloat16")
 
 
@@ -656,8 +656,8 @@ def test_bad_features_change_nothing(
 
 
 def test_infinity_behind_the_first_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correlation, "_LEAST_CHUNK", 2)
-    monkeypatch.setattr(correlation, "_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(_centered_products, "_MIN_CHUNK", 2)
+    monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", 1)
     result = CorrelationAccumulator(2, 3)
     late = GOOD.clone()
     late[0, 0], late[3, 1] = math.nan, math.inf
@@ -675,7 +675,7 @@ def test_another_device_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((2, 3), {"blocks": "all"}, ValueError, "blocks must be 'cross' or 'full', got 'all'"),
+        ((2, 3), {"blocks": "all"}, ValueError, "blocks must be one of 'cross', 'full', got 'all'"),
         ((2, 3), {"dtype": torch.int32}, TypeError, "dtype must be float16, .* got torch.int32"),
         ((1, 3), {}, ValueError, "num_models must be at least 2, got 1"),
         ((0, 3), {"blocks": "full"}, ValueError, "num_models must be at least 1, got 0"),

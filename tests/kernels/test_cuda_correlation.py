@@ -15,7 +15,7 @@ from mudsc_fast import cli
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import _device, _tensor_cores
 from mudsc_fast.kernels.cuda import correlation as cuda
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.ops import _centered_products, _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.ops.permute import UnitMap, permute_merge
 
@@ -314,7 +314,7 @@ def test_replaced_samples(
 ) -> None:
     """No product is left to torch; the sums are those of the new samples."""
     simulated.set_seed(3)
-    monkeypatch.setattr(CorrelationAccumulator, "_exchange", None)
+    monkeypatch.setattr(_centered_products, "exchange", None)
     old, kept, new = ([3 + one for one in features_of(3, 4, 9, 20, seed=seed, dtype=dtype)] for seed in range(3))
     old[1][2, 3] = new[2][1, 4] = math.nan
     if stays:
@@ -344,7 +344,7 @@ def test_values_out_of_range_are_found_when_sums_are_used(simulated: Any, bad: f
     sums.update(*features)
     sums.update(*features_of(2, 40, 9))
     for use in (sums.finalize, sums.state_dict, lambda: CorrelationAccumulator(2, 9).merge(sums)):
-        with pytest.raises(ValueError, match="features must be finite, and the sums of their squares float32"):
+        with pytest.raises(ValueError, match="features must be finite, with sums of squares that float32 can hold"):
             use()
 
 

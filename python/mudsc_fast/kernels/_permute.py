@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.unit_map import UnitMap
 
 #: A lone mapped axis with fewer elements behind each unit is taken as columns: longer lines, fewer loops.
 _SHORT_LINE = 64

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 
-from mudsc_fast import _core
 from mudsc_fast.kernels.cuda import _device
 
 Kernel = TypeVar("Kernel")
@@ -89,23 +88,6 @@ requested = _requested.get
 def choose(op: str, device: torch.device, kernels: Mapping[str, Kernel]) -> Kernel:
     """Return the kernel of `kernels` (by back end) that serves `op` on `device`."""
     return kernels[backend_for(op, device.type, device.index)]
-
-
-def isa_level() -> int:
-    """Return the instruction level for C++ kernels: the processor's best, capped by ``MUDSC_ISA``."""
-    cap = os.environ.get("MUDSC_ISA")
-    if not cap:
-        return _core.supported_isa
-    if cap not in _core.isa_levels:
-        raise ValueError(
-            f"the environment variable MUDSC_ISA must be one of {', '.join(_core.isa_levels)}, got {cap!r}"
-        )
-    return min(_core.supported_isa, _core.isa_levels.index(cap))
-
-
-def threads() -> int:
-    """Return how many threads a C++ kernel may use: torch's own setting."""
-    return torch.get_num_threads()
 
 
 def _is_usable(name: str, index: int | None = None) -> bool:

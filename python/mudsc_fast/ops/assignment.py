@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mudsc_fast import _checks, _core
+from mudsc_fast import _arrays, _checks, _core
 from mudsc_fast.kernels._assignment import INVALID, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
-from mudsc_fast.ops import _arrays, _dispatch, _library
+from mudsc_fast.ops import _dispatch, _library
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
@@ -252,3 +252,28 @@ def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
     largest = sample.nan_to_num(posinf=0.0).amax((-2, -1))
     serve = duals.abs().amax(-1) <= _LARGEST_DUAL * largest  # not where a dual is NaN
     return torch.where(serve[..., None], duals, 0.0) if bool(serve.any()) else None
+
+
+def _linear_assignment(
+    similarity: Tensor, maximize: bool, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = linear_assignment(similarity, maximize=maximize, tolerance=tolerance)
+    return found.columns, found.objective, found.row_duals, found.column_duals, found.gap
+
+
+def _linear_assignment_fake(
+    similarity: Tensor,
+    maximize: bool,  # noqa: ARG001
+    tolerance: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *batch, rows, columns = similarity.shape
+    numbers = [similarity.new_empty(shape, dtype=torch.float64) for shape in (batch, [*batch, rows], [*batch, columns])]
+    assigned = similarity.new_empty([*batch, rows], dtype=torch.int64)
+    return assigned, numbers[0], numbers[1], numbers[2], similarity.new_empty(batch, dtype=torch.float64)
+
+
+_library.define(
+    "linear_assignment(Tensor similarity, bool maximize, float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_assignment,
+    _linear_assignment_fake,
+)

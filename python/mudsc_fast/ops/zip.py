@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mudsc_fast import _checks
+from mudsc_fast import _arrays, _checks
 from mudsc_fast.kernels.cpu import zip as cpu
 from mudsc_fast.kernels.cuda import zip as cuda
 from mudsc_fast.kernels.reference import zip as reference
-from mudsc_fast.ops import _arrays, _dispatch, _library
+from mudsc_fast.ops import _dispatch, _library
 
 
 @dataclass(frozen=True)
@@ -181,3 +181,33 @@ def _check_shrink(shrink: float, dtype: torch.dtype) -> float:
             f"got {shrink}"
         )
     return shrink
+
+
+def _zip_units(
+    similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    zipped = zip_within_budget(similarity, num_models, remaining, budget, shrink)
+    value = torch.tensor(zipped.value, dtype=torch.float64, device=similarity.device)
+    return zipped.cluster_of_unit, zipped.sizes, value
+
+
+def _zip_units_fake(
+    similarity: Tensor,
+    num_models: int,  # noqa: ARG001
+    remaining: int,
+    budget: int,  # noqa: ARG001
+    shrink: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        similarity.new_empty(similarity.shape[0], dtype=torch.int64),
+        similarity.new_empty(remaining, dtype=torch.int64),
+        similarity.new_empty((), dtype=torch.float64),
+    )
+
+
+_library.define(
+    "zip_units(Tensor similarity, int num_models, SymInt remaining, SymInt budget, float shrink) "
+    "-> (Tensor, Tensor, Tensor)",
+    _zip_units,
+    _zip_units_fake,
+)

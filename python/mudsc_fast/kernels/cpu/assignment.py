@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mudsc_fast import _core
 from mudsc_fast.kernels._assignment import Solution
-from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
+from mudsc_fast.kernels.cpu import _runtime
 
 #: Beyond this many columns the choice between equally good assignments need not be that of scipy's function.
 MOST_IN_ORDER = 128
@@ -35,8 +35,8 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: 
     gap = np.empty(batch)
     status = np.empty(batch, np.int32)
     _core.linear_assignment(
-        isa=_dispatch.isa_level(),
-        threads=_dispatch.threads(),
+        isa=_runtime.isa_level(),
+        threads=_runtime.threads(),
         dtype=SCALAR_TYPES[values.dtype],
         values=values.data_ptr(),
         batch=status.size,

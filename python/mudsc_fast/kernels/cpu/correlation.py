@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mudsc_fast import _core
 from mudsc_fast.kernels._samples import Centered, SampleOrder
-from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
+from mudsc_fast.kernels.cpu import _runtime
 
 
 def center(
@@ -28,8 +28,8 @@ def center(
     centered = memory.view((units, samples) if unit_major else (samples, units))
     mean, squares = torch.empty(2, units, dtype=torch.float64, device="cpu")
     _core.center_features(
-        isa=_dispatch.isa_level(),
-        threads=_dispatch.threads(),
+        isa=_runtime.isa_level(),
+        threads=_runtime.threads(),
         dtype=SCALAR_TYPES[features.dtype],
         features=features.data_ptr(),
         outer=outer,
@@ -62,8 +62,8 @@ def _addresses(order: SampleOrder | None) -> tuple[int, int, int]:
 def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
     """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C] float64; all contiguous."""
     _core.accumulate_comoment(
-        isa=_dispatch.isa_level(),
-        threads=_dispatch.threads(),
+        isa=_runtime.isa_level(),
+        threads=_runtime.threads(),
         product_dtype=SCALAR_TYPES[product.dtype],
         product=product.data_ptr(),
         row_shift=row_shift.data_ptr(),
@@ -91,8 +91,8 @@ def correlate(
     rows of contiguous entries, one distance apart.
     """
     _core.correlate(
-        isa=_dispatch.isa_level(),
-        threads=_dispatch.threads(),
+        isa=_runtime.isa_level(),
+        threads=_runtime.threads(),
         comoment=comoment.data_ptr(),
         row_deviation=row_deviation.data_ptr(),
         column_deviation=column_deviation.data_ptr(),

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mudsc_fast import _core
 from mudsc_fast.kernels._permute import view_of
-from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
+from mudsc_fast.kernels.cpu import _runtime
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.ops import _dispatch
-
-if TYPE_CHECKING:
-    from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.unit_map import UnitMap
 
 #: From so many bytes on, a result's first touch costs more than the sum itself, and less on huge pages.
 _HUGE_PAGES = 2**22
@@ -45,8 +42,8 @@ def permute_merge(
     rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
     # By position: of a small tensor, naming the arguments costs more than the sum.
     _core.permute_merge(
-        _dispatch.isa_level(),
-        _dispatch.threads(),
+        _runtime.isa_level(),
+        _runtime.threads(),
         SCALAR_TYPES[first.dtype],
         [tensor.data_ptr() for tensor in inputs],
         list(weights),
@@ -72,8 +69,8 @@ def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
         view = view_of(target.shape, {axis: maps[axis] for axis in pair})
         rows, columns = _AxisMap(view.rows, view.row_map), _AxisMap(view.columns, view.column_map)
         _core.permute_in_place(
-            isa=_dispatch.isa_level(),
-            threads=_dispatch.threads(),
+            isa=_runtime.isa_level(),
+            threads=_runtime.threads(),
             dtype=SCALAR_TYPES[target.dtype],
             outer=view.outer,
             middle=view.middle,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core
-from mudsc_fast.kernels.cpu._arguments import SCALAR_TYPES
-from mudsc_fast.ops import _dispatch
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
+from mudsc_fast.kernels.cpu import _runtime
 
 
 def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,6 @@ def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, 
         shrink=shrink,
         cluster_of_unit=cluster_of_unit.data_ptr(),
         values=values.data_ptr(),
-        isa=_dispatch.isa_level(),
+        isa=_runtime.isa_level(),
     )
     return cluster_of_unit.to(similarity.device), values[:merges].to(similarity.device)

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from mudsc_fast import _core
 
-#: The numbers of mudsc::ScalarType (csrc/include/mudsc/types.hpp).
-SCALAR_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-
 
 class Launch(NamedTuple):
     """Where kernels run: a device by its index, and a queue of work on it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.kernels._assignment import Solution
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import _device
 
@@ -68,7 +69,7 @@ def _solve_batch(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
         status=values.new_empty(batch, dtype=torch.int32),
     )
     _device.extension().assignment_batch(
-        dtype=_device.SCALAR_TYPES[values.dtype],
+        dtype=SCALAR_TYPES[values.dtype],
         values=values.data_ptr(),
         batch=batch,
         rows=rows,
@@ -131,7 +132,7 @@ class _LargeProblem:
         self.rows, self.columns = values.shape
         self.cuda = _device.extension()
         self.where = launch._asdict()
-        self.matrix = (_device.SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, maximize)
+        self.matrix = (SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, maximize)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.values.device)

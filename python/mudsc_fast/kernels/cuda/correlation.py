@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cuda import _device, _tensor_cores
 
 #: Element types that are multiplied on tensor cores; others take the reference.
@@ -63,7 +64,7 @@ class Samples:
         with _device.launching_on(self._device) as launch:
             for feature, index, shift in zip(features, self._index, self._shifts, strict=True):
                 _device.extension().correlation_shift(
-                    dtype=_device.SCALAR_TYPES[feature.dtype],
+                    dtype=SCALAR_TYPES[feature.dtype],
                     features=feature.data_ptr(),
                     strides=self._strides(feature),
                     index=0 if index is None else index.data_ptr(),
@@ -88,7 +89,7 @@ class Samples:
         takes_columns = not symmetric and self._sums[j] is None
         with _device.launching_on(self._device) as launch:
             _device.extension().correlation_product(
-                dtype=_device.SCALAR_TYPES[self._features[i].dtype],
+                dtype=SCALAR_TYPES[self._features[i].dtype],
                 rows=self._features[i].data_ptr(),
                 row_strides=self._strides(self._features[i]),
                 row_index=self._index_address(i),
@@ -210,7 +211,7 @@ def correlate(
             units=comoment.shape[0],
             count=count,
             eps=eps,
-            dtype=_device.SCALAR_TYPES[out.dtype],
+            dtype=SCALAR_TYPES[out.dtype],
             out=out.data_ptr(),
             mirror=0 if mirror is None else mirror.data_ptr(),
             row_stride=out.stride(0),
@@ -227,7 +228,7 @@ def _join(
 ) -> None:
     with _device.launching_on(comoment.device) as launch:
         _device.extension().correlation_join(
-            product_dtype=_device.SCALAR_TYPES[products.dtype],
+            product_dtype=SCALAR_TYPES[products.dtype],
             products=products.data_ptr(),
             parts=products.shape[0],
             units=comoment.shape[0],

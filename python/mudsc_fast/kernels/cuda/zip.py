@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cuda import _device
 
 
@@ -23,7 +24,7 @@ def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, 
         return cluster_of_unit, values
     merges = torch.empty(1, dtype=torch.int64, device=device)
     cuda = _device.extension()
-    dtype = _device.SCALAR_TYPES[source.dtype]
+    dtype = SCALAR_TYPES[source.dtype]
     workspace = _device.workspace(cuda.zip_workspace_bytes(dtype, units, num_models), device)
     with _device.launching_on(device) as launch:
         cuda.zip_units(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.unit_map import UnitMap
 
 #: Memory that a permutation in place takes.
 _SCRATCH_BYTES = 64 << 20

@@ -25,7 +25,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -34,9 +33,7 @@ from torch import Tensor
 
 from mudsc_fast.kernels._permute import view_of
 from mudsc_fast.kernels.reference import permute as reference
-
-if TYPE_CHECKING:
-    from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.unit_map import UnitMap
 
 # How an axis is re-indexed: not at all, by one input unit, or by the members of a cluster.
 IDENTITY, GATHER, CLUSTERS = (tl.constexpr(kind) for kind in range(3))

@@ -1,8 +1,8 @@
-"""What the C++ kernels are told about a tensor."""
+"""The numbers by which C++ and CUDA kernels know dtypes."""
 
 from __future__ import annotations
 
 import torch
 
-#: The numbers of mudsc::ScalarType (csrc/include/mudsc/types.hpp).
+#: The values of mudsc::ScalarType (csrc/include/mudsc/types.hpp).
 SCALAR_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}

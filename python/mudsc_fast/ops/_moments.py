@@ -1,0 +1,110 @@
+"""Means, squared deviations and co-moments of the units of several models, and how they change as samples arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.cuda import correlation as cuda
+from mudsc_fast.kernels.reference import correlation as reference
+from mudsc_fast.ops import _dispatch
+
+#: Which pairs of models are compared: model 0 with each other model, or all with all.
+Blocks = Literal["cross", "full"]
+
+
+def pairs_of(num_models: int, blocks: Blocks) -> list[tuple[int, int]]:
+    """Return the pairs of models whose co-moments are kept, in the order in which they are stored."""
+    if blocks == "cross":
+        return [(0, j) for j in range(1, num_models)]
+    return [(i, j) for i in range(num_models) for j in range(i, num_models)]
+
+
+@dataclass
+class Moments:
+    """Moments of the samples so far.
+
+    Attributes
+    ----------
+    pairs
+        The P pairs of models.
+    mean, squares
+        [N, C] float64: the mean of each unit, and the sum of its squared deviations.
+    comoments
+        [P, C, C] float64: for each pair of models the sums of the products of two units' deviations.
+    num_samples
+        Number of samples.
+    in_range
+        Whether all features that were not checked before they were added are finite, with sums of squares that float32
+        can hold: a bool on the device, or None if there are no such features.
+    """
+
+    pairs: list[tuple[int, int]]
+    mean: Tensor
+    squares: Tensor
+    comoments: Tensor
+    num_samples: int = 0
+    in_range: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, num_models: int, units: int, blocks: Blocks, device: torch.device | str) -> Moments:
+        """Return the moments of no samples."""
+        pairs = pairs_of(num_models, blocks)
+        mean, squares = (torch.zeros(num_models, units, dtype=torch.float64, device=device) for _ in range(2))
+        return cls(pairs, mean, squares, torch.zeros(len(pairs), units, units, dtype=torch.float64, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the sums."""
+        return self.mean.device
+
+    @property
+    def units(self) -> int:
+        """Number C of units of each model."""
+        return self.mean.shape[1]
+
+    def is_in_range(self) -> bool:
+        """Return whether all features were in range; waits for the device if some were added without a check."""
+        return self.in_range is None or bool(self.in_range)
+
+    def join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterable[Tensor]) -> None:
+        """Add the moments of `count` other samples about their own mean: the update of Chan, Golub and LeVeque."""
+        if count == 0:
+            return
+        total = self.num_samples + count
+        shift = mean - self.mean
+        # n_a n_b / (n_a + n_b): what the distance of the two means adds to each (co-)moment.
+        weighted = shift * (self.num_samples * (count / total))
+        for (i, j), own, joined in zip(self.pairs, self.comoments, comoments, strict=True):
+            self.accumulate(own, joined, weighted[i], shift[j])
+        self.squares += squares + weighted * shift
+        self.mean += shift * (count / total)
+        self.num_samples = total
+
+    def shift(self, shift: Tensor, squares: Tensor) -> None:
+        """Move the mean by `shift` [N, C] over the number of samples, after `squares` changed by the given amount."""
+        nothing = torch.zeros_like(self.comoments[0])
+        for (i, j), own in zip(self.pairs, self.comoments, strict=True):
+            self.accumulate(own, nothing, shift[i] / -self.num_samples, shift[j])
+        self.squares += squares - shift * shift / self.num_samples
+        self.squares.clamp_(min=0)
+        self.mean += shift / self.num_samples
+
+    def accumulate(self, comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
+        """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C], in one pass."""
+        kernel = _dispatch.choose(
+            "correlation",
+            self.device,
+            {
+                "cpu": cpu.accumulate,
+                "cuda": cuda.accumulate,
+                "triton": reference.accumulate,
+                "reference": reference.accumulate,
+            },
+        )
+        kernel(comoment, product, row_shift, column_shift)
