@@ -53,7 +53,7 @@ def test_merge(benchmark: Benchmark, name: str, mode: Any, space: Any, balance: 
     batches = None if space == "weight" else case.batches
     before = _resident_bytes_from_now()
     ours: mudsc_fast.MergeResult = benchmark.pedantic(
-        lambda: mudsc_fast.merge(case.models, case.spec, batches, mode=mode, space=space, balance=balance),
+        lambda: mudsc_fast.merge(case.models, batches, spec=case.spec, mode=mode, space=space, balance=balance),
         rounds=1 if space == "dual" else 3,
         iterations=1,
     )
@@ -102,7 +102,7 @@ def test_llama_block(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "mm", timed)
     before = _resident_bytes_from_now()
     ours: mudsc_fast.MergeResult = benchmark.pedantic(
-        lambda: mudsc_fast.merge([model.state_dict() for model in case.models], case.spec, space="weight"),
+        lambda: mudsc_fast.merge([model.state_dict() for model in case.models], spec=case.spec, space="weight"),
         rounds=1,
         iterations=1,
     )

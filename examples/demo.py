@@ -11,7 +11,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Row:
     train_accuracies: list[float]
     test_accuracies: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
-    matching: dict[str, mudsc_fast.NodeMatching] = field(default_factory=dict)
+    matching: Mapping[str, mudsc_fast.NodeMatching] = field(default_factory=dict)
 
     @property
     def train_accuracy(self) -> float:
@@ -165,7 +165,7 @@ def merge_all(
     ]
     for mode, space, balance in tqdm(runs, desc="merging", disable=quiet):
         result = mudsc_fast.merge(
-            models, spec, activations, mode=mode, space=space, balance=0.5 if balance is None else balance
+            models, activations, spec=spec, mode=mode, space=space, balance=0.5 if balance is None else balance
         )
         assert result.model is not None  # modules went in, so a module comes out
         row = Row(
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
     began = time.perf_counter()
     activations = mudsc_fast.collect_statistics(
-        models, spec, train_images.pixels.split(BATCH_SIZE), progress=not options.quiet
+        models, train_images.pixels.split(BATCH_SIZE), spec=spec, progress=not options.quiet
     )
     seconds = time.perf_counter() - began
     rows = merge_all(models, spec, activations, tasks, train_images, test_images, options.quiet)

@@ -30,7 +30,7 @@ def test_statistics_are_those_of_the_data() -> None:
 
 def test_a_merged_network_keeps_its_modes() -> None:
     models = [ConvNet(seed).eval() for seed in (0, 1)]
-    merged = mudsc_fast.merge(models, CONV_SPEC, images()).model
+    merged = mudsc_fast.merge(models, images(), spec=CONV_SPEC).model
     assert merged is not None
     merged.get_submodule("conv2").train()
     mudsc_fast.reset_batch_norm(merged, images())

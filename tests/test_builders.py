@@ -221,7 +221,7 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
     case = CASES[name]
     model = make_model(case)
     copied, permutations = permuted_copy(case, model, seed=2)
-    result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], space=space)
+    result = mudsc_fast.merge([model, copied], [case.inputs(seed) for seed in (3, 4)], spec=case.spec, space=space)
     assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
@@ -235,7 +235,7 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
     case = CASES[name]
     model = make_model(case)
     copied, permutations = permuted_copy(case, model, seed=2)
-    result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], mode="zip")
+    result = mudsc_fast.merge([model, copied], [case.inputs(seed) for seed in (3, 4)], spec=case.spec, mode="zip")
     assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
@@ -297,7 +297,7 @@ def test_files_without_a_tied_head() -> None:
     del state["lm_head.weight"]
     spec = gpt2(2, 4, 32, head="absent")
     permuted = mudsc_fast.permute_state_dict(state, spec, random_permutations(spec, spec.units(state), seed=1))
-    result = mudsc_fast.merge([state, permuted], spec)
+    result = mudsc_fast.merge([state, permuted], spec=spec)
     assert result.unmatched_tensors == ()
     for name, tensor in result.state_dict.items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-4, atol=1e-5)
@@ -346,7 +346,7 @@ def test_projections_are_those_of_packed_attention() -> None:
     spec = PermutationSpec({"fc1.weight": ("a", None)}, observe={"a": Observation("fc1", "projection", -1)})
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(ValueError, match=r"projection of 'fc1', which must be a MultiheadAttention .* got Linear"):
-        mudsc_fast.merge(models, spec, [torch.randn(4, 20)])
+        mudsc_fast.merge(models, [torch.randn(4, 20)], spec=spec)
 
 
 def test_projections_of_attention_called_with_keywords() -> None:
@@ -365,14 +365,14 @@ def test_projections_of_attention_called_with_keywords() -> None:
     spec = PermutationSpec({"attn.in_proj_weight": (windows, None)}, {"qk": places[:2], "v": places[2]})
     models = [[randomize(Layer(keywords), seed) for seed in (0, 1)] for keywords in (False, True)]
     data = [torch.randn(4, 5, 8)]
-    positional, named = (mudsc_fast.collect_statistics(pair, spec, data) for pair in models)
+    positional, named = (mudsc_fast.collect_statistics(pair, data, spec=spec) for pair in models)
     for node in spec.nodes:
         assert torch.equal(positional.similarity(node), named.similarity(node))
 
 
 def test_a_tied_head_stays_tied() -> None:
     models = [randomize(gpt2_model()(), seed) for seed in (1, 2)]
-    state = mudsc_fast.merge(models, gpt2(2, 4, 32), [tokens(3)], mode="zip").state_dict
+    state = mudsc_fast.merge(models, [tokens(3)], spec=gpt2(2, 4, 32), mode="zip").state_dict
     assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
 
 

@@ -120,7 +120,7 @@ def test_directories_merge_as_loaded_models(name: str, mode: Any, tmp_path: Path
     run("merge", a, b, "--output", tmp_path / "out", "--mode", mode, "--quiet", "--shard-size", "30KB")
     models = [load(a), load(b)]
     spec = choose_spec(None, models[0].state_dict(), config=json.loads((tmp_path / "a" / "config.json").read_text()))
-    expected = mudsc_fast.merge([model.state_dict() for model in models], spec, mode=mode)
+    expected = mudsc_fast.merge([model.state_dict() for model in models], spec=spec, mode=mode)
     assert_states_equal(load(tmp_path / "out").state_dict(), expected.state_dict)
     shards = list((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -151,7 +151,7 @@ def test_activations_of_directories(name: str, data: str, space: Any, tmp_path: 
     models = [load(a), load(b)]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     spec = choose_spec(None, models[0].state_dict(), config=config)
-    expected = mudsc_fast.merge(models, spec, globals()[data](), space=space, balance=0.3)
+    expected = mudsc_fast.merge(models, globals()[data](), spec=spec, space=space, balance=0.3)
     found = load(tmp_path / "out").state_dict()
     for key, tensor in expected.state_dict.items():
         torch.testing.assert_close(found[key], tensor)
@@ -165,7 +165,7 @@ def test_state_dict_files(suffix: str, output: str, tmp_path: Path) -> None:
     run("merge", a, b, "--output", tmp_path / output, "--weights", "0.7,0.3", "--quiet", *arguments)
     states = [make_mlp(seed=index).state_dict() for index in (0, 1)]
     spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
-    expected = mudsc_fast.merge(states, spec, weights=[0.7, 0.3]).state_dict
+    expected = mudsc_fast.merge(states, spec=spec, weights=[0.7, 0.3]).state_dict
     if output == "merged.pt":
         found = torch.load(tmp_path / output, weights_only=True)
     elif output == "merged.safetensors":
@@ -187,7 +187,7 @@ def test_activations_of_files(tmp_path: Path) -> None:
     data, model = f"{__name__}:mlp_batches", "networks:make_mlp"
     run("merge", a, b, "--output", tmp_path / "out.pt", "--mode", "zip", "--data", data, "--model", model, "--quiet")
     models = [make_mlp(seed=index) for index in (0, 1)]
-    expected = mudsc_fast.merge(models, mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"]), mlp_batches(), mode="zip")
+    expected = mudsc_fast.merge(models, mlp_batches(), spec=mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"]), mode="zip")
     assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
 
 
@@ -197,7 +197,7 @@ def test_precision_is_that_of_both_spaces(tmp_path: Path) -> None:
     run("merge", a, b, "--output", tmp_path / "out.pt", *given)
     models = [make_mlp(seed=index) for index in (0, 1)]
     spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
-    expected = mudsc_fast.merge(models, spec, mlp_batches(), precision="bfloat16")
+    expected = mudsc_fast.merge(models, mlp_batches(), spec=spec, precision="bfloat16")
     assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
 
 
@@ -218,7 +218,7 @@ def test_dtypes(stored: torch.dtype, asked: str | None, tmp_path: Path) -> None:
     run("merge", a, b, "--output", tmp_path / "out", "--quiet", *(["--dtype", asked] if asked else []))
     models = [load(path) for path in (a, b)]
     spec = llama(2, 4, 2, 8)
-    expected = mudsc_fast.merge([model.state_dict() for model in models], spec)
+    expected = mudsc_fast.merge([model.state_dict() for model in models], spec=spec)
     merged = load(tmp_path / "out")
     dtype = getattr(torch, asked) if asked else stored
     assert merged.dtype == dtype
@@ -395,7 +395,7 @@ def test_networks_without_a_builder_are_derived(tied: bool, tmp_path: Path) -> N
     run("merge", a, b, "--output", tmp_path / "out")
     models = [transformers.AutoModelForCausalLM.from_pretrained(path) for path in (a, b)]
     spec = PermutationSpec.from_model(models[0], {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
-    merged = mudsc_fast.merge([model.state_dict() for model in models], spec, space="weight")
+    merged = mudsc_fast.merge([model.state_dict() for model in models], spec=spec, space="weight")
     assert_states_equal(load(tmp_path / "out").state_dict(), merged.state_dict)
     run("align", a, b, "--output", tmp_path / "aligned", "--spec", "derive")
     tokens = torch.randint(60, (2, 9))
@@ -408,7 +408,7 @@ def test_a_network_of_the_user_is_derived(tmp_path: Path) -> None:
     given = ("--spec", "derive", "--model", "networks:make_mlp", "--data", f"{__name__}:mlp_batches")
     run("merge", a, b, "--output", tmp_path / "out.safetensors", *given)
     models = [make_mlp(seed=index) for index in (0, 1)]
-    expected = mudsc_fast.merge(models, PermutationSpec.from_model(models[0], torch.zeros(1, 20)), mlp_batches())
+    expected = mudsc_fast.merge(models, mlp_batches(), spec=PermutationSpec.from_model(models[0], torch.zeros(1, 20)))
     assert_states_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), expected.state_dict)
 
 

@@ -44,7 +44,7 @@ def correlate(blocks: Any) -> list[Tensor]:
 
 
 def merged(mode: Any) -> list[Tensor]:
-    model = mudsc_fast.merge(MODELS, SPEC, BATCHES, mode=mode, balance=0.5).model
+    model = mudsc_fast.merge(MODELS, BATCHES, spec=SPEC, mode=mode, balance=0.5).model
     assert model is not None
     return list(model.state_dict().values())
 

@@ -225,7 +225,7 @@ def test_merge_of_networks(gpu: torch.device, network: str, space: Space, mode: 
 
     def merge(device: torch.device) -> mudsc_fast.MergeResult:
         models = [copy.deepcopy(one).to(device) for one in (first, second)]
-        return mudsc_fast.merge(models, spec, [inputs.to(device)], space=space, mode=mode)
+        return mudsc_fast.merge(models, [inputs.to(device)], spec=spec, space=space, mode=mode)
 
     found, expected = on_both(gpu, merge)
     assert found.model is not None

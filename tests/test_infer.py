@@ -294,7 +294,7 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
     case, _ = derived(name)
     model = make(case)
     copied, permutations = permuted_copy(case, model, seed=2)
-    result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], space=space)
+    result = mudsc_fast.merge([model, copied], [case.inputs(seed) for seed in (3, 4)], spec=case.spec, space=space)
     assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)
@@ -306,7 +306,7 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
     case, _ = derived(name)
     model = make(case)
     copied, permutations = permuted_copy(case, model, seed=2)
-    result = mudsc_fast.merge([model, copied], case.spec, [case.inputs(seed) for seed in (3, 4)], mode="zip")
+    result = mudsc_fast.merge([model, copied], [case.inputs(seed) for seed in (3, 4)], spec=case.spec, mode="zip")
     assert_recovered(result.matching, permutations)
     assert result.model is not None
     inputs = case.inputs(5)

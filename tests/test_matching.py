@@ -96,7 +96,7 @@ def test_running_statistics_follow_and_are_not_compared() -> None:
 
 @pytest.mark.parametrize(("units", "groups"), [(300, 1), (24, 4)])
 def test_earlier_solutions_change_nothing(monkeypatch: pytest.MonkeyPatch, units: int, groups: int) -> None:
-    monkeypatch.setattr(node_module, "_LEAST_UNITS_TO_KEEP", 0)
+    monkeypatch.setattr(node_module, "_MIN_UNITS_TO_KEEP", 0)
     torch.manual_seed(0)
     similarity = torch.randn(2, units, units)
     earlier: dict[str, Assignment] = {}

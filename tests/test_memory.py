@@ -40,7 +40,7 @@ def named(model):
 
 
 def merge(states):
-    return mudsc_fast.merge(states, mudsc_fast.spec.mlp(names), mode=sys.argv[1], max_sweeps=2)
+    return mudsc_fast.merge(states, spec=mudsc_fast.spec.mlp(names), mode=sys.argv[1], max_sweeps=2)
 
 
 merge([{name: tensor[..., :32].contiguous() if tensor.ndim == 1 else tensor[:32, :32].contiguous()

@@ -44,8 +44,8 @@ def test_golden_networks(kind: str, mode: Mode, backend: str) -> None:
     with mudsc_fast.use_backend(backend):
         result = mudsc_fast.merge(
             models,
-            MLP_SPEC,
             data,
+            spec=MLP_SPEC,
             mode=mode,
             space=space,
             balance=float(golden["balance"]),
@@ -92,7 +92,7 @@ def test_merging_with_permuted_copies_returns_the_network(
     permutations = [random_permutations(MLP_SPEC, model, seed) for seed in range(1, num_models)]
     weights = [0.2, 0.8 if num_models == 2 else 0.5, 0.3][:num_models] if unequal else None
     copies = [with_state(model, mudsc_fast.permute_state_dict(model.state_dict(), MLP_SPEC, p)) for p in permutations]
-    result = mudsc_fast.merge([model, *copies], MLP_SPEC, batches(), mode=mode, space=space, weights=weights)
+    result = mudsc_fast.merge([model, *copies], batches(), spec=MLP_SPEC, mode=mode, space=space, weights=weights)
     for node in MLP_SPEC.nodes:
         clusters = result.matching[node].cluster_of_unit
         for index, permutation in enumerate(permutations, start=1):
@@ -111,10 +111,10 @@ def test_convolutional_networks(mode: Mode) -> None:
     permutations = random_permutations(CONV_SPEC, model, 3)
     copied = with_state(model, mudsc_fast.permute_state_dict(model.state_dict(), CONV_SPEC, permutations))
     images = [torch.randn(6, 3, 8, 8) for _ in range(2)]
-    result = mudsc_fast.merge([model, copied.eval()], CONV_SPEC, images, mode=mode)
+    result = mudsc_fast.merge([model, copied.eval()], images, spec=CONV_SPEC, mode=mode)
     assert result.model is not None
     assert result.unmatched_tensors == ("fc.bias",)
-    assert "fc.bias" in result.report()
+    assert "fc.bias" in str(result)
     with torch.no_grad():
         torch.testing.assert_close(result.model.eval()(images[0]), model(images[0]), rtol=1e-4, atol=1e-4)
 
@@ -127,9 +127,9 @@ def test_deterministic_and_models_are_left_alone(mode: Mode, space: Space) -> No
     models[2].eval()
     states = [copy.deepcopy(model.state_dict()) for model in models]
     torch.manual_seed(0)
-    first = mudsc_fast.merge(models, MLP_SPEC, batches(), mode=mode, space=space)
+    first = mudsc_fast.merge(models, batches(), spec=MLP_SPEC, mode=mode, space=space)
     torch.manual_seed(1)
-    second = mudsc_fast.merge(models, MLP_SPEC, batches(), mode=mode, space=space)
+    second = mudsc_fast.merge(models, batches(), spec=MLP_SPEC, mode=mode, space=space)
     for model, state in zip(models, states, strict=True):
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name])
@@ -144,8 +144,8 @@ def test_deterministic_and_models_are_left_alone(mode: Mode, space: Space) -> No
 
 def test_state_dicts_merge_like_modules() -> None:
     models = [make_mlp(seed=seed) for seed in (0, 1)]
-    of_modules = mudsc_fast.merge(models, MLP_SPEC)
-    of_states = mudsc_fast.merge([model.state_dict() for model in models], MLP_SPEC)
+    of_modules = mudsc_fast.merge(models, spec=MLP_SPEC)
+    of_states = mudsc_fast.merge([model.state_dict() for model in models], spec=MLP_SPEC)
     assert of_states.model is None
     assert of_states.objectives == of_modules.objectives
     for name, tensor in of_modules.state_dict.items():
@@ -153,7 +153,7 @@ def test_state_dicts_merge_like_modules() -> None:
 
 
 def test_more_similar_after_than_before() -> None:
-    result = mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, batches(), mode="align")
+    result = mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], batches(), spec=MLP_SPEC, mode="align")
     for node in MLP_SPEC.nodes:
         match = result.matching[node]
         assert match.similarity > match.similarity_before + 0.1
@@ -162,9 +162,9 @@ def test_more_similar_after_than_before() -> None:
 
 
 def test_report_and_timings() -> None:
-    result = mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, batches(), mode="zip")
+    result = mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], batches(), spec=MLP_SPEC, mode="zip")
     assert result.matching["fc1"].permutations is None
-    report = result.report()
+    report = str(result)
     assert "fc1" in report
     assert "fc2" in report
     assert f"{len(result.objectives)} sweeps" in report
@@ -177,7 +177,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     model = make_mlp(dtype=dtype)
     permutations = random_permutations(MLP_SPEC, model, 4)
     copied = mudsc_fast.permute_state_dict(model.state_dict(), MLP_SPEC, permutations)
-    result = mudsc_fast.merge([model.state_dict(), copied], MLP_SPEC)
+    result = mudsc_fast.merge([model.state_dict(), copied], spec=MLP_SPEC)
     for name, tensor in result.state_dict.items():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, model.state_dict()[name])
@@ -186,18 +186,18 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 def test_ways_to_give_data() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     tensors = batches()
-    expected = mudsc_fast.merge(models, MLP_SPEC, tensors, space="activation").state_dict
+    expected = mudsc_fast.merge(models, tensors, spec=MLP_SPEC, space="activation").state_dict
     forms: list[tuple[Any, Callable[[nn.Module, Any], object] | None]] = [
         ([(batch, torch.zeros(len(batch))) for batch in tensors], None),
         ([[batch] for batch in tensors], None),
         ([{"input": batch} for batch in tensors], None),
         (iter(tensors), None),
         ([{"pixels": batch} for batch in tensors], lambda model, batch: model(batch["pixels"])),
-        (mudsc_fast.collect_statistics(models, MLP_SPEC, tensors), None),
-        (mudsc_fast.collect_statistics(models, MLP_SPEC, tensors, blocks="cross"), None),
+        (mudsc_fast.collect_statistics(models, tensors, spec=MLP_SPEC), None),
+        (mudsc_fast.collect_statistics(models, tensors, spec=MLP_SPEC, blocks="cross"), None),
     ]
     for data, forward in forms:
-        result = mudsc_fast.merge(models, MLP_SPEC, data, space="activation", forward=forward)
+        result = mudsc_fast.merge(models, data, spec=MLP_SPEC, space="activation", forward=forward)
         for name, tensor in expected.items():
             assert torch.equal(tensor, result.state_dict[name])
 
@@ -224,7 +224,7 @@ def test_observations_of_outputs_and_keyword_arguments() -> None:
         },
     )
     models = [Wrapper(0), Wrapper(1)]
-    first, second = (mudsc_fast.collect_statistics(models, spec, batches()) for spec in (by_input, by_output))
+    first, second = (mudsc_fast.collect_statistics(models, batches(), spec=spec) for spec in (by_input, by_output))
     for node in MLP_SPEC.nodes:
         assert torch.equal(first.similarity(node), second.similarity(node))
 
@@ -239,9 +239,9 @@ def test_a_module_called_twice_gives_more_samples() -> None:
             return self.body(x) + self.body(2 * x)  # type: ignore[no-any-return]
 
     spec = PermutationSpec({f"body.{name}": entries for name, entries in MLP_AXES.items()})
-    twice = mudsc_fast.collect_statistics([Twice(0), Twice(1)], spec, batches())
+    twice = mudsc_fast.collect_statistics([Twice(0), Twice(1)], batches(), spec=spec)
     both = [torch.cat([batch, 2 * batch]) for batch in batches()]
-    once = mudsc_fast.collect_statistics([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, both)
+    once = mudsc_fast.collect_statistics([make_mlp(seed=0), make_mlp(seed=1)], both, spec=MLP_SPEC)
     for node in MLP_SPEC.nodes:
         torch.testing.assert_close(twice.similarity(node), once.similarity(node), rtol=0, atol=1e-5)
 
@@ -261,9 +261,9 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
     ("models", "options", "error", "message"),
     [
         ([STATE], {}, ValueError, "models must hold at least two models, got 1"),
-        (STATE, {}, TypeError, "models must be a sequence of modules or state dicts"),
-        ([STATE, make_mlp()], {}, TypeError, "models must be all modules or all state dicts"),
-        ([STATE, 3], {}, TypeError, "models must be all modules or all state dicts"),
+        (STATE, {}, TypeError, "models must be a sequence of modules, state dicts, or paths of checkpoints"),
+        ([STATE, make_mlp()], {}, TypeError, "models must be all of one kind"),
+        ([STATE, 3], {}, TypeError, "models must be all of one kind"),
         (
             [STATE, changed(OTHER, fc1_bias=None)],
             {},
@@ -302,7 +302,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             TypeError,
             "'fc1.bias' must be a tensor in every model, got int",
         ),
-        ([STATE, OTHER], {"spec": 3}, TypeError, "spec must be a PermutationSpec, got int"),
+        ([STATE, OTHER], {"spec": 3}, TypeError, "spec must be a PermutationSpec, the name of a family, .* got int"),
         ([STATE, OTHER], {"spec": PermutationSpec({"no": ("a",)})}, ValueError, "spec names the tensor 'no'"),
         (
             [STATE, OTHER],
@@ -315,13 +315,13 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         ([STATE, OTHER], {"balance": 1.5}, ValueError, r"balance must be in \[0, 1\], got 1.5"),
         ([STATE, OTHER], {"balance": -0.1}, ValueError, r"balance must be in \[0, 1\], got -0.1"),
         ([STATE, OTHER], {"balance": float("nan")}, ValueError, "balance must be a number, got NaN"),
-        ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number in .* got 'half'"),
+        ([STATE, OTHER], {"balance": "half"}, TypeError, "balance must be a number, got str"),
         ([STATE, OTHER], {"space": "dual"}, ValueError, "data must be given to match in activation space"),
         (
             [STATE, OTHER],
             {"data": batches()},
             TypeError,
-            "models must be modules to match in activation space",
+            "models must be modules, or directories of Hugging Face, to match in activation space",
         ),
         (
             [STATE, OTHER],
@@ -329,8 +329,8 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             ValueError,
             r"weights must have one entry per model \(2\), got 1",
         ),
-        ([STATE, OTHER], {"weights": [0.5, 0.6]}, ValueError, "weights must be positive and sum to 1"),
-        ([STATE, OTHER], {"weights": [1.5, -0.5]}, ValueError, "weights must be positive and sum to 1"),
+        ([STATE, OTHER], {"weights": [0.5, 0.6]}, ValueError, "weights must be at least 0 and sum to 1"),
+        ([STATE, OTHER], {"weights": [1.5, -0.5]}, ValueError, "weights must be at least 0 and sum to 1"),
         ([STATE, OTHER], {"mode": "zip", "budget": 1.5}, ValueError, r"budget must be in \[0, 1\], got 1.5"),
         ([STATE, OTHER], {"mode": "zip", "budget": "all"}, TypeError, "budget must be a number, got str"),
         ([STATE, OTHER], {"mode": "zip", "shrink": float("inf")}, ValueError, "shrink must be finite, got inf"),
@@ -355,7 +355,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
 def test_bad_input(models: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     spec = options.pop("spec", MLP_SPEC)
     with pytest.raises(error, match=message):
-        mudsc_fast.merge(models, spec, **options)
+        mudsc_fast.merge(models, spec=spec, **options)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_bad_input(models: Any, options: dict[str, Any], error: type[Exception],
 def test_bad_observations(observe: dict[str, Any], message: str) -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(ValueError, match=message):
-        mudsc_fast.merge(models, PermutationSpec(MLP_AXES, observe=observe), batches())
+        mudsc_fast.merge(models, batches(), spec=PermutationSpec(MLP_AXES, observe=observe))
     assert all(not module._forward_pre_hooks for model in models for module in model.modules())
 
 
@@ -378,23 +378,23 @@ def test_a_node_that_nothing_observes() -> None:
     spec = PermutationSpec({"fc1.weight": ("a", None)})
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(ValueError, match="spec does not say where node 'a' is observed"):
-        mudsc_fast.merge(models, spec, batches())
+        mudsc_fast.merge(models, batches(), spec=spec)
 
 
 def test_an_observed_module_that_is_not_called() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     spec = PermutationSpec(MLP_AXES, observe={"fc1": "fc3"})
     with pytest.raises(ValueError, match="node 'fc1' is observed at 'fc3', which the model did not call"):
-        mudsc_fast.merge(models, spec, batches(), forward=lambda model, batch: model.get_submodule("fc1")(batch))
+        mudsc_fast.merge(models, batches(), spec=spec, forward=lambda model, batch: model.get_submodule("fc1")(batch))
 
 
 def test_similarities_of_other_models() -> None:
     models = [make_mlp(seed=seed) for seed in range(3)]
-    similarity = mudsc_fast.collect_statistics(models, MLP_SPEC, batches(), blocks="cross")
+    similarity = mudsc_fast.collect_statistics(models, batches(), spec=MLP_SPEC, blocks="cross")
     with pytest.raises(ValueError, match=r"data was computed for 3 models .* got 2 models"):
-        mudsc_fast.merge(models[:2], MLP_SPEC, similarity)
+        mudsc_fast.merge(models[:2], similarity, spec=MLP_SPEC)
     with pytest.raises(ValueError, match="blocks='full', got 'cross'"):
-        mudsc_fast.merge(models, MLP_SPEC, similarity, mode="zip")
+        mudsc_fast.merge(models, similarity, spec=MLP_SPEC, mode="zip")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_bad_permutations(permutations: dict[str, Tensor], message: str) -> None
 
 def test_a_search_tries_every_balance() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
-    statistics = mudsc_fast.collect_statistics(models, MLP_SPEC, batches())
+    statistics = mudsc_fast.collect_statistics(models, batches(), spec=MLP_SPEC)
     tried = []
 
     def score(result: mudsc_fast.MergeResult) -> float:
@@ -426,14 +426,14 @@ def test_a_search_tries_every_balance() -> None:
     modes: tuple[mudsc_fast.Mode, ...] = ("align", "zip")
     for mode in modes:
         tried.clear()
-        found = mudsc_fast.merge(
-            models, MLP_SPEC, statistics, mode=mode, balance="search", score=score, balances=(0.2, 0.7, 1.0)
+        found = mudsc_fast.search_balance(
+            models, statistics, spec=MLP_SPEC, mode=mode, score=score, balances=(0.2, 0.7, 1.0)
         )
         assert tried == [0.2, 0.7, 1.0]
         assert found.balance == 0.7
         assert list(found.scores) == tried
-        assert "scores by balance: 0.2: -0.5, 0.7:" in found.report()
-        alone = mudsc_fast.merge(models, MLP_SPEC, statistics, mode=mode, balance=0.7)
+        assert "scores by balance: 0.2: -0.5, 0.7:" in str(found)
+        alone = mudsc_fast.merge(models, statistics, spec=MLP_SPEC, mode=mode, balance=0.7)
         assert alone.scores == {}
         for node in MLP_SPEC.nodes:
             assert found.matching[node].same_clusters(alone.matching[node])
@@ -443,7 +443,7 @@ def test_a_search_tries_every_balance() -> None:
 
 def test_a_search_takes_the_first_of_equal_scores_and_reads_the_data_once() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
-    result = mudsc_fast.merge(models, MLP_SPEC, iter(batches()), balance="search", score=lambda _: 1)
+    result = mudsc_fast.search_balance(models, iter(batches()), spec=MLP_SPEC, score=lambda _: 1)
     assert result.balance == 0.1
     assert list(result.scores) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
@@ -451,16 +451,14 @@ def test_a_search_takes_the_first_of_equal_scores_and_reads_the_data_once() -> N
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"balance": "best"}, TypeError, r"balance must be a number in \[0, 1\] or 'search', got 'best'"),
-        ({"balance": "search"}, TypeError, "score must be a function of a MergeResult .* got NoneType"),
-        ({"score": len}, ValueError, "it needs balance='search', got 0.5"),
-        ({"balance": "search", "score": len, "balances": ()}, ValueError, "balances must hold at least one number"),
-        ({"balance": "search", "score": len, "balances": (0.5, 2)}, ValueError, r"balances\[1\] must be in \[0, 1\]"),
-        ({"balance": "search", "score": len, "space": "weight"}, ValueError, "needs the dual space"),
-        ({"balance": "search", "score": lambda _: "good"}, TypeError, "the score must be a number, got str"),
+        ({"score": None}, TypeError, "score must be a function of a MergeResult, got NoneType"),
+        ({"score": len, "data": None}, TypeError, "data must be batches to search the balance .* got None"),
+        ({"score": len, "balances": ()}, ValueError, "balances must hold at least one number"),
+        ({"score": len, "balances": (0.5, 2)}, ValueError, r"balances\[1\] must be in \[0, 1\]"),
+        ({"score": lambda _: "good"}, TypeError, "the score must be a number, got str"),
     ],
 )
 def test_bad_searches(options: dict[str, Any], error: type[Exception], message: str) -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(error, match=message):
-        mudsc_fast.merge(models, MLP_SPEC, batches(), **options)
+        mudsc_fast.search_balance(models, **{"data": batches(), "spec": MLP_SPEC, **options})

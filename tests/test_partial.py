@@ -63,7 +63,7 @@ def assert_same_functions(result: mudsc_fast.MergeResult, models: list[nn.Module
 @pytest.mark.parametrize("stop", ["fc1", "fc2", "fc3"])
 def test_permuted_copies_keep_their_function(stop: str, mode: Mode, num_models: int, space: Space) -> None:
     models = permuted_copies(make_mlp(seed=2), MLP_SPEC, num_models)
-    result = mudsc_fast.merge(models, MLP_SPEC, inputs(), mode=mode, space=space, stop=stop)
+    result = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, mode=mode, space=space, stop_at=stop)
     assert_same_functions(result, models, inputs()[0])
 
 
@@ -71,12 +71,12 @@ def test_permuted_copies_keep_their_function(stop: str, mode: Mode, num_models: 
 @pytest.mark.parametrize("num_models", [2, 3, 4])
 def test_what_is_shared(mode: Mode, num_models: int) -> None:
     models = [make_mlp(seed=seed) for seed in range(num_models)]
-    whole = mudsc_fast.merge(models, MLP_SPEC, inputs(), mode=mode)
+    whole = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, mode=mode)
     assert whole.model is not None
     assert whole.task_models == (whole.model,) * num_models
     assert own_names(whole) == []
     for stop, layers in (("fc1", 1), ("fc2", 2), ("fc2.weight", 2), ("fc3", 3)):
-        result = mudsc_fast.merge(models, MLP_SPEC, inputs(), mode=mode, stop=stop)
+        result = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, mode=mode, stop_at=stop)
         own = [f"fc{number}.{kind}" for number in range(layers + 1, 4) for kind in ("weight", "bias")]
         if stop == "fc2.weight":
             own.insert(0, "fc2.bias")
@@ -89,12 +89,12 @@ def test_what_is_shared(mode: Mode, num_models: int) -> None:
         assert result.num_per_task == (sum(sizes[name] for name in own),) * num_models
         assert result.num_shared + result.num_per_task[0] == sum(sizes.values())
         assert (result.model is None) == bool(own)
-        assert (f"entries shared: {result.num_shared}; per task: " in result.report()) == bool(own)
+        assert (f"entries shared: {result.num_shared}; per task: " in str(result)) == bool(own)
 
 
 def test_tails_read_their_own_members_of_clusters() -> None:
     models = [make_mlp(seed=seed, dtype=torch.float64) for seed in range(3)]
-    result = mudsc_fast.merge(models, MLP_SPEC, [batch.double() for batch in inputs()], mode="zip", stop="fc1")
+    result = mudsc_fast.merge(models, [batch.double() for batch in inputs()], spec=MLP_SPEC, mode="zip", stop_at="fc1")
     clusters = result.matching["fc1"].cluster_of_unit
     data = inputs()[0].double()
     with torch.no_grad():
@@ -110,13 +110,15 @@ def test_heads_of_different_sizes(mode: Mode, num_models: int) -> None:
     body = make_mlp(seed=3)
     same = permuted_copies(body, MLP_SPEC, num_models) if (mode, num_models) != ("zip", 3) else [body] * 3
     models = [with_head(model, "fc3", 4 + index, index) for index, model in enumerate(same)]
-    result = mudsc_fast.merge(models, MLP_SPEC, inputs(), mode=mode)
+    result = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, mode=mode)
     assert own_names(result) == ["fc3.weight", "fc3.bias"]
     assert result.num_per_task == tuple(33 * (4 + index) for index in range(num_models))
     if (mode, num_models) != ("zip", 3):
         assert_same_functions(result, models, inputs()[0])
     states = [model.state_dict() for model in models]
-    of_states = mudsc_fast.merge(states, MLP_SPEC, mudsc_fast.collect_statistics(models, MLP_SPEC, inputs()), mode=mode)
+    of_states = mudsc_fast.merge(
+        states, mudsc_fast.collect_statistics(models, inputs(), spec=MLP_SPEC), spec=MLP_SPEC, mode=mode
+    )
     assert of_states.task_models == ()
     for left, right in zip(of_states.task_state_dicts, result.task_state_dicts, strict=True):
         assert all(torch.equal(left[name], tensor) for name, tensor in right.items())
@@ -124,9 +126,9 @@ def test_heads_of_different_sizes(mode: Mode, num_models: int) -> None:
 
 def test_heads_do_not_count_in_the_similarity() -> None:
     models = [make_mlp(seed=seed) for seed in (0, 1)]
-    first = mudsc_fast.merge(models, MLP_SPEC, heads="fc3")
+    first = mudsc_fast.merge(models, spec=MLP_SPEC, task_heads="fc3")
     others = [with_head(model, "fc3", 10, seed) for seed, model in enumerate(models)]
-    second = mudsc_fast.merge(others, MLP_SPEC, heads=["fc3.weight", "fc3.bias"])
+    second = mudsc_fast.merge(others, spec=MLP_SPEC, task_heads=["fc3.weight", "fc3.bias"])
     assert own_names(first) == own_names(second) == ["fc3.weight", "fc3.bias"]
     for name, tensor in first.state_dict.items():
         assert torch.equal(tensor, second.state_dict[name])
@@ -136,7 +138,7 @@ def test_heads_of_two_layers() -> None:
     models = permuted_copies(make_mlp((20, 32, 24, 10), seed=1), MLP_SPEC, 2)
     other = make_mlp((20, 32, 16, 7), seed=2)
     models[1].fc2, models[1].fc3 = other.fc2, other.fc3
-    result = mudsc_fast.merge(models, MLP_SPEC, inputs(), heads=["fc2", "fc3"])
+    result = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, task_heads=["fc2", "fc3"])
     assert list(result.matching) == ["fc1"]
     assert own_names(result) == ["fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias"]
     # The second model's new layers read the first layer's units in the copy's order.
@@ -151,7 +153,7 @@ def test_tensors_without_a_node_go_with_those_before(mode: Mode) -> None:
         ("first", ["conv2.weight", "conv2.bias", "fc.weight", "fc.bias"]),
         ("second", ["fc.weight", "fc.bias"]),
     ):
-        result = mudsc_fast.merge(models, CONV_SPEC, images, mode=mode, stop=stop)
+        result = mudsc_fast.merge(models, images, spec=CONV_SPEC, mode=mode, stop_at=stop)
         assert own_names(result) == own
         assert result.unmatched_tensors == ()
         assert_same_functions(result, models, images[0])
@@ -188,7 +190,7 @@ def test_stops_inside_residual_networks(family: str, stop: str, mode: Mode) -> N
     model, spec = network(family)
     models = permuted_copies(randomize(model, 0).eval(), spec, 2)
     images = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
-    result = mudsc_fast.merge(models, spec, images, mode=mode, stop=stop)
+    result = mudsc_fast.merge(models, images, spec=spec, mode=mode, stop_at=stop)
     assert_same_functions(result, models, images[0])
 
 
@@ -204,7 +206,7 @@ def test_several_distinct_networks(family: str, num_models: int, mode: Mode) -> 
     images = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
     stop = "blocks.0.mlp" if family == "vit" else "layer2.0.conv1"
     for chosen in ((), stop):
-        result = mudsc_fast.merge(models, spec, images, mode=mode, stop=chosen)
+        result = mudsc_fast.merge(models, images, spec=spec, mode=mode, stop_at=chosen)
         repaired = mudsc_fast.repair(result, models, images, missing_bias="add")
         assert result.model is None
         assert {f"{head}.weight", f"{head}.bias"} <= set(own_names(result))
@@ -244,7 +246,7 @@ def test_heads_of_attention_keep_their_order_across_the_stop(mode: Mode) -> None
     torch.manual_seed(1)
     models = permuted_copies(SeparateAttention(), spec, 2)
     data = [torch.randn(5, 7, 12)]
-    result = mudsc_fast.merge(models, spec, data, mode=mode, stop="attn.qk")
+    result = mudsc_fast.merge(models, data, spec=spec, mode=mode, stop_at="attn.qk")
     assert own_names(result) == [
         f"{layer}.{kind}" for layer in ("leave", "output", "value") for kind in ("weight", "bias")
     ]
@@ -269,7 +271,7 @@ def test_a_stop_in_each_of_two_towers() -> None:
     spec = PermutationSpec(axes)
     models = permuted_copies(Towers(4), spec, 2)
     for stop, layers in ((("left.fc1", "right.fc2"), {"left": 1, "right": 2}), ("left.fc2", {"left": 2, "right": 3})):
-        result = mudsc_fast.merge(models, spec, inputs(), stop=stop)
+        result = mudsc_fast.merge(models, inputs(), spec=spec, stop_at=stop)
         shared = [
             f"{tower}.fc{i}.{kind}"
             for tower, n in layers.items()
@@ -307,22 +309,22 @@ def test_a_tensor_under_two_names_stays_one(mode: Mode) -> None:
     spec = PermutationSpec(layers.axes)
     tokens = torch.arange(30).view(5, 6)
     models = permuted_copies(TiedNetwork(0), spec, 2)
-    result = mudsc_fast.merge(models, spec, mode=mode, stop="inner")
+    result = mudsc_fast.merge(models, spec=spec, mode=mode, stop_at="inner")
     assert own_names(result) == ["second.weight", "second.bias"]
     assert_same_functions(result, models, tokens)
-    distinct = mudsc_fast.merge([TiedNetwork(0), TiedNetwork(1)], spec, mode=mode, stop="inner")
+    distinct = mudsc_fast.merge([TiedNetwork(0), TiedNetwork(1)], spec=spec, mode=mode, stop_at="inner")
     for index, model in enumerate(distinct.task_models):
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, distinct.task_state_dicts[index][name])
     with pytest.raises(ValueError, match=r"heads must name all of 'table\.weight', 'output\.weight' or none"):
-        mudsc_fast.merge(models, spec, heads="output")
+        mudsc_fast.merge(models, spec=spec, task_heads="output")
 
 
 def test_integers_of_the_tail_are_the_models_own() -> None:
     states = [dict(make_mlp(seed=seed).state_dict(), steps=torch.tensor(seed)) for seed in (0, 1)]
-    result = mudsc_fast.merge(states, MLP_SPEC, stop="fc1")
+    result = mudsc_fast.merge(states, spec=MLP_SPEC, stop_at="fc1")
     assert [int(tensors["steps"]) for tensors in result.task_state_dicts] == [0, 1]
-    result = mudsc_fast.merge(states, MLP_SPEC)
+    result = mudsc_fast.merge(states, spec=MLP_SPEC)
     assert [int(tensors["steps"]) for tensors in result.task_state_dicts] == [0, 0]
 
 
@@ -330,20 +332,20 @@ def test_integers_of_the_tail_are_the_models_own() -> None:
     ("options", "error", "message"),
     [
         (
-            {"stop": "fc9"},
+            {"stop_at": "fc9"},
             ValueError,
-            "stop must name a node, or begin the name of a tensor that has one, got 'fc9'; nodes: fc1, fc2",
+            "stop_at must name a node, or begin the name of a tensor that has one, got 'fc9'; nodes: fc1, fc2",
         ),
-        ({"stop": "fc"}, ValueError, "got 'fc'; nodes"),
-        ({"stop": "fc3.bias"}, ValueError, "got 'fc3.bias'; nodes"),
-        ({"stop": ["fc1", 3]}, TypeError, "stop must be a name or a sequence of names, got int"),
-        ({"heads": "fc9"}, ValueError, "heads names 'fc9', with which no tensor's name begins"),
-        ({"heads": ["fc1", "fc2", "fc3"]}, ValueError, "axes must name at least one node, got none"),
+        ({"stop_at": "fc"}, ValueError, "got 'fc'; nodes"),
+        ({"stop_at": "fc3.bias"}, ValueError, "got 'fc3.bias'; nodes"),
+        ({"stop_at": ["fc1", 3]}, TypeError, "stop_at must be a name or a sequence of names, got int"),
+        ({"task_heads": "fc9"}, ValueError, "task_heads names 'fc9', with which no tensor's name begins"),
+        ({"task_heads": ["fc1", "fc2", "fc3"]}, ValueError, "axes must name at least one node, got none"),
     ],
 )
 def test_bad_names(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], MLP_SPEC, **options)
+        mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], spec=MLP_SPEC, **options)
 
 
 @pytest.mark.parametrize(
@@ -351,14 +353,14 @@ def test_bad_names(options: dict[str, Any], error: type[Exception], message: str
     [
         (
             (20, 32, 30, 10),
-            r"'fc2.weight' has shape \(30, 32\) in models\[1\], but \(32, 32\) in models\[0\]: name it in heads",
+            r"'fc2.weight' has shape \(30, 32\) in models\[1\], but \(32, 32\) in models\[0\]: name it in task_heads",
         ),
         ((21, 32, 32, 10), r"'fc1.weight' has shape \(32, 21\) in models\[1\]"),
     ],
 )
 def test_shapes_that_no_head_has(widths: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mudsc_fast.merge([make_mlp(), make_mlp(widths)], MLP_SPEC)
+        mudsc_fast.merge([make_mlp(), make_mlp(widths)], spec=MLP_SPEC)
 
 
 def test_a_specification_without_some_tensors() -> None:

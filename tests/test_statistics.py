@@ -24,7 +24,7 @@ def models() -> list[nn.Sequential]:
 
 @pytest.mark.parametrize("blocks", ["full", "cross"])
 def test_similarity_is_the_correlation_of_hidden_units(blocks: Any) -> None:
-    statistics = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches(), blocks=blocks)
+    statistics = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC, blocks=blocks)
     inputs = torch.cat(batches())
     hidden = torch.cat([model[1](model[0](inputs)).detach().T for model in models()])
     expected = torch.corrcoef(hidden.double()).nan_to_num(0.0).float()
@@ -42,7 +42,7 @@ def test_similarity_is_the_correlation_of_hidden_units(blocks: Any) -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
     path.write_text("something else")
-    statistics = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches())
+    statistics = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC)
     statistics.save(path)
     loaded = MatchingStatistics.load(path)
     assert list(tmp_path.iterdir()) == [path]
@@ -50,25 +50,25 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     for node in MLP_SPEC.nodes:
         assert torch.equal(loaded.similarity(node), statistics.similarity(node))
     for mode in ("align", "zip"):
-        first, second = (mudsc_fast.merge(models(), MLP_SPEC, data, mode=mode) for data in (statistics, loaded))
+        first, second = (mudsc_fast.merge(models(), data, spec=MLP_SPEC, mode=mode) for data in (statistics, loaded))
         for name, tensor in first.state_dict.items():
             assert torch.equal(tensor, second.state_dict[name])
 
 
 def test_merged_equals_one_pass_over_both() -> None:
-    parts = [mudsc_fast.collect_statistics(models(), MLP_SPEC, [batch]) for batch in batches()]
+    parts = [mudsc_fast.collect_statistics(models(), [batch], spec=MLP_SPEC) for batch in batches()]
     before = parts[0].similarity("fc1").clone()
     for part in parts[1:]:
         parts[0].merge(part)
-    whole = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches())
+    whole = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC)
     assert not torch.equal(before, parts[0].similarity("fc1"))
     for node in MLP_SPEC.nodes:
         torch.testing.assert_close(parts[0].similarity(node), whole.similarity(node), rtol=0, atol=1e-6)
 
 
 def test_statistics_that_do_not_fit() -> None:
-    statistics = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches())
-    crossed = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches(), blocks="cross")
+    statistics = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC)
+    crossed = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC, blocks="cross")
     with pytest.raises(ValueError, match=r"other must be of 2 models .* full blocks, got 2 models .* cross blocks"):
         statistics.merge(crossed)
     with pytest.raises(TypeError, match="other must be MatchingStatistics, got dict"):
@@ -100,7 +100,7 @@ def test_files_that_hold_no_statistics(tmp_path: Path, content: bytes) -> None:
 )
 def test_files_that_lack_something(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
-    mudsc_fast.collect_statistics(models(), MLP_SPEC, batches()).save(path)
+    mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC).save(path)
     state = torch.load(path)
     change(state)
     torch.save(state, path)
@@ -114,13 +114,15 @@ def test_autocast_runs_the_models_in_half_precision() -> None:
     def forward(model: nn.Module, batch: Tensor) -> None:
         seen.append(model(batch).dtype)
 
-    statistics = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches(), forward=forward, autocast=torch.bfloat16)
+    statistics = mudsc_fast.collect_statistics(
+        models(), batches(), spec=MLP_SPEC, forward=forward, autocast=torch.bfloat16
+    )
     assert set(seen) == {torch.bfloat16}
-    exact = mudsc_fast.collect_statistics(models(), MLP_SPEC, batches())
+    exact = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC)
     for node in MLP_SPEC.nodes:
         torch.testing.assert_close(statistics.similarity(node), exact.similarity(node), rtol=0, atol=0.1)
         assert not torch.equal(statistics.similarity(node), exact.similarity(node))
     with pytest.raises(
         TypeError, match=r"autocast must be torch\.float16, torch\.bfloat16 or None, got torch\.float32"
     ):
-        mudsc_fast.collect_statistics(models(), MLP_SPEC, batches(), autocast=torch.float32)
+        mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC, autocast=torch.float32)

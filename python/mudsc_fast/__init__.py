@@ -5,10 +5,11 @@ from __future__ import annotations
 from mudsc_fast import compat, ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
 from mudsc_fast.compat import patch
+from mudsc_fast.match import match
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
-from mudsc_fast.merge import MergeResult, Space, merge
+from mudsc_fast.merge import merge, search_balance
 from mudsc_fast.ops import (
     Assignment,
     CorrelationAccumulator,
@@ -22,7 +23,9 @@ from mudsc_fast.ops import (
     use_backend,
     zip_units,
 )
+from mudsc_fast.options import Space
 from mudsc_fast.repair import repair
+from mudsc_fast.results import Matching, MergeResult
 from mudsc_fast.spec import Observation, PermutationSpec
 
 __version__ = "0.1.0"
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Assignment",
     "CorrelationAccumulator",
+    "Matching",
     "MatchingStatistics",
     "MergeResult",
     "Mode",
@@ -44,6 +48,7 @@ __all__ = [
     "compat",
     "linear_assignment",
     "linear_sum_assignment",
+    "match",
     "merge",
     "ops",
     "patch",
@@ -53,6 +58,7 @@ __all__ = [
     "permute_state_dict",
     "repair",
     "reset_batch_norm",
+    "search_balance",
     "spec",
     "use_backend",
     "zip_units",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,21 +43,31 @@ def check_finite(argument: str, value: Tensor) -> None:
 
 
 def check_int(argument: str, value: object, least: int) -> int:
-    """Return `value` if it is an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return `value` as an int if it is an integer (of Python, NumPy or a 0-d tensor) of at least `least`."""
+    number = _scalar(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
         raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{argument} must be at least {least}, got {value}")
-    return value
+    if number < least:
+        raise ValueError(f"{argument} must be at least {least}, got {number}")
+    return int(number)
 
 
 def check_number(argument: str, value: object) -> float:
-    """Return `value` as a float if it is a real number that is not NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Return `value` as a float if it is a real number (of Python, NumPy or a 0-d tensor) that is not NaN."""
+    number = _scalar(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
-    if value != value:
+    if number != number:
         raise ValueError(f"{argument} must be a number, got NaN")
-    return float(value)
+    return float(number)
+
+
+def check_finite_number(argument: str, value: object) -> float:
+    """Return a finite number as a float, or raise an error that names the argument."""
+    number = check_number(argument, value)
+    if math.isinf(number):
+        raise ValueError(f"{argument} must be finite, got {number}")
+    return number
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
@@ -69,3 +82,8 @@ def check_share(argument: str, value: object) -> float:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"{argument} must be in [0, 1], got {share}")
     return share
+
+
+def _scalar(value: object) -> object:
+    """Return what a tensor or an array without axes holds; other values as they are."""
+    return value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value

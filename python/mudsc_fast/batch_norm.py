@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._progress import progress_bar
 
 
 def reset_batch_norm(
-    model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, progress: bool = False
+    model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, progress: bool | None = None
 ) -> int:
     """Recompute the running mean and variance of every BatchNorm layer, in place.
 
@@ -30,7 +30,7 @@ def reset_batch_norm(
     forward
         Runs the model on a batch where that is not what the model needs.
     progress
-        Whether to show a progress bar.
+        Whether to show a progress bar; by default in a terminal, if the work is long.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def reset_batch_norm(
                 layer.train()
                 layer.reset_running_stats()
                 layer.momentum = None  # the plain average over all batches
-            for batch in tqdm(data, desc="batch norm", disable=not progress):
+            for batch in progress_bar(data, description="batch norm", progress=progress):
                 run_on_batch(model, batch, device, forward)
                 num_batches += 1
             if num_batches == 0:

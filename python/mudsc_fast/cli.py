@@ -16,9 +16,9 @@ from mudsc_fast import _core
 from mudsc_fast.kernels.cpu._runtime import isa_level, threads
 from mudsc_fast.kernels.cuda import _device, correlation
 from mudsc_fast.matching.node import Mode
-from mudsc_fast.merge import Space
 from mudsc_fast.ops._dispatch import KERNELS, backend_for
 from mudsc_fast.ops.correlation import Precision
+from mudsc_fast.options import Space
 
 if TYPE_CHECKING:
     from mudsc_fast.io import WriteResult

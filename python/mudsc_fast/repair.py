@@ -17,13 +17,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mudsc_fast._checks import check_choice, check_finite
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._progress import progress_bar
 from mudsc_fast.matching.apply import reindex
-from mudsc_fast.merge import MergeResult
+from mudsc_fast.matching.node import effective_weights
 from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.results import MergeResult
 from mudsc_fast.spec.axes import Axis, Segment
 
 MissingBias = Literal["error", "add", "skip"]
@@ -39,7 +40,7 @@ def repair(
     *,
     missing_bias: MissingBias = "error",
     forward: Forward | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> MergeResult:
     """Rescale the units of a merged network so that they vary as those of the networks it was made of.
 
@@ -67,7 +68,7 @@ def repair(
     forward
         Runs a model on a batch where that is not what the model needs.
     progress
-        Whether to show a progress bar.
+        Whether to show a progress bar; by default in a terminal, if the work is long.
 
     Returns
     -------
@@ -107,7 +108,7 @@ def repair(
         for model in (task_models[0], *models):
             stack.enter_context(preserve_training_mode(model))
             model.eval()
-        for batch in tqdm(data, desc="repair", disable=not progress):
+        for batch in progress_bar(data, description="repair", progress=progress):
             observer.run(batch, target_of, forward)
             num_batches += 1
         if num_batches == 0:
@@ -269,12 +270,13 @@ class _Observer:
 
 def _target(layer: _Layer, moments: Sequence[_Moments], result: MergeResult, device: torch.device) -> _Moments:
     """Return the moments that a merged layer should have: the models' ones, merged as a bias is."""
+    weights = effective_weights(result.weights, result.matching)
 
     def map_of(axis: Axis) -> UnitMap | None:
-        return result.matching[axis.node].unit_map(axis.role, result.weights)
+        return result.matching[axis.node].unit_map(axis.role, weights)
 
     mean, deviation = (
-        reindex([tensor.to(device) for tensor in tensors], [layer.segments], map_of, result.weights)
+        reindex([tensor.to(device) for tensor in tensors], [layer.segments], map_of, weights)
         for tensors in ([m.mean for m in moments], [m.deviation for m in moments])
     )
     return _Moments(moments[0].count, mean, deviation)

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mudsc_fast
-from mudsc_fast._checks import check_choice, check_share
 from mudsc_fast._forward import Rewindable
+from mudsc_fast._models import Networks
 from mudsc_fast.io import models as loading
 from mudsc_fast.io.checkpoint import FORMAT_OF_SUFFIX, Checkpoint, CheckpointError, Format, open_checkpoint, read_json
 from mudsc_fast.io.writing import (
@@ -26,12 +26,13 @@ from mudsc_fast.io.writing import (
     parse_size,
     write_checkpoint,
 )
+from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import merge_state_dicts, reindex
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching
-from mudsc_fast.merge import Space, prepare_matching
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.ops.permute import UnitMap
+from mudsc_fast.options import MatchOptions, Space, default_space
 from mudsc_fast.spec.axes import Axis
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.spec.permutation_spec import PermutationSpec
@@ -359,39 +360,33 @@ def _match(
     mode: Mode,
     space: Space | None,
     balance: float,
+    weights: Sequence[float] | None = None,
     precision: Precision,
-    progress: bool,
+    progress: bool | None,
     **arguments: Any,
 ) -> tuple[_Found, PermutationSpec]:
-    check_choice("mode", mode, get_args(Mode))
-    space = ("weight" if data is None else "dual") if space is None else space
-    check_choice("space", space, get_args(Space))
+    options = MatchOptions(
+        mode=mode,
+        space=default_space(space, data is not None),
+        balance=balance,
+        precision=precision,
+        progress=progress,
+        **arguments,
+    )
     _check_together(checkpoints)
     batches = None if data is None else Rewindable(data)
     chosen = _spec_of_all(checkpoints, spec, build, batches)
     activations = None
     timings: dict[str, float] = {}
-    if space != "weight":
+    if options.space != "weight":
         if batches is None:
-            raise CheckpointError(f"the {space} space needs data: name a function that yields batches")
+            raise CheckpointError(f"the {options.space} space needs data: name a function that yields batches")
         began = time.perf_counter()
         activations = _activations(checkpoints, spec, chosen, batches, build, mode, precision, progress)
         timings["activations"] = time.perf_counter() - began
-    prepared = prepare_matching(
-        [checkpoint.tensors for checkpoint in checkpoints],
-        chosen,
-        activations,
-        mode=mode,
-        space=space,
-        precision=precision,
-        progress=progress,
-        **arguments,
-    )
-    result = prepared.at(check_share("balance", balance))
-    timings |= prepared.phases.seconds
-    return _Found(
-        {node: result.matching[node] for node in chosen.nodes}, result.objectives, prepared.weights, timings
-    ), chosen
+    networks = Networks((), tuple(checkpoint.tensors for checkpoint in checkpoints))
+    found = PreparedMatching(networks, chosen, activations, options, weights).at(options.balance)
+    return _Found(found.nodes, found.objectives, found.weights, {**found.timings, **timings}), chosen
 
 
 def _activations(
@@ -402,7 +397,7 @@ def _activations(
     build: Callable[[], nn.Module] | None,
     mode: Mode,
     precision: Precision,
-    progress: bool,
+    progress: bool | None,
 ) -> MatchingStatistics:
     models = [loading.load_model(checkpoint, build) for checkpoint in checkpoints]
     if build is None and chosen.problems(models[0].state_dict()):
@@ -413,7 +408,7 @@ def _activations(
     observed.validate(models[0])
     with loading.users_code("running the networks on the data"):
         statistics = collect_statistics(
-            models, observed, data, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
+            models, data, spec=observed, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
         )
     statistics.spec = chosen
     return statistics

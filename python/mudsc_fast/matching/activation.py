@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mudsc_fast._files import atomic_write
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._models import Networks
+from mudsc_fast._progress import progress_bar
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
+from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.observation import Observation
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
@@ -190,14 +192,14 @@ class MatchingStatistics:
 
 def collect_statistics(
     models: Sequence[nn.Module],
-    spec: PermutationSpec,
     data: Iterable[Any],
     *,
+    spec: SpecLike = None,
     blocks: Blocks = "full",
     forward: Forward | None = None,
     autocast: torch.dtype | None = None,
     precision: Precision = "float32",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> MatchingStatistics:
     """Run all models over the data and gather what the correlation of their units needs, node by node.
 
@@ -208,12 +210,13 @@ def collect_statistics(
     ----------
     models
         Two or more modules of one architecture.
-    spec
-        The axes map with the places to observe.
     data
         Batches: a tensor (the model's only argument), a dict (its keyword arguments), or a tuple or list as data
         loaders yield them (the first entry, itself a tensor or dict, is the input; targets behind it are not used).
         Tensors are moved to each model's device.
+    spec
+        The spec of the models, which says where each node is observed; or how to choose it, as for
+        :func:`mudsc_fast.merge`.
     blocks
         ``"full"`` for zip and align, ``"cross"`` for align alone at less work.
     forward
@@ -224,7 +227,7 @@ def collect_statistics(
     precision
         Of the products of features, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     progress
-        Whether to show a progress bar.
+        Whether to show a progress bar; by default in a terminal, if the work is long.
 
     Raises
     ------
@@ -235,6 +238,7 @@ def collect_statistics(
     """
     if autocast not in (None, torch.float16, torch.bfloat16):
         raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+    spec, batches = Networks.of_modules(models).choose_spec(spec, data)
     device = next(iter(models[0].state_dict().values())).device
     units = spec.units(models[0].state_dict())
     statistics = MatchingStatistics(spec, units, len(models), blocks=blocks, device=device, precision=precision)
@@ -250,7 +254,7 @@ def collect_statistics(
             stack.enter_context(preserve_training_mode(model))
             model.eval()
             stack.enter_context(observer.attached())
-        for batch in tqdm(data, desc="activations", disable=not progress):
+        for batch in progress_bar(batches, description="activations", progress=progress):
             num_batches += 1
             seen = [observer.run(batch, forward) for observer in observers]
             for node in spec.nodes:

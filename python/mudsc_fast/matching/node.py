@@ -19,13 +19,16 @@ Mode = Literal["align", "zip"]
 
 #: Solutions for so many units are worth keeping for the next visit. Smaller ones are found in milliseconds, and kept
 #: among the workspaces of a heap they would cost more memory than their own.
-_LEAST_UNITS_TO_KEEP = 2048
+_MIN_UNITS_TO_KEEP = 2048
+
+#: A weight that stands for 0: below the rounding of float64 beside 1, and far from the end of float32's range.
+_VANISHING = 1e-18
 
 #: The similarity blocks that a mode reads: model 0 with every other model, or all with all.
 BLOCKS_OF_MODE: dict[Mode, Blocks] = {"align": "cross", "zip": "full"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NodeMatching:
     """How the units of all models correspond at one node.
 
@@ -49,6 +52,13 @@ class NodeMatching:
     num_clusters: int
     similarity_before: float
     similarity: float
+
+    def __repr__(self) -> str:
+        models, units = self.cluster_of_unit.shape
+        return (
+            f"NodeMatching({self.mode!r}, {models} models, {units} units, "
+            f"similarity {self.similarity_before:.4f} -> {self.similarity:.4f})"
+        )
 
     @property
     def permutations(self) -> Tensor | None:
@@ -98,6 +108,23 @@ class NodeMatching:
         """Return [groups] int64: which group of a model becomes each group of the result."""
         units = self.cluster_of_unit.shape[1]
         return torch.argsort(self.cluster_of_unit[model, :: units // groups] // (self.num_clusters // groups))
+
+
+def effective_weights(weights: Sequence[float], nodes: Mapping[str, NodeMatching]) -> list[float]:
+    """Return the weights to merge with where some are 0.
+
+    The mean of a cluster's members is not defined if all of them come from models of weight 0. Such models then get a
+    weight that vanishes beside the others' even in float64, and the cluster the mean that it has in the limit.
+    """
+    if min(weights) > 0 or not any(_has_unweighted_cluster(weights, matched) for matched in nodes.values()):
+        return list(weights)
+    return [weight or _VANISHING for weight in weights]
+
+
+def _has_unweighted_cluster(weights: Sequence[float], matched: NodeMatching) -> bool:
+    weighted = [index for index, weight in enumerate(weights) if weight > 0]
+    counts = torch.bincount(matched.cluster_of_unit[weighted].flatten(), minlength=matched.num_clusters)
+    return bool((counts == 0).any())
 
 
 #: Matches the units of all nodes of a bundle, by the nodes' similarity blocks and the number of groups.
@@ -215,7 +242,7 @@ def _pair_groups(
         size = units // groups
         split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
         solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
-        if earlier is not None and similarity.shape[-1] >= _LEAST_UNITS_TO_KEEP:
+        if earlier is not None and similarity.shape[-1] >= _MIN_UNITS_TO_KEEP:
             # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
             earlier[node] = Assignment(*(getattr(solution, entry.name).clone() for entry in fields(Assignment)))
         inner[node] = solution.columns

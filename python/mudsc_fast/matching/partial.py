@@ -16,24 +16,27 @@ class Division:
 
     Attributes
     ----------
-    heads
+    task_heads
         Names of the tensors that cannot be compared between the models.
     comparable
-        The specification without the heads: what is matched.
+        The specification without the task heads: what is matched.
     shared
         Names of the tensors that are merged into one trunk, in the order of the state dict.
     per_task
         Names of the tensors of which every task keeps its own.
     """
 
-    heads: frozenset[str]
+    task_heads: frozenset[str]
     comparable: PermutationSpec
     shared: tuple[str, ...]
     per_task: tuple[str, ...]
 
 
 def divide(
-    state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, stop: Sequence[str], heads: Sequence[str]
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    stop_at: Sequence[str],
+    task_heads: Sequence[str],
 ) -> Division:
     """Divide the tensors of models that have the same names.
 
@@ -43,26 +46,29 @@ def divide(
         The models' tensors.
     spec
         The axes map.
-    stop
+    stop_at
         Nodes, or tensors by their name or its beginning up to a dot: the last that are merged. Of the tensors that
         nodes link to a stop, in the order of the axes map, those up to it are shared. Where no stop is given, and in
         parts that no node links to one, all are. A tensor without a node goes with the one before it, one under several
         names with the first of them that is shared.
-    heads
+    task_heads
         Tensors to keep per task, by their name or its beginning up to a dot.
 
     Raises
     ------
     ValueError
-        If an entry of `stop` or `heads` names nothing, `heads` a part of a tensor's names, or no node is left to match.
+        If an entry of `stop_at` or `task_heads` names nothing, `task_heads` names a tensor by one of its several names
+        alone, or no node is left to match.
     """
     names = tuple(state_dicts[0])
-    for head in heads:
+    for head in task_heads:
         if not any(_begins(name, head) for name in names):
-            raise ValueError(f"heads names {head!r}, with which no tensor's name begins")
-    own = {name for name in names if any(_begins(name, head) for head in heads)} | _unequal_heads(state_dicts, spec)
+            raise ValueError(f"task_heads names {head!r}, with which no tensor's name begins")
+    own = {name for name in names if any(_begins(name, head) for head in task_heads)} | _unequal_heads(
+        state_dicts, spec
+    )
     comparable = spec.without(own) if own else spec
-    trunk = _trunk(spec, stop)
+    trunk = _trunk(spec, stop_at)
     in_trunk = True
     merged = set()
     for name in names:
@@ -71,7 +77,7 @@ def divide(
             merged.add(name)
     for tied in _tied_tensors(state_dicts[0]) if len(merged) < len(names) else ():
         if own.intersection(tied) and not own.issuperset(tied):
-            raise ValueError(f"heads must name all of {', '.join(map(repr, tied))} or none: they are one tensor")
+            raise ValueError(f"task_heads must name all of {', '.join(map(repr, tied))} or none: they are one tensor")
         if merged.intersection(tied):
             merged.update(tied)
     shared = [name for name in names if name in merged]
@@ -112,7 +118,7 @@ def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
         named = [name for name in _stop_tensors(spec, entry) if name in part_of]
         if not named:
             raise ValueError(
-                f"stop must name a node, or begin the name of a tensor that has one, got {entry!r}; nodes: "
+                f"stop_at must name a node, or begin the name of a tensor that has one, got {entry!r}; nodes: "
                 + ", ".join(spec.nodes)
             )
         last = max(named, key=order.__getitem__)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mudsc_fast._progress import progress_bar
 from mudsc_fast.matching.node import Matcher, NodeMatching
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
@@ -33,7 +33,7 @@ def sweep(
     random_state: int = 0,
     max_sweeps: int = 100,
     patience: int = 5,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> SweepResult:
     """Match every node again and again, in random order, and keep the best.
 
@@ -51,7 +51,7 @@ def sweep(
     objectives: list[float] = []
     misses = 0
     visits: dict[tuple[str, ...], _Visit] = {}
-    with tqdm(total=max_sweeps, desc="sweeps", disable=not progress) as bar:
+    with progress_bar(total=max_sweeps, description="sweeps", progress=progress) as bar:
         while len(objectives) < max_sweeps and misses < patience:
             for index in torch.randperm(len(spec.bundles), generator=generator, device="cpu").tolist():
                 bundle = spec.bundles[index]

@@ -1,0 +1,236 @@
+"""Models, a spec and data in; a matching of their units out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mudsc_fast._checks import check_finite, check_tensor
+from mudsc_fast._forward import Forward
+from mudsc_fast._models import Models, Networks
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
+from mudsc_fast.matching.partial import Division, divide
+from mudsc_fast.matching.sweep import SweepResult, sweep
+from mudsc_fast.matching.weight import WeightSimilarity
+from mudsc_fast.ops.assignment import Assignment
+from mudsc_fast.ops.correlation import Precision
+from mudsc_fast.options import MatchOptions, Space, default_space
+from mudsc_fast.results import Matching, Names, Phases, checked_weights, names
+from mudsc_fast.spec.choose import SpecLike
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+
+def match(
+    models: Models,
+    data: Iterable[Any] | MatchingStatistics | None = None,
+    *,
+    spec: SpecLike = None,
+    mode: Mode = "align",
+    balance: float = 0.5,
+    space: Space | None = None,
+    weights: Sequence[float] | None = None,
+    shrink: float = 0.5,
+    budget: float = 1.0,
+    task_heads: Names = (),
+    random_state: int = 0,
+    max_sweeps: int = 100,
+    patience: int = 5,
+    forward: Forward | None = None,
+    precision: Precision = "float32",
+    progress: bool | None = None,
+) -> Matching:
+    """Find which units of several networks of one architecture correspond.
+
+    Parameters
+    ----------
+    models, data, spec, mode, balance, space, weights, shrink, budget, task_heads
+        As for :func:`mudsc_fast.merge`. The weights count for the clusters of a zip, and are those that
+        :meth:`Matching.merge` uses by default.
+    random_state, max_sweeps, patience, forward, precision, progress
+        As for :func:`mudsc_fast.merge`.
+
+    Returns
+    -------
+    Matching
+        Merges the networks, aligns one of them, can be saved, and prints as a table.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`mudsc_fast.merge`.
+    """
+    options = MatchOptions(
+        mode=mode,
+        space=default_space(space, data is not None),
+        balance=balance,
+        shrink=shrink,
+        budget=budget,
+        random_state=random_state,
+        max_sweeps=max_sweeps,
+        patience=patience,
+        forward=forward,
+        precision=precision,
+        progress=progress,
+    )
+    networks = Networks.of(models, run=options.space != "weight")
+    chosen, data = choose_spec_and_data(networks, spec, data)
+    return PreparedMatching(networks, chosen, data, options, weights, task_heads).at(options.balance)
+
+
+def choose_spec_and_data(
+    networks: Networks, spec: SpecLike, data: Iterable[Any] | MatchingStatistics | None
+) -> tuple[PermutationSpec, Iterable[Any] | MatchingStatistics | None]:
+    """Return the spec of networks, by default that of statistics given as data, and the data, its first batch kept."""
+    if not isinstance(data, MatchingStatistics):
+        return networks.choose_spec(spec, data)
+    return networks.choose_spec(data.spec if spec is None else spec, None)[0], data
+
+
+class PreparedMatching:
+    """All that a matching needs but for the balance: one pass over the data serves every balance.
+
+    State dicts may make a tensor when it is asked for, as those of files do: each is asked for again and again, and
+    kept no longer than it is needed.
+
+    Parameters
+    ----------
+    networks, spec, data
+        What is matched.
+    options
+        How; of it `balance` is not read.
+    weights, task_heads
+        As for :func:`mudsc_fast.merge`.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        spec: PermutationSpec,
+        data: Iterable[Any] | MatchingStatistics | None,
+        options: MatchOptions,
+        weights: Sequence[float] | None = None,
+        task_heads: Names = (),
+    ) -> None:
+        self.phases = Phases()
+        self._networks, self._spec, self._options = networks, spec, options
+        self._task_heads = tuple(names("task_heads", task_heads))
+        self._division = divide(networks.state_dicts, spec, (), self._task_heads)
+        _check_same_shapes(networks.state_dicts, self._division)
+        for state_dict in networks.state_dicts:
+            spec.units(state_dict)
+        _check_finite_tensors(networks.state_dicts, spec)
+        self._weights = checked_weights(weights, len(networks))
+        self._solutions: dict[str, Assignment] = {}
+        self._activations: MatchingStatistics | None = None
+        self._start: dict[str, NodeMatching] = {}
+        if options.space != "weight":
+            self._match_activations(data)
+        # Weights of 0 do not say how a cluster's members count: the units are then matched as for equal weights.
+        shares = self._weights if min(self._weights) > 0 else [1 / len(networks)] * len(networks)
+        self._weight_similarity = WeightSimilarity(
+            networks.state_dicts,
+            self._division.comparable,
+            BLOCKS_OF_MODE[options.mode],
+            shares,
+            precision=options.precision,
+        )
+
+    def at(self, balance: float) -> Matching:
+        """Return the matching at one balance."""
+        found = SweepResult(self._start, []) if self._options.space == "activation" else self._sweep(balance)
+        comparable, first = self._division.comparable, self._networks.state_dicts[0]
+        return Matching(
+            spec=self._spec,
+            nodes={node: found.matching[node] for node in comparable.nodes},
+            mode=self._options.mode,
+            space=self._options.space,
+            balance=balance if self._options.space == "dual" else None,
+            weights=tuple(self._weights),
+            objectives=found.objectives,
+            timings=dict(self.phases.seconds),
+            shapes={name: tuple(first[name].shape) for name in comparable.layouts},
+            task_heads=self._task_heads,
+        )
+
+    def _sweep(self, balance: float) -> SweepResult:
+        activations, blocks = self._activations, BLOCKS_OF_MODE[self._options.mode]
+
+        def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
+            with self.phases.timed("weight similarity"):
+                if activations is None:
+                    return self._weight_similarity(node, current)
+                return self._weight_similarity(node, current, activations.similarity(node, blocks), balance)
+
+        return sweep(
+            self._division.comparable,
+            similarity_of,
+            self._match_nodes,
+            self._start,
+            random_state=self._options.random_state,
+            max_sweeps=self._options.max_sweeps,
+            patience=self._options.patience,
+            progress=self._options.progress,
+        )
+
+    def _match_nodes(self, similarities: Mapping[str, Tensor], groups: int) -> dict[str, NodeMatching]:
+        options = self._options
+        with self.phases.timed("matching"):
+            if options.mode == "align":
+                return align_units(similarities, groups, earlier=self._solutions)
+            return zip_all_units(
+                similarities, len(self._networks), groups, shrink=options.shrink, budget=options.budget
+            )
+
+    def _match_activations(self, data: Iterable[Any] | MatchingStatistics | None) -> None:
+        comparable, blocks = self._division.comparable, BLOCKS_OF_MODE[self._options.mode]
+        with self.phases.timed("activations"):
+            self._activations = self._collected(data)
+        for bundle in comparable.bundles:
+            similarities = {node: self._activations.similarity(node, blocks) for node in bundle}
+            self._start.update(self._match_nodes(similarities, comparable.groups(bundle[0]).count))
+
+    def _collected(self, data: Iterable[Any] | MatchingStatistics | None) -> MatchingStatistics:
+        networks, comparable = self._networks, self._division.comparable
+        if isinstance(data, MatchingStatistics):
+            if data.spec not in (self._spec, comparable) or data.num_models != len(networks):
+                raise ValueError(
+                    f"data was computed for {data.num_models} models with {data.spec!r}, "
+                    f"got {len(networks)} models with {self._spec!r}"
+                )
+            return data
+        if data is None:
+            raise ValueError(
+                f"data must be given to match in activation space, got None: space={self._options.space!r}"
+            )
+        if not networks.modules:
+            raise TypeError(
+                "models must be modules, or directories of Hugging Face, to match in activation space: got tensors"
+            )
+        return collect_statistics(
+            networks.modules,
+            data,
+            spec=comparable,
+            blocks=BLOCKS_OF_MODE[self._options.mode],
+            forward=self._options.forward,
+            precision=self._options.precision,
+            progress=self._options.progress,
+        )
+
+
+def _check_same_shapes(state_dicts: Sequence[Mapping[str, Tensor]], division: Division) -> None:
+    for name, tensor in state_dicts[0].items():
+        for index, other in enumerate(state_dicts):
+            if name not in division.task_heads and other[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(other[name].shape)} in models[{index}], but {tuple(tensor.shape)} in "
+                    "models[0]: name it in task_heads to keep it per task"
+                )
+
+
+def _check_finite_tensors(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> None:
+    for index, state_dict in enumerate(state_dicts):
+        for name in spec.layouts:
+            check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))

@@ -1,0 +1,58 @@
+"""The options of a matching, checked once and handed on as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mudsc_fast._checks import check_choice, check_finite_number, check_int, check_share
+from mudsc_fast._forward import Forward
+from mudsc_fast.matching.node import Mode
+from mudsc_fast.ops.correlation import Precision
+
+Space = Literal["weight", "activation", "dual"]
+
+
+@dataclass(frozen=True)
+class MatchOptions:
+    """How units are matched; the fields are the arguments of :func:`mudsc_fast.match` of the same names.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a value is out of range or of the wrong type.
+    """
+
+    mode: Mode = "align"
+    space: Space = "weight"
+    balance: float = 0.5
+    shrink: float = 0.5
+    budget: float = 1.0
+    random_state: int = 0
+    max_sweeps: int = 100
+    patience: int = 5
+    forward: Forward | None = None
+    precision: Precision = "float32"
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("space", self.space, get_args(Space))
+        check_choice("precision", self.precision, get_args(Precision))
+        checked = {
+            "balance": check_share("balance", self.balance),
+            "shrink": check_finite_number("shrink", self.shrink),
+            "budget": check_share("budget", self.budget),
+            "random_state": check_int("random_state", self.random_state, 0),
+            "max_sweeps": check_int("max_sweeps", self.max_sweeps, 1),
+            "patience": check_int("patience", self.patience, 1),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def default_space(space: Space | None, has_data: bool) -> Space:
+    """Return the space to match in: both if there is data, else that of the weights."""
+    if space is not None:
+        return space
+    return "dual" if has_data else "weight"

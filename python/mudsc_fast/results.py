@@ -1,0 +1,423 @@
+"""Matchings and merged networks: what can be done with them, and how they came about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast import _matching_file
+from mudsc_fast._checks import check_int, check_number
+from mudsc_fast._models import Model, Models, Networks, like, tensors_of, with_state
+from mudsc_fast._tables import as_html, as_text, node_rows
+from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
+from mudsc_fast.matching.node import Mode, NodeMatching, effective_weights
+from mudsc_fast.matching.partial import Division, divide
+from mudsc_fast.options import Space
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+#: One or several names.
+Names = str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Matching(Mapping[str, NodeMatching]):
+    """How the units of several networks correspond: a mapping from the nodes of a spec to :class:`NodeMatching`.
+
+    Made by :func:`match`. It merges and aligns the networks any number of times without matching them again, also
+    later on and elsewhere: it can be saved and loaded. ``print(matching)`` shows the table of nodes.
+
+    Attributes
+    ----------
+    spec
+        The spec of the networks.
+    nodes
+        For each node how the units correspond.
+    mode, space
+        How the units were matched.
+    balance
+        Share of the weight similarity, where the units were matched in the dual space; else None.
+    weights
+        The models' shares that :meth:`merge` uses by default.
+    objectives
+        Mean similarity over the nodes after each sweep; empty without sweeps.
+    timings
+        Seconds by phase: ``"activations"``, ``"weight similarity"`` and ``"matching"``.
+    shapes
+        The shapes of the tensors that were matched: networks to merge or align must have them.
+    task_heads
+        The tensors that were not matched because every task keeps its own.
+    """
+
+    spec: PermutationSpec
+    nodes: Mapping[str, NodeMatching]
+    mode: Mode
+    space: Space
+    balance: float | None
+    weights: tuple[float, ...]
+    objectives: list[float]
+    timings: dict[str, float]
+    shapes: Mapping[str, tuple[int, ...]]
+    task_heads: tuple[str, ...] = ()
+
+    # A mapping compares its entries, whose tensors have no single truth value.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, node: str) -> NodeMatching:
+        return self.nodes[node]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_models(self) -> int:
+        """Number of networks that were matched."""
+        return len(self.weights)
+
+    def merge(
+        self,
+        models: Models,
+        *,
+        weights: Sequence[float] | None = None,
+        stop_at: Names = (),
+        task_heads: Names | None = None,
+    ) -> MergeResult:
+        """Merge networks by this matching.
+
+        Parameters
+        ----------
+        models
+            The networks that were matched, in the same order; or others with the same tensors and the same order of
+            units, such as later checkpoints of one training run.
+        weights
+            The models' shares in the result, numbers of at least 0 that sum to 1; by default those of the matching.
+        stop_at
+            Where merging stops, as for :func:`mudsc_fast.merge`.
+        task_heads
+            Tensors to keep per task besides, as for :func:`mudsc_fast.merge`; by default those of the matching.
+
+        Returns
+        -------
+        MergeResult
+
+        Raises
+        ------
+        ValueError
+            If the models are not as many as were matched or their tensors have other names or shapes, `stop_at` or
+            `task_heads` name nothing, or the weights are negative or do not sum to 1.
+        TypeError
+            If an argument is of the wrong type.
+        """
+        networks = Networks.of(models)
+        if len(networks) != self.num_models:
+            raise ValueError(f"models must be the {self.num_models} models that were matched, got {len(networks)}")
+        for index, state_dict in enumerate(networks.state_dicts):
+            self._check_fits(f"models[{index}]", state_dict)
+        division = divide(
+            networks.state_dicts,
+            self.spec,
+            names("stop_at", stop_at),
+            self.task_heads if task_heads is None else names("task_heads", task_heads),
+        )
+        unmatched = [node for node in division.comparable.nodes if node not in self.nodes]
+        if unmatched:
+            raise ValueError(
+                f"task_heads must name the tensors of node {unmatched[0]!r}, which was not matched: the matching was "
+                f"computed with task_heads={list(self.task_heads)}"
+            )
+        return merge_matched(networks, self, division, weights)
+
+    def permute(self, model: Model, index: int) -> Any:
+        """Return one network with its units in the order of the first network; its outputs stay the same.
+
+        Parameters
+        ----------
+        model
+            The network: a module, a state dict, or the path of a checkpoint. Not modified.
+        index
+            Which of the networks that were matched it is; number 0 keeps its order.
+
+        Returns
+        -------
+        A new module for a module, else a new state dict.
+
+        Raises
+        ------
+        ValueError
+            If the units were not aligned but zipped, there is no such index, or the tensors have other names or shapes.
+        TypeError
+            If an argument is of the wrong type.
+        """
+        if self.mode != "align":
+            raise ValueError(
+                f"permute needs a matching with mode='align', got mode={self.mode!r}: clusters do not order the units "
+                "of one model; use merge, or match again"
+            )
+        index = check_int("index", index, 0)
+        if index >= self.num_models:
+            raise ValueError(
+                f"index must be below the number of models that were matched ({self.num_models}), got {index}"
+            )
+        tensors = tensors_of(model)
+        self._check_fits("model", tensors)
+        orders = {}
+        for node, matched in self.nodes.items():
+            permutations = matched.permutations
+            assert permutations is not None  # of an alignment
+            orders[node] = permutations[index]
+        permuted = like(permute_state_dict(tensors, self.spec, orders), tensors)
+        return with_state(model, permuted) if isinstance(model, nn.Module) else permuted
+
+    def save(self, path: _matching_file.PathLike) -> None:
+        """Write the matching to a .safetensors file; a file that cannot be written completely is left as it was.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        fields = {name: getattr(self, name) for name in _matching_file.FIELDS}
+        _matching_file.save(path, self.spec, self.nodes, fields)
+
+    @classmethod
+    def load(cls, path: _matching_file.PathLike, *, device: torch.device | str = "cpu") -> Matching:
+        """Return the matching in a file of :meth:`save`.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is no such file, or damaged.
+        """
+        return cls(**_matching_file.load(path, torch.device(device)))
+
+    def __str__(self) -> str:
+        """Return a table of the nodes and the time that each phase took."""
+        return as_text(node_rows(self.nodes), self._notes())
+
+    def __repr__(self) -> str:
+        balance = "" if self.balance is None else f", balance={self.balance:g}"
+        return (
+            f"Matching({len(self)} nodes, {self.num_models} models, mode={self.mode!r}, space={self.space!r}{balance})"
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(node_rows(self.nodes), self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.objectives:
+            notes.append(f"{len(self.objectives)} sweeps, best mean similarity {max(self.objectives):.4f}")
+        notes.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
+        return notes
+
+    def _check_fits(self, argument: str, tensors: Mapping[str, Tensor]) -> None:
+        for name, shape in self.shapes.items():
+            if name not in tensors:
+                raise ValueError(f"{argument} must have the tensors that were matched, but has no {name!r}")
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(
+                    f"{argument} must have the tensors that were matched, but {name!r} has shape "
+                    f"{tuple(tensors[name].shape)}, expected {shape}"
+                )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MergeResult:
+    """A merged network and how it came about. ``print(result)`` shows a table.
+
+    Attributes
+    ----------
+    model
+        A new module with the merged parameters and buffers, or None where only tensors were given or where some
+        tensors stay per task. Where it has BatchNorm layers, :func:`mudsc_fast.reset_batch_norm` gives it statistics
+        of its own.
+    state_dict
+        The merged tensors by name: all of them, or those of the trunk that all tasks share.
+    task_models
+        For each task a module with the trunk and the tensors of its own: new modules where some tensors stay per task,
+        each with a copy of the trunk, else `model` for every task. Empty where only tensors were given.
+    task_state_dicts
+        For each task all its tensors by name. Those of the trunk are the tensors of `state_dict`, not copies.
+    matching
+        For each node how the units of all models correspond. Nodes behind the stop of a partial merge are matched but
+        not merged; nodes that only task heads have are not matched.
+    weights
+        The models' shares in the result.
+    timings
+        Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"`` and, of a search,
+        ``"scoring"``; of a search for all its merges together.
+    unmatched_tensors
+        Names of the tensors that the spec does not name; they were averaged in their own order.
+    repaired_layers
+        Names of the layers that :func:`mudsc_fast.repair` rescaled.
+    scores
+        Of :func:`mudsc_fast.search_balance`: the score of each balance tried.
+    """
+
+    model: nn.Module | None
+    state_dict: dict[str, Tensor]
+    task_models: tuple[nn.Module, ...]
+    task_state_dicts: tuple[dict[str, Tensor], ...]
+    matching: Matching
+    weights: tuple[float, ...]
+    timings: dict[str, float]
+    unmatched_tensors: tuple[str, ...]
+    repaired_layers: tuple[str, ...] = ()
+    scores: Mapping[float, float] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """The spec of the networks."""
+        return self.matching.spec
+
+    @property
+    def balance(self) -> float | None:
+        """Share of the weight similarity where the units were matched in the dual space, else None."""
+        return self.matching.balance
+
+    @property
+    def objectives(self) -> list[float]:
+        """Mean similarity over the nodes after each sweep; empty without sweeps."""
+        return self.matching.objectives
+
+    @property
+    def num_shared(self) -> int:
+        """Number of entries of the tensors that all tasks share."""
+        return sum(tensor.numel() for tensor in self.state_dict.values())
+
+    @property
+    def num_per_task(self) -> tuple[int, ...]:
+        """Number of entries of the tensors that each task keeps for itself."""
+        return tuple(
+            sum(tensor.numel() for name, tensor in tensors.items() if name not in self.state_dict)
+            for tensors in self.task_state_dicts
+        )
+
+    def __str__(self) -> str:
+        """Return a table of the nodes, what is shared, and the time that each phase took."""
+        return as_text(node_rows(self.matching), self._notes())
+
+    def __repr__(self) -> str:
+        model = "" if self.model is None else f"model={type(self.model).__name__}, "
+        return (
+            f"MergeResult({model}{len(self.state_dict)} merged tensors, {len(self.matching)} nodes, "
+            f"mode={self.matching.mode!r}, {len(self.weights)} models)"
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(node_rows(self.matching), self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.objectives:
+            notes.append(f"{len(self.objectives)} sweeps, best mean similarity {max(self.objectives):.4f}")
+        if any(self.num_per_task):
+            notes.append(f"entries shared: {self.num_shared}; per task: " + ", ".join(map(str, self.num_per_task)))
+        if self.scores:
+            notes.append("scores by balance: " + ", ".join(f"{b:g}: {score:.4g}" for b, score in self.scores.items()))
+        if self.repaired_layers:
+            notes.append("rescaled: " + ", ".join(self.repaired_layers))
+        notes.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
+        if self.unmatched_tensors:
+            notes.append("averaged without matching: " + ", ".join(self.unmatched_tensors))
+        return notes
+
+
+class Phases:
+    """Seconds by phase, in the order in which the phases began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time that the enclosed code takes."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def merge_matched(
+    networks: Networks, matching: Matching, division: Division, weights: Sequence[float] | None
+) -> MergeResult:
+    """Merge networks whose units are matched; which tensors, `division` says."""
+    shares = list(matching.weights) if weights is None else checked_weights(weights, len(networks))
+    phases = Phases()
+    with phases.timed("merging"):
+        state_dicts, spec = networks.state_dicts, matching.spec
+        merged = merge_state_dicts(state_dicts, spec, matching, effective_weights(shares, matching), division.shared)
+        merged = like(merged, state_dicts[0])
+        tasks = _task_state_dicts(state_dicts, spec, matching, division, merged)
+        task_models = _task_models(networks.modules, tasks, division)
+    return MergeResult(
+        model=None if division.per_task or not task_models else task_models[0],
+        state_dict=merged,
+        task_models=task_models,
+        task_state_dicts=tasks,
+        matching=matching,
+        weights=tuple(shares),
+        timings={**matching.timings, **phases.seconds},
+        unmatched_tensors=tuple(
+            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
+        ),
+    )
+
+
+def names(argument: str, value: Names) -> list[str]:
+    """Return one or several names as a list."""
+    listed = [value] if isinstance(value, str) else list(value)
+    for name in listed:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a name or a sequence of names, got {type(name).__name__}")
+    return listed
+
+
+def checked_weights(weights: Sequence[float] | None, num_models: int) -> list[float]:
+    """Return the models' shares, equal by default."""
+    if weights is None:
+        return [1.0 / num_models] * num_models
+    checked = [check_number(f"weights[{index}]", weight) for index, weight in enumerate(weights)]
+    if len(checked) != num_models:
+        raise ValueError(f"weights must have one entry per model ({num_models}), got {len(checked)}")
+    if min(checked) < 0 or abs(sum(checked) - 1) > 1e-6:
+        raise ValueError(f"weights must be at least 0 and sum to 1, got {checked}")
+    return checked
+
+
+def _task_state_dicts(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    matching: Mapping[str, NodeMatching],
+    division: Division,
+    merged: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], ...]:
+    """Return for each model all tensors, merged or its own, in the order of the first model."""
+    tasks = []
+    for index, state_dict in enumerate(state_dicts):
+        own = task_tensors(state_dict, index, spec, matching, division.shared, division.per_task)
+        whole = {name: merged[name] if name in merged else own[name] for name in state_dicts[0]}
+        tasks.append(like(whole, state_dict))
+    return tuple(tasks)
+
+
+def _task_models(
+    models: Sequence[nn.Module], tasks: Sequence[Mapping[str, Tensor]], division: Division
+) -> tuple[nn.Module, ...]:
+    if not models:
+        return ()
+    if not division.per_task:
+        return (with_state(models[0], tasks[0]),) * len(models)
+    return tuple(with_state(model, task) for model, task in zip(models, tasks, strict=True))
