@@ -1,186 +1,274 @@
-#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <new>
+#include <optional>
+#include <utility>
 #include <vector>
 
+#include "arrays.hpp"
+#include "assignment_matrix.hpp"
 #include "bindings.hpp"
-#include "mudsc/assignment.hpp"
+#include "mudsc/threads.hpp"
 
 namespace mudsc::bindings {
 namespace {
 
-// A matrix of numpy that can be read as it is.
-struct Matrix {
-  const void* values;
-  ScalarType type;
-  std::int64_t rows;
-  std::int64_t columns;
-};
+using NumpyApi = py::detail::npy_api;
 
-// Whether `object` is a contiguous, aligned matrix of native float32 or float64, not empty and not so large that
-// threads would help.
-bool read_matrix(const py::detail::npy_api& numpy, PyObject* object, Matrix& matrix) {
-  using Numpy = py::detail::npy_api;
-  constexpr int kReadable = Numpy::NPY_ARRAY_C_CONTIGUOUS_ | Numpy::NPY_ARRAY_ALIGNED_;
-  constexpr std::int64_t kMostEntries = 1 << 20;
-  if (Py_TYPE(object) != numpy.PyArray_Type_) return false;
-  const auto* const array = py::detail::array_proxy(object);
-  if (array->nd != 2 || (array->flags & kReadable) != kReadable) return false;
-  const auto* const descriptor = py::detail::array_descriptor_proxy(array->descr);
-  const bool is_double = descriptor->type_num == Numpy::NPY_DOUBLE_;
-  if ((!is_double && descriptor->type_num != Numpy::NPY_FLOAT_) || descriptor->byteorder != '=') return false;
-  matrix = Matrix{array->data, is_double ? ScalarType::float64 : ScalarType::float32, array->dimensions[0],
-                  array->dimensions[1]};
-  return matrix.rows > 0 && matrix.columns > 0 && matrix.rows <= kMostEntries / matrix.columns;
-}
-
-// A new array of numpy and the address of its entries: [count], or a single number for a count of -1.
-template <class Value>
-class NewArray {
- public:
-  NewArray(const py::detail::npy_api& numpy, std::int64_t count) {
-    Py_intptr_t shape = count;
-    PyObject* const descriptor = numpy.PyArray_DescrFromType_(py::detail::npy_format_descriptor<Value>::value);
-    array_ = py::reinterpret_steal<py::object>(numpy.PyArray_NewFromDescr_(
-        numpy.PyArray_Type_, descriptor, count < 0 ? 0 : 1, &shape, nullptr, nullptr, 0, nullptr));
-    if (!array_) throw py::error_already_set();
-    data = reinterpret_cast<Value*>(py::detail::array_proxy(array_.ptr())->data);
-  }
-  PyObject* ptr() const { return array_.ptr(); }
-
-  Value* data;
-
- private:
-  py::object array_;
-};
-
-template <class Value>
-std::vector<unsigned char> transposed(const Matrix& matrix) {
-  std::vector<unsigned char> result(static_cast<std::size_t>(matrix.rows * matrix.columns) * sizeof(Value));
-  const Value* const from = static_cast<const Value*>(matrix.values);
-  Value* const to = reinterpret_cast<Value*>(result.data());
-  for (std::int64_t i = 0; i < matrix.rows; ++i) {
-    for (std::int64_t j = 0; j < matrix.columns; ++j) to[j * matrix.rows + i] = from[i * matrix.columns + j];
-  }
-  return result;
-}
-
-struct Results {
-  std::int64_t* column_of_row;
-  double* row_duals;
-  double* column_duals;
-  double* objective;
-  double* gap;
-};
-
-// Solves a matrix with rows <= columns.
-bool solve(const Matrix& matrix, bool maximize, int isa, const Results& results) {
+// Runs work(), without the lock of the interpreter unless `entries` are so few that another thread could not take the
+// lock over before the work is done.
+template <class Work>
+void run_unlocked(std::int64_t entries, const Work& work) {
   constexpr std::int64_t kFewEntries = 4096;
-  AssignmentStatus status;
-  const AssignmentProblem problem{matrix.values,
-                                  matrix.type,
-                                  1,
-                                  matrix.rows,
-                                  matrix.columns,
-                                  maximize,
-                                  0.0,
-                                  1,
-                                  nullptr,
-                                  results.column_of_row,
-                                  results.row_duals,
-                                  results.column_duals,
-                                  results.objective,
-                                  results.gap,
-                                  &status};
-  if (matrix.rows * matrix.columns <= kFewEntries) {
-    // Done before another thread could take the lock over.
-    MUDSC_CALL_KERNEL(static_cast<Isa>(isa), linear_assignment, problem);
+  if (entries <= kFewEntries) return work();
+  py::gil_scoped_release released;
+  work();
+}
+
+// ---- small single matrices: (matrix, option...) -> results, or None for anything that these functions do not know ---
+//
+// A call in Python takes longer than the search here, so these read their arguments and make the results themselves.
+// None, errors included, is left to the general way of the caller.
+
+// Reads a matrix that is not so large that threads would help.
+bool read_small_matrix(const NumpyApi& numpy, PyObject* object, MatrixView& matrix) {
+  constexpr std::int64_t kMaxEntries = 1 << 20;
+  return read_matrix(numpy, object, matrix) && matrix.rows <= kMaxEntries / matrix.columns;
+}
+
+// Reads a finite number of Python.
+bool read_number(PyObject* object, double& value) {
+  if (PyFloat_Check(object)) {
+    value = PyFloat_AS_DOUBLE(object);
+  } else if (PyLong_CheckExact(object)) {
+    value = PyLong_AsDouble(object);
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
   } else {
-    py::gil_scoped_release released;
-    MUDSC_CALL_KERNEL(static_cast<Isa>(isa), linear_assignment, problem);
+    return false;
   }
+  return std::isfinite(value);
+}
+
+// Reads matrix, options and instruction level; false for anything unknown. `threshold` may be null or None.
+bool read_problem(const NumpyApi& numpy, PyObject* object, PyObject* maximize, PyObject* threshold, MatrixView& matrix,
+                  AssignmentOptions& options) {
+  if (!PyBool_Check(maximize) || !read_small_matrix(numpy, object, matrix)) return false;
+  options = AssignmentOptions{maximize == Py_True, threshold != nullptr && threshold != Py_None, 0.0, Isa::baseline, 1};
+  if (options.has_threshold && !read_number(threshold, options.threshold)) return false;
+  const int isa = isa_of_environment();
+  options.isa = static_cast<Isa>(isa);
+  return isa >= 0;
+}
+
+bool solve_small(const MatrixView& matrix, const AssignmentOptions& options, AssignmentResult& result) {
+  AssignmentStatus status = AssignmentStatus::invalid;
+  run_unlocked(matrix.rows * matrix.columns, [&] { status = solve_matrix(matrix, options, result); });
   return status == AssignmentStatus::optimal;
 }
 
-// The same without duals, which go to scratch memory.
-bool solve_columns(const Matrix& matrix, bool maximize, int isa, std::int64_t* column_of_row) {
-  constexpr std::int64_t kNear = 128;
-  const std::int64_t duals = matrix.rows + matrix.columns;
-  double near_duals[kNear], objective, gap;
-  std::vector<double> far_duals(duals > kNear ? static_cast<std::size_t>(duals) : 0);
-  double* const row_duals = duals > kNear ? far_duals.data() : near_duals;
-  return solve(matrix, maximize, isa, Results{column_of_row, row_duals, row_duals + matrix.rows, &objective, &gap});
-}
-
-bool solve_into(const Matrix& matrix, bool maximize, int isa, std::int64_t* rows, std::int64_t* columns) {
-  if (matrix.rows <= matrix.columns) {
-    for (std::int64_t i = 0; i < matrix.rows; ++i) rows[i] = i;
-    return solve_columns(matrix, maximize, isa, columns);
-  }
-  const auto values = matrix.type == ScalarType::float64 ? transposed<double>(matrix) : transposed<float>(matrix);
-  const Matrix wide{values.data(), matrix.type, matrix.columns, matrix.rows};
-  std::vector<std::int64_t> row_of_column(static_cast<std::size_t>(matrix.columns));
-  if (!solve_columns(wide, maximize, isa, row_of_column.data())) return false;
-  std::vector<std::int64_t> column_of_row(static_cast<std::size_t>(matrix.rows), -1);
-  for (std::int64_t j = 0; j < matrix.columns; ++j) {
-    column_of_row[static_cast<std::size_t>(row_of_column[static_cast<std::size_t>(j)])] = j;
-  }
-  for (std::int64_t i = 0, k = 0; i < matrix.rows; ++i) {
-    const std::int64_t column = column_of_row[static_cast<std::size_t>(i)];
-    if (column < 0) continue;
-    rows[k] = i;
-    columns[k++] = column;
-  }
-  return true;
-}
-
-// Reads (matrix, maximize) and calls solve_plain(numpy, matrix, maximize, isa) for a new reference to the result, or
-// null. None if there is anything that is not known here, errors too.
-template <class SolvePlain>
-PyObject* with_plain(PyObject* const* arguments, Py_ssize_t count, const SolvePlain& solve_plain) {
+// Calls make(numpy) for a new reference, and turns exceptions of C++ into those of Python.
+template <class Make>
+PyObject* with_errors(const Make& make) {
   try {
-    const py::detail::npy_api& numpy = py::detail::npy_api::get();
-    Matrix matrix;
-    if (count != 2 || !PyBool_Check(arguments[1]) || !read_matrix(numpy, arguments[0], matrix)) Py_RETURN_NONE;
-    const int isa = isa_of_environment();
-    if (isa < 0) Py_RETURN_NONE;
-    return solve_plain(numpy, matrix, arguments[1] == Py_True, isa);
+    return make(NumpyApi::get());
   } catch (py::error_already_set& error) {
     error.restore();
-    return nullptr;
   } catch (const OutOfMemory&) {
-    return PyErr_NoMemory();
+    PyErr_NoMemory();
   } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
+    PyErr_NoMemory();
   }
+  return nullptr;
 }
 
 // assign_array(cost_matrix, maximize) -> (row indices, column indices) or None: the whole of
-// mudsc_fast.linear_sum_assignment for the plain case, in which a call in Python takes longer than the search. Unlike
-// other bindings it checks its arguments. None, errors included, is left to the caller's general way.
+// mudsc_fast.linear_sum_assignment.
 PyObject* assign_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  const auto solve_plain = [](const auto& numpy, const Matrix& matrix, bool maximize, int isa) -> PyObject* {
+  return with_errors([&](const NumpyApi& numpy) -> PyObject* {
+    MatrixView matrix;
+    AssignmentOptions options;
+    if (count != 2 || !read_problem(numpy, arguments[0], arguments[1], nullptr, matrix, options)) Py_RETURN_NONE;
     const std::int64_t pairs = matrix.rows < matrix.columns ? matrix.rows : matrix.columns;
     const NewArray<std::int64_t> rows(numpy, pairs), columns(numpy, pairs);
-    if (!solve_into(matrix, maximize, isa, rows.data, columns.data)) Py_RETURN_NONE;
+    const bool tall = matrix.rows > matrix.columns;
+    Scratch<std::int64_t, 128> column_of_row(tall ? matrix.rows : 0);
+    AssignmentResult result{tall ? column_of_row.data() : columns.data, nullptr, nullptr, 0.0, 0.0};
+    if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
+    for (std::int64_t i = 0, k = 0; i < matrix.rows; ++i) {
+      const std::int64_t column = result.column_of_row[i];
+      if (column < 0) continue;
+      rows.data[k] = i;
+      columns.data[k++] = column;
+    }
     return PyTuple_Pack(2, rows.ptr(), columns.ptr());
-  };
-  return with_plain(arguments, count, solve_plain);
+  });
 }
 
-// solve_array(similarity, maximize) -> (columns, objective, row duals, column duals, gap) or None: the same for
-// mudsc_fast.linear_assignment of a matrix with no more rows than columns.
+// solve_array(similarity, maximize, threshold, return_duals) -> (columns, objective, row duals, column duals, gap),
+// only the columns, or None: mudsc_fast.linear_assignment.
 PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  const auto solve_plain = [](const auto& numpy, const Matrix& matrix, bool maximize, int isa) -> PyObject* {
-    if (matrix.rows > matrix.columns) Py_RETURN_NONE;
+  return with_errors([&](const NumpyApi& numpy) -> PyObject* {
+    MatrixView matrix;
+    AssignmentOptions options;
+    if (count != 4 || !PyBool_Check(arguments[3]) ||
+        !read_problem(numpy, arguments[0], arguments[1], arguments[2], matrix, options)) {
+      Py_RETURN_NONE;
+    }
     const NewArray<std::int64_t> columns(numpy, matrix.rows);
+    AssignmentResult result{columns.data, nullptr, nullptr, 0.0, 0.0};
+    if (arguments[3] == Py_False) {
+      if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
+      Py_INCREF(columns.ptr());
+      return columns.ptr();
+    }
     const NewArray<double> objective(numpy, -1), row_duals(numpy, matrix.rows), column_duals(numpy, matrix.columns),
         gap(numpy, -1);
-    const Results results{columns.data, row_duals.data, column_duals.data, objective.data, gap.data};
-    if (!solve(matrix, maximize, isa, results)) Py_RETURN_NONE;
+    result.row_duals = row_duals.data;
+    result.column_duals = column_duals.data;
+    if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
+    *objective.data = result.objective;
+    *gap.data = result.gap;
     return PyTuple_Pack(5, columns.ptr(), objective.ptr(), row_duals.ptr(), column_duals.ptr(), gap.ptr());
-  };
-  return with_plain(arguments, count, solve_plain);
+  });
+}
+
+// assign_both_ways(cost_matrix, threshold, need_square) -> (cost, column of each row, row of each column) or None: the
+// form in which lap answers, with int32 and -1. The threshold may be None.
+PyObject* assign_both_ways(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_errors([&](const NumpyApi& numpy) -> PyObject* {
+    MatrixView matrix;
+    AssignmentOptions options;
+    if (count != 3 || !read_problem(numpy, arguments[0], Py_False, arguments[1], matrix, options)) Py_RETURN_NONE;
+    if (arguments[2] != Py_False && matrix.rows != matrix.columns) Py_RETURN_NONE;
+    const NewArray<std::int32_t> columns(numpy, matrix.rows), rows(numpy, matrix.columns);
+    Scratch<std::int64_t, 128> column_of_row(matrix.rows);
+    AssignmentResult result{column_of_row.data(), nullptr, nullptr, 0.0, 0.0};
+    if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
+    for (std::int64_t j = 0; j < matrix.columns; ++j) rows.data[j] = -1;
+    for (std::int64_t i = 0; i < matrix.rows; ++i) {
+      const std::int64_t column = result.column_of_row[i];
+      columns.data[i] = static_cast<std::int32_t>(column);
+      if (column >= 0) rows.data[column] = static_cast<std::int32_t>(i);
+    }
+    const py::object cost = py::reinterpret_steal<py::object>(PyFloat_FromDouble(result.objective));
+    return PyTuple_Pack(3, cost.ptr(), columns.ptr(), rows.ptr());
+  });
+}
+
+// ---- lists of matrices, and batches of one shape ------------------------------------------------------------------
+
+// Matrices of a list with where their results go, solved on threads: one call for problems of any shapes.
+struct Listed {
+  std::vector<MatrixView> matrices;
+  std::vector<AssignmentResult> results;
+  std::vector<AssignmentStatus> statuses;
+
+  void solve(AssignmentOptions options, int threads) {
+    const std::int64_t count = static_cast<std::int64_t>(matrices.size());
+    std::int64_t entries = 0;
+    for (const MatrixView& matrix : matrices) entries += matrix.rows * matrix.columns;
+    options.threads = count == 1 ? threads : 1;
+    bool out_of_memory = false;
+    auto body = [&](std::int64_t begin, std::int64_t end) {
+      try {
+        for (std::int64_t k = begin; k < end; ++k) {
+          const auto at = static_cast<std::size_t>(k);
+          statuses[at] = solve_matrix(matrices[at], options, results[at]);
+        }
+      } catch (...) {  // OutOfMemory or std::bad_alloc: nothing else is thrown, and no exception may leave a thread
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+      }
+    };
+    // A thread takes 20 us to start, in which about so many entries are solved.
+    constexpr std::int64_t kEntriesPerThread = 1 << 14;
+    const std::int64_t mean = entries / count + 1;
+    parallel_for(threads, count, kEntriesPerThread / mean + 1, body);
+    if (out_of_memory) throw OutOfMemory{};
+  }
+};
+
+// Returns the results of each matrix, as solve_array does, and the statuses of all.
+py::tuple solve_list(const py::list& arrays, bool maximize, const py::object& threshold, bool return_duals, int isa,
+                     int threads) {
+  const NumpyApi& numpy = NumpyApi::get();
+  Listed listed;
+  py::list answers;
+  std::vector<std::pair<double*, double*>> scalars;
+  std::int64_t entries = 0;
+  for (const py::handle array : arrays) {
+    MatrixView matrix;
+    if (!read_matrix(numpy, array.ptr(), matrix)) throw py::type_error("expected matrices of float32 or float64");
+    entries += matrix.rows * matrix.columns;
+    const NewArray<std::int64_t> columns(numpy, matrix.rows);
+    AssignmentResult result{columns.data, nullptr, nullptr, 0.0, 0.0};
+    if (return_duals) {
+      const NewArray<double> objective(numpy, -1), row_duals(numpy, matrix.rows), column_duals(numpy, matrix.columns),
+          gap(numpy, -1);
+      result.row_duals = row_duals.data;
+      result.column_duals = column_duals.data;
+      scalars.emplace_back(objective.data, gap.data);
+      answers.append(py::reinterpret_steal<py::object>(
+          PyTuple_Pack(5, columns.ptr(), objective.ptr(), row_duals.ptr(), column_duals.ptr(), gap.ptr())));
+    } else {
+      answers.append(py::handle(columns.ptr()));
+    }
+    listed.matrices.push_back(matrix);
+    listed.results.push_back(result);
+  }
+  listed.statuses.resize(listed.matrices.size());
+  AssignmentOptions options{maximize, !threshold.is_none(), 0.0, static_cast<Isa>(isa), 1};
+  if (options.has_threshold) options.threshold = threshold.cast<double>();
+  if (!listed.matrices.empty()) run_unlocked(entries, [&] { listed.solve(options, threads); });
+  for (std::size_t k = 0; k < scalars.size(); ++k) {
+    *scalars[k].first = listed.results[k].objective;
+    *scalars[k].second = listed.results[k].gap;
+  }
+  py::list statuses;
+  for (const AssignmentStatus status : listed.statuses) statuses.append(static_cast<int>(status));
+  return py::make_tuple(answers, statuses);
+}
+
+template <class Value>
+using Array = py::array_t<Value, py::array::c_style>;
+
+// Returns (columns, row duals, column duals, objective, gap, status) of a batch of [batch, rows, columns] values, which
+// are an array of any type with the bytes of `dtype`, contiguous, rows <= columns.
+py::tuple linear_assignment(const py::array& values, int dtype, bool maximize, double tolerance,
+                            const std::optional<Array<double>>& prices, int isa, int threads) {
+  const bool readable = values.ndim() == 3 && (values.flags() & py::array::c_style) != 0 && dtype >= 0 &&
+                        dtype <= static_cast<int>(ScalarType::float64) && values.itemsize() == kScalarBytes[dtype] &&
+                        values.shape(1) <= values.shape(2);
+  if (!readable) throw py::type_error("expected contiguous values [batch, rows, columns] with rows <= columns");
+  const py::ssize_t batch = values.shape(0), rows = values.shape(1), columns = values.shape(2);
+  if (prices && (prices->ndim() != 2 || prices->shape(0) != batch || prices->shape(1) != columns)) {
+    throw py::type_error("expected prices [batch, columns]");
+  }
+  Array<std::int64_t> column_of_row({batch, rows});
+  Array<double> row_duals({batch, rows}), column_duals({batch, columns}), objective(batch), gap(batch);
+  Array<std::int32_t> status(batch);
+  const AssignmentProblem problem{values.data(),
+                                  static_cast<ScalarType>(dtype),
+                                  batch,
+                                  rows,
+                                  columns,
+                                  maximize,
+                                  tolerance,
+                                  threads,
+                                  prices ? prices->data() : nullptr,
+                                  column_of_row.mutable_data(),
+                                  row_duals.mutable_data(),
+                                  column_duals.mutable_data(),
+                                  objective.mutable_data(),
+                                  gap.mutable_data(),
+                                  reinterpret_cast<AssignmentStatus*>(status.mutable_data())};
+  {
+    py::gil_scoped_release released;
+    MUDSC_CALL_KERNEL(static_cast<Isa>(isa), linear_assignment, problem);
+  }
+  return py::make_tuple(column_of_row, row_duals, column_duals, objective, gap, status);
 }
 
 }  // namespace
@@ -188,34 +276,11 @@ PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 void register_assignment(py::module_& module) {
   module.add_object("assign_array", plain_function<assign_array>("assign_array"));
   module.add_object("solve_array", plain_function<solve_array>("solve_array"));
-  module.def(
-      "linear_assignment",
-      [](int isa, int threads, int dtype, std::uintptr_t values, std::int64_t batch, std::int64_t rows,
-         std::int64_t columns, bool maximize, double tolerance, std::uintptr_t prices, std::uintptr_t column_of_row,
-         std::uintptr_t row_duals, std::uintptr_t column_duals, std::uintptr_t objective, std::uintptr_t gap,
-         std::uintptr_t status) {
-        const AssignmentProblem problem{pointer<const void>(values),
-                                        static_cast<ScalarType>(dtype),
-                                        batch,
-                                        rows,
-                                        columns,
-                                        maximize,
-                                        tolerance,
-                                        threads,
-                                        pointer<const double>(prices),
-                                        pointer<std::int64_t>(column_of_row),
-                                        pointer<double>(row_duals),
-                                        pointer<double>(column_duals),
-                                        pointer<double>(objective),
-                                        pointer<double>(gap),
-                                        pointer<AssignmentStatus>(status)};
-        py::gil_scoped_release released;
-        MUDSC_CALL_KERNEL(static_cast<Isa>(isa), linear_assignment, problem);
-      },
-      py::kw_only(), py::arg("isa"), py::arg("threads"), py::arg("dtype"), py::arg("values"), py::arg("batch"),
-      py::arg("rows"), py::arg("columns"), py::arg("maximize"), py::arg("tolerance"), py::arg("prices"),
-      py::arg("column_of_row"), py::arg("row_duals"), py::arg("column_duals"), py::arg("objective"), py::arg("gap"),
-      py::arg("status"));
+  module.add_object("assign_both_ways", plain_function<assign_both_ways>("assign_both_ways"));
+  module.def("solve_list", &solve_list, py::arg("arrays"), py::arg("maximize"), py::arg("threshold"),
+             py::arg("return_duals"), py::arg("isa"), py::arg("threads"));
+  module.def("linear_assignment", &linear_assignment, py::arg("values"), py::arg("dtype"), py::arg("maximize"),
+             py::arg("tolerance"), py::arg("prices"), py::arg("isa"), py::arg("threads"));
 }
 
 }  // namespace mudsc::bindings

@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,29 +14,23 @@ cuda_problem: Final[str]
 
 def assign_array(cost_matrix: object, maximize: object, /) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None: ...
 def solve_array(
-    similarity: object, maximize: object, /
-) -> (
-    tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None
-): ...
+    similarity: object, maximize: object, threshold: object, return_duals: object, /
+) -> tuple[NDArray[Any], ...] | NDArray[np.int64] | None: ...
+def assign_both_ways(
+    cost_matrix: object, threshold: object, need_square: object, /
+) -> tuple[float, NDArray[np.int32], NDArray[np.int32]] | None: ...
+def solve_list(
+    arrays: list[NDArray[Any]], maximize: bool, threshold: float | None, return_duals: bool, isa: int, threads: int
+) -> tuple[list[Any], list[int]]: ...
 def linear_assignment(
-    *,
-    isa: int,
-    threads: int,
+    values: NDArray[Any],
     dtype: int,
-    values: int,
-    batch: int,
-    rows: int,
-    columns: int,
     maximize: bool,
     tolerance: float,
-    prices: int,
-    column_of_row: int,
-    row_duals: int,
-    column_duals: int,
-    objective: int,
-    gap: int,
-    status: int,
-) -> None: ...
+    prices: NDArray[np.float64] | None,
+    isa: int,
+    threads: int,
+) -> tuple[NDArray[Any], ...]: ...
 def plain_permute_merge(
     torch: ModuleType, map_type: type
 ) -> Callable[[object, object, object, object], Tensor | None] | None: ...

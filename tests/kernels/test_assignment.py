@@ -409,8 +409,8 @@ def test_the_short_way_is_the_general_one(isa: str, shape: tuple[int, int], dtyp
             assert all(isinstance(indices, type(matrix)) for indices in found)
             assert np.array_equal(np.stack(found), np.stack(expected)), isa
             result = linear_assignment(matrix, maximize=maximize)
-            for name, field in vars(proven).items():
-                assert torch.equal(getattr(result, name), field)
+            for name in ("columns", "objective", "row_duals", "column_duals", "gap"):
+                assert torch.equal(getattr(result, name), getattr(proven, name))
 
 
 def test_the_short_way_heeds_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +458,7 @@ def test_scipy_errors(cost: Any, message: str) -> None:
         (torch.full((2, 2), float("nan")), ValueError, r"similarity must not hold NaN or \+inf"),
         (torch.full((2, 2), float("inf")), ValueError, r"similarity must not hold NaN or \+inf"),
         (torch.full((2, 2), -float("inf")), ValueError, "similarity is infeasible"),
-        ([[1.0]], TypeError, "similarity must be a torch.Tensor, got list"),
+        ("a", TypeError, "similarity must be a torch.Tensor, got str"),
         (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "similarity must hold real numbers, got dtype complex64"),
         (
             np.zeros((2, 2), complex),
@@ -605,6 +605,6 @@ def test_bad_tolerance(tolerance: Any, error: type[Exception], message: str) -> 
 
 def test_bad_warm_start() -> None:
     with pytest.raises(TypeError, match="warm_start must be an Assignment, got int"):
-        linear_assignment(torch.zeros(3, 3), warm_start=3)  # type: ignore[arg-type]
+        linear_assignment(torch.zeros(3, 3), warm_start=3)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"warm_start must be of a problem of shape \[3, 3\]"):
         linear_assignment(torch.zeros(3, 3), warm_start=linear_assignment(torch.zeros(4, 4)))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mudsc_fast import _core
-from mudsc_fast.kernels._assignment import Solution
+from mudsc_fast.kernels._assignment import OPTIMAL, Solution
 from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import _runtime
 
-#: Beyond this many columns the choice between equally good assignments need not be that of scipy's function.
-MOST_IN_ORDER = 128
+_NUMPY_DTYPES = (torch.float32, torch.float64)
 
-#: Rows that the duals of columns are found over at a time, so that what lies between fits a cache.
+#: Beyond this many columns, the choice between equally good assignments may differ from scipy's.
+MAX_ORDERED_COLUMNS = 128
+
+#: Rows that the duals of columns are computed over at a time, so that intermediate results fit a cache.
 BLOCK = 64
+
+#: Columns, objective, row duals, column duals and gap of one problem.
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
@@ -23,47 +32,108 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: 
     *batch, rows, columns = similarity.shape
     device = similarity.device
     values = similarity.detach().to("cpu")
-    if columns > MOST_IN_ORDER and _lies_by_columns(values):
-        return _solve_transposed(values.mT, maximize, prices, tolerance).to(device)
-    values = values.contiguous()
-    start = None if prices is None else prices.to("cpu").contiguous()
-    # Arrays are made in a fraction of the time that tensors take, which counts for small problems.
-    column_of_row = np.empty((*batch, rows), np.int64)
-    row_duals = np.empty((*batch, rows))
-    column_duals = np.empty((*batch, columns))
-    objective = np.empty(batch)
-    gap = np.empty(batch)
-    status = np.empty(batch, np.int32)
-    _core.linear_assignment(
-        isa=_runtime.isa_level(),
-        threads=_runtime.threads(),
+    if not values.is_contiguous():
+        if columns > MAX_ORDERED_COLUMNS and _is_column_major(values):
+            return _solve_transposed(values.mT, maximize, prices, tolerance).to(device)
+        if prices is None and tolerance == 0 and values.dtype in _NUMPY_DTYPES:
+            return solve_each(values, maximize).to(device)
+    solved = _core.linear_assignment(
+        values=_bits(values.reshape(-1, rows, columns)),
         dtype=SCALAR_TYPES[values.dtype],
-        values=values.data_ptr(),
-        batch=status.size,
-        rows=rows,
-        columns=columns,
         maximize=maximize,
         tolerance=tolerance,
-        prices=0 if start is None else start.data_ptr(),
-        column_of_row=column_of_row.ctypes.data,
-        row_duals=row_duals.ctypes.data,
-        column_duals=column_duals.ctypes.data,
-        objective=objective.ctypes.data,
-        gap=gap.ctypes.data,
-        status=status.ctypes.data,
+        prices=None if prices is None else prices.to("cpu").reshape(-1, columns).contiguous().numpy(),
+        isa=_runtime.isa_level(),
+        threads=_runtime.threads(),
     )
-    arrays = (column_of_row, row_duals, column_duals, objective, gap, status)
-    solution = Solution(*map(torch.from_numpy, arrays))
+    column_of_row, row_duals, column_duals, objective, gap, status = map(torch.from_numpy, solved)
+    solution = Solution(
+        columns=column_of_row.view(*batch, rows),
+        row_duals=row_duals.view(*batch, rows),
+        column_duals=column_duals.view(*batch, columns),
+        objective=objective.view(batch),
+        gap=gap.view(batch),
+        status=status.view(batch),
+    )
     return solution if device.type == "cpu" else solution.to(device)
 
 
-def _lies_by_columns(values: Tensor) -> bool:
-    rows, columns = values.shape[-2:]
-    return rows == columns and not values.is_contiguous() and values.mT.is_contiguous()
+def solve_each(similarity: Tensor, maximize: bool, threshold: float | None = None) -> Solution:
+    """Solve [..., n, m] problems of any layout and shape, each as a matrix of a list."""
+    *batch, rows, columns = similarity.shape
+    matrices = list(similarity.reshape(-1, rows, columns))
+    solved, statuses = solve_list(matrices, maximize, threshold, return_duals=True)
+    assigned, objective, row_duals, column_duals, gap = (
+        torch.from_numpy(np.stack(parts)) for parts in zip(*solved, strict=True)
+    )
+    return Solution(
+        columns=assigned.view(*batch, rows),
+        row_duals=row_duals.view(*batch, rows),
+        column_duals=column_duals.view(*batch, columns),
+        objective=objective.view(batch),
+        gap=gap.view(batch),
+        status=torch.tensor(statuses, dtype=torch.int32).view(batch),
+    ).to(similarity.device)
+
+
+@overload
+def solve_list(
+    matrices: Sequence[Tensor], maximize: bool, threshold: float | None, return_duals: Literal[True]
+) -> tuple[list[Arrays], list[int]]: ...
+@overload
+def solve_list(
+    matrices: Sequence[Tensor], maximize: bool, threshold: float | None, return_duals: bool
+) -> tuple[list[Arrays] | list[NDArray[Any]], list[int]]: ...
+def solve_list(
+    matrices: Sequence[Tensor], maximize: bool, threshold: float | None, return_duals: bool
+) -> tuple[list[Arrays] | list[NDArray[Any]], list[int]]:
+    """Solve matrices of any shapes and layouts on threads; return their arrays or only columns, and the statuses."""
+    with_entries = [_readable(matrix) for matrix in matrices if matrix.numel() > 0]
+    solved, statuses = _core.solve_list(
+        arrays=with_entries,
+        maximize=maximize,
+        threshold=threshold,
+        return_duals=return_duals,
+        isa=_runtime.isa_level(),
+        threads=_runtime.threads(),
+    )
+    if len(with_entries) == len(matrices):
+        return solved, statuses
+    answers, codes = iter(solved), iter(statuses)
+    every: list[Any] = []
+    for matrix in matrices:
+        if matrix.numel() > 0:
+            every.append(next(answers))
+            continue
+        columns, zero = np.full(matrix.shape[0], -1), np.zeros(())
+        every.append(
+            (columns, zero, np.zeros(matrix.shape[0]), np.zeros(matrix.shape[1]), zero.copy())
+            if return_duals
+            else columns
+        )
+    return every, [next(codes) if matrix.numel() > 0 else OPTIMAL for matrix in matrices]
+
+
+def _readable(matrix: Tensor) -> NDArray[Any]:
+    """Return a matrix as an array of float32 or float64 with positive strides, without a copy where possible."""
+    values = matrix.detach().to("cpu")
+    if values.dtype not in _NUMPY_DTYPES:
+        values = values.float()
+    return (values if min(values.stride()) > 0 else values.contiguous()).numpy()
+
+
+def _bits(values: Tensor) -> NDArray[Any]:
+    """Return contiguous values as an array; one of int16 for the types that NumPy does not have."""
+    contiguous = values.contiguous()
+    return (contiguous if values.dtype in _NUMPY_DTYPES else contiguous.view(torch.int16)).numpy()
+
+
+def _is_column_major(values: Tensor) -> bool:
+    return values.shape[-2] == values.shape[-1] and values.mT.is_contiguous()
 
 
 def _solve_transposed(by_columns: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
-    """Solve square problems that are given transposed, and turn the solutions: a copy would take longer."""
+    """Solve square problems that are given transposed, and transpose the solutions: a copy would take longer."""
     start = None if prices is None else _best_prices(by_columns, maximize, prices.to("cpu"))
     solution = solve(by_columns, maximize, start, tolerance)
     if bool(solution.status.any()):
