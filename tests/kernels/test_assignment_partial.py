@@ -318,3 +318,12 @@ def test_results_can_be_pickled_and_copied() -> None:
     for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
         assert torch.equal(other.columns, torch.arange(4))
         assert float(other.objective) == 4.0
+
+
+def test_thresholds_and_lists_can_be_compiled() -> None:
+    def matched(similarity: torch.Tensor) -> torch.Tensor:
+        return linear_assignment(similarity, threshold=0.5, return_duals=False) + 1
+
+    values = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(matched, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(values), matched(values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -244,7 +244,7 @@ def _pair_groups(
         solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
         if earlier is not None and similarity.shape[-1] >= _MIN_UNITS_TO_KEEP:
             # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
-            earlier[node] = Assignment(*(getattr(solution, entry.name).clone() for entry in fields(Assignment)))
+            earlier[node] = solution.clone()
         inner[node] = solution.columns
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
         scores = matched if scores is None else scores + matched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -84,6 +84,10 @@ class Assignment:
             raise ValueError(f"expected a single assignment, got a batch of shape {list(self.columns.shape[:-1])}")
         rows = (self.columns >= 0).nonzero().flatten()
         return rows, self.columns[rows]
+
+    def clone(self) -> Assignment:
+        """Return a copy that shares no memory."""
+        return replace(self, **{name: getattr(self, name).clone() for name in _TENSORS})
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in _TENSORS)

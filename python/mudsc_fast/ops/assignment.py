@@ -183,7 +183,8 @@ def linear_assignment(
     if rows is not None or columns is not None:
         return _solve_padded(values, rows, columns, maximize, limit, return_duals)
     if traced and warm_start is None:
-        found = Assignment(*torch.ops.mudsc_fast.linear_assignment(values, maximize, tolerance, limit), limit)
+        tensors = torch.ops.mudsc_fast.linear_assignment(values, maximize, tolerance, limit)
+        found = Assignment(*tensors, limit)  # type: ignore[call-arg]
     else:
         share = _check_tolerance(tolerance)
         solution = _solve(values, maximize, _prices(warm_start, values), share, limit)
@@ -511,7 +512,7 @@ def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
 
 
 def _linear_assignment(
-    similarity: Tensor, maximize: bool, tolerance: float, threshold: float | None
+    similarity: Tensor, maximize: bool, tolerance: float, threshold: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     found = linear_assignment(similarity, maximize=maximize, tolerance=tolerance, threshold=threshold)
     return found.columns, found.objective, found.row_duals, found.column_duals, found.gap
@@ -521,7 +522,7 @@ def _linear_assignment_fake(
     similarity: Tensor,
     maximize: bool,  # noqa: ARG001
     tolerance: float,  # noqa: ARG001
-    threshold: float | None,  # noqa: ARG001
+    threshold: float | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *batch, rows, columns = similarity.shape
     numbers = [similarity.new_empty(shape, dtype=torch.float64) for shape in (batch, [*batch, rows], [*batch, columns])]
@@ -530,7 +531,7 @@ def _linear_assignment_fake(
 
 
 _library.define(
-    "linear_assignment(Tensor similarity, bool maximize, float tolerance, float? threshold) "
+    "linear_assignment(Tensor similarity, bool maximize, float tolerance, float? threshold=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_assignment,
     _linear_assignment_fake,
