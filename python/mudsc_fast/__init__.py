@@ -24,6 +24,7 @@ from mudsc_fast.ops import (
     zip_units,
 )
 from mudsc_fast.options import Space
+from mudsc_fast.refit import refit
 from mudsc_fast.repair import repair
 from mudsc_fast.results import Matching, MergeResult
 from mudsc_fast.spec import Observation, PermutationSpec
@@ -56,6 +57,7 @@ __all__ = [
     "permute_merge",
     "permute_merge_group",
     "permute_state_dict",
+    "refit",
     "repair",
     "reset_batch_norm",
     "search_balance",

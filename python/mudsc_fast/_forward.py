@@ -24,7 +24,7 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
     TypeError
         If there is no `forward` and the batch is neither.
     """
-    moved = _to_device(batch, device)
+    moved = to_device(batch, device)
     if forward is not None:
         forward(model, moved)
         return
@@ -101,13 +101,14 @@ def preserve_training_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a batch with all its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
+        return tuple(to_device(item, device) for item in value)
     if isinstance(value, list):
-        return [_to_device(item, device) for item in value]
+        return [to_device(item, device) for item in value]
     return value

@@ -232,6 +232,40 @@ class Matching(Mapping[str, NodeMatching]):
                 )
 
 
+@dataclass(frozen=True)
+class RefitLayer:
+    """How :func:`mudsc_fast.refit` fitted a layer.
+
+    Attributes
+    ----------
+    name
+        Of the layer.
+    inputs, outputs
+        Their numbers; inputs of a convolution count once for each entry of its kernel.
+    samples
+        Number of rows of the least-squares problem.
+    ridge
+        The ridge chosen; None where held-out samples say that the layer is best left as it is.
+    error_before, error_after
+        Mean squared distance from the target over the samples, as a share of the target's variance.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    samples: int
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+    def __str__(self) -> str:
+        ridge = "left as it was" if self.ridge is None else f"ridge {self.ridge:g}"
+        return (
+            f"{self.name}: {self.inputs} inputs, {self.samples} samples, {ridge}, "
+            f"error {self.error_before:.4f} -> {self.error_after:.4f}"
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class MergeResult:
     """A merged network and how it came about. ``print(result)`` shows a table.
@@ -261,6 +295,10 @@ class MergeResult:
         Names of the tensors that the spec does not name; they were averaged in their own order.
     repaired_layers
         Names of the layers that :func:`mudsc_fast.repair` rescaled.
+    refit_layers
+        How :func:`mudsc_fast.refit` fitted each layer.
+    not_refitted
+        Tensors that it left as they are, with the reason.
     scores
         Of :func:`mudsc_fast.search_balance`: the score of each balance tried.
     """
@@ -274,6 +312,8 @@ class MergeResult:
     timings: dict[str, float]
     unmatched_tensors: tuple[str, ...]
     repaired_layers: tuple[str, ...] = ()
+    refit_layers: tuple[RefitLayer, ...] = ()
+    not_refitted: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[float, float] = field(default_factory=dict)
 
     @property
@@ -328,6 +368,8 @@ class MergeResult:
             notes.append("scores by balance: " + ", ".join(f"{b:g}: {score:.4g}" for b, score in self.scores.items()))
         if self.repaired_layers:
             notes.append("rescaled: " + ", ".join(self.repaired_layers))
+        notes.extend(f"refitted {layer}" for layer in self.refit_layers)
+        notes.extend(f"not refitted {name}: {reason}" for name, reason in self.not_refitted.items())
         notes.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
         if self.unmatched_tensors:
             notes.append("averaged without matching: " + ", ".join(self.unmatched_tensors))

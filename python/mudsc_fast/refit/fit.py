@@ -1,0 +1,374 @@
+"""Fitting the layers of a network one after the other, on what the fitted layers before them put out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from mudsc_fast.merge import RefitLayer
+from mudsc_fast.ops.correlation import Workspace
+from mudsc_fast.refit.gram import GramSums
+from mudsc_fast.refit.graph import Layer, Skipped, find_layers, is_layer_call, undo
+from mudsc_fast.refit.rows import Sampler, product
+from mudsc_fast.refit.solve import Solution, solve
+from mudsc_fast.refit.tape import Network, Tape, shallow_first
+from mudsc_fast.refit.targets import UnitTargets
+
+#: How what the network puts out is compared: as it is, or by its direction alone.
+Outputs = Literal["values", "cosine"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a fit depends on besides networks and data; see :func:`mudsc_fast.refit`."""
+
+    ridges: tuple[float, ...]
+    outputs: Outputs
+    max_rows: int | None
+    memory: int
+    random_state: int
+    progress: bool
+
+
+#: Rows of a fit for each input, and at least so many in all.
+_ROWS_PER_INPUT = 16
+_LEAST_ROWS = 8192
+
+#: A factor behind a layer that is smaller than this share of the largest one hides the layer's output.
+_HIDDEN = 1e-6
+
+
+class Fitter:
+    """Fits layers of one network, in place.
+
+    Parameters
+    ----------
+    merged
+        The network to fit.
+    parents
+        The networks that it was made of.
+    shares
+        For each batch the parents' shares in the targets.
+    held_out
+        For each batch whether it serves to choose the ridges.
+    targets_of
+        Returns, for a parameter's name, an axis of it and that axis' entries that are a layer's outputs, which outputs
+        the parents' become part of.
+    is_wanted
+        Whether a layer of this name is to be fitted.
+    settings
+        All else.
+    """
+
+    def __init__(
+        self,
+        merged: Network,
+        parents: Sequence[Network],
+        shares: Sequence[Sequence[float]],
+        held_out: Sequence[bool],
+        targets_of: Callable[[Tape, Layer], UnitTargets],
+        is_wanted: Callable[[str], bool],
+        settings: Settings,
+    ) -> None:
+        self._merged, self._parents, self._settings = merged, parents, settings
+        self._shares, self._held_out = shares, held_out
+        self._workspace = Workspace()
+        self._order_alike()
+        self._layers: dict[int, list[Layer]] = {}
+        self.skipped: list[Skipped] = []
+        for batch, tape in enumerate(merged.tapes):
+            if id(tape) not in self._layers:
+                layers, skipped = find_layers(tape, merged.fixed(batch))
+                self._layers[id(tape)] = [layer for layer in layers if is_wanted(layer.name)]
+                self.skipped = skipped
+        self._check_same_layers()
+        first = merged.tapes[0]
+        self._targets = [targets_of(first, layer) for layer in self._layers[id(first)]]
+        networks = (merged, *parents)
+        self._states: dict[tuple[int, int], tuple[int, dict[int, Tensor]]] = {
+            (index, batch): (0, network.start(batch))
+            for index, network in enumerate(networks)
+            for batch in range(len(merged.tapes))
+        }
+        self._sizes = {key: _bytes(values) for key, (_, values) in self._states.items()}
+        self._seen: dict[tuple[int, int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], Tensor | None] = {}
+
+    def run(self) -> list[RefitLayer]:
+        """Fit all layers and return how each was fitted."""
+        count = len(self._targets)
+        return [self._fit(index) for index in tqdm(range(count), desc="refit", disable=not self._settings.progress)]
+
+    def _fit(self, index: int) -> RefitLayer:
+        fitted, held_out, spread = None, None, _Spread()
+        for batch in range(len(self._merged.tapes)):
+            inputs, residuals, target = self._samples(index, batch)
+            if fitted is None:
+                groups, size = inputs.shape[1], inputs.shape[2]
+                sizes = (groups, size, residuals.shape[1] // groups)
+                fitted, held_out = (GramSums(*sizes, inputs.device, self._workspace) for _ in range(2))
+            assert held_out is not None
+            spread.add(target)
+            if len(self._merged.tapes) == 1 and len(self._settings.ridges) > 1:
+                _update_parts(fitted, held_out, inputs, residuals)
+            else:
+                (held_out if self._held_out[batch] else fitted).update(inputs, residuals)
+        assert fitted is not None  # there is a batch
+        assert held_out is not None
+        layer = self._layers[id(self._merged.tapes[0])][index]
+        moments = (fitted.moments(), held_out.moments())
+        if not all(bool(part.products.isfinite().all()) for part in moments):
+            raise ValueError(f"data must give finite activations, but what reaches layer {layer.name!r} is not finite")
+        has_bias = layer.bias is not None or layer.norm is not None
+        solution = solve(*moments, self._settings.ridges, has_bias=has_bias)
+        self._write(layer, 0, solution, moments[0].joined(moments[1]))
+        variance = spread.variance()
+        scale = 1 / variance if variance > 0 else 0.0
+        samples = moments[0].count + moments[1].count
+        groups, outputs, size = solution.weight.shape
+        return RefitLayer(
+            layer.name,
+            size,
+            groups * outputs,
+            samples,
+            solution.ridge,
+            solution.error_before * scale,
+            solution.error_after * scale,
+        )
+
+    def _samples(self, index: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a layer reads in a batch, what its outputs lack, and its target."""
+        tape = self._merged.tapes[batch]
+        layer = self._layers[id(tape)][index]
+        needed = self._targets[index].needs(self._shares[batch])
+        outputs: list[Tensor | None] = []
+        for parent in range(len(self._parents)):
+            key = (index, parent, batch)
+            if needed[parent] and key not in self._seen:
+                self._advance(parent + 1, batch, layer.end)
+            outputs.append(self._seen.pop(key, None) if needed[parent] else None)
+        values = self._advance(0, batch, layer.position)
+        values = {**self._merged.fixed(batch), **values}
+        sampler = self._sampler(layer, batch)
+        places = self._places_of(index, batch)
+        inputs = sampler.inputs(values[layer.input], places)
+        target, has_target = self._targets[index].mean(outputs, self._shares[batch])
+        if self._settings.outputs == "cosine" and self._is_result(tape, layer):
+            target = functional.normalize(target, dim=1) * target.norm(dim=1).mean()
+        current, factor = self._current(layer, batch, values, sampler, inputs, places)
+        residuals = target.to(current) - current
+        if factor is not None:
+            hidden = factor.abs() <= _HIDDEN * factor.abs().max()
+            residuals = torch.where(hidden, 0.0, residuals / torch.where(hidden, 1.0, factor))
+        if not bool(has_target.all()):
+            residuals = torch.where(has_target.to(residuals.device)[:, None], residuals, 0.0)
+        return inputs, residuals, target
+
+    def _current(
+        self,
+        layer: Layer,
+        batch: int,
+        values: Mapping[int, Tensor],
+        sampler: Sampler,
+        inputs: Tensor,
+        places: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the network has at the target as it is, and the factors of the layer's output there, if any."""
+        tape = self._merged.tapes[batch]
+        fixed = self._merged.fixed(batch)
+        current = product(sampler.matrix(), inputs)
+        own_bias = layer.call.name != "mm" and layer.bias is not None
+        if own_bias and layer.bias is not None:
+            current = current + fixed[layer.bias][:, None]
+        if layer.norm is not None:
+            scale, shift = _affine(layer, fixed)
+            current = current * scale[:, None] + shift[:, None]
+        factor: Tensor | None = None
+        for position, step in enumerate(layer.steps):
+            if step.kind == "move" or step.other is None:
+                continue
+            if isinstance(step.other, float):
+                other: Tensor | float = step.other
+            else:
+                tensor = fixed[step.other] if step.other in fixed else values[step.other]
+                tensor = tensor.expand(tape.shapes[_output(step.call)])
+                other = sampler.output(undo(layer.steps[:position], tape.shapes, tensor), places)
+            if step.kind == "add":
+                current = current + other
+            else:
+                current = current * other
+                factor = torch.ones_like(current) * other if factor is None else factor * other
+        return current, factor
+
+    def _write(self, layer: Layer, batch: int, solution: Solution, moments: Any) -> None:
+        fixed = self._merged.fixed(batch)
+        sampler = self._sampler(layer, batch)
+        matrix = sampler.matrix().double()
+        if layer.norm is None:
+            if solution.ridge is not None:
+                sampler.set_matrix(matrix + solution.weight)
+                if layer.bias is not None:
+                    fixed[layer.bias].copy_(fixed[layer.bias].double() + solution.bias.flatten())
+            return
+        if solution.ridge is None:
+            return
+        scale, shift = (tensor.double() for tensor in _affine(layer, fixed))
+        if layer.bias is not None:
+            shift = shift + scale * fixed[layer.bias].double()
+            fixed[layer.bias].zero_()
+        matrix = matrix * scale.view(*matrix.shape[:2], 1) + solution.weight
+        shift = shift + solution.bias.flatten()
+        # The norm keeps the statistics of its new input and undoes them, so that it is the identity but for the shift,
+        # and stays close to it when its statistics are computed anew.
+        size = moments.inputs
+        gram = moments.products[:, :size, :size] / moments.count
+        variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
+        mean = (matrix @ moments.mean[:, :size, None]).flatten()
+        sampler.set_matrix(matrix)
+        named = layer.norm.named()
+        fixed[named["running_mean"].value].copy_(mean)
+        variable = fixed[named["running_var"].value]
+        variable.copy_(variance)
+        fixed[named["weight"].value].copy_((variable.double() + named["eps"]).sqrt())
+        fixed[named["bias"].value].copy_(shift + fixed[named["running_mean"].value].double())
+
+    def _advance(self, network: int, batch: int, end: int) -> dict[int, Tensor]:
+        """Compute a network's calls up to a position and return the values that are needed from there on."""
+        position, values = self._states[network, batch]
+        if position >= end:
+            return values
+        runner = self._merged if network == 0 else self._parents[network - 1]
+        tape = self._merged.tapes[batch]
+        observe = {} if network == 0 else self._observers(network - 1, batch, position, end)
+        values = runner.advance(batch, values, position, end, observe)
+        size = _bytes(values)
+        total = sum(self._sizes.values()) - self._sizes[network, batch] + size
+        if total <= self._settings.memory or end >= len(tape.calls):
+            self._states[network, batch] = (end, values)
+            self._sizes[network, batch] = size
+        return values
+
+    def _observers(self, parent: int, batch: int, begin: int, end: int) -> dict[int, Callable[[Tensor], None]]:
+        """Return what is to be kept of a parent's values: those at the targets of layers, at the sampled places."""
+        tape = self._merged.tapes[batch]
+        observers: dict[int, list[int]] = {}
+        for index, layer in enumerate(self._layers[id(tape)]):
+            if begin < layer.end <= end:
+                observers.setdefault(layer.target, []).append(index)
+
+        def keep(value: Tensor, indices: list[int]) -> None:
+            for index in indices:
+                layer = self._layers[id(tape)][index]
+                places = self._places_of(index, batch)
+                sampler = self._sampler(layer, batch)
+                shapes = list(self._parents[parent].tapes[batch].shapes)
+                self._seen[index, parent, batch] = sampler.output(undo(layer.steps, shapes, value), places)
+
+        return {value: partial(keep, indices=indices) for value, indices in observers.items()}
+
+    def _sampler(self, layer: Layer, batch: int) -> Sampler:
+        fixed = self._merged.fixed(batch)
+        statistics = None
+        if layer.kind == "norm" and layer.call.name not in ("native_layer_norm", "native_group_norm"):
+            named = layer.call.named()
+            statistics = (fixed[named["running_mean"].value], fixed[named["running_var"].value])
+        return Sampler(layer, fixed[layer.weight], self._merged.tapes[batch].shapes[layer.output], statistics)
+
+    def _places_of(self, index: int, batch: int) -> Tensor | None:
+        """Return the places of a batch at which a layer is fitted; None for all."""
+        if (index, batch) not in self._places:
+            samplers = [self._sampler(self._layers[id(tape)][index], i) for i, tape in enumerate(self._merged.tapes)]
+            total = sum(sampler.num_outer * sampler.num_places for sampler in samplers)
+            inputs = samplers[0].matrix().shape[2]
+            rows = max(_ROWS_PER_INPUT * inputs, _LEAST_ROWS)
+            if self._settings.max_rows is not None:
+                rows = min(rows, self._settings.max_rows)
+            for i, sampler in enumerate(samplers):
+                count = min(sampler.num_places, -(-rows * sampler.num_places // total))
+                seed = (self._settings.random_state * 1_000_003 + index) * 1_000_003 + i
+                generator = torch.Generator().manual_seed(seed % 2**63)
+                chosen = torch.randperm(sampler.num_places, generator=generator)[:count].sort().values
+                self._places[index, i] = None if count == sampler.num_places else chosen
+        return self._places[index, batch]
+
+    def _is_result(self, tape: Tape, layer: Layer) -> bool:
+        read = {value for call in tape.calls for value in call.inputs}
+        return layer.target not in read
+
+    def _order_alike(self) -> None:
+        """Compute all networks in one order, after a check that they compute the same."""
+        for index, parent in enumerate(self._parents):
+            for own, other in zip(self._merged.tapes, parent.tapes, strict=True):
+                if _flow(own) != _flow(other):
+                    raise ValueError(
+                        f"models[{index}] must compute the same operators as the merged network on each batch, but it "
+                        "does not: control flow that depends on data or weights cannot be refitted"
+                    )
+        by_tape = {id(tape): shallow_first(tape, is_layer_call) for tape in self._merged.tapes}
+        orders = [by_tape[id(tape)] for tape in self._merged.tapes]
+        for network in (self._merged, *self._parents):
+            reordered: dict[int, Tape] = {}
+            for tape, order in zip(network.tapes, orders, strict=True):
+                if id(tape) not in reordered:
+                    reordered[id(tape)] = tape.reordered(order)
+            network.use([reordered[id(tape)] for tape in network.tapes])
+
+    def _check_same_layers(self) -> None:
+        names = {tuple(layer.name for layer in layers) for layers in self._layers.values()}
+        if len(names) != 1:
+            raise ValueError("the network must use the same layers in every batch of data, but it does not")
+
+
+class _Spread:
+    """Variance of targets, summed over the outputs."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, target: Tensor) -> None:
+        values = target.double()
+        self._count += target.shape[0] * target.shape[2]
+        self._sum = self._sum + values.sum((0, 2)).cpu()
+        self._squares = self._squares + values.square().sum().cpu()
+
+    def variance(self) -> float:
+        return float(self._squares / self._count - (self._sum / self._count).square().sum())
+
+
+def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:
+    """Add the samples of the only batch: the last fifth is held out."""
+    axis = 0 if len(inputs) > 1 else -1
+    cut = inputs.shape[axis] - inputs.shape[axis] // 5
+    for part, begin, end in ((fitted, 0, cut), (held_out, cut, inputs.shape[axis])):
+        if end > begin:
+            part.update(inputs.narrow(axis, begin, end - begin), residuals.narrow(axis, begin, end - begin))
+
+
+def _affine(layer: Layer, fixed: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the factor and the shift of the BatchNorm behind a layer, in evaluation."""
+    assert layer.norm is not None
+    named = layer.norm.named()
+    mean, variance = fixed[named["running_mean"].value], fixed[named["running_var"].value]
+    scale = fixed[named["weight"].value] / (variance + named["eps"]).sqrt()
+    return scale, fixed[named["bias"].value] - scale * mean
+
+
+def _output(call: Any) -> int:
+    value: int = call.outputs[0]
+    return value
+
+
+def _flow(tape: Tape) -> list[object]:
+    return [(str(call.operator), call.inputs, call.outputs) for call in tape.calls]
+
+
+def _bytes(values: Mapping[int, Tensor]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in values.values()}
+    return sum(storages.values())

@@ -1,0 +1,434 @@
+"""Weights of a merged network, set by least squares so that its layers compute what the merged networks' layers do.
+
+Matching finds which units correspond; averaging then loses, layer after layer, what the matched units disagree on.
+:func:`refit` goes through the merged network in the order of execution and sets each linear layer, in closed form, to
+the weights with which its outputs, computed from what the merged network itself feeds it, come closest to the mean of
+what the units that it stands for compute in their own networks. It needs some hundred samples without labels.
+
+Layer-wise reconstruction of this kind is known from post-training quantisation (Nagel et al., "Up or Down? Adaptive
+Rounding for Post-Training Quantization", ICML 2020) and from merging without permutations (Jin et al., "Dataless
+Knowledge Fusion by Merging Weights of Language Models", ICLR 2023); Nasery et al., "PLeaS", CVPR 2025, fit merged
+layers by gradient steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast._checks import check_choice, check_int, check_number, check_share
+from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
+from mudsc_fast.merge import MergeResult, RefitLayer
+from mudsc_fast.refit.fit import Fitter, Outputs, Settings
+from mudsc_fast.refit.graph import Layer, Skipped, output_entries
+from mudsc_fast.refit.tape import Network, Tape
+from mudsc_fast.refit.targets import UnitTargets, shared_entries, task_entries
+
+#: What :func:`refit` chooses each layer's ridge from.
+DEFAULT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def refit(
+    result: MergeResult,
+    models: Sequence[nn.Module],
+    data: Iterable[Any] | Sequence[Iterable[Any]],
+    *,
+    ridge: float | Sequence[float] = DEFAULT_RIDGES,
+    own_share: float = 1.0,
+    outputs: Outputs = "values",
+    max_samples: int | None = 2000,
+    max_rows: int | None = None,
+    memory: int = 2**31,
+    random_state: int = 0,
+    forward: Forward | None = None,
+    progress: bool = False,
+) -> MergeResult:
+    """Return the merge with its layers fitted by least squares to what the merged networks compute.
+
+    Parameters
+    ----------
+    result
+        A merge of modules. Not modified.
+    models
+        The networks that were merged, in the same order. Not modified.
+    data
+        Batches, as for :func:`mudsc_fast.collect_statistics`. Or a sequence with one iterable of batches for each
+        model, of data like that which the model was trained on: targets are then those of a sample's own model.
+    ridge
+        How strongly weights are drawn to those of the merge, relative to the mean square of a layer's inputs. Of
+        several values the best is chosen for each layer on held-out batches: the last fifth, of each iterable.
+    own_share
+        With an iterable for each model: the own model's share in the targets, in [0, 1]. The others share the rest by
+        the merge's weights.
+    outputs
+        ``"cosine"`` if what the network puts out is compared by its direction alone: targets of the last layer are then
+        normalized before they are averaged.
+    max_samples
+        Number of samples (entries of the first axis of a batch's first tensor) after which no further batch is read, of
+        all iterables together; None for no limit.
+    max_rows
+        Maximum number of rows in a layer's least-squares problem. By default 16 for each input of the layer, at least
+        8192. Where there are more, rows of a linear layer and positions of a convolution are drawn at random, the
+        positions once for all images of a batch.
+    memory
+        Bytes of activations to keep between layers, in all. Where they do not suffice, activations are computed again
+        for every layer, from the last ones that were kept.
+    random_state
+        Seed of the drawing. The result depends on nothing else that is random.
+    forward
+        Runs a model on a batch where that is not what the model needs.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    MergeResult
+        With new tensors and modules, ``refit_layers`` and ``not_refitted``.
+
+    Raises
+    ------
+    ValueError
+        If the data yields nothing or holds values that are not finite, the models are not those that were merged or
+        compute different operators, or an argument is out of range.
+    TypeError
+        If the merge was one of state dicts, or an argument is of the wrong type.
+
+    Warns
+    -----
+    UserWarning
+        If a layer has more inputs than there are samples; the ridge then decides.
+
+    Notes
+    -----
+    For a layer with weight W and inputs h, bias included, the new weight minimizes
+    ``E |W' h - t|^2 + ridge * trace(E h h^T) / inputs * |W' - W|^2``. The target t of a merged unit is the mean, over
+    the models and their weights, of what the unit's members in a model compute. It is taken after a BatchNorm, and
+    after the sums of a residual stream, minus what is added there. A merge with a permuted copy needs no change, and
+    gets none.
+    """
+    check_choice("outputs", outputs, get_args(Outputs))
+    settings = Settings(
+        _checked_ridges(ridge),
+        outputs,
+        None if max_rows is None else check_int("max_rows", max_rows, 1),
+        check_int("memory", memory, 0),
+        check_int("random_state", random_state, 0),
+        progress,
+    )
+    check_share("own_share", own_share)
+    _check_models(result, models)
+    refitted = {id(model): copy.deepcopy(model) for model in result.task_models}
+    task_models = tuple(refitted[id(model)] for model in result.task_models)
+    limit = None if max_samples is None else check_int("max_samples", max_samples, 1)
+    batches = _read(data, len(models), limit, forward)
+    run = _Run(result, models, task_models, batches, own_share, settings, forward)
+    with torch.no_grad():
+        layers = run.fit()
+    _warn_of_few_samples(layers)
+    return _with_tensors(result, task_models, layers, run.skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """A batch, the model that it belongs to (None for all), and whether it serves to choose the ridge."""
+
+    content: Any
+    owner: int | None
+    held_out: bool = False
+
+
+class _Run:
+    """Fits the shared layers of a merge, then those that each task keeps for itself."""
+
+    def __init__(
+        self,
+        result: MergeResult,
+        models: Sequence[nn.Module],
+        task_models: Sequence[nn.Module],
+        batches: Sequence[_Batch],
+        own_share: float,
+        settings: Settings,
+        forward: Forward | None,
+    ) -> None:
+        self._result, self._models, self._task_models = result, models, task_models
+        self._batches, self._own_share = batches, own_share
+        self._settings, self._forward = settings, forward
+        self.skipped: dict[str, str] = {}
+
+    def fit(self) -> list[RefitLayer]:
+        """Fit all layers, in place, and return how each was fitted."""
+        with ExitStack() as stack:
+            for model in (*self._models, *self._task_models):
+                stack.enter_context(preserve_training_mode(model))
+                model.eval()
+            layers = self._fit_shared()
+            if any(self._result.num_per_task):
+                for index in range(len(self._models)):
+                    layers += self._fit_task(index)
+        return layers
+
+    def _fit_shared(self) -> list[RefitLayer]:
+        result = self._result
+        shared = {_layer_name(name) for name in result.state_dict}
+        fitter = Fitter(
+            self._network(self._task_models[0], self._batches),
+            [self._network(model, self._batches) for model in self._models],
+            [self._shares(batch.owner) for batch in self._batches],
+            [batch.held_out for batch in self._batches],
+            self._shared_targets,
+            lambda name: name in shared,
+            self._settings,
+        )
+        layers = fitter.run()
+        self._note(fitter.skipped)
+        trunk = self._task_models[0].state_dict()
+        for model in self._task_models[1:]:
+            own = model.state_dict()
+            for name in result.state_dict:
+                own[name].copy_(trunk[name])
+        return layers
+
+    def _fit_task(self, index: int) -> list[RefitLayer]:
+        result = self._result
+        own = {_layer_name(name) for name in result.task_state_dicts[index] if name not in result.state_dict}
+        batches = [batch for batch in self._batches if batch.owner in (None, index)]
+        fitter = Fitter(
+            self._network(self._task_models[index], batches),
+            [self._network(self._models[index], batches)],
+            [[1.0] for _ in batches],
+            [batch.held_out for batch in batches],
+            lambda tape, layer: self._task_targets(tape, layer, index),
+            lambda name: name in own,
+            self._settings,
+        )
+        layers = fitter.run()
+        self._note(fitter.skipped)
+        return [dataclasses.replace(layer, name=f"{layer.name} of task {index}") for layer in layers]
+
+    def _network(self, model: nn.Module, batches: Sequence[_Batch]) -> Network:
+        device = next(iter(model.state_dict().values())).device
+        return Network(model, [to_device(batch.content, device) for batch in batches], self._forward)
+
+    def _shares(self, owner: int | None) -> list[float]:
+        weights = list(self._result.weights)
+        if owner is None:
+            return weights
+        rest = 1 - weights[owner]
+        return [
+            self._own_share if index == owner else (1 - self._own_share) * weight / rest
+            for index, weight in enumerate(weights)
+        ]
+
+    def _shared_targets(self, tape: Tape, layer: Layer) -> UnitTargets:
+        tensor, axis, entries = _outputs_of(tape, layer)
+        members = []
+        for index, model in enumerate(self._models):
+            length = model.state_dict()[tensor].shape[axis]
+            merged = shared_entries(self._result.spec, self._result.matching, tensor, axis, length, index)
+            members.append(_positions(entries, merged))
+        return UnitTargets(members, len(entries))
+
+    def _task_targets(self, tape: Tape, layer: Layer, index: int) -> UnitTargets:
+        result = self._result
+        tensor, axis, entries = _outputs_of(tape, layer)
+        merged_nodes = frozenset(
+            segment.axis.node
+            for name in result.state_dict
+            for segments in result.spec.layouts.get(name, ())
+            for segment in segments
+            if segment.axis is not None
+        )
+        length = self._models[index].state_dict()[tensor].shape[axis]
+        merged = task_entries(result.spec, result.matching, merged_nodes, tensor, axis, length, index)
+        return UnitTargets([_positions(entries, merged)], len(entries))
+
+    def _note(self, skipped: Iterable[Skipped]) -> None:
+        self.skipped |= {one.name: one.reason for one in skipped}
+
+
+def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
+    """Return which tensor's axis, and which of its entries, a layer's outputs are."""
+    if layer.kind == "norm" or layer.call.name == "linear":
+        return output_entries(tape, layer.weight, 0)
+    if layer.kind == "convolution":
+        named = layer.call.named()
+        if not named["transposed"]:
+            return output_entries(tape, layer.weight, 0)
+        if named["groups"] == 1:
+            return output_entries(tape, layer.weight, 1)
+        # Of a grouped transposed convolution the weight has the outputs of one group only; the bias has all.
+        if layer.bias is not None:
+            return output_entries(tape, layer.bias, 0)
+        length = tape.shapes[layer.output][1]
+        return tape.parameters[layer.weight], -1, torch.arange(length)
+    return output_entries(tape, layer.weight, 1)
+
+
+def _positions(entries: Tensor, merged: Tensor) -> Tensor:
+    """Return, for each output of a parent's layer, the output of the merged layer that it becomes part of."""
+    place = torch.full((1 + int(max(entries.max(), merged.max())),), -1)
+    place[entries] = torch.arange(len(entries))
+    return place[merged[entries]]
+
+
+def _layer_name(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _checked_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:
+    values = tuple(ridge) if isinstance(ridge, Sequence) and not isinstance(ridge, str) else (ridge,)
+    if not values:
+        raise ValueError("ridge must be a positive number or at least one, got none")
+    checked = tuple(check_number("ridge", value) for value in values)
+    if min(checked) <= 0:
+        raise ValueError(f"ridge must be positive, got {min(checked)}")
+    return checked
+
+
+def _check_models(result: MergeResult, models: Sequence[nn.Module]) -> None:
+    if not isinstance(result, MergeResult):
+        raise TypeError(f"result must be a MergeResult, got {type(result).__name__}")
+    if not result.task_models:
+        raise TypeError("result must be a merge of modules, got one of state dicts: refit runs the networks")
+    if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
+        raise TypeError("models must be the sequence of modules that were merged")
+    if len(models) != len(result.weights):
+        raise ValueError(f"models must be the {len(result.weights)} models that were merged, got {len(models)}")
+    for index, (model, tensors) in enumerate(zip(models, result.task_state_dicts, strict=True)):
+        own = model.state_dict()
+        for name, tensor in tensors.items():
+            if name not in own or (own[name].shape != tensor.shape):
+                found = tuple(own[name].shape) if name in own else "none"
+                raise ValueError(
+                    f"models[{index}] must be the model that was merged: {name!r} has shape {found}, "
+                    f"expected {tuple(tensor.shape)}"
+                )
+
+
+def _read(
+    data: Iterable[Any] | Sequence[Iterable[Any]], num_models: int, limit: int | None, forward: Forward | None
+) -> list[_Batch]:
+    """Return the batches to fit on, those of several iterables in turn."""
+    if _is_batch(data) and not isinstance(data, (list, tuple)):
+        raise TypeError(f"data must be an iterable of batches, got one {type(data).__name__}: pass [data]")
+    sources = _sources(data, num_models)
+    owned = len(sources) > 1
+    streams = [_limited(source, None if limit is None else -(-limit // len(sources)), forward) for source in sources]
+    found: list[list[_Batch]] = []
+    for index, stream in enumerate(streams):
+        batches = [_Batch(content, index if owned else None) for content in stream]
+        if not batches:
+            which = f"data[{index}]" if owned else "data"
+            raise ValueError(f"{which} must yield at least one batch, got none")
+        num_held_out = 0 if len(batches) == 1 else max(1, len(batches) // 5)
+        for position in range(len(batches) - num_held_out, len(batches)):
+            batches[position] = dataclasses.replace(batches[position], held_out=True)
+        found.append(batches)
+    if owned and all(len(batches) == 1 for batches in found):
+        # Ridges cannot be chosen without held-out samples: each batch is cut in two.
+        found = [_cut(batches[0]) for batches in found]
+    return [batch for turn in zip_longest(*found) for batch in turn if batch is not None]
+
+
+def _cut(batch: _Batch) -> list[_Batch]:
+    """Return the first four fifths of a batch and, held out, the rest; the batch alone where it cannot be cut."""
+    tensor = batch.content
+    if not isinstance(tensor, Tensor) or len(tensor) < 5:
+        return [batch]
+    cut = len(tensor) - len(tensor) // 5
+    return [_Batch(tensor[:cut], batch.owner), _Batch(tensor[cut:], batch.owner, held_out=True)]
+
+
+def _sources(data: Any, num_models: int) -> list[Iterable[Any]]:
+    """Return the iterables of batches: one for each model, or one for all."""
+    if isinstance(data, (list, tuple)) and data and not any(_is_batch(entry) for entry in data):
+        if len(data) != num_models:
+            raise ValueError(
+                f"data must be batches, or one iterable of batches for each of {num_models} models, got {len(data)} "
+                "iterables"
+            )
+        return list(data)
+    if isinstance(data, (list, tuple)) and len(data) == num_models and all(_may_be_loader(entry) for entry in data):
+        raise ValueError(
+            "data is ambiguous: each entry is a list of tensors, which may be one batch or a list of batches; pass "
+            "batches as tuples, and lists of batches as iterators or DataLoaders"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
+    return [data]
+
+
+def _is_batch(entry: Any) -> bool:
+    if isinstance(entry, (Tensor, Mapping)):
+        return True
+    return isinstance(entry, (list, tuple)) and bool(entry) and isinstance(entry[0], (Tensor, Mapping))
+
+
+def _may_be_loader(entry: Any) -> bool:
+    """Return whether a list of tensors looks like a list of batches: all alike but for their number of samples."""
+    if not isinstance(entry, list) or not all(isinstance(tensor, Tensor) for tensor in entry):
+        return False
+    return all(t.ndim > 1 and t.shape[1:] == entry[0].shape[1:] and t.dtype == entry[0].dtype for t in entry)
+
+
+def _limited(source: Iterable[Any], limit: int | None, forward: Forward | None) -> list[Any]:
+    """Return what of the batches the models are called with, up to a number of samples."""
+    contents: list[Any] = []
+    count = 0
+    for batch in source:
+        content = batch if forward is not None else inputs_of(batch)
+        content = dict(content) if isinstance(content, Mapping) else content
+        tensors = [value for value in torch.utils._pytree.tree_leaves(content) if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"data must be finite, got NaN or infinity in batch {len(contents)}")
+        samples = len(tensors[0]) if tensors and tensors[0].ndim else 1
+        if samples:
+            contents.append(content)
+        count += samples
+        if limit is not None and count >= limit:
+            break
+    return contents
+
+
+def _warn_of_few_samples(layers: Sequence[RefitLayer]) -> None:
+    few = [layer for layer in layers if layer.samples < layer.inputs]
+    if few:
+        warnings.warn(
+            f"{len(few)} layers have more inputs than there are samples, the first: {few[0].name!r} with "
+            f"{few[0].inputs} inputs and {few[0].samples} samples. Only the ridge keeps their fit from following the "
+            "samples: pass more data",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _with_tensors(
+    result: MergeResult, task_models: tuple[nn.Module, ...], layers: Sequence[RefitLayer], skipped: Mapping[str, str]
+) -> MergeResult:
+    def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        own = model.state_dict()
+        return {name: own[name].detach().clone() for name in names}
+
+    shared = tensors_of(task_models[0], result.state_dict)
+    tasks = []
+    for model, tensors in zip(task_models, result.task_state_dicts, strict=True):
+        own = tensors_of(model, [name for name in tensors if name not in shared])
+        tasks.append({name: shared[name] if name in shared else own[name] for name in tensors})
+    return dataclasses.replace(
+        result,
+        model=None if result.model is None else task_models[0],
+        state_dict=shared,
+        task_models=task_models,
+        task_state_dicts=tuple(tasks),
+        refit_layers=tuple(layers),
+        not_refitted=dict(skipped),
+    )

@@ -1,0 +1,97 @@
+"""Least squares with a ridge, chosen on held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.refit.gram import Moments
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What to add to a layer.
+
+    Attributes
+    ----------
+    weight
+        [groups, outputs, inputs], float64.
+    bias
+        [groups, outputs], float64; zeros where the layer has none.
+    ridge
+        The ridge chosen; None where the layer is best left as it is.
+    error_before, error_after
+        Mean over the samples of the squared residual, summed over the outputs.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bias: bool) -> Solution:
+    """Return the change of a layer that makes up for its residuals.
+
+    Minimizes E |r - D h - b|^2 + ridge * trace(G) / inputs * |D|^2 for residuals r, inputs h and G = E[h h^T] (about
+    the mean where there is a bias b, which is not penalized). With several ridges, each is fitted to one part of the
+    samples and judged by the other; the best, unless no change at all is better, is then fitted to all.
+
+    Parameters
+    ----------
+    fitted, held_out
+        Moments of two parts of the samples; the second may have none.
+    ridges
+        The values to choose from.
+    has_bias
+        Whether the layer has a bias to change.
+    """
+    both = fitted.joined(held_out)
+    parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, both)]
+    chosen: float | None = ridges[0]
+    if len(ridges) > 1 and fitted.count and held_out.count:
+        least = _error(parts[1], *_nothing(both))
+        chosen = None
+        for ridge in ridges:
+            error = _error(parts[1], *_change(parts[0], ridge, has_bias))
+            if error < least:
+                least, chosen = error, ridge
+    elif len(ridges) > 1:
+        chosen = sorted(ridges)[len(ridges) // 2]
+    nothing = _nothing(both)
+    change = nothing if chosen is None else _change(parts[2], chosen, has_bias)
+    return Solution(*change, chosen, _error(parts[2], *nothing), _error(parts[2], *change))
+
+
+def _nothing(moments: Moments) -> tuple[Tensor, Tensor]:
+    groups, size = moments.mean.shape
+    outputs = size - moments.inputs
+    return moments.mean.new_zeros(groups, outputs, moments.inputs), moments.mean.new_zeros(groups, outputs)
+
+
+def _change(moments: Moments, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias that minimise the penalised error."""
+    inputs = moments.inputs
+    gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
+    penalty = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
+    # Inputs that never vary have nothing to say; any penalty leaves their weights as they are.
+    penalty = torch.where(penalty > 0, penalty, 1.0)
+    penalised = gram + penalty[:, None, None] * torch.eye(inputs, dtype=gram.dtype, device=gram.device)
+    weight = torch.cholesky_solve(cross, torch.linalg.cholesky(penalised)).transpose(1, 2)
+    mean_inputs, mean_residuals = moments.mean[:, :inputs], moments.mean[:, inputs:]
+    bias = mean_residuals - (weight @ mean_inputs[..., None])[..., 0]
+    return weight, bias if has_bias else torch.zeros_like(bias)
+
+
+def _error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
+    """Return the mean over the samples of |r - D h - b|^2."""
+    inputs = moments.inputs
+    gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
+    squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum()
+    squares = squares - 2 * (weight * cross.transpose(1, 2)).sum() + ((weight @ gram) * weight).sum()
+    rest = moments.mean[:, inputs:] - (weight @ moments.mean[:, :inputs, None])[..., 0] - bias
+    return float((squares / moments.count + rest.square().sum()).clamp(min=0))

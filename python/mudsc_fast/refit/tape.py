@@ -1,0 +1,373 @@
+"""Recording what a network computes on a batch, and computing it again step by step.
+
+A tape is the list of operators that one forward pass dispatched, with the data flow between them. It is recorded below
+autograd, so it holds for any model that runs: Python control flow, functional calls and fused projections included.
+Unlike a module hook it shows residual sums, and unlike a forward pass it can stop at an operator, keep what later
+operators need, and go on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+
+#: What a value is computed from: the batch, parameters alone, or neither.
+Source = Literal["data", "parameters", "constants"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the tape, by its number."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call: its arguments flattened, with a :class:`Ref` for each tensor."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    structure: pytree.TreeSpec
+    outputs: tuple[int | None, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the operator without namespace and overload, e.g. ``"convolution"``."""
+        name: str = self.operator.overloadpacket.__name__
+        return name
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Numbers of the values that the call reads."""
+        return tuple(argument.value for argument in self.arguments if isinstance(argument, Ref))
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by the names in the operator's schema, with defaults filled in."""
+        args, kwargs = pytree.tree_unflatten(list(self.arguments), self.structure)
+        schema = self.operator._schema.arguments
+        named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        named |= {argument.name: value for argument, value in zip(schema, args, strict=False)}
+        return named | dict(kwargs)
+
+    def run(self, values: Mapping[int, Tensor]) -> Any:
+        """Call the operator on the given values."""
+        flat = [values[argument.value] if isinstance(argument, Ref) else argument for argument in self.arguments]
+        args, kwargs = pytree.tree_unflatten(flat, self.structure)
+        return self.operator(*args, **kwargs)
+
+
+class Tape:
+    """The operators of one forward pass, in an order in which they can be computed.
+
+    Attributes
+    ----------
+    calls
+        All calls that depend on the batch.
+    prelude
+        Calls that depend on parameters alone, e.g. a transposed weight.
+    batch_values
+        The values that are the batch's tensors, in the order of its leaves.
+    parameters
+        The values that are tensors of the state dict, with their names.
+    constants
+        Values that depend on neither.
+    shapes
+        Shape of each value.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.prelude: list[Call] = []
+        self.batch_values: list[int] = []
+        self.parameters: dict[int, str] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.shapes: list[tuple[int, ...]] = []
+        self.sources: list[Source] = []
+
+    def signature(self) -> list[str]:
+        """Return the operators' names, to compare the tapes of two networks."""
+        return [str(call.operator) for call in self.calls]
+
+    def consumers(self) -> dict[int, list[int]]:
+        """Return, for each value, the calls that read it, once for each time."""
+        found: dict[int, list[int]] = {}
+        for index, call in enumerate(self.calls):
+            for value in call.inputs:
+                found.setdefault(value, []).append(index)
+        return found
+
+    def producers(self) -> dict[int, int]:
+        """Return, for each value that a call computes, that call."""
+        return {v: index for index, call in enumerate(self.calls) for v in call.outputs if v is not None}
+
+    def reordered(self, order: Sequence[int]) -> Tape:
+        """Return the tape with its calls in another order."""
+        tape = Tape()
+        tape.__dict__.update(self.__dict__)
+        tape.calls = [self.calls[index] for index in order]
+        return tape
+
+    def last_uses(self) -> list[int]:
+        """Return, for each value, the position of the last call that reads or computes it; -1 for none."""
+        last = [-1] * len(self.shapes)
+        for position, call in enumerate(self.calls):
+            for value in (*call.inputs, *(v for v in call.outputs if v is not None)):
+                last[value] = position
+        return last
+
+
+def shallow_first(tape: Tape, is_layer: Callable[[Call], bool]) -> list[int]:
+    """Return an order of the calls in which a sum's shorter branch is computed before its longer one.
+
+    A shortcut is then known when the last layer of the branch beside it is fitted, whichever the model computes first.
+    """
+    producers = tape.producers()
+    depth: list[int] = []
+    for call in tape.calls:
+        before = max((depth[producers[v]] for v in call.inputs if v in producers), default=0)
+        depth.append(before + is_layer(call))
+    order: list[int] = []
+    done = [False] * len(tape.calls)
+    computed = {v for call in tape.calls for v in call.outputs if v is not None}
+    read = {v for call in tape.calls for v in call.inputs}
+    results = [i for i, call in enumerate(tape.calls) if read.isdisjoint(v for v in call.outputs if v is not None)]
+    stack: list[tuple[int, bool]] = [(index, False) for index in reversed(results)]
+    while stack:
+        index, ready = stack.pop()
+        if done[index]:
+            continue
+        if ready:
+            done[index] = True
+            order.append(index)
+            continue
+        stack.append((index, True))
+        needed = {producers[v] for v in tape.calls[index].inputs if v in computed}
+        stack.extend((other, False) for other in sorted(needed, key=lambda i: (-depth[i], -i)) if not done[other])
+    return order
+
+
+def record(model: nn.Module, batch: Any, forward: Forward | None) -> Tape:
+    """Run a model on a batch, already on its device, and return what it computed.
+
+    All activations of this one batch are held meanwhile.
+
+    Raises
+    ------
+    ValueError
+        If the model writes into a part of a tensor in a way that cannot be computed again step by step.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    recorder = _Recorder({id(tensor): name for name, tensor in reversed(list(tensors.items()))}, batch)
+    with preserve_training_mode(model), plain_attention(), torch.no_grad(), recorder:
+        model.eval()
+        run_on_batch(model, batch, next(iter(tensors.values())).device, forward)
+    return recorder.finish()
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let ``torch.nn.MultiheadAttention`` run in operators that show its projections."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records every operator; what is written in place becomes a new value."""
+
+    def __init__(self, names: Mapping[int, str], batch: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = names
+        self._tape = Tape()
+        self._calls: list[Call] = []
+        self._alive: list[Tensor] = []  # so that no two tensors get one id
+        self._value_of: dict[int, int] = {}
+        self._storage_of: list[int] = []
+        self._writes: list[tuple[int, int, int]] = []  # call, storage, value that it leaves
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                self._tape.batch_values.append(self._new(leaf, "data"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record a call while it runs."""
+        flat, structure = pytree.tree_flatten((args, kwargs or {}))
+        arguments = tuple(Ref(self._value(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in flat)
+        written = _written_arguments(func, args, kwargs or {})
+        for tensor in written:
+            value = self._value(tensor)
+            if self._tape.sources[value] == "constants":
+                self._tape.constants[value] = tensor.clone()
+        result = func(*args, **(kwargs or {}))
+        sources = {self._tape.sources[argument.value] for argument in arguments if isinstance(argument, Ref)}
+        source: Source = "data" if "data" in sources else "parameters" if "parameters" in sources else "constants"
+        operator = _functional(func) if written else func
+        outputs: list[int | None] = []
+        for leaf in pytree.tree_leaves(result):
+            if not isinstance(leaf, Tensor):
+                outputs.append(None)
+            elif any(leaf is argument for argument in flat) and not written:
+                outputs.append(self._value(leaf))  # the operator returned what it was given
+            else:
+                outputs.append(self._new(leaf, source))
+        if written and source != "constants":
+            if operator is None or len(written) > 1 or not any(result is tensor for tensor in written):
+                raise ValueError(f"the model writes in place by {func}, which cannot be computed again step by step")
+            self._writes.append((len(self._calls), self._storage_of[self._value(written[0])], outputs[0] or 0))
+        if source != "constants":
+            self._calls.append(Call(operator, arguments, structure, tuple(outputs)))
+        return result
+
+    def finish(self) -> Tape:
+        """Return the tape, after a check that no value is read that was written through another one."""
+        for position, storage, left in self._writes:
+            for call in self._calls[position + 1 :]:
+                for value in call.inputs:
+                    stale = value < left and self._storage_of[value] == storage
+                    if stale and self._tape.sources[value] != "constants":
+                        raise ValueError(
+                            f"the model writes by {self._calls[position].operator} to a tensor that it also reads as "
+                            "another view, which cannot be computed again step by step"
+                        )
+        tape = self._tape
+        for call in self._calls:
+            outputs = [value for value in call.outputs if value is not None]
+            if outputs and all(tape.sources[value] == "parameters" for value in outputs):
+                tape.prelude.append(call)
+            elif outputs:
+                tape.calls.append(call)
+        return tape
+
+    def _value(self, tensor: Tensor) -> int:
+        known = self._value_of.get(id(tensor))
+        if known is not None:
+            return known
+        name = self._names.get(id(tensor))
+        value = self._new(tensor, "constants" if name is None else "parameters")
+        if name is not None:
+            self._tape.parameters[value] = name
+        return value
+
+    def _new(self, tensor: Tensor, source: Source) -> int:
+        value = len(self._tape.shapes)
+        self._tape.shapes.append(tuple(tensor.shape))
+        self._tape.sources.append(source)
+        self._storage_of.append(tensor.untyped_storage()._cdata)
+        self._value_of[id(tensor)] = value
+        self._alive.append(tensor)
+        if source == "constants":
+            self._tape.constants[value] = tensor
+        return value
+
+
+def _written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operator writes to."""
+    if not func._schema.is_mutable:
+        return []
+    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
+    written: list[Tensor] = []
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.extend(v for v in pytree.tree_leaves(named.get(argument.name)) if isinstance(v, Tensor))
+    return written
+
+
+def _functional(func: Any) -> Any:
+    """Return the operator that computes what another one writes in place; None where there is none."""
+    name = func.overloadpacket.__name__
+    packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    return getattr(packet, func._overloadname, None)
+
+
+class Network:
+    """A network whose forward pass is computed step by step from a tape, over several batches.
+
+    Parameters
+    ----------
+    model
+        The network; its tensors are read when a step is computed, so changes in place count from then on.
+    batches
+        The batches, already on the model's device.
+    forward
+        Runs the model on a batch where that is not what it needs.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> None:
+        self.model = model
+        self._tensors = model.state_dict(keep_vars=True)
+        self._leaves = [[v for v in pytree.tree_leaves(batch) if isinstance(v, Tensor)] for batch in batches]
+        tapes: dict[object, Tape] = {}
+        self.tapes: list[Tape] = []
+        for batch in batches:
+            key = _signature(batch)
+            if key not in tapes:
+                tapes[key] = record(model, batch, forward)
+            self.tapes.append(tapes[key])
+        self._kept: dict[int, tuple[dict[int, Tensor], dict[int, Tensor]]] = {}
+
+    def use(self, tapes: Sequence[Tape]) -> None:
+        """Compute by other tapes, e.g. the same in another order."""
+        self.tapes = list(tapes)
+        self._last = {id(tape): tape.last_uses() for tape in tapes}
+        self._fixed = {id(tape): self._fixed_values(tape) for tape in tapes}
+
+    def fixed(self, batch: int) -> Mapping[int, Tensor]:
+        """Return the values that do not depend on the batch's content: parameters, what is made of them, constants."""
+        return self._fixed[id(self.tapes[batch])]
+
+    def start(self, batch: int) -> dict[int, Tensor]:
+        """Return the values that are known before the first call."""
+        return dict(zip(self.tapes[batch].batch_values, self._leaves[batch], strict=True))
+
+    def advance(
+        self,
+        batch: int,
+        values: Mapping[int, Tensor],
+        begin: int,
+        end: int,
+        observe: Mapping[int, Callable[[Tensor], None]] | None = None,
+    ) -> dict[int, Tensor]:
+        """Compute the calls from `begin` up to, not including, `end`, and return the values that later ones read."""
+        tape = self.tapes[batch]
+        last, fixed = self._last[id(tape)], self._fixed[id(tape)]
+        live = {**fixed, **values}
+        for position in range(begin, end):
+            call = tape.calls[position]
+            for value, tensor in zip(call.outputs, pytree.tree_leaves(call.run(live)), strict=True):
+                if value is None:
+                    continue
+                live[value] = tensor
+                if observe and value in observe:
+                    observe[value](tensor)
+            for value in (*call.inputs, *call.outputs):
+                if value is not None and last[value] <= position:
+                    live.pop(value, None)
+        return {value: tensor for value, tensor in live.items() if value not in fixed and last[value] >= end}
+
+    def _fixed_values(self, tape: Tape) -> dict[int, Tensor]:
+        values = dict(tape.constants)
+        values |= {value: self._tensors[name].detach() for value, name in tape.parameters.items()}
+        for call in tape.prelude:
+            results = pytree.tree_leaves(call.run(values))
+            values |= {value: r for value, r in zip(call.outputs, results, strict=True) if value is not None}
+        return values
+
+
+def _signature(batch: Any) -> object:
+    leaves, structure = pytree.tree_flatten(batch)
+    return (
+        str(structure),
+        tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves),
+    )

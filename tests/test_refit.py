@@ -1,0 +1,328 @@
+"""Refitting a merge by least squares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mudsc_fast
+from mudsc_fast.matching.apply import permute_state_dict
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+
+class ResidualNet(nn.Module):
+    """Convolutions with BatchNorm, a strided shortcut that is computed after its branch, and a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 12, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 12, 3, 1, 2, dilation=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.shortcut = nn.Conv2d(8, 12, 1, 2, bias=False)
+        self.shortcut_bn = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, 1, 1, groups=12)
+        self.up = nn.ConvTranspose2d(12, 10, 3, 2, 1, output_padding=1)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.bn(self.stem(x)))
+        y = self.bn2(self.conv2(functional.relu_(self.bn1(self.conv1(x)))))
+        y += self.shortcut_bn(self.shortcut(x))
+        y = functional.gelu(self.depthwise(functional.relu(y)))
+        return self.head(functional.relu(self.up(y)).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """Two blocks of attention and feed-forward layers, with LayerNorm before each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.positions = nn.Parameter(0.1 * torch.randn(5, 16))
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embed(x) + self.positions)).mean(1))
+
+
+class GroupNormNet(nn.Module):
+    """One-dimensional convolutions, one of them in two groups, with GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.down = nn.Conv1d(8, 8, 3, stride=2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.conv(x)))
+        return self.head(functional.relu(self.down(x)).mean(2))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+SHAPES = {mlp: (40, 8), ResidualNet: (12, 3, 8, 8), Transformer: (40, 5, 6), GroupNormNet: (40, 4, 12)}
+
+
+def batches_for(factory: object, count: int = 5, seed: int = 0) -> list[Tensor]:
+    shape = SHAPES[factory]  # type: ignore[index]
+    return list(torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def make_models(factory: type[nn.Module], count: int) -> list[nn.Module]:
+    """Return networks with random weights and BatchNorm statistics of their own."""
+    models = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = factory()
+        with torch.no_grad():
+            for batch in batches_for(factory, 2, seed):
+                model.train()(batch)
+        models.append(model.eval())
+    return models
+
+
+def make_spec(model: nn.Module, batches: Sequence[Tensor]) -> PermutationSpec:
+    return PermutationSpec.from_model(model, batches[0][:2])
+
+
+def permuted(model: nn.Module, spec: PermutationSpec, seed: int) -> nn.Module:
+    """Return a copy of a network with its units in a random order."""
+    torch.manual_seed(seed)
+    units = spec.units(model.state_dict())
+    permutations = {}
+    for bundle in spec.bundles:
+        count = spec.groups(bundle[0]).count
+        order = torch.randperm(count).tolist()
+        for node in bundle:
+            size = units[node] // count
+            permutations[node] = torch.cat([group * size + torch.randperm(size) for group in order])
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(permute_state_dict(model.state_dict(), spec, permutations))
+    return copied
+
+
+def outputs(model: nn.Module | None, batches: Sequence[Tensor]) -> Tensor:
+    assert model is not None
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in batches])
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+@pytest.mark.parametrize("factory", list(SHAPES))
+def test_merge_with_permuted_copies_stays_exact(factory: type[nn.Module], mode: mudsc_fast.Mode) -> None:
+    batches = batches_for(factory)
+    model = make_models(factory, 1)[0]
+    spec = make_spec(model, batches)
+    copies = 2 if mode == "align" else 1  # the greedy zip of three copies mixes units that differ
+    models = [model, *(permuted(model, spec, seed) for seed in range(copies))]
+    result = mudsc_fast.merge(models, spec, batches, mode=mode)
+    refitted = mudsc_fast.refit(result, models, batches)
+    expected = outputs(model, batches)
+    assert (outputs(result.model, batches) - expected).abs().max() < 1e-5
+    assert (outputs(refitted.model, batches) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+@pytest.mark.parametrize("factory", list(SHAPES))
+def test_outputs_come_closer_to_the_mean_of_the_models(factory: type[nn.Module], mode: mudsc_fast.Mode) -> None:
+    batches = batches_for(factory, 8)
+    models = make_models(factory, 3)
+    spec = make_spec(models[0], batches)
+    weights = [0.5, 0.3, 0.2]
+    result = mudsc_fast.merge(models, spec, batches, mode=mode, weights=weights)
+    before = {name: tensor.clone() for name, tensor in result.state_dict.items()}
+    refitted = mudsc_fast.refit(result, models, batches)
+    ensemble = sum(w * outputs(model, batches) for w, model in zip(weights, models, strict=True))
+    error = [(outputs(one.model, batches) - ensemble).square().mean() for one in (result, refitted)]
+    assert error[1] < 0.5 * error[0]
+    for layer in refitted.refit_layers:
+        assert layer.error_after <= layer.error_before * (1 + 1e-6) + 1e-12
+    assert all(torch.equal(result.state_dict[name], tensor) for name, tensor in before.items())
+
+
+def test_mlp_matches_lstsq() -> None:
+    batches = [batch.double() for batch in batches_for(mlp)]
+    models = [model.double() for model in make_models(mlp, 2)]
+    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
+    ridge = 1e-2
+    refitted = mudsc_fast.refit(result, models, batches, ridge=ridge)
+    order = [result.matching[node].permutations for node in result.spec.nodes]
+    inputs = torch.cat(batches)
+    hidden = [inputs, inputs]
+    merged = inputs
+    for place, index in enumerate((0, 2, 4)):
+        outs = [model[index](h) for model, h in zip(models, hidden, strict=True)]
+        hidden = [functional.relu(out) for out in outs]
+        permutation = order[place][1] if index < 4 else torch.arange(4)
+        target = (outs[0] + outs[1][:, permutation]) / 2
+        layer = result.model[index]
+        mean = merged.mean(0)
+        centered = merged - mean
+        penalty = (ridge * centered.square().sum() / centered.shape[1]).sqrt()
+        missing = target - layer(merged)
+        rows = torch.cat([centered, penalty * torch.eye(centered.shape[1], dtype=torch.float64)])
+        right = torch.cat([missing - missing.mean(0), torch.zeros(centered.shape[1], 1).expand(-1, missing.shape[1])])
+        change = torch.linalg.lstsq(rows, right).solution.T
+        weight = layer.weight + change
+        bias = layer.bias + missing.mean(0) - change @ mean
+        torch.testing.assert_close(refitted.model[index].weight, weight)
+        torch.testing.assert_close(refitted.model[index].bias, bias)
+        merged = functional.relu(functional.linear(merged, weight, bias))
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
+    batches = batches_for(mlp)
+    models = make_models(mlp, 2)
+    spec = make_spec(models[0], batches)
+    others = [models[0], permuted(models[1], spec, 3)]
+    first, second = (
+        mudsc_fast.refit(mudsc_fast.merge(pair, spec, batches, mode=mode), pair, batches) for pair in (models, others)
+    )
+    torch.testing.assert_close(outputs(first.model, batches), outputs(second.model, batches), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("factory", list(SHAPES))
+def test_small_memory_gives_the_same_result(factory: type[nn.Module]) -> None:
+    batches = batches_for(factory, 4)
+    models = make_models(factory, 2)
+    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
+    first, second = (mudsc_fast.refit(result, models, batches, memory=memory, max_rows=100) for memory in (2**30, 0))
+    for name, tensor in first.state_dict.items():
+        assert torch.equal(tensor, second.state_dict[name])
+
+
+def test_partial_merge_refits_trunk_and_heads() -> None:
+    batches = batches_for(ResidualNet, 8)
+    models = make_models(ResidualNet, 2)
+    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches, mode="zip", stop="bn2")
+    refitted = mudsc_fast.refit(result, models, batches)
+    names = [layer.name for layer in refitted.refit_layers]
+    assert {"stem", "conv2", "depthwise of task 0", "head of task 1"} <= set(names)
+    for index, model in enumerate(models):
+        expected = outputs(model, batches)
+        before = (outputs(result.task_models[index], batches) - expected).square().mean()
+        after = (outputs(refitted.task_models[index], batches) - expected).square().mean()
+        assert after < 0.5 * before
+    assert refitted.model is None
+    for name, tensor in refitted.state_dict.items():
+        for model in refitted.task_models:
+            assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_own_data_makes_own_outputs_closer() -> None:
+    models = make_models(mlp, 2)
+    own = [[batch + 2 * (-1) ** index for batch in batches_for(mlp, 6, index)] for index in range(2)]
+    spec = make_spec(models[0], own[0])
+    result = mudsc_fast.merge(models, spec, own[0] + own[1], mode="zip")
+    mean = mudsc_fast.refit(result, models, own[0] + own[1])
+    own_targets = mudsc_fast.refit(result, models, [iter(own[0]), iter(own[1])])
+    errors = [
+        sum((outputs(one.model, own[i]) - outputs(models[i], own[i])).square().mean() for i in range(2))
+        for one in (mean, own_targets)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_tied_and_elementwise_tensors_are_reported() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 8)
+            self.scale = nn.Parameter(torch.rand(8))
+            self.hidden = nn.Linear(8, 12)
+            self.back = nn.Linear(12, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = torch.tanh(self.table(tokens) * self.scale)
+            return functional.linear(self.back(functional.relu(self.hidden(x))), self.table.weight)
+
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Tied())
+    batches = [torch.randint(10, (30, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
+    refitted = mudsc_fast.refit(result, models, batches)
+    assert [layer.name for layer in refitted.refit_layers] == ["hidden", "back"]
+    assert "used more than once" in refitted.not_refitted["table.weight"]
+    assert "entry by entry" in refitted.not_refitted["scale"]
+    assert "not refitted: table.weight" in refitted.report()
+
+
+def test_batch_norm_statistics_fit_the_refitted_layers() -> None:
+    batches = batches_for(ResidualNet, 6)
+    models = make_models(ResidualNet, 2)
+    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches, mode="zip")
+    refitted = mudsc_fast.refit(result, models, batches)
+    before = outputs(refitted.model, batches)
+    assert refitted.model is not None
+    mudsc_fast.reset_batch_norm(refitted.model, batches)
+    after = outputs(refitted.model, batches)
+    assert (after - before).square().mean() < 0.01 * before.var()
+
+
+class TestBadInput:
+    def setup_method(self) -> None:
+        self.batches = batches_for(mlp)
+        self.models = make_models(mlp, 2)
+        self.result = mudsc_fast.merge(self.models, make_spec(self.models[0], self.batches), self.batches)
+
+    def test_no_data(self) -> None:
+        with pytest.raises(ValueError, match="data must yield at least one batch"):
+            mudsc_fast.refit(self.result, self.models, [])
+
+    def test_nan(self) -> None:
+        self.batches[1][3, 2] = float("nan")
+        with pytest.raises(ValueError, match="data must be finite, got NaN or infinity in batch 1"):
+            mudsc_fast.refit(self.result, self.models, self.batches)
+
+    def test_models_of_other_shapes(self) -> None:
+        with pytest.raises(ValueError, match=r"models\[1\] must be the model that was merged: '0.weight' has shape"):
+            mudsc_fast.refit(self.result, [self.models[0], nn.Sequential(nn.Linear(8, 9))], self.batches)
+
+    def test_number_of_models(self) -> None:
+        with pytest.raises(ValueError, match="models must be the 2 models that were merged, got 1"):
+            mudsc_fast.refit(self.result, self.models[:1], self.batches)
+
+    def test_state_dicts(self) -> None:
+        states = [model.state_dict() for model in self.models]
+        result = mudsc_fast.merge(states, self.result.spec)
+        with pytest.raises(TypeError, match="state dicts"):
+            mudsc_fast.refit(result, self.models, self.batches)
+
+    def test_bare_tensor(self) -> None:
+        with pytest.raises(TypeError, match=r"data must be an iterable of batches, got one Tensor: pass \[data\]"):
+            mudsc_fast.refit(self.result, self.models, self.batches[0])
+
+    def test_number_of_loaders(self) -> None:
+        with pytest.raises(ValueError, match="one iterable of batches for each of 2 models, got 3"):
+            mudsc_fast.refit(self.result, self.models, [iter(self.batches)] * 3)
+
+    def test_ambiguous_lists(self) -> None:
+        with pytest.raises(ValueError, match="ambiguous"):
+            mudsc_fast.refit(self.result, self.models, [self.batches[:2], self.batches[2:]])
+
+    def test_ridge(self) -> None:
+        with pytest.raises(ValueError, match="ridge must be positive"):
+            mudsc_fast.refit(self.result, self.models, self.batches, ridge=-1.0)
+
+    def test_fewer_samples_than_inputs_warns(self) -> None:
+        with pytest.warns(UserWarning, match="more inputs than there are samples"):
+            refitted = mudsc_fast.refit(self.result, self.models, [self.batches[0][:5]])
+        assert all(bool(tensor.isfinite().all()) for tensor in refitted.state_dict.values())
