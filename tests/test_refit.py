@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ class ResidualNet(nn.Module):
         y = self.bn2(self.conv2(functional.relu_(self.bn1(self.conv1(x)))))
         y += self.shortcut_bn(self.shortcut(x))
         y = functional.gelu(self.depthwise(functional.relu(y)))
-        return self.head(functional.relu(self.up(y)).mean((2, 3)))
+        return _as_tensor(self.head(functional.relu(self.up(y)).mean((2, 3))))
 
 
 class Transformer(nn.Module):
@@ -53,7 +54,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embed(x) + self.positions)).mean(1))
+        return _as_tensor(self.head(self.norm(self.blocks(self.embed(x) + self.positions)).mean(1)))
 
 
 class GroupNormNet(nn.Module):
@@ -68,14 +69,28 @@ class GroupNormNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.norm(self.conv(x)))
-        return self.head(functional.relu(self.down(x)).mean(2))
+        return _as_tensor(self.head(functional.relu(self.down(x)).mean(2)))
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+class Mlp(nn.Module):
+    """Three linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = functional.relu(layer(x))
+        return _as_tensor(self.layers[-1](x))
 
 
-SHAPES = {mlp: (40, 8), ResidualNet: (12, 3, 8, 8), Transformer: (40, 5, 6), GroupNormNet: (40, 4, 12)}
+def _as_tensor(value: object) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
+
+
+SHAPES = {Mlp: (40, 8), ResidualNet: (12, 3, 8, 8), Transformer: (40, 5, 6), GroupNormNet: (40, 4, 12)}
 
 
 def batches_for(factory: object, count: int = 5, seed: int = 0) -> list[Tensor]:
@@ -156,21 +171,23 @@ def test_outputs_come_closer_to_the_mean_of_the_models(factory: type[nn.Module],
 
 
 def test_mlp_matches_lstsq() -> None:
-    batches = [batch.double() for batch in batches_for(mlp)]
-    models = [model.double() for model in make_models(mlp, 2)]
+    batches = [batch.double() for batch in batches_for(Mlp)]
+    models = [model.double() for model in make_models(Mlp, 2)]
     result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
     ridge = 1e-2
     refitted = mudsc_fast.refit(result, models, batches, ridge=ridge)
-    order = [result.matching[node].permutations for node in result.spec.nodes]
+    assert isinstance(result.model, Mlp)
+    assert isinstance(refitted.model, Mlp)
+    order = [result.matching[node].cluster_of_unit[1].argsort() for node in result.spec.nodes]
+    order.append(torch.arange(4))
     inputs = torch.cat(batches)
     hidden = [inputs, inputs]
     merged = inputs
-    for place, index in enumerate((0, 2, 4)):
-        outs = [model[index](h) for model, h in zip(models, hidden, strict=True)]
+    for place, permutation in enumerate(order):
+        outs = [cast("Mlp", model).layers[place](h) for model, h in zip(models, hidden, strict=True)]
         hidden = [functional.relu(out) for out in outs]
-        permutation = order[place][1] if index < 4 else torch.arange(4)
         target = (outs[0] + outs[1][:, permutation]) / 2
-        layer = result.model[index]
+        layer = cast("nn.Linear", result.model.layers[place])
         mean = merged.mean(0)
         centered = merged - mean
         penalty = (ridge * centered.square().sum() / centered.shape[1]).sqrt()
@@ -180,15 +197,15 @@ def test_mlp_matches_lstsq() -> None:
         change = torch.linalg.lstsq(rows, right).solution.T
         weight = layer.weight + change
         bias = layer.bias + missing.mean(0) - change @ mean
-        torch.testing.assert_close(refitted.model[index].weight, weight)
-        torch.testing.assert_close(refitted.model[index].bias, bias)
+        torch.testing.assert_close(refitted.model.layers[place].weight, weight)
+        torch.testing.assert_close(refitted.model.layers[place].bias, bias)
         merged = functional.relu(functional.linear(merged, weight, bias))
 
 
 @pytest.mark.parametrize("mode", ["align", "zip"])
 def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
-    batches = batches_for(mlp)
-    models = make_models(mlp, 2)
+    batches = batches_for(Mlp)
+    models = make_models(Mlp, 2)
     spec = make_spec(models[0], batches)
     others = [models[0], permuted(models[1], spec, 3)]
     first, second = (
@@ -226,8 +243,8 @@ def test_partial_merge_refits_trunk_and_heads() -> None:
 
 
 def test_own_data_makes_own_outputs_closer() -> None:
-    models = make_models(mlp, 2)
-    own = [[batch + 2 * (-1) ** index for batch in batches_for(mlp, 6, index)] for index in range(2)]
+    models = make_models(Mlp, 2)
+    own = [[batch + 2 * (-1) ** index for batch in batches_for(Mlp, 6, index)] for index in range(2)]
     spec = make_spec(models[0], own[0])
     result = mudsc_fast.merge(models, spec, own[0] + own[1], mode="zip")
     mean = mudsc_fast.refit(result, models, own[0] + own[1])
@@ -279,8 +296,8 @@ def test_batch_norm_statistics_fit_the_refitted_layers() -> None:
 
 class TestBadInput:
     def setup_method(self) -> None:
-        self.batches = batches_for(mlp)
-        self.models = make_models(mlp, 2)
+        self.batches = batches_for(Mlp)
+        self.models = make_models(Mlp, 2)
         self.result = mudsc_fast.merge(self.models, make_spec(self.models[0], self.batches), self.batches)
 
     def test_no_data(self) -> None:
@@ -293,7 +310,7 @@ class TestBadInput:
             mudsc_fast.refit(self.result, self.models, self.batches)
 
     def test_models_of_other_shapes(self) -> None:
-        with pytest.raises(ValueError, match=r"models\[1\] must be the model that was merged: '0.weight' has shape"):
+        with pytest.raises(ValueError, match=r"models\[1\] must be the model that was merged: 'layers.0.weight' has"):
             mudsc_fast.refit(self.result, [self.models[0], nn.Sequential(nn.Linear(8, 9))], self.batches)
 
     def test_number_of_models(self) -> None:

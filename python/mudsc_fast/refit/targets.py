@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.matching.node import NodeMatching
-from mudsc_fast.spec.permutation_spec import PermutationSpec, Segment
+from mudsc_fast.spec.axes import Segment
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 @dataclass(frozen=True)
