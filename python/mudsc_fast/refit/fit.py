@@ -111,8 +111,7 @@ class Fitter:
         for batch in range(len(self._merged.tapes)):
             inputs, residuals, target = self._samples(index, batch)
             if fitted is None:
-                groups, size = inputs.shape[1], inputs.shape[2]
-                sizes = (groups, size, residuals.shape[1] // groups)
+                sizes = (inputs.shape[0], inputs.shape[1], len(residuals) // len(inputs))
                 fitted, held_out = (GramSums(*sizes, inputs.device, self._workspace) for _ in range(2))
             assert held_out is not None
             spread.add(target)
@@ -161,7 +160,7 @@ class Fitter:
         inputs = sampler.inputs(values[layer.input], places)
         target, has_target = self._targets[index].mean(outputs, self._shares[batch])
         if self._settings.outputs == "cosine" and self._is_result(tape, layer):
-            target = functional.normalize(target, dim=1) * target.norm(dim=1).mean()
+            target = functional.normalize(target, dim=0) * target.norm(dim=0).mean()
         current, factor = self._current(layer, batch, values, sampler, inputs, places)
         residuals = target.to(current) - current
         if factor is not None:
@@ -232,7 +231,7 @@ class Fitter:
         variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
         mean = (matrix @ moments.mean[:, :size, None]).flatten()
         sampler.set_matrix(matrix)
-        named = layer.norm.named()
+        named = layer.norm.named
         fixed[named["running_mean"].value].copy_(mean)
         variable = fixed[named["running_var"].value]
         variable.copy_(variance)
@@ -274,18 +273,13 @@ class Fitter:
         return {value: partial(keep, indices=indices) for value, indices in observers.items()}
 
     def _sampler(self, layer: Layer, batch: int) -> Sampler:
-        fixed = self._merged.fixed(batch)
-        statistics = None
-        if layer.kind == "norm" and layer.call.name not in ("native_layer_norm", "native_group_norm"):
-            named = layer.call.named()
-            statistics = (fixed[named["running_mean"].value], fixed[named["running_var"].value])
-        return Sampler(layer, fixed[layer.weight], self._merged.tapes[batch].shapes[layer.output], statistics)
+        return Sampler(layer, self._merged.fixed(batch), self._merged.tapes[batch].shapes[layer.output])
 
     def _places_of(self, index: int, batch: int) -> Tensor | None:
         """Return the places of a batch at which a layer is fitted; None for all."""
         if (index, batch) not in self._places:
             samplers = [self._sampler(self._layers[id(tape)][index], i) for i, tape in enumerate(self._merged.tapes)]
-            total = sum(sampler.num_outer * sampler.num_places for sampler in samplers)
+            total = sum(sampler.num_samples for sampler in samplers)
             inputs = samplers[0].matrix().shape[2]
             rows = max(_ROWS_PER_INPUT * inputs, _LEAST_ROWS)
             if self._settings.max_rows is not None:
@@ -334,8 +328,8 @@ class _Spread:
 
     def add(self, target: Tensor) -> None:
         values = target.double()
-        self._count += target.shape[0] * target.shape[2]
-        self._sum = self._sum + values.sum((0, 2)).cpu()
+        self._count += target.shape[1]
+        self._sum = self._sum + values.sum(1).cpu()
         self._squares = self._squares + values.square().sum().cpu()
 
     def variance(self) -> float:
@@ -344,17 +338,17 @@ class _Spread:
 
 def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:
     """Add the samples of the only batch: the last fifth is held out."""
-    axis = 0 if len(inputs) > 1 else -1
-    cut = inputs.shape[axis] - inputs.shape[axis] // 5
-    for part, begin, end in ((fitted, 0, cut), (held_out, cut, inputs.shape[axis])):
+    count = inputs.shape[-1]
+    cut = count - count // 5
+    for part, begin, end in ((fitted, 0, cut), (held_out, cut, count)):
         if end > begin:
-            part.update(inputs.narrow(axis, begin, end - begin), residuals.narrow(axis, begin, end - begin))
+            part.update(inputs[..., begin:end], residuals[..., begin:end])
 
 
 def _affine(layer: Layer, fixed: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the factor and the shift of the BatchNorm behind a layer, in evaluation."""
     assert layer.norm is not None
-    named = layer.norm.named()
+    named = layer.norm.named
     mean, variance = fixed[named["running_mean"].value], fixed[named["running_var"].value]
     scale = fixed[named["weight"].value] / (variance + named["eps"]).sqrt()
     return scale, fixed[named["bias"].value] - scale * mean

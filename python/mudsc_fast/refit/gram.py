@@ -77,21 +77,19 @@ class GramSums:
         )
 
     def update(self, inputs: Tensor, residuals: Tensor) -> None:
-        """Add samples: inputs [outer, groups, inputs, inner] and residuals [outer, outputs of all groups, inner]."""
-        outer, groups, _, inner = inputs.shape
-        samples = torch.cat([inputs, residuals.reshape(outer, groups, -1, inner)], 2)
+        """Add samples: inputs [groups, inputs, samples] and residuals [outputs of all groups, samples]."""
+        groups, _, count = inputs.shape
+        samples = torch.cat([inputs, residuals.reshape(groups, -1, count)], 1)
         if samples.dtype not in (torch.float32, torch.float64):
             samples = samples.float()
         if self._alone is not None:
             with self._alone.computing_in(self._workspace):
-                self._alone.update(samples[:, 0], channel_axis=1)
+                self._alone.update(samples, channel_axis=1)
             return
-        columns = samples.permute(1, 2, 0, 3).flatten(2)
-        mean = columns.mean(2, dtype=torch.float64)
-        columns = columns - mean[..., None].to(columns.dtype)
+        mean = samples.mean(2, dtype=torch.float64)
+        columns = samples - mean[..., None].to(samples.dtype)
         rest = columns.sum(2, dtype=torch.float64)
         products = torch.bmm(columns, columns.transpose(1, 2)).double()
-        count = columns.shape[2]
         products -= rest[:, :, None] * rest[:, None, :] / count
         self._sums = self._sums.joined(Moments(count, self._inputs, mean + rest / count, products))
 

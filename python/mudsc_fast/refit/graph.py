@@ -146,14 +146,14 @@ class _Finder:
         """Return the names of all tensors of the state dict that fitting a layer changes."""
         values = [layer.weight, layer.bias]
         if layer.norm is not None:
-            named = layer.norm.named()
+            named = layer.norm.named
             values += [named[key].value for key in ("weight", "bias", "running_mean", "running_var")]
         return [self._tape.parameters[v] for value in values if value is not None for v in self._roots(value)]
 
     def _layer(self, position: int, call: Call) -> Layer | None:
         if call.name in ("addmm", "mm", "linear"):
             return self._linear(position, call)
-        named = call.named()
+        named = call.named
         if call.name == "convolution":
             kind: Kind = "convolution"
         elif call.name in (*_BATCH_NORMS, *_OTHER_NORMS):
@@ -170,7 +170,7 @@ class _Finder:
         return Layer(name, kind, position, call, named["input"].value, output, weight.value, bias_value)
 
     def _linear(self, position: int, call: Call) -> Layer | None:
-        named = call.named()
+        named = call.named
         if call.name == "linear":
             read, weight, bias = named["input"], named["weight"], named["bias"]
         elif call.name == "addmm":
@@ -219,14 +219,14 @@ class _Finder:
     def _folds(self, call: Call, value: int) -> bool:
         if call.name not in _BATCH_NORMS:
             return False
-        named = call.named()
+        named = call.named
         tensors = [named.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
         return named["input"] == Ref(value) and all(self._is_parameter(tensor) for tensor in tensors)
 
     def _step(self, call: Call, value: int, layer: Layer) -> Step | None:
         if call.name in _REARRANGEMENTS:
             return Step("move", call)
-        named = call.named()
+        named = call.named
         operands = (named.get("self"), named.get("other"))
         if call.name not in ("add", "mul") or operands.count(Ref(value)) != 1:
             return None
@@ -321,7 +321,7 @@ def undo(steps: Sequence[Step], shapes: Sequence[tuple[int, ...]], value: Tensor
 
 
 def _undo_move(call: Call, shape: tuple[int, ...], value: Tensor) -> Tensor:
-    named = call.named()
+    named = call.named
     if call.name == "permute":
         dims = [dim % value.ndim for dim in named["dims"]]
         return value.permute([dims.index(axis) for axis in range(value.ndim)])

@@ -259,7 +259,7 @@ def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
     if layer.kind == "norm" or layer.call.name == "linear":
         return output_entries(tape, layer.weight, 0)
     if layer.kind == "convolution":
-        named = layer.call.named()
+        named = layer.call.named
         if not named["transposed"]:
             return output_entries(tape, layer.weight, 0)
         if named["groups"] == 1:

@@ -52,19 +52,31 @@ def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bi
     """
     both = fitted.joined(held_out)
     parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, both)]
-    chosen: float | None = ridges[0]
-    if len(ridges) > 1 and fitted.count and held_out.count:
-        least = _error(parts[1], *_nothing(both))
-        chosen = None
-        for ridge in ridges:
-            error = _error(parts[1], *_change(parts[0], ridge, has_bias))
-            if error < least:
-                least, chosen = error, ridge
-    elif len(ridges) > 1:
+    if len(ridges) == 1:
+        chosen: float | None = ridges[0]
+    elif fitted.count and held_out.count:
+        chosen = _best_ridge(parts[0], parts[1], sorted(ridges), has_bias)
+    else:
         chosen = sorted(ridges)[len(ridges) // 2]
     nothing = _nothing(both)
     change = nothing if chosen is None else _change(parts[2], chosen, has_bias)
     return Solution(*change, chosen, _error(parts[2], *nothing), _error(parts[2], *change))
+
+
+def _best_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float], has_bias: bool) -> float | None:
+    """Return the ridge of the least held-out error, found by going downhill from the middle; None for no change."""
+
+    def error(place: int) -> float:
+        if place not in errors:
+            errors[place] = _error(held_out, *_change(fitted, ridges[place], has_bias))
+        return errors[place]
+
+    errors: dict[int, float] = {}
+    place = len(ridges) // 2
+    for step in (-1, 1):
+        while 0 <= place + step < len(ridges) and error(place + step) < error(place):
+            place += step
+    return ridges[place] if error(place) < _error(held_out, *_nothing(held_out)) else None
 
 
 def _nothing(moments: Moments) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -46,14 +47,15 @@ class Call:
         name: str = self.operator.overloadpacket.__name__
         return name
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """Numbers of the values that the call reads."""
         return tuple(argument.value for argument in self.arguments if isinstance(argument, Ref))
 
+    @cached_property
     def named(self) -> dict[str, Any]:
-        """Return the arguments by the names in the operator's schema, with defaults filled in."""
-        args, kwargs = pytree.tree_unflatten(list(self.arguments), self.structure)
+        """The arguments by the names in the operator's schema, with defaults filled in."""
+        args, kwargs = self._call
         schema = self.operator._schema.arguments
         named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
         named |= {argument.name: value for argument, value in zip(schema, args, strict=False)}
@@ -61,9 +63,21 @@ class Call:
 
     def run(self, values: Mapping[int, Tensor]) -> Any:
         """Call the operator on the given values."""
-        flat = [values[argument.value] if isinstance(argument, Ref) else argument for argument in self.arguments]
-        args, kwargs = pytree.tree_unflatten(flat, self.structure)
-        return self.operator(*args, **kwargs)
+        args, kwargs = self._call
+        given = [
+            values[a.value] if type(a) is Ref else [_given(v, values) for v in a] if type(a) is list else a
+            for a in args
+        ]
+        return self.operator(*given, **{name: _given(value, values) for name, value in kwargs.items()})
+
+    @cached_property
+    def _call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = pytree.tree_unflatten(list(self.arguments), self.structure)
+        return args, kwargs
+
+
+def _given(argument: Any, values: Mapping[int, Tensor]) -> Any:
+    return values[argument.value] if isinstance(argument, Ref) else argument
 
 
 class Tape:

@@ -29,7 +29,7 @@ class UnitTargets:
     num_outputs: int
 
     def mean(self, outputs: Sequence[Tensor | None], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return [outer, outputs, inner], the target, and [outputs], whether an output has one.
+        """Return [outputs, samples], the target, and [outputs], whether an output has one.
 
         The target is the mean over the networks, by their shares, of the mean over the output's members in each. A
         network without members of an output has no share in it. Where all networks with members have share 0, they
@@ -38,7 +38,7 @@ class UnitTargets:
         Parameters
         ----------
         outputs
-            For each network [outer, outputs, inner].
+            For each network [outputs, samples]; None where the target does not depend on it.
         shares
             One number per network, 0 or more.
         """
@@ -51,12 +51,12 @@ class UnitTargets:
         weights = present * torch.tensor(shares, dtype=torch.float64, device=first.device)[:, None]
         weights = torch.where(weights.sum(0) > 0, weights, present)
         weights = weights / weights.sum(0).clamp(min=1e-300) / counts.clamp(min=1)
-        target = first.new_zeros(first.shape[0], self.num_outputs, first.shape[2])
+        target = first.new_zeros(self.num_outputs, first.shape[1])
         for index, (members, values) in enumerate(zip(self.members, outputs, strict=True)):
             if members is not None and values is not None:
                 own = members.to(first.device)
                 factors = weights[index][own].to(first.dtype)[:, None]
-                target.index_add_(1, own, values.to(first.device) * factors)
+                target.index_add_(0, own, values.to(first.device) * factors)
         return target, present.any(0)
 
     def needs(self, shares: Sequence[float]) -> list[bool]:
