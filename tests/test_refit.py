@@ -111,8 +111,14 @@ def make_models(factory: type[nn.Module], count: int) -> list[nn.Module]:
     return models
 
 
+_SPECS: dict[type[nn.Module], PermutationSpec] = {}
+
+
 def make_spec(model: nn.Module, batches: Sequence[Tensor]) -> PermutationSpec:
-    return PermutationSpec.from_model(model, batches[0][:2])
+    """Return the spec of a network, derived once for each class."""
+    if type(model) not in _SPECS:
+        _SPECS[type(model)] = PermutationSpec.from_model(model, batches[0][:2])
+    return _SPECS[type(model)]
 
 
 def permuted(model: nn.Module, spec: PermutationSpec, seed: int) -> nn.Module:
@@ -145,7 +151,7 @@ def test_merge_with_permuted_copies_stays_exact(factory: type[nn.Module], mode: 
     spec = make_spec(model, batches)
     copies = 2 if mode == "align" else 1  # the greedy zip of three copies mixes units that differ
     models = [model, *(permuted(model, spec, seed) for seed in range(copies))]
-    result = mudsc_fast.merge(models, spec, batches, mode=mode)
+    result = mudsc_fast.merge(models, batches, spec=spec, mode=mode)
     refitted = mudsc_fast.refit(result, models, batches)
     expected = outputs(model, batches)
     assert (outputs(result.model, batches) - expected).abs().max() < 1e-5
@@ -159,7 +165,7 @@ def test_outputs_come_closer_to_the_mean_of_the_models(factory: type[nn.Module],
     models = make_models(factory, 3)
     spec = make_spec(models[0], batches)
     weights = [0.5, 0.3, 0.2]
-    result = mudsc_fast.merge(models, spec, batches, mode=mode, weights=weights)
+    result = mudsc_fast.merge(models, batches, spec=spec, mode=mode, weights=weights)
     before = {name: tensor.clone() for name, tensor in result.state_dict.items()}
     refitted = mudsc_fast.refit(result, models, batches)
     ensemble = sum(w * outputs(model, batches) for w, model in zip(weights, models, strict=True))
@@ -173,7 +179,7 @@ def test_outputs_come_closer_to_the_mean_of_the_models(factory: type[nn.Module],
 def test_mlp_matches_lstsq() -> None:
     batches = [batch.double() for batch in batches_for(Mlp)]
     models = [model.double() for model in make_models(Mlp, 2)]
-    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
+    result = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches))
     ridge = 1e-2
     refitted = mudsc_fast.refit(result, models, batches, ridge=ridge)
     assert isinstance(result.model, Mlp)
@@ -208,9 +214,7 @@ def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
     models = make_models(Mlp, 2)
     spec = make_spec(models[0], batches)
     others = [models[0], permuted(models[1], spec, 3)]
-    first, second = (
-        mudsc_fast.refit(mudsc_fast.merge(pair, spec, batches, mode=mode), pair, batches) for pair in (models, others)
-    )
+    first, second = (mudsc_fast.merge(p, batches, spec=spec, mode=mode, refit=True) for p in (models, others))
     torch.testing.assert_close(outputs(first.model, batches), outputs(second.model, batches), rtol=1e-3, atol=1e-4)
 
 
@@ -218,7 +222,7 @@ def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
 def test_small_memory_gives_the_same_result(factory: type[nn.Module]) -> None:
     batches = batches_for(factory, 4)
     models = make_models(factory, 2)
-    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
+    result = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches))
     first, second = (mudsc_fast.refit(result, models, batches, memory=memory, max_rows=100) for memory in (2**30, 0))
     for name, tensor in first.state_dict.items():
         assert torch.equal(tensor, second.state_dict[name])
@@ -227,7 +231,7 @@ def test_small_memory_gives_the_same_result(factory: type[nn.Module]) -> None:
 def test_partial_merge_refits_trunk_and_heads() -> None:
     batches = batches_for(ResidualNet, 8)
     models = make_models(ResidualNet, 2)
-    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches, mode="zip", stop="bn2")
+    result = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip", stop_at="bn2")
     refitted = mudsc_fast.refit(result, models, batches)
     names = [layer.name for layer in refitted.refit_layers]
     assert {"stem", "conv2", "depthwise of task 0", "head of task 1"} <= set(names)
@@ -246,7 +250,7 @@ def test_own_data_makes_own_outputs_closer() -> None:
     models = make_models(Mlp, 2)
     own = [[batch + 2 * (-1) ** index for batch in batches_for(Mlp, 6, index)] for index in range(2)]
     spec = make_spec(models[0], own[0])
-    result = mudsc_fast.merge(models, spec, own[0] + own[1], mode="zip")
+    result = mudsc_fast.merge(models, own[0] + own[1], spec=spec, mode="zip")
     mean = mudsc_fast.refit(result, models, own[0] + own[1])
     own_targets = mudsc_fast.refit(result, models, [iter(own[0]), iter(own[1])])
     errors = [
@@ -274,18 +278,18 @@ def test_tied_and_elementwise_tensors_are_reported() -> None:
         torch.manual_seed(seed)
         models.append(Tied())
     batches = [torch.randint(10, (30, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches)
+    result = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches))
     refitted = mudsc_fast.refit(result, models, batches)
     assert [layer.name for layer in refitted.refit_layers] == ["hidden", "back"]
     assert "used more than once" in refitted.not_refitted["table.weight"]
     assert "entry by entry" in refitted.not_refitted["scale"]
-    assert "not refitted: table.weight" in refitted.report()
+    assert "not refitted table.weight: it is used more than once" in str(refitted)
 
 
 def test_batch_norm_statistics_fit_the_refitted_layers() -> None:
     batches = batches_for(ResidualNet, 6)
     models = make_models(ResidualNet, 2)
-    result = mudsc_fast.merge(models, make_spec(models[0], batches), batches, mode="zip")
+    result = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip")
     refitted = mudsc_fast.refit(result, models, batches)
     before = outputs(refitted.model, batches)
     assert refitted.model is not None
@@ -298,7 +302,7 @@ class TestBadInput:
     def setup_method(self) -> None:
         self.batches = batches_for(Mlp)
         self.models = make_models(Mlp, 2)
-        self.result = mudsc_fast.merge(self.models, make_spec(self.models[0], self.batches), self.batches)
+        self.result = mudsc_fast.merge(self.models, self.batches, spec=make_spec(self.models[0], self.batches))
 
     def test_no_data(self) -> None:
         with pytest.raises(ValueError, match="data must yield at least one batch"):
@@ -319,9 +323,18 @@ class TestBadInput:
 
     def test_state_dicts(self) -> None:
         states = [model.state_dict() for model in self.models]
-        result = mudsc_fast.merge(states, self.result.spec)
+        result = mudsc_fast.merge(states, spec=self.result.spec)
         with pytest.raises(TypeError, match="state dicts"):
             mudsc_fast.refit(result, self.models, self.batches)
+
+    def test_merge_reads_data_twice(self) -> None:
+        with pytest.raises(TypeError, match="refit=True reads data twice, got an iterator"):
+            mudsc_fast.merge(self.models, iter(self.batches), spec=self.result.spec, refit=True)
+
+    def test_merge_without_modules(self) -> None:
+        states = [model.state_dict() for model in self.models]
+        with pytest.raises(TypeError, match="refit=True needs modules"):
+            mudsc_fast.merge(states, self.batches, spec=self.result.spec, space="weight", refit=True)
 
     def test_bare_tensor(self) -> None:
         with pytest.raises(TypeError, match=r"data must be an iterable of batches, got one Tensor: pass \[data\]"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from mudsc_fast.matching.node import Mode
 from mudsc_fast.matching.partial import divide
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_space
+from mudsc_fast.refit.refit import refit as fit_layers
 from mudsc_fast.results import MergeResult, Names, merge_matched, names
 from mudsc_fast.spec.choose import SpecLike
 
@@ -41,6 +42,7 @@ def merge(
     forward: Forward | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    refit: bool = False,
 ) -> MergeResult:
     """Merge networks of one architecture into one of the same size, without training.
 
@@ -101,6 +103,9 @@ def merge(
         see :class:`mudsc_fast.ops.CorrelationAccumulator`. Merged weights are averaged in full precision all the same.
     progress
         Whether to show progress bars; by default in a terminal, if the work is long.
+    refit
+        Whether to fit the merged layers by least squares to what the models compute on `data`, as
+        :func:`mudsc_fast.refit` does with its defaults; `data` must then be batches that can be read twice.
 
     Returns
     -------
@@ -128,11 +133,28 @@ def merge(
         precision=precision,
         progress=progress,
     )
-    networks = Networks.of(models, run=options.space != "weight")
+    networks = Networks.of(models, run=options.space != "weight" or refit)
+    batches = _refit_batches(networks, data) if refit else None
     chosen, data = choose_spec_and_data(networks, spec, data)
     division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), names("task_heads", task_heads))
     matching = PreparedMatching(networks, chosen, data, options, weights, task_heads).at(options.balance)
-    return merge_matched(networks, matching, division, weights)
+    result = merge_matched(networks, matching, division, weights)
+    if batches is None:
+        return result
+    return fit_layers(result, networks.modules, batches, random_state=random_state, forward=forward, progress=progress)
+
+
+def _refit_batches(networks: Networks, data: object) -> Iterable[Any]:
+    """Return the batches to refit on, after a check that there are some, for models that can run on them."""
+    if not networks.modules:
+        raise TypeError("refit=True needs modules to run, got tensors alone: load the models, or leave refit out")
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"refit=True needs data as batches, got {type(data).__name__}: call mudsc_fast.refit(result, models, data)"
+        )
+    if isinstance(data, Iterator):
+        raise TypeError("refit=True reads data twice, got an iterator: pass a list or a DataLoader")
+    return data
 
 
 def search_balance(

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
-from mudsc_fast.merge import RefitLayer
+from mudsc_fast._progress import progress_bar
 from mudsc_fast.ops.correlation import Workspace
 from mudsc_fast.refit.gram import GramSums
 from mudsc_fast.refit.graph import Layer, Skipped, find_layers, is_layer_call, undo
@@ -20,6 +19,7 @@ from mudsc_fast.refit.rows import Sampler, product
 from mudsc_fast.refit.solve import Solution, solve
 from mudsc_fast.refit.tape import Network, Tape, shallow_first
 from mudsc_fast.refit.targets import UnitTargets
+from mudsc_fast.results import RefitLayer
 
 #: How what the network puts out is compared: as it is, or by its direction alone.
 Outputs = Literal["values", "cosine"]
@@ -34,7 +34,7 @@ class Settings:
     max_rows: int | None
     memory: int
     random_state: int
-    progress: bool
+    progress: bool | None
 
 
 #: Rows of a fit for each input, and at least so many in all.
@@ -103,8 +103,8 @@ class Fitter:
 
     def run(self) -> list[RefitLayer]:
         """Fit all layers and return how each was fitted."""
-        count = len(self._targets)
-        return [self._fit(index) for index in tqdm(range(count), desc="refit", disable=not self._settings.progress)]
+        indices = progress_bar(range(len(self._targets)), description="refit", progress=self._settings.progress)
+        return [self._fit(index) for index in indices]
 
     def _fit(self, index: int) -> RefitLayer:
         fitted, held_out, spread = None, None, _Spread()

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_int, check_number, check_share
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
-from mudsc_fast.merge import MergeResult, RefitLayer
 from mudsc_fast.refit.fit import Fitter, Outputs, Settings
 from mudsc_fast.refit.graph import Layer, Skipped, output_entries
 from mudsc_fast.refit.tape import Network, Tape
 from mudsc_fast.refit.targets import UnitTargets, shared_entries, task_entries
+from mudsc_fast.results import MergeResult, RefitLayer
 
 #: What :func:`refit` chooses each layer's ridge from.
 DEFAULT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -49,7 +49,7 @@ def refit(
     memory: int = 2**31,
     random_state: int = 0,
     forward: Forward | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> MergeResult:
     """Return the merge with its layers fitted by least squares to what the merged networks compute.
 
@@ -86,7 +86,7 @@ def refit(
     forward
         Runs a model on a batch where that is not what the model needs.
     progress
-        Whether to show a progress bar.
+        Whether to show a progress bar; by default in a terminal, if the work is long.
 
     Returns
     -------
@@ -221,9 +221,9 @@ class _Run:
         weights = list(self._result.weights)
         if owner is None:
             return weights
-        rest = 1 - weights[owner]
+        others = sum(weights) - weights[owner]
         return [
-            self._own_share if index == owner else (1 - self._own_share) * weight / rest
+            self._own_share if index == owner else (1 - self._own_share) * (weight / others if others else 0.0)
             for index, weight in enumerate(weights)
         ]
 
@@ -232,7 +232,7 @@ class _Run:
         members = []
         for index, model in enumerate(self._models):
             length = model.state_dict()[tensor].shape[axis]
-            merged = shared_entries(self._result.spec, self._result.matching, tensor, axis, length, index)
+            merged = shared_entries(self._result.spec, self._result.matching.nodes, tensor, axis, length, index)
             members.append(_positions(entries, merged))
         return UnitTargets(members, len(entries))
 
@@ -247,7 +247,7 @@ class _Run:
             if segment.axis is not None
         )
         length = self._models[index].state_dict()[tensor].shape[axis]
-        merged = task_entries(result.spec, result.matching, merged_nodes, tensor, axis, length, index)
+        merged = task_entries(result.spec, result.matching.nodes, merged_nodes, tensor, axis, length, index)
         return UnitTargets([_positions(entries, merged)], len(entries))
 
     def _note(self, skipped: Iterable[Skipped]) -> None:
