@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mudsc_fast import compat, ops, spec
+from mudsc_fast import compat, evaluate, ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
 from mudsc_fast.compat import patch
 from mudsc_fast.match import match
@@ -47,6 +47,7 @@ __all__ = [
     "__version__",
     "collect_statistics",
     "compat",
+    "evaluate",
     "linear_assignment",
     "linear_sum_assignment",
     "match",
