@@ -40,9 +40,9 @@ def merge_state_dicts(
     for name in chosen:
         first = state_dicts[0][name]
         layout = spec.layouts.get(name, ())
-        if not first.is_floating_point():
+        if not (first.is_floating_point() or first.is_complex()):
             merged[name] = first.detach().clone()
-        elif first.ndim == 1 and all(len(segments) == 1 for segments in layout):
+        elif first.ndim == 1 and not first.is_complex() and all(len(segments) == 1 for segments in layout):
             vectors.setdefault((first.dtype, first.device), []).append(name)
         else:
             tensors = [state_dict[name].detach() for state_dict in state_dicts]
@@ -166,6 +166,10 @@ def reindex(
     weights
         One factor per model.
     """
+    if tensors[0].is_complex():
+        # Real and imaginary parts are two more entries of each unit, behind all axes.
+        parts = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
+        return torch.view_as_complex(reindex(parts, layout, map_of, weights).contiguous())
     for position, segments in enumerate(layout):
         if len(segments) > 1:
             parts = []

@@ -45,6 +45,9 @@ class NodeMatching:
     similarity
         Mean similarity of matched units. Align: over all pairs of model 0 with another model. Zip: over the merges,
         each with the similarity its two clusters had when they were merged.
+    gap
+        Align: the most by which the mean similarity of the assignment may be below the optimum, by its certificate.
+        None for a zip, which is greedy.
     """
 
     mode: Mode
@@ -52,6 +55,7 @@ class NodeMatching:
     num_clusters: int
     similarity_before: float
     similarity: float
+    gap: float | None = None
 
     def __repr__(self) -> str:
         models, units = self.cluster_of_unit.shape
@@ -148,7 +152,7 @@ def align_units(
     earlier
         The solutions for similarities alike, by node: where the search begins. Replaced by those found.
     """
-    pairs, inner = _pair_groups(blocks, groups, earlier)
+    pairs, inner, gaps = _pair_groups(blocks, groups, earlier)
     matching = {}
     for node, similarity in blocks.items():
         models, units = similarity.shape[:2]
@@ -162,6 +166,7 @@ def align_units(
             num_clusters=units,
             similarity_before=_mean(similarity.diagonal(dim1=1, dim2=2)),
             similarity=_mean(similarity.gather(2, columns[..., None])),
+            gap=gaps[node],
         )
     return matching
 
@@ -190,7 +195,7 @@ def zip_all_units(
         }
     else:
         blocks = {node: with_first(similarity, num_models) for node, similarity in similarities.items()}
-        pairs, _ = _pair_groups(blocks, groups)
+        pairs, _, _ = _pair_groups(blocks, groups)
         own = torch.arange(groups, device=pairs.device)[None]
         members = {
             node: _units_of_sets(torch.cat([own, pairs]), len(similarity) // num_models)
@@ -229,14 +234,15 @@ def with_first(similarity: Tensor, num_models: int) -> Tensor:
 
 def _pair_groups(
     blocks: Mapping[str, Tensor], groups: int, earlier: dict[str, Assignment] | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return [models - 1, groups], the group paired with each of model 0's, and each node's columns within pairs.
+) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+    """Return [models - 1, groups], the group paired with each of model 0's, each node's columns within pairs, and gaps.
 
     The columns are [models - 1, groups, groups, units of a group]: for every pair of groups, paired or not, the best
     assignment of the units of one to those of the other.
     """
     scores: Tensor | None = None
     inner = {}
+    gaps = {}
     for node, similarity in blocks.items():
         models, units = similarity.shape[:2]
         size = units // groups
@@ -246,10 +252,13 @@ def _pair_groups(
             # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
             earlier[node] = solution.clone()
         inner[node] = solution.columns
+        gaps[node] = _largest(solution.gap) / max(size, 1)
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
         scores = matched if scores is None else scores + matched
     assert scores is not None  # a bundle has at least one node
-    return linear_assignment(scores).columns, inner
+    paired = linear_assignment(scores)
+    across = _largest(paired.gap) / groups if groups > 1 else 0.0
+    return paired.columns, inner, {node: gap + across for node, gap in gaps.items()}
 
 
 def _units_of_sets(group_of_set: Tensor, units: int) -> Tensor:
@@ -258,6 +267,10 @@ def _units_of_sets(group_of_set: Tensor, units: int) -> Tensor:
     size = units // groups
     first = group_of_set.T[..., None] * size + torch.arange(models, device=group_of_set.device)[:, None] * units
     return (first + torch.arange(size, device=group_of_set.device)).reshape(groups, models * size)
+
+
+def _largest(gaps: Tensor) -> float:
+    return float(gaps.max()) if gaps.numel() else 0.0
 
 
 def _mean(values: Tensor) -> float:
