@@ -147,7 +147,7 @@ def _of_chain(source: _Source, model: nn.Module) -> PermutationSpec:
 
 
 def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> PermutationSpec:
-    """Return the spec of a model, without tensors that are the same as one that is in the files."""
+    """Return the spec of a model, without the tensors that are not in the files."""
     known = set(model.state_dict())
     unknown = [name for name in tensors if name not in known]
     if unknown:
@@ -160,11 +160,8 @@ def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Pe
             spec = PermutationSpec.from_model(model.eval(), inputs)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"the spec of {type(model).__name__} cannot be derived: {error}") from error
-    names_of: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
-    stored = [names for names in names_of.values() if any(name in tensors for name in names)]
-    spec = spec.without({name for names in stored for name in names if name not in tensors})
+    # Files leave out tied tensors, and layers that the network was saved without, such as poolers.
+    spec = spec.without({name for name in spec.layouts if name not in tensors})
     problems = spec.problems(tensors)
     if problems:
         raise ValueError(f"the derived spec does not fit the tensors: {listed(problems)}")
