@@ -62,4 +62,4 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
     assert stopped.value.code == 2
-    assert "command" in capsys.readouterr().err
+    assert "COMMAND" in capsys.readouterr().err

@@ -43,17 +43,21 @@ def test_damaged_files(
     bad = damaged_file(tmp_path, f"bad{suffix}", change)
     for inputs in ((a, bad), (bad, a)):
         shown = failure(capsys, tmp_path, "merge", *inputs, "--output", tmp_path / "out")
-        assert f"{bad}: not a whole " in shown
+        assert f"{bad}: not a complete " in shown
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "must hold a state dict, got list"),
-        ({"state_dict": {"w": torch.ones(2)}}, "got dict at 'state_dict': save what it holds at 'state_dict' as a"),
-        ({"w": torch.ones(2), "epoch": 3}, "must hold a state dict, tensors by name, got int at 'epoch'"),
+        ([1, 2], "expected a state dict, tensors by name, got list"),
+        ({"w": torch.ones(2), "epoch": 3}, "expected a state dict, tensors by name, got int at 'epoch'"),
+        ({3: torch.ones(2)}, "expected a state dict, tensors by name, got a dict with the key 3"),
+        (
+            {"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}},
+            "holds several state dicts, at 'actor', 'critic': save the one to use",
+        ),
         ({}, "holds no tensors"),
-        (make_mlp(), "not a whole state dict file of torch.save: Weights only load failed"),
+        (make_mlp(), "holds a Python object of the class torch.nn.modules.container.Sequential. Files are read"),
     ],
 )
 def test_files_of_other_things(content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +75,7 @@ def test_paths_that_are_no_checkpoints(tmp_path: Path, capsys: pytest.CaptureFix
     for name, message in {
         "nowhere.pt": "no such file or directory",
         "text.txt": "not a checkpoint: expected a .safetensors file, a file of torch.save",
-        "empty": "not a checkpoint: expected one of model.safetensors, pytorch_model.bin or an index",
+        "empty": "not a checkpoint: expected model.safetensors, pytorch_model.bin, an index of their shards",
         "adapter": "holds an adapter, not a whole network",
     }.items():
         shown = failure(capsys, tmp_path, "merge", a, tmp_path / name, "--output", tmp_path / "out")
@@ -84,7 +88,7 @@ def test_shards_that_are_missing_or_damaged(tmp_path: Path, capsys: pytest.Captu
     arguments = ("merge", a, b, "--output", tmp_path / "out")
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) // 2])
-    assert f"{shards[1]}: not a whole safetensors file" in failure(capsys, tmp_path, *arguments)
+    assert f"{shards[1]}: not a complete safetensors file" in failure(capsys, tmp_path, *arguments)
     shards[1].unlink()
     message = f"{b}: 1 of {len(shards)} shards are missing: {shards[1].name}"
     assert message in failure(capsys, tmp_path, *arguments)
@@ -225,7 +229,7 @@ def narrow() -> list[torch.Tensor]:
         (["--data", f"{__name__}:narrow", "--model", f"{__name__}:nothing"], "must return a torch.nn.Module, got None"),
         (["--data", f"{__name__}:narrow", "--model", "networks:ConvNet", "--spec", "mlp"], "does not fit the model"),
         (["--weights", "1,x"], "--weights must be numbers with commas between, got '1,x'"),
-        (["--weights", "0.5,0.6"], "weights must be positive and sum to 1"),
+        (["--weights", "0.5,0.6"], "weights must be at least 0 and sum to 1"),
         (["--balance", "2"], "balance must be in [0, 1], got 2.0"),
         (["--format", "torch"], "the name is that of a safetensors file, but the format is torch"),
         (["--shard-size", "1GB"], "a single file has no shards"),
@@ -255,7 +259,7 @@ def test_outputs_that_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("empty", "link", "b.safetensors"):
         shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / name)
-        assert f"{tmp_path / name}: exists; name an output that does not" in shown
+        assert f"{tmp_path / name}: already exists: give another output" in shown
     shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "no" / "out")
     assert f"{tmp_path / 'no'}: no such directory to write out in" in shown
 
@@ -368,7 +372,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples", "1e3"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="a size must be a positive number with B, KB"):
+    with pytest.raises(ValueError, match="expected a size with a positive number and B, KB"):
         parse_size(text)
 
 

@@ -208,7 +208,8 @@ def test_what_lies_beside_the_weights_is_copied(tmp_path: Path) -> None:
     run("merge", a, b, "--output", tmp_path / "out", "--quiet")
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "merges.txt"}
-    assert copied == expected | {"spiece.model"}
+    assert copied == expected | {"spiece.model", "README.md"}
+    assert (tmp_path / "out" / "README.md").read_text() != "{}"
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -289,7 +290,7 @@ def test_a_wrong_specification_changes_outputs(tmp_path: Path, capsys: pytest.Ca
     left = {name for name in spec.layouts if name.endswith("intermediate.dense.bias")}
     spec.without(left).save(tmp_path / "wrong.json")
     arguments = ("align", a, b, "--output", tmp_path / "out", "--spec", tmp_path / "wrong.json")
-    assert "the specification does not describe this network" in failure(capsys, tmp_path, *arguments)
+    assert "the spec does not describe this network" in failure(capsys, tmp_path, *arguments)
 
 
 RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str | None, Any]] = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mudsc_fast import cli
+from mudsc_fast.command import installation
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import _device, _tensor_cores
 from mudsc_fast.kernels.cuda import correlation as cuda
@@ -500,16 +500,16 @@ def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_device, "unavailable_reason", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cuda, "tensor_cores", lambda _: _tensor_cores.choose(CPU, planted(0)))
-    said = cli._tensor_cores()["tensor cores"]
+    said = installation._tensor_cores()["tensor cores"]
     assert re.fullmatch(r"cuda:0 mma\.sync \(wgmma gives other products of .* by \S+ of their size\)", said)
 
     def fail(_: torch.device) -> None:
         raise RuntimeError("an illegal instruction")
 
     monkeypatch.setattr(cuda, "tensor_cores", fail)
-    assert cli._tensor_cores() == {"tensor cores": "cuda:0 none (an illegal instruction)"}
+    assert installation._tensor_cores() == {"tensor cores": "cuda:0 none (an illegal instruction)"}
     monkeypatch.setattr(_device, "unavailable_reason", lambda *_: "no driver")
-    assert cli._tensor_cores() == {}
+    assert installation._tensor_cores() == {}
 
 
 @pytest.mark.gpu

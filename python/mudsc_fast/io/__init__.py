@@ -1,7 +1,11 @@
-"""Networks in files: read lazily, merged or aligned tensor by tensor, written all or nothing."""
+"""NetworkFiles in files: read lazily, merged or aligned tensor by tensor, written atomically."""
 
-from mudsc_fast.io.checkpoint import Checkpoint, CheckpointError, Format, LazyTensors, open_checkpoint
-from mudsc_fast.io.merging import WriteResult, align_checkpoints, merge_checkpoints
+from mudsc_fast.io.aligning import align_checkpoints
+from mudsc_fast.io.checkpoint import Checkpoint, LazyTensors, open_checkpoint
+from mudsc_fast.io.directory import Format
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.merging import merge_checkpoints
+from mudsc_fast.io.result import WriteResult
 from mudsc_fast.io.writing import TensorSize, Written, atomic_path, write_checkpoint
 
 __all__ = [

@@ -7,35 +7,28 @@ belong to the file cache, which the system takes back when memory runs short.
 from __future__ import annotations
 
 import json
+import logging
 import os
-import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Format = Literal["safetensors", "torch"]
+from mudsc_fast.io.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format, Weights, find_weights, resolve_hub_cache
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.names import plain_names
+from mudsc_fast.io.safetensors_file import SafetensorsFile
+from mudsc_fast.io.torch_file import open_torch_file
 
-#: The format that a file's suffix stands for.
-FORMAT_OF_SUFFIX: dict[str, Format] = {
-    ".safetensors": "safetensors",
-    ".pt": "torch",
-    ".pth": "torch",
-    ".bin": "torch",
-    ".ckpt": "torch",
-}
+_LOGGER = logging.getLogger(__name__)
 
-#: The weights' file in a directory, by format; with shards, ``<name>.index.json`` says which holds what.
-WEIGHTS_NAME: dict[Format, str] = {"safetensors": "model.safetensors", "torch": "pytorch_model.bin"}
+_EXPECTED = "a .safetensors file, a file of torch.save with a state dict, or a directory with one of them"
 
-_WHAT_IS_READ = "a .safetensors file, a file of torch.save with a state dict, or a directory with one of them"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, written, or merged with another; the message says why."""
+#: Entries of each tensor that are compared to find out whether two sets of weights are the same.
+_COMPARED_ENTRIES = 1024
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -44,7 +37,7 @@ class LazyTensors(Mapping[str, Tensor]):
     Parameters
     ----------
     shards
-        The files that hold the tensors, opened: mappings from names to tensors.
+        The opened files that hold the tensors: mappings from names to tensors.
     shard_of
         For each name the shard that holds it.
     """
@@ -63,6 +56,51 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._shard_of)
 
 
+class RenamedTensors(Mapping[str, Tensor]):
+    """Some of the tensors of another mapping, under other names.
+
+    Parameters
+    ----------
+    tensors
+        The tensors.
+    source
+        For each name the name in `tensors`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._source = source
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._source[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a tensor in a file is: a tensor of the network, or a part of one.
+
+    Attributes
+    ----------
+    name
+        Name of the tensor of the network.
+    view
+        Shape, strides and offset of the part; None for the whole tensor.
+    """
+
+    name: str
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the piece of a tensor of the network, as a view."""
+        return tensor if self.view is None else tensor.contiguous().as_strided(*self.view)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A network in files.
@@ -74,20 +112,46 @@ class Checkpoint:
     format
         ``"safetensors"`` or ``"torch"``.
     tensors
-        The tensors by name, read when asked for.
+        The tensors by name, read when asked for. Names are without the prefixes that wrappers add
+        (``torch.compile``, ``DataParallel``).
     config
-        What ``config.json`` says, if `path` is a directory that has one.
+        The content of ``config.json``, if `path` is a directory that has one.
+    pieces
+        For each name in the files the tensor, or part of a tensor, of `tensors` that is stored under it.
+    weights_name
+        Name of a directory's single file of weights.
+    extra_state
+        Entries of the state dict that are not tensors, by their name.
+    versions
+        For each module of a file of torch the version of its format (``_metadata`` of the state dict); else empty.
+    metadata
+        Texts that a safetensors file holds beside the tensors.
     """
 
     path: Path
     format: Format
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+    weights_name: str = WEIGHTS_NAME["safetensors"]
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What one file or one set of shards holds."""
+
+    tensors: Mapping[str, Tensor]
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -96,24 +160,35 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path
-        A .safetensors file; a .pt, .pth, .bin or .ckpt file with a state dict as ``torch.save`` writes it (loaded with
-        ``weights_only=True``; files from before PyTorch 1.6 cannot be mapped and are read into memory); or a directory
-        with ``model.safetensors`` or ``pytorch_model.bin``, or with shards of these and their index.
+        A .safetensors file; a .pt, .pth, .bin or .ckpt file with a state dict as ``torch.save`` writes it, also inside
+        a training checkpoint (loaded with ``weights_only=True``; files from before PyTorch 1.6 cannot be mapped and
+        are read into memory); or a directory with one such file, or with shards and their index. Of several sets of
+        weights in a directory the one is read that ``from_pretrained`` of transformers reads; a warning of the
+        logger ``mudsc_fast.io`` names another one that differs.
 
     Raises
     ------
     CheckpointError
-        If there is no such file, it is no checkpoint, is cut short, or lacks a shard or a tensor of its index.
+        If there is no such file, it is not a checkpoint, is incomplete, or lacks a shard or a tensor of its index.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(resolve_hub_cache(path))
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory")
+        hint = ""
+        if _is_hub_name(str(path)):
+            hint = f"; to merge a model of the Hugging Face hub, download it first: hf download {path}"
+        raise CheckpointError(f"{path}: no such file or directory{hint}")
     kind = FORMAT_OF_SUFFIX.get(path.suffix)
     if kind is None:
-        raise CheckpointError(f"{path}: not a checkpoint: expected {_WHAT_IS_READ}")
-    return Checkpoint(path, kind, _open_file(path, kind))
+        raise CheckpointError(f"{path}: not a checkpoint: expected {_EXPECTED}")
+    return _checkpoint(path, kind, _open_file(path, kind), None, WEIGHTS_NAME[kind])
+
+
+def _is_hub_name(text: str) -> bool:
+    """Tell whether a text looks like the name of a model on the Hugging Face hub, OWNER/NAME."""
+    owner, _, name = text.partition("/")
+    return bool(owner and name and "/" not in name and not owner.startswith(".") and not Path(owner).exists())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,35 +197,83 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If the file cannot be read or holds no JSON object.
+        If the file cannot be read or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _checkpoint(
+    path: Path, kind: Format, content: _Content, config: Mapping[str, Any] | None, weights_name: str
+) -> Checkpoint:
+    stored_names = plain_names(content.tensors)
+    renamed = any(name != stored for name, stored in stored_names.items())
+    return Checkpoint(
+        path,
+        kind,
+        RenamedTensors(content.tensors, stored_names) if renamed else content.tensors,
+        config,
+        {stored: Piece(name) for name, stored in stored_names.items()},
+        weights_name,
+        content.extra_state,
+        content.versions,
+        content.metadata,
+    )
 
 
 def _open_directory(path: Path) -> Checkpoint:
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
-    for kind, name in WEIGHTS_NAME.items():
-        if (path / f"{name}.index.json").exists():
-            return Checkpoint(path, kind, _open_shards(path, f"{name}.index.json", kind), config)
-        if (path / name).exists():
-            return Checkpoint(path, kind, _open_file(path / name, kind), config)
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path}: holds an adapter, not a whole network: merge it into its base model first")
-    raise CheckpointError(
-        f"{path}: not a checkpoint: expected one of {', '.join(WEIGHTS_NAME.values())} or an index of their shards"
-    )
+    read, *unused = find_weights(path)
+    content = _open_weights(path, read)
+    for other in unused:
+        _warn_of_difference(path, read, content.tensors, other)
+    return _checkpoint(path, read.format, content, config, read.name)
 
 
-def _open_shards(path: Path, index_name: str, kind: Format) -> LazyTensors:
+def _open_weights(path: Path, weights: Weights) -> _Content:
+    if weights.is_index:
+        return _open_shards(path, weights.file, weights.format)
+    return _open_file(path / weights.file, weights.format)
+
+
+def _warn_of_difference(path: Path, read: Weights, tensors: Mapping[str, Tensor], other: Weights) -> None:
+    """Warn if another set of weights in the directory is not the same as the one that is read."""
+    try:
+        others = _open_weights(path, other).tensors
+    except CheckpointError as error:
+        _LOGGER.warning("%s: reading %s; %s beside it cannot be read (%s)", path, read.file, other.file, error)
+        return
+    differing = [name for name in tensors if name in others and not _look_alike(tensors[name], others[name])]
+    if differing:
+        _LOGGER.warning(
+            "%s: reading %s, as transformers does; %s beside it holds other weights (%d of %d tensors differ, %r is "
+            "one): remove the one that is out of date",
+            path,
+            read.file,
+            other.file,
+            len(differing),
+            len(tensors),
+            differing[0],
+        )
+
+
+def _look_alike(first: Tensor, other: Tensor) -> bool:
+    """Compare the shapes of two tensors, and their first entries if they have the same dtype."""
+    if first.shape != other.shape or first.dtype != other.dtype:
+        return first.shape == other.shape
+    entries = [tensor.reshape(-1)[:_COMPARED_ENTRIES].contiguous().view(torch.uint8) for tensor in (first, other)]
+    return torch.equal(*entries)
+
+
+def _open_shards(path: Path, index_name: str, kind: Format) -> _Content:
     shard_of = read_json(path / index_name).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise CheckpointError(f"{path / index_name}: weight_map must map the tensors' names to files")
+        raise CheckpointError(f"{path / index_name}: weight_map must map the names of tensors to files")
     names = sorted(set(shard_of.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
@@ -160,64 +283,23 @@ def _open_shards(path: Path, index_name: str, kind: Format) -> LazyTensors:
         raise CheckpointError(f"{path}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
     shards = {name: _open_file(path / name, kind) for name in names}
     for tensor, shard in shard_of.items():
-        if tensor not in shards[shard]:
+        if tensor not in shards[shard].tensors:
             raise CheckpointError(f"{path / shard}: lacks the tensor {tensor!r}, which {index_name} says it holds")
-    return LazyTensors(shards, shard_of)
+    return _Content(
+        LazyTensors({name: shard.tensors for name, shard in shards.items()}, shard_of),
+        {name: value for shard in shards.values() for name, value in shard.extra_state.items()},
+        {name: value for shard in shards.values() for name, value in shard.versions.items()},
+        next(iter(shards.values())).metadata if shards else {},
+    )
 
 
-def _open_file(path: Path, kind: Format) -> Mapping[str, Tensor]:
-    tensors = _SafetensorsFile(path) if kind == "safetensors" else _open_torch_file(path)
-    if len(tensors) == 0:
+def _open_file(path: Path, kind: Format) -> _Content:
+    if kind == "safetensors":
+        file = SafetensorsFile(path)
+        content = _Content(file, metadata=file.metadata)
+    else:
+        loaded = open_torch_file(path)
+        content = _Content(loaded.tensors, loaded.extra_state, loaded.versions)
+    if len(content.tensors) == 0:
         raise CheckpointError(f"{path}: holds no tensors")
-    return tensors
-
-
-class _SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of one file, by name."""
-
-    def __init__(self, path: Path) -> None:
-        import safetensors  # only those who read files pay for its import
-
-        try:
-            file: Any = safetensors.safe_open(path, "pt")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-        self._file = file
-        self._names: list[str] = list(file.keys())
-        self._known = set(self._names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._known:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _open_torch_file(path: Path) -> Mapping[str, Tensor]:
-    try:
-        content = _load_mapped(path)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a whole state dict file of torch.save: {first_line}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: must hold a state dict, got {type(content).__name__}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            nested = isinstance(value, Mapping) and all(isinstance(entry, Tensor) for entry in value.values())
-            hint = f": save what it holds at {name!r} as a file of its own" if nested else ""
-            raise CheckpointError(
-                f"{path}: must hold a state dict, tensors by name, got {type(value).__name__} at {name!r}{hint}"
-            )
-    return {name: tensor.detach() for name, tensor in content.items()}
-
-
-def _load_mapped(path: Path) -> Any:
-    with path.open("rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"  # a zip archive, as torch.save writes since PyTorch 1.6
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return content

@@ -1,10 +1,11 @@
-"""Modules from checkpoints: what running a network needs, for its activations and to compare its outputs."""
+"""Modules from checkpoints, to run a network for its activations and to compare its outputs."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable, run_on_batch
 from mudsc_fast._huggingface import class_of_config, random_inputs
-from mudsc_fast.io.checkpoint import Checkpoint, CheckpointError
+from mudsc_fast.io.checkpoint import Checkpoint
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.names import is_derived, plain_names
 
 #: Outputs of Hugging Face's models whose order is fixed; hidden states follow the units.
 _ORDERED_OUTPUTS = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds")
@@ -47,7 +50,7 @@ def import_function(argument: str, text: str) -> Callable[[], Any]:
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Tell whatever the enclosed code raises as a CheckpointError, which names the cause."""
+    """Raise a CheckpointError that names the cause for any exception of the enclosed code."""
     try:
         yield
     except CheckpointError:
@@ -78,12 +81,41 @@ def load_model(
     if build is None:
         return _load_by_transformers(checkpoint, dtype)
     model = built(build)
+    state_dict = _state_dict_for(model, checkpoint)
     try:
         # Assigned, not copied: the parameters are views of the file.
-        model.load_state_dict(dict(checkpoint.tensors), assign=True)
-    except RuntimeError as error:
+        model.load_state_dict(state_dict, assign=True)
+    except (RuntimeError, ValueError, TypeError) as error:  # modules that load by version raise any of these
         raise CheckpointError(f"{checkpoint.path}: does not fit the model: {error}") from error
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _state_dict_for(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the tensors of a checkpoint as the model names them.
+
+    Tied tensors that files leave out are added. Counters and tables that only the file or only the model has do not
+    matter. The versions of modules are those of the file; safetensors files have none, and are taken as current.
+    """
+    expected = model.state_dict()
+    stored_names = plain_names(expected)
+    state_dict: OrderedDict[str, Any] = OrderedDict()
+    for name, tensor in checkpoint.tensors.items():
+        if name in stored_names or not is_derived(name):
+            state_dict[stored_names.get(name, name)] = tensor
+    state_dict.update({name: value for name, value in checkpoint.extra_state.items() if name in expected})
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    for names in names_of.values():
+        present = next((name for name in names if name in state_dict), None)
+        if present is not None:
+            state_dict.update({name: state_dict[present] for name in names if name not in state_dict})
+    for name, value in expected.items():
+        if name not in state_dict and is_derived(name):
+            state_dict[name] = value
+    versions = checkpoint.versions or getattr(expected, "_metadata", {})
+    state_dict._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # as Module.state_dict does
+    return state_dict
 
 
 def built(build: Callable[[], nn.Module]) -> nn.Module:
@@ -104,9 +136,9 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
 def output_difference(
     before: Checkpoint, after: Checkpoint, build: Callable[[], nn.Module] | None, batches: Rewindable | None
 ) -> tuple[float, float] | str:
-    """Return the largest difference of two networks' outputs on a small batch and the largest output, in float32.
+    """Return the largest difference of the outputs of two networks on a small batch and the largest output, in float32.
 
-    Where they cannot be computed, say why.
+    If they cannot be computed, return why.
     """
     if build is not None and batches is None:
         return "there is no data to run the model on"
@@ -143,9 +175,12 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
     inputs = random_inputs(model)
     if not inputs:
         return f"there is no batch for {type(model).__name__}"
-    result = model(**inputs)
-    ordered = [result[name] for name in _ORDERED_OUTPUTS if name in result]
-    return ordered or f"{type(model).__name__} returns nothing whose order is fixed"
+    with users_code("running the network on random inputs"):
+        result = model(**inputs)
+    found = [result[name] for name in _ORDERED_OUTPUTS if name in result]
+    return [output for output in found if isinstance(output, Tensor)] or (
+        f"{type(model).__name__} returns nothing whose order is fixed"
+    )
 
 
 def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
@@ -158,7 +193,7 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
             f"{checkpoint.path}: running this network needs transformers: pip install 'mudsc-fast[huggingface]'"
         ) from error
     kind = class_of_config(transformers, checkpoint.config)
-    with _quiet(transformers), users_code(f"loading {checkpoint.path} by transformers"):
+    with quiet_transformers(), users_code(f"loading {checkpoint.path} by transformers"):
         model: nn.Module = kind.from_pretrained(
             checkpoint.path, dtype="auto" if dtype is None else dtype, local_files_only=True
         )
@@ -166,9 +201,13 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers from reporting progress while the enclosed code runs."""
-    logging = transformers.utils.logging
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers, if it is installed, from showing warnings and progress while the enclosed code runs."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        yield
+        return
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

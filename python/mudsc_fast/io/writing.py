@@ -1,7 +1,7 @@
-"""Writing checkpoints, tensor by tensor and all or nothing.
+"""Writing checkpoints tensor by tensor, atomically.
 
-What is written lies under a hidden name beside its destination, in the same file system, until it is complete and has
-reached the disk; then it is renamed. No failure leaves a part of the output behind.
+Files are written under a hidden name beside their destination, in the same file system, and renamed when they are
+complete and on the disk. No failure leaves a part of the output behind.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from mudsc_fast._files import atomic_write
-from mudsc_fast.io.checkpoint import FORMAT_OF_SUFFIX, WEIGHTS_NAME, CheckpointError, Format
+from mudsc_fast.io.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
+from mudsc_fast.io.errors import CheckpointError
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -35,17 +37,32 @@ _SAFETENSORS_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-#: Directories' files that hold weights or belong to them, or describe one network only.
+#: Files of a directory that hold its weights or belong to them, or describe one network only.
 _NOT_COPIED = (*FORMAT_OF_SUFFIX, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".md")
+
+#: An index of the shards of a variant: model.safetensors.index.fp16.json.
+_VARIANT_INDEX = re.compile(r"\.index\.[\w-]+\.json$")
+
+#: Folders of sentence-transformers beside the weights: 1_Pooling, 2_Dense, 3_Normalize.
+_MODULE_FOLDER = re.compile(r"\d+_\w+")
+
+#: Hashes of the weights of one network.
+_HASH = re.compile(r"hash|sha256|md5", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class TensorSize:
-    """Shape and dtype of a tensor that is yet to be computed."""
+    """Shape and dtype of a tensor that is not computed yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,37 +75,37 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the files that hold tensors, and the tensors' bytes."""
+    """What was written: the files that hold tensors, and the number of bytes of the tensors."""
 
     files: tuple[str, ...]
     num_bytes: int
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that e.g. ``"5GB"``, ``"200 MiB"`` or ``"1000"`` stand for.
+    """Return the number of bytes of a size such as ``"5GB"``, ``"200 MiB"`` or ``"1000"``.
 
     Raises
     ------
     ValueError
-        If it is none of these, or below 1.
+        If the text is no size, or the number is below 1.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"a size must be a positive number with B, KB, MB, GB, KiB, MiB or GiB, got {text!r}")
+        raise ValueError(f"expected a size with a positive number and B, KB, MB, GB, KiB, MiB or GiB, got {text!r}")
     return int(float(match[1]) * unit)
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Give a path to write a file or a directory at; after the enclosed code it is renamed to `target`.
+    """Yield a path to write a file or a directory at, and rename it to `target` after the enclosed code.
 
     If the enclosed code fails, what it wrote is removed.
 
     Raises
     ------
     CheckpointError
-        If `target` exists, its directory does not, or it cannot be written.
+        If `target` exists, its directory does not exist, or it cannot be written.
     """
     check_free(target)
     try:
@@ -113,7 +130,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def check_free(target: Path) -> None:
     """Raise a CheckpointError if `target` exists or there is no directory to write it in."""
     if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: exists; name an output that does not")
+        raise CheckpointError(f"{target}: already exists: give another output")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.parent}: no such directory to write {target.name} in")
 
@@ -125,8 +142,12 @@ def write_checkpoint(
     tensor_of: Callable[[str], Tensor],
     *,
     shard_bytes: int | None = None,
+    weights_name: str | None = None,
+    extra_state: Mapping[str, Any] | None = None,
+    versions: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Written:
-    """Write tensors to a file, or where `shard_bytes` is given as shards to a new directory.
+    """Write tensors to a file or, if `shard_bytes` is given, as shards to a new directory.
 
     Parameters
     ----------
@@ -139,54 +160,108 @@ def write_checkpoint(
     tensor_of
         Computes a tensor by its name; called once for each. At most two results are in memory at a time.
     shard_bytes
-        The most bytes of tensors in a file; a larger tensor has a file of its own.
+        Maximum number of bytes of tensors in a file; a larger tensor has a file of its own.
+    weights_name
+        Name of the single file in a directory, from which those of shards follow; by default that of transformers.
+    extra_state, versions
+        Entries of a state dict that are not tensors, and its ``_metadata``, for files of torch.
+    metadata
+        Texts to keep in a safetensors file. Hashes are left out: the weights are others.
 
     Raises
     ------
     OSError
         If a file cannot be written.
+    CheckpointError
+        If the format cannot hold a dtype or the extra state.
     """
-    write = _write_safetensors if kind == "safetensors" else _write_torch
     total = sum(size.num_bytes for size in sizes.values())
+    if kind == "safetensors":
+        stateful = [name for name, value in (extra_state or {}).items() if value is not None]
+        if stateful:
+            raise CheckpointError(
+                f"{stateful[0]!r} is not a tensor, and safetensors files hold only tensors: write a .pt file, or a "
+                "directory with --format torch"
+            )
+        texts = {key: text for key, text in (metadata or {}).items() if not _HASH.search(key)}
+
+        def write(file: Path, names: Sequence[str]) -> None:
+            _write_safetensors(file, names, sizes, tensor_of, texts)
+    else:
+        extra = dict(extra_state or {})
+
+        def write(file: Path, names: Sequence[str]) -> None:
+            _write_torch(file, names, sizes, tensor_of, extra, dict(versions or {}))
+            extra.clear()  # in the first shard alone
+
     if shard_bytes is None:
-        write(path, list(sizes), sizes, tensor_of)
+        write(path, list(sizes))
         return Written((path.name,), total)
     path.mkdir()
     shards = _shards(sizes, shard_bytes)
-    stem, suffix = os.path.splitext(WEIGHTS_NAME[kind])
+    stem, suffix = _name_in_format(weights_name, kind)
     shard_of: dict[str, str] = {}
     files = []
     for number, names in enumerate(shards, start=1):
         file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
-        write(path / file, names, sizes, tensor_of)
+        write(path / file, names)
         shard_of.update(dict.fromkeys(names, file))
         files.append(file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-        write_json(path / f"{WEIGHTS_NAME[kind]}.index.json", index)
+        write_json(path / f"{stem}{suffix}.index.json", index)
     return Written(tuple(files), total)
 
 
-def copy_companions(source: Path, destination: Path, dtype: torch.dtype | None) -> None:
-    """Copy what lies beside the weights, configuration and tokenizer above all, to another directory.
+def _name_in_format(weights_name: str | None, kind: Format) -> tuple[str, str]:
+    """Return the stem and the suffix of the file of weights in a format."""
+    if weights_name is None or (weights_name in WEIGHTS_NAME.values()):
+        weights_name = WEIGHTS_NAME[kind]
+    stem, suffix = os.path.splitext(weights_name)
+    if FORMAT_OF_SUFFIX[suffix] != kind:
+        suffix = os.path.splitext(WEIGHTS_NAME[kind])[1]
+    return stem, suffix
+
+
+def copy_companions(
+    source: Path, destination: Path, config: Mapping[str, Any] | None, dtype: torch.dtype | None
+) -> None:
+    """Copy what lies beside the weights, the configuration and the tokenizer above all, to another directory.
 
     Parameters
     ----------
     source, destination
-        The directories. Weights, subdirectories, hidden files and the model's card are left out.
+        The directories. Weights, hidden files and the model card are left out; of the folders only those of
+        sentence-transformers (``1_Pooling``, ``2_Dense``) are copied, with the weights in them.
+    config
+        Content of the new ``config.json``, if there is one.
     dtype
         Written to ``config.json`` as the dtype of the weights, if given.
     """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_NOT_COPIED):
-            shutil.copyfile(file, destination / file.name)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir() and _MODULE_FOLDER.fullmatch(entry.name) and (source / "modules.json").exists():
+            shutil.copytree(entry, destination / entry.name)
+        elif _is_companion(entry):
+            shutil.copyfile(entry, destination / entry.name)
     config_file = destination / "config.json"
-    if dtype is not None and config_file.exists():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config is None or not config_file.exists():
+        return
+    changed = dict(config)
+    if dtype is not None:
         name = str(dtype).removeprefix("torch.")
-        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
-            config[key] = name
-        write_json(config_file, config)
+        for key in [key for key in ("dtype", "torch_dtype") if key in changed] or ["torch_dtype"]:
+            changed[key] = name
+    if changed != json.loads(config_file.read_text(encoding="utf-8")):
+        write_json(config_file, changed)
+
+
+def _is_companion(entry: Path) -> bool:
+    return (
+        entry.is_file()
+        and not entry.name.startswith(".")
+        and not entry.name.endswith(_NOT_COPIED)
+        and not _VARIANT_INDEX.search(entry.name)
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -208,20 +283,27 @@ def _shards(sizes: Mapping[str, TensorSize], most: int) -> list[list[str]]:
 
 
 def _write_safetensors(
-    path: Path, names: Sequence[str], sizes: Mapping[str, TensorSize], tensor_of: Callable[[str], Tensor]
+    path: Path,
+    names: Sequence[str],
+    sizes: Mapping[str, TensorSize],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write the format of https://huggingface.co/docs/safetensors: length and text of a JSON header, then the entries.
 
-    The header says where each tensor lies, and follows from the sizes alone: so no tensor waits in memory for others.
+    The header says where each tensor lies, which follows from the sizes alone, so no tensor waits in memory for others.
     """
     # Wide entries first, so that each tensor begins at a multiple of its entries' size.
     order = sorted(names, key=lambda name: -sizes[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for name in order:
         size = sizes[name]
         if size.dtype not in _SAFETENSORS_NAMES:
-            raise CheckpointError(f"{name!r} has dtype {size.dtype}, which cannot be written")
+            raise CheckpointError(
+                f"{name!r} has dtype {size.dtype}, which safetensors files cannot hold: write a .pt file, or a "
+                "directory with --format torch"
+            )
         end = begin + size.num_bytes
         header[name] = {
             "dtype": _SAFETENSORS_NAMES[size.dtype],
@@ -238,14 +320,19 @@ def _write_safetensors(
 
 
 def _write_torch(
-    path: Path, names: Sequence[str], sizes: Mapping[str, TensorSize], tensor_of: Callable[[str], Tensor]
+    path: Path,
+    names: Sequence[str],
+    sizes: Mapping[str, TensorSize],
+    tensor_of: Callable[[str], Tensor],
+    extra_state: Mapping[str, Any],
+    versions: Mapping[str, Any],
 ) -> None:
     """Write a state dict as ``torch.save`` does.
 
-    It takes all tensors at once, so they are first written to files of their own and mapped.
+    ``torch.save`` takes all tensors at once, so they are first written to files of their own and mapped.
     """
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=path.parent) as scratch:
-        mapped: dict[str, Tensor] = {}
+        mapped: OrderedDict[str, Any] = OrderedDict()
         for number, (name, part) in enumerate(zip(names, _contents(names, sizes, tensor_of), strict=True)):
             size = sizes[name]
             file = Path(scratch) / str(number)
@@ -255,6 +342,9 @@ def _write_torch(
             mapped[name] = (
                 torch.empty(size.shape, dtype=size.dtype, device="cpu") if flat is None else flat.view(size.shape)
             )
+        mapped.update(extra_state)
+        if versions:
+            mapped._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # as of Module.state_dict
         with path.open("wb") as output:
             try:
                 torch.save(mapped, output)

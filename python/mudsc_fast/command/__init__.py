@@ -1,0 +1,1 @@
+"""The parts of the command ``mudsc-fast``: arguments, subcommands, messages, completion."""

@@ -1,0 +1,247 @@
+"""Whether networks in files can be merged, and which of their tensors each of them keeps for itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mudsc_fast.io.checkpoint import Checkpoint, read_json
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.names import is_derived, matches
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+_MAX_LISTED = 20
+
+#: Embedding tables: their rows belong to the tokens of one tokenizer.
+TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$")
+
+#: What `task_heads` is to find the layers that differ by itself.
+AUTO = "auto"
+
+
+def check_configs(checkpoints: Sequence[Checkpoint], *, task_heads: Sequence[str]) -> None:
+    """Raise a CheckpointError if configurations name other model types or, without `task_heads`, other classes."""
+    first = checkpoints[0]
+    keys = ("model_type",) if task_heads else ("model_type", "architectures")
+    for other in checkpoints[1:]:
+        for key in keys:
+            ours, theirs = (checkpoint.config.get(key) if checkpoint.config else None for checkpoint in (first, other))
+            if ours is not None and theirs is not None and ours != theirs:
+                hint = "; to merge the layers that they share, add --task-heads auto" if key == "architectures" else ""
+                raise CheckpointError(
+                    f"{first.path} and {other.path} are incompatible: {key} is {ours!r} in one config.json and "
+                    f"{theirs!r} in the other{hint}"
+                )
+
+
+def check_versions(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise a CheckpointError if a module was saved in formats of other versions, which mean other values.
+
+    Those of BatchNorm differ in a counter alone.
+    """
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        for module, ours in first.versions.items():
+            theirs = other.versions.get(module)
+            if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+                continue
+            is_norm = f"{module}.running_mean" in first.tensors
+            if ours.get("version") != theirs.get("version") and not is_norm:
+                raise CheckpointError(
+                    f"{first.path} and {other.path} are incompatible: they hold the module {module!r} in the versions "
+                    f"{ours.get('version')} and {theirs.get('version')} of its format: load the older one into the "
+                    "model and save it again"
+                )
+
+
+def kept_tensors(
+    checkpoints: Sequence[Checkpoint], *, ignore: Sequence[str], task_heads: Sequence[str]
+) -> frozenset[str]:
+    """Return the names of the tensors that are not merged: each network keeps its own, if it has one.
+
+    These are what `ignore` and `task_heads` name, tensors that modules compute for themselves and that only some
+    networks have, and, with ``"auto"`` among `task_heads`, all that only some networks have or that differ in shape,
+    with the other tensors of the same layers.
+
+    Raises
+    ------
+    CheckpointError
+        If other tensors are missing in some network, or differ in shape or dtype, or a pattern matches nothing.
+    """
+    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
+    kept = set()
+    for argument, patterns in (("ignore", ignore), ("task-heads", task_heads)):
+        for pattern in patterns:
+            found = {name for name in names if matches(name, pattern)}
+            if not found and pattern != AUTO:
+                raise CheckpointError(f"--{argument} {pattern!r} matches no tensor of the networks")
+            kept |= found
+    uncommon = [name for name in names if any(name not in checkpoint.tensors for checkpoint in checkpoints)]
+    kept |= {name for name in uncommon if is_derived(name)}
+    if AUTO in task_heads:
+        differing = {name for name in names if name not in kept and _differs(name, checkpoints)}
+        layers = {name.rpartition(".")[0] for name in differing}
+        kept |= {name for name in names if name.rpartition(".")[0] in layers}
+    for other in checkpoints[1:]:
+        _check_tensors(checkpoints[0], other, kept)
+    return frozenset(kept)
+
+
+def check_integers(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec: PermutationSpec) -> None:
+    """Raise a CheckpointError for integers that would be wrong in the result: quantized weights and the like.
+
+    The result has those of the first network, which is right for tables and masks that are the same in all.
+    """
+    first = checkpoints[0]
+    for name in first.tensors:
+        if name in kept or is_derived(name):
+            continue
+        tensor = first.tensors[name]
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.ndim == 0:
+            continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if name in spec.layouts:
+            raise CheckpointError(
+                f"{first.path}: {name!r} holds {dtype} numbers, which cannot be averaged: dequantize the network first"
+            )
+        for other in checkpoints[1:]:
+            if not _equal(tensor, other.tensors[name]):
+                raise CheckpointError(
+                    f"{name!r} holds {dtype} numbers that differ in {first.path} and {other.path} and cannot be "
+                    f"averaged: dequantize the networks first if these are weights, or add --ignore {name!r} to keep "
+                    f"those of {first.path}"
+                )
+
+
+def check_tokenizers(checkpoints: Sequence[Checkpoint], kept: frozenset[str]) -> None:
+    """Raise a CheckpointError if tokenizers give one number to different texts, and embedding tables are merged."""
+    tables = [name for name in checkpoints[0].tensors if TABLES.search(name)]
+    if tables and all(name in kept for name in tables):
+        return
+    first = checkpoints[0]
+    ours = _texts_of_tokens(first.path)
+    for other in checkpoints[1:]:
+        theirs = _texts_of_tokens(other.path) if ours else {}
+        for number, text in ours.items():
+            if theirs.get(number, text) != text:
+                raise CheckpointError(
+                    f"{first.path} and {other.path} are incompatible: their tokenizers differ, token {number} is "
+                    f"{text!r} in one and {theirs[number]!r} in the other; to keep an embedding table for each, name "
+                    f"it and the output layer: --task-heads {','.join(tables) or 'NAMES'}"
+                )
+
+
+def check_labels(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec: PermutationSpec) -> None:
+    """Raise a CheckpointError if classifiers that would be averaged have other labels."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        differing = _differing_label(first, other)
+        heads = [name for name in label_heads(first, spec) if name not in kept] if differing else []
+        if differing and heads:
+            layers = ",".join(dict.fromkeys(name.rpartition(".")[0] or name for name in heads))
+            number, ours, theirs = differing
+            raise CheckpointError(
+                f"{first.path} and {other.path} are incompatible: label {number} is {ours!r} in one config.json and "
+                f"{theirs!r} in the other. Keep a classifier for each network with --task-heads {layers}; if the "
+                "labels mean the same, make id2label equal in both files"
+            )
+
+
+def differing_labels(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Tell whether the configurations name other labels."""
+    return any(_differing_label(checkpoints[0], other) is not None for other in checkpoints[1:])
+
+
+def label_heads(checkpoint: Checkpoint, spec: PermutationSpec) -> list[str]:
+    """Return the tensors whose first axis is one entry for each label of the configuration."""
+    count = len(_labels(checkpoint))
+    return [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if count and tensor.ndim and tensor.shape[0] == count and _is_output(spec, name)
+    ]
+
+
+def _is_output(spec: PermutationSpec, name: str) -> bool:
+    layout = spec.layouts.get(name)
+    if layout is None:
+        return name.endswith((".weight", ".bias"))
+    axes = [segment.axis for segments in layout for segment in segments]
+    produces_units = any(axis is not None and axis.role == "produce" for axis in axes)
+    return not produces_units and all(segment.axis is None for segments in layout[:1] for segment in segments)
+
+
+def _labels(checkpoint: Checkpoint) -> dict[str, str]:
+    labels = (checkpoint.config or {}).get("id2label")
+    if isinstance(labels, Mapping):
+        return {str(number): str(label) for number, label in labels.items()}
+    # Files leave out the labels of two classes without names.
+    return {"0": "LABEL_0", "1": "LABEL_1"} if checkpoint.config else {}
+
+
+def _differing_label(first: Checkpoint, other: Checkpoint) -> tuple[str, str, str] | None:
+    ours, theirs = _labels(first), _labels(other)
+    for number in {**ours, **theirs} if ours and theirs else ():
+        if ours.get(number) != theirs.get(number):
+            return number, ours.get(number, "missing"), theirs.get(number, "missing")
+    return None
+
+
+def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
+    if any(name not in checkpoint.tensors for checkpoint in checkpoints):
+        return True
+    return len({checkpoint.tensors[name].shape for checkpoint in checkpoints}) > 1
+
+
+def _check_tensors(first: Checkpoint, other: Checkpoint, kept: set[str]) -> None:
+    missing = [
+        f"{name!r} is not in {other.path}" for name in first.tensors if name not in other.tensors and name not in kept
+    ]
+    missing += [
+        f"{name!r} is not in {first.path}" for name in other.tensors if name not in first.tensors and name not in kept
+    ]
+    shapes, dtypes = [], []
+    for name in first.tensors:
+        if name not in other.tensors or name in kept:
+            continue
+        ours, theirs = first.tensors[name], other.tensors[name]
+        if ours.shape != theirs.shape:
+            shapes.append(
+                f"{name!r} has shape {list(ours.shape)} in {first.path}, but {list(theirs.shape)} in {other.path}"
+            )
+        elif ours.dtype != theirs.dtype:
+            dtypes.append(f"{name!r} has dtype {ours.dtype} in {first.path}, but {theirs.dtype} in {other.path}")
+    problems = missing + shapes + dtypes
+    if not problems:
+        return
+    more = [f"... and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    hints = []
+    if missing or shapes:
+        hints = [
+            "to keep the layers that differ for each network, add --task-heads auto or --task-heads NAME,...;",
+            f"to keep those of {first.path} alone, add --ignore PATTERN",
+        ]
+    raise CheckpointError(
+        "\n  ".join([f"{first.path} and {other.path} are incompatible:", *problems[:_MAX_LISTED], *more, *hints])
+    )
+
+
+def _equal(first: Tensor, other: Tensor) -> bool:
+    return first.shape == other.shape and bool((first == other).all())
+
+
+def _texts_of_tokens(path: Path) -> dict[int, str]:
+    if (path / "tokenizer.json").is_file():
+        tokenizer = read_json(path / "tokenizer.json")
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        entries = enumerate(text for text, _ in vocabulary) if isinstance(vocabulary, list) else None
+        texts = dict(entries) if entries else {number: text for text, number in vocabulary.items()}
+        return texts | {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
+    if (path / "vocab.json").is_file():
+        return {number: text for text, number in read_json(path / "vocab.json").items()}
+    if (path / "vocab.txt").is_file():
+        return dict(enumerate((path / "vocab.txt").read_text(encoding="utf-8").splitlines()))
+    return {}

@@ -1,0 +1,182 @@
+"""What a network in files holds: tensors, family, spec, and which axes keep their order and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mudsc_fast._forward import Rewindable
+from mudsc_fast.io.checkpoint import Checkpoint, open_checkpoint
+from mudsc_fast.io.networks import spec_of_checkpoint
+from mudsc_fast.io.quantized import quantized_names
+from mudsc_fast.spec.choose import SpecLike
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+from mudsc_fast.spec.recognize import family_of_config, family_of_names
+
+_INFER_LOGGER = "mudsc_fast.spec.infer"
+
+_MAX_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a network in files holds.
+
+    Attributes
+    ----------
+    checkpoint
+        The network; its tensors have the names in memory if the spec needs these.
+    family
+        The family that the configuration or the names tell, or None.
+    spec
+        The spec, or None if there is none.
+    problem
+        Why there is no spec.
+    reasons
+        What keeps axes in their order, if the spec was derived.
+    """
+
+    checkpoint: Checkpoint
+    family: str | None
+    spec: PermutationSpec | None
+    problem: str | None
+    reasons: tuple[str, ...]
+
+    def report(self, *, tensors: bool = False) -> str:
+        """Return the report, with all tensors if asked for."""
+        checkpoint = self.checkpoint
+        shapes = dict(checkpoint.tensors)
+        entries = sum(tensor.numel() for tensor in shapes.values())
+        dtypes: dict[str, int] = {}
+        for tensor in shapes.values():
+            name = str(tensor.dtype).removeprefix("torch.")
+            dtypes[name] = dtypes.get(name, 0) + tensor.numel()
+        kinds = ", ".join(f"{name} {count:,}" for name, count in sorted(dtypes.items(), key=lambda item: -item[1]))
+        facts = {
+            "path": str(checkpoint.path),
+            "format": checkpoint.format,
+            "tensors": f"{len(shapes)} with {entries:,} entries, {checkpoint.num_bytes / 1e6:.1f} MB",
+            "dtypes": kinds,
+        }
+        if checkpoint.config:
+            model_type = checkpoint.config.get("model_type")
+            architecture = ", ".join(checkpoint.config.get("architectures") or []) or "not named"
+            facts["model"] = f"{model_type} ({architecture})"
+        facts["family"] = self.family or "none; the spec is derived from the model"
+        quantized = quantized_names(checkpoint)
+        if quantized:
+            facts["quantized"] = f"{len(quantized)} tensors, {quantized[0]!r} is one: merge with --dequantize"
+        width = max(map(len, facts))
+        lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
+        if self.spec is None:
+            lines += ["", f"no spec: {self.problem}"]
+        else:
+            lines += ["", *_nodes(self.spec, shapes), "", *_frozen(self.spec, shapes, self.reasons)]
+        if tensors:
+            lines += ["", *_tensors(self.spec, shapes)]
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    spec: SpecLike = None,
+    data: Iterable[Any] | None = None,
+    build: Callable[[], nn.Module] | None = None,
+) -> Inspection:
+    """Return what a network in files holds.
+
+    Parameters
+    ----------
+    path
+        A checkpoint, as for :func:`open_checkpoint`.
+    spec, data, build
+        How to choose the spec, as for :func:`merge_checkpoints`.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read.
+    """
+    checkpoint = open_checkpoint(path)
+    family = family_of_config(checkpoint.config) if checkpoint.config else family_of_names(checkpoint.tensors)
+    batches = None if data is None else Rewindable(data)
+    chosen, problem = None, None
+    with _logged(_INFER_LOGGER) as reasons:
+        try:
+            checkpoint, chosen = spec_of_checkpoint(checkpoint, spec, build, batches)
+        except ValueError as error:
+            problem = str(error)
+    return Inspection(checkpoint, family, chosen, problem, tuple(dict.fromkeys(reasons)))
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[list[str]]:
+    """Collect what a logger says in the enclosed code."""
+    texts: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Collector(logging.INFO)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _nodes(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[str]:
+    units = spec.units(tensors)
+    width = max(len("node"), *map(len, spec.nodes))
+    lines = [f"{'node':<{width}}  {'units':>7}  {'groups':>6}  {'tensors':>7}  produced by"]
+    for node in spec.nodes:
+        uses = spec.uses(node)
+        producers = [use.tensor for use in uses if use.axis.role == "produce" and use.axis.compared]
+        shown = producers[0] + (f" and {len(producers) - 1} more" if len(producers) > 1 else "") if producers else ""
+        count = len({use.tensor for use in uses})
+        lines.append(f"{node:<{width}}  {units[node]:>7}  {spec.groups(node).count:>6}  {count:>7}  {shown}")
+    return lines
+
+
+def _frozen(spec: PermutationSpec, tensors: Mapping[str, Tensor], reasons: tuple[str, ...]) -> list[str]:
+    """Return which tensors keep all of their order, and why as far as it is known."""
+    unnamed = [name for name, tensor in tensors.items() if name not in spec.layouts and tensor.is_floating_point()]
+    entries = sum(tensors[name].numel() for name in unnamed)
+    total = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    share = entries / max(total, 1)
+    lines = [f"{len(unnamed)} tensors ({share:.1%} of the entries) keep their order and are averaged as they are"]
+    lines += [f"  {name} {list(tensors[name].shape)}" for name in unnamed[:_MAX_LISTED]]
+    if len(unnamed) > _MAX_LISTED:
+        lines.append(f"  ... and {len(unnamed) - _MAX_LISTED} more")
+    if reasons:
+        lines += ["what keeps units in their order, besides inputs and outputs:", *(f"  {text}" for text in reasons)]
+    elif unnamed:
+        lines.append("they hold inputs and outputs of the network, which keep their order, or no units")
+    return lines
+
+
+def _tensors(spec: PermutationSpec | None, tensors: Mapping[str, Tensor]) -> list[str]:
+    width = max(map(len, tensors))
+    lines = [f"{'tensor':<{width}}  {'dtype':<9}  shape and nodes"]
+    for name, tensor in tensors.items():
+        layout = spec.layouts.get(name, ()) if spec is not None else ()
+        axes = []
+        for position, length in enumerate(tensor.shape):
+            nodes = [s.axis.node for s in layout[position] if s.axis is not None] if position < len(layout) else []
+            axes.append(f"{length} ({' + '.join(nodes)})" if nodes else str(length))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        lines.append(f"{name:<{width}}  {dtype:<9}  [{', '.join(axes)}]")
+    return lines

@@ -1,0 +1,150 @@
+"""Matching the units of networks in files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from mudsc_fast._forward import Rewindable
+from mudsc_fast._models import Networks
+from mudsc_fast.io import models as loading
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.networks import NetworkFiles
+from mudsc_fast.match import PreparedMatching
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.apply import merge_state_dicts, reindex, task_tensors
+from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, effective_weights
+from mudsc_fast.ops.correlation import Precision
+from mudsc_fast.options import MatchOptions, Space, default_space
+from mudsc_fast.spec.axes import Axis
+from mudsc_fast.spec.choose import SpecLike, choose_spec
+from mudsc_fast.unit_map import UnitMap
+
+
+@dataclass(frozen=True)
+class MatchedNetworks:
+    """NetworkFiles and how their units correspond.
+
+    Attributes
+    ----------
+    networks
+        The networks.
+    matching
+        For each node that is matched the units of all networks.
+    objectives, timings
+        As in :class:`mudsc_fast.MergeResult`.
+    weights
+        The shares of the networks in the result.
+    """
+
+    networks: NetworkFiles
+    matching: Mapping[str, NodeMatching]
+    objectives: Sequence[float]
+    weights: Sequence[float]
+    timings: Mapping[str, float]
+
+    def merged(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the weighted mean of one tensor of all networks, its units re-ordered."""
+        columns = [{name: tensor} for tensor in tensors]
+        return merge_state_dicts(columns, self.networks.spec, self.matching, self._effective_weights)[name]
+
+    def permuted(self, name: str, tensor: Tensor, model: int) -> Tensor:
+        """Return a tensor of one network, aligned, with its units in the order of those of the first."""
+        layout = self.networks.spec.layouts.get(name)
+        if layout is None:
+            return tensor
+
+        def map_of(axis: Axis) -> UnitMap | None:
+            match = self.matching.get(axis.node)
+            return None if match is None else match.unit_map(axis.role, self.weights, model)
+
+        return reindex([tensor], layout, map_of, [1.0])
+
+    def own(self, name: str, model: int) -> Tensor:
+        """Return a tensor that is not merged, fitted to the merged tensors that it stands behind or beside."""
+        networks = self.networks
+        return task_tensors(networks.state_dicts[model], model, networks.spec, self.matching, self._shared, [name])[
+            name
+        ]
+
+    @cached_property
+    def _effective_weights(self) -> list[float]:
+        return effective_weights(self.weights, self.matching)
+
+    @cached_property
+    def _shared(self) -> list[str]:
+        return [name for name in self.networks.spec.layouts if name not in self.networks.kept]
+
+
+def match_networks(
+    networks: NetworkFiles,
+    spec: SpecLike,
+    batches: Rewindable | None,
+    build: Callable[[], nn.Module] | None,
+    *,
+    mode: Mode,
+    space: Space | None,
+    balance: float,
+    weights: Sequence[float] | None = None,
+    precision: Precision,
+    progress: bool | None,
+    **arguments: Any,
+) -> MatchedNetworks:
+    """Match the units of networks in files; arguments are those of :func:`mudsc_fast.io.merge_checkpoints`.
+
+    Raises
+    ------
+    CheckpointError
+        If activations are needed, but there is no data, or a network cannot be run.
+    ValueError, TypeError
+        As :func:`mudsc_fast.merge`.
+    """
+    options = MatchOptions(
+        mode=mode,
+        space=default_space(space, batches is not None),
+        balance=balance,
+        precision=precision,
+        progress=progress,
+        **arguments,
+    )
+    activations = None
+    timings: dict[str, float] = {}
+    if options.space != "weight":
+        if batches is None:
+            raise CheckpointError(f"the {options.space} space needs data: name a function that yields batches (--data)")
+        began = time.perf_counter()
+        activations = _activations(networks, spec, batches, build, mode, precision, progress)
+        timings["activations"] = time.perf_counter() - began
+    tensors = Networks((), tuple(networks.state_dicts))
+    prepared = PreparedMatching(tensors, networks.spec, activations, options, weights, networks.kept_names)
+    found = prepared.at(options.balance)
+    return MatchedNetworks(networks, found.nodes, found.objectives, found.weights, {**found.timings, **timings})
+
+
+def _activations(
+    networks: NetworkFiles,
+    spec: SpecLike,
+    batches: Rewindable,
+    build: Callable[[], nn.Module] | None,
+    mode: Mode,
+    precision: Precision,
+    progress: bool | None,
+) -> MatchingStatistics:
+    models = [loading.load_model(checkpoint, build) for checkpoint in networks.checkpoints]
+    observed = networks.spec.without(networks.kept) if networks.kept else networks.spec
+    if build is None and observed.problems(models[0].state_dict()):
+        # In memory tensors may have other names than in files; nodes are the same.
+        config = networks.checkpoints[0].config
+        observed = choose_spec(spec, models[0].state_dict(), config=config, model=lambda: models[0])
+    observed.validate(models[0])
+    with loading.users_code("running the networks on the data"):
+        statistics = collect_statistics(
+            models, batches, spec=observed, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
+        )
+    statistics.spec = networks.spec
+    return statistics

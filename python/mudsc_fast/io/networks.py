@@ -1,0 +1,271 @@
+"""The networks to merge: opened, with common names for their tensors, and checked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mudsc_fast._forward import Rewindable
+from mudsc_fast._huggingface import build_without_weights
+from mudsc_fast.io.checkpoint import Checkpoint, RenamedTensors, open_checkpoint
+from mudsc_fast.io.compatibility import (
+    AUTO,
+    check_configs,
+    check_integers,
+    check_labels,
+    check_tokenizers,
+    check_versions,
+    differing_labels,
+    kept_tensors,
+    label_heads,
+)
+from mudsc_fast.io.conversion import as_loaded
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.models import built, quiet_transformers
+from mudsc_fast.io.names import is_derived
+from mudsc_fast.io.quantized import check_not_quantized, dequantized
+from mudsc_fast.io.ties import with_common_ties
+from mudsc_fast.spec.choose import SpecLike, choose_spec
+from mudsc_fast.spec.join import join_specs
+from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+_LOGGER = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """NetworkFiles in files whose tensors have common names.
+
+    Attributes
+    ----------
+    checkpoints
+        The networks.
+    spec
+        The spec of all their tensors.
+    kept
+        Names of the tensors that are not merged; each network has its own, or none.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    spec: PermutationSpec
+    kept: frozenset[str]
+
+    @property
+    def state_dicts(self) -> list[Mapping[str, Tensor]]:
+        """The tensors of the networks under the names of all; where a network lacks one there is another's."""
+        if not self.kept:
+            return [checkpoint.tensors for checkpoint in self.checkpoints]
+        return [_Padded(checkpoint.tensors, self.checkpoints) for checkpoint in self.checkpoints]
+
+    @property
+    def kept_names(self) -> list[str]:
+        """The tensors that are not merged, of which the matching takes no notice, in the order of the files."""
+        names = dict.fromkeys(name for checkpoint in self.checkpoints for name in checkpoint.tensors)
+        return [name for name in names if name in self.kept]
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """The tensors of the first network that the spec does not name."""
+        return tuple(
+            name
+            for name, tensor in self.checkpoints[0].tensors.items()
+            if (tensor.is_floating_point() or tensor.is_complex()) and name not in self.spec.layouts
+        )
+
+
+class _Padded(Mapping[str, Tensor]):
+    """The tensors of one network, and those of others under names that it does not have."""
+
+    def __init__(self, own: Mapping[str, Tensor], checkpoints: Sequence[Checkpoint]) -> None:
+        self._own = own
+        self._all = [checkpoint.tensors for checkpoint in checkpoints]
+        self._names = dict.fromkeys(name for tensors in self._all for name in tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(tensors for tensors in (self._own, *self._all) if name in tensors)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_networks(paths: Sequence[PathLike], *, dequantize: bool = False) -> list[Checkpoint]:
+    """Open checkpoints and refuse quantized weights, or dequantize them.
+
+    Raises
+    ------
+    CheckpointError
+        If there are fewer than two, one cannot be read, or its weights are quantized.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        raise TypeError(f"inputs must be a sequence of paths, got {paths!r}")
+    if len(paths) < 2:
+        raise CheckpointError(f"expected at least two checkpoints to merge, got {len(paths)}")
+    checkpoints = [open_checkpoint(path) for path in paths]
+    if dequantize:
+        return [dequantized(checkpoint) for checkpoint in checkpoints]
+    for checkpoint in checkpoints:
+        check_not_quantized(checkpoint)
+    return checkpoints
+
+
+def prepare_networks(
+    checkpoints: Sequence[Checkpoint],
+    spec: SpecLike,
+    build: Callable[[], nn.Module] | None,
+    batches: Rewindable | None,
+    *,
+    ignore: Sequence[str] = (),
+    task_heads: Sequence[str] = (),
+) -> NetworkFiles:
+    """Give the tensors of networks common names, choose the spec, and check that they can be merged.
+
+    Parameters
+    ----------
+    checkpoints
+        The networks.
+    spec, build, batches
+        How to choose the spec, a function that builds the model, and data to run it on.
+    ignore, task_heads
+        Patterns of names of tensors that are not merged; ``"auto"`` among `task_heads` stands for all that differ.
+
+    Raises
+    ------
+    CheckpointError
+        If the networks cannot be merged.
+    ValueError
+        If there is no spec.
+    """
+    check_configs(checkpoints, task_heads=task_heads)
+    check_versions(checkpoints)
+    checkpoints = with_common_ties(_with_common_names(checkpoints, build))
+    kept = kept_tensors(checkpoints, ignore=ignore, task_heads=task_heads)
+    checkpoints, chosen = _with_spec(checkpoints, spec, build, batches, kept)
+    if AUTO in task_heads and differing_labels(checkpoints):
+        kept |= frozenset(label_heads(checkpoints[0], chosen))
+    check_tokenizers(checkpoints, kept)
+    check_labels(checkpoints, kept, chosen)
+    check_integers(checkpoints, kept, chosen)
+    if kept:
+        _LOGGER.info("not merged: %s", ", ".join(sorted(kept)))
+    return NetworkFiles(tuple(checkpoints), chosen, kept)
+
+
+def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any) -> list[Checkpoint]:
+    """Return checkpoints under the names in memory if files name the tensors of one architecture in several ways."""
+    names = [set(checkpoint.tensors) for checkpoint in checkpoints]
+    few_in_common = any(len(names[0] & other) < len(names[0]) / 2 for other in names[1:])
+    if build is not None or not few_in_common or any(not checkpoint.config for checkpoint in checkpoints):
+        return list(checkpoints)
+    return [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]
+
+
+def model_of(checkpoint: Checkpoint) -> nn.Module:
+    """Return the model that a configuration describes, without its weights."""
+    with quiet_transformers():
+        return build_without_weights(checkpoint.config or {})
+
+
+def spec_of_checkpoint(
+    checkpoint: Checkpoint, spec: SpecLike, build: Callable[[], nn.Module] | None, batches: Rewindable | None
+) -> tuple[Checkpoint, PermutationSpec]:
+    """Return the spec of one network, and the network with the names that the spec knows.
+
+    Raises
+    ------
+    ValueError
+        If there is no spec.
+    """
+    found, chosen = _with_spec([checkpoint], spec, build, batches, frozenset())
+    return found[0], chosen
+
+
+def _with_spec(
+    checkpoints: Sequence[Checkpoint],
+    spec: SpecLike,
+    build: Callable[[], nn.Module] | None,
+    batches: Rewindable | None,
+    kept: frozenset[str],
+) -> tuple[list[Checkpoint], PermutationSpec]:
+    """Return the spec of all networks; if it has the names of tensors in memory, the networks get these too."""
+    try:
+        return list(checkpoints), _spec_of_all(checkpoints, spec, build, batches, kept)
+    except ValueError as error:
+        if build is not None or not all(checkpoint.config for checkpoint in checkpoints):
+            raise
+        try:
+            loaded = [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]
+        except ValueError:
+            raise error from None
+        if all(a is b for a, b in zip(loaded, checkpoints, strict=True)):
+            raise
+        return loaded, _spec_of_all(loaded, spec, build, batches, kept)
+
+
+def _spec_of_all(
+    checkpoints: Sequence[Checkpoint],
+    spec: SpecLike,
+    build: Callable[[], nn.Module] | None,
+    batches: Rewindable | None,
+    kept: frozenset[str],
+) -> PermutationSpec:
+    if isinstance(spec, PermutationSpec):
+        return spec
+    specs: list[PermutationSpec] = []
+    for index, checkpoint in enumerate(checkpoints):
+        first = checkpoints[0]
+        alike = _architecture(checkpoint) == _architecture(first) and set(checkpoint.tensors) == set(first.tensors)
+        if index == 0 or not alike:
+            specs.append(_chosen(checkpoint, spec, build, batches, kept))
+    try:
+        return join_specs(specs)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoints[0].path} and the other networks are incompatible: by their configurations they are of "
+            f"different architectures: {error}"
+        ) from error
+
+
+def _architecture(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the configuration without what does not change the architecture."""
+    if checkpoint.config is None:
+        return None
+    labels = ("id2label", "label2id", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
+    return {key: value for key, value in checkpoint.config.items() if key not in labels}
+
+
+def _chosen(
+    checkpoint: Checkpoint,
+    spec: SpecLike,
+    build: Callable[[], nn.Module] | None,
+    batches: Rewindable | None,
+    kept: frozenset[str],
+) -> PermutationSpec:
+    """Return the spec of one network; tensors that are not merged need not be in it, but follow their units if so."""
+
+    def choose(left_out: Callable[[str], bool]) -> PermutationSpec:
+        names = {name: name for name in checkpoint.tensors if not left_out(name)}
+        with quiet_transformers():
+            return choose_spec(
+                spec,
+                RenamedTensors(checkpoint.tensors, names),
+                config=checkpoint.config,
+                model=None if build is None else lambda: built(build),
+                batch=None if batches is None else batches.first,
+            )
+
+    try:
+        return choose(is_derived)
+    except ValueError:
+        if not any(name in kept and not is_derived(name) for name in checkpoint.tensors):
+            raise
+        return choose(lambda name: is_derived(name) or name in kept)

@@ -1,0 +1,133 @@
+"""Where and how the result of merging or aligning is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.io.checkpoint import Checkpoint
+from mudsc_fast.io.directory import FORMAT_OF_SUFFIX, Format
+from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.io.writing import (
+    TensorSize,
+    Written,
+    check_free,
+    copy_companions,
+    parse_size,
+    write_checkpoint,
+)
+
+#: Size of the shards of a directory, unless a single tensor is larger: that of Hugging Face.
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file or directory to write.
+
+    Attributes
+    ----------
+    path
+        Absolute path. Nothing is there yet.
+    format
+        Format of the files, None for that of the input.
+    shard_bytes
+        Maximum number of bytes of a file of a directory, None for a single file.
+    dtype
+        Dtype of floating point tensors, None for their own.
+    """
+
+    path: Path
+    format: Format | None
+    shard_bytes: int | None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls, path: str | os.PathLike[str], file_format: Format | None, shard_size: str | None, dtype: torch.dtype | None
+    ) -> Output:
+        """Return the output of a name; its suffix says whether it is a file.
+
+        Raises
+        ------
+        CheckpointError
+            If the path exists, cannot be written, or does not go with the format or the size of shards.
+        """
+        path = Path(os.path.abspath(path))
+        check_free(path)
+        by_name = FORMAT_OF_SUFFIX.get(path.suffix)
+        if by_name is None:
+            return cls(path, file_format, parse_size(shard_size or DEFAULT_SHARD_SIZE), dtype)
+        if file_format not in (None, by_name):
+            raise CheckpointError(f"{path}: the name is that of a {by_name} file, but the format is {file_format}")
+        if shard_size is not None:
+            raise CheckpointError(f"{path}: a single file has no shards: name a directory or leave out the shard size")
+        return cls(path, by_name, None, dtype)
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """Return the dtype in which a tensor is written."""
+        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+    def write(
+        self,
+        path: Path,
+        source: Checkpoint,
+        tensor_of: Callable[[str], Tensor],
+    ) -> Written:
+        """Write a network in the form of `source`: its tensors under the names of its files, and what lies beside them.
+
+        Parameters
+        ----------
+        path
+            Where to write it.
+        source
+            The network whose form the result has.
+        tensor_of
+            Computes a tensor of the network by its name.
+        """
+        pieces = _in_order(source)
+        # Pieces of one tensor follow each other, so the last tensor is kept for the next piece.
+        last: dict[str, Tensor] = {}
+
+        def piece_of(stored: str) -> Tensor:
+            piece = source.pieces[stored]
+            if piece.view is None:
+                return tensor_of(piece.name).to(sizes[stored].dtype)
+            if piece.name not in last:
+                last.clear()
+                last[piece.name] = tensor_of(piece.name)
+            return piece.of(last[piece.name]).to(sizes[stored].dtype)
+
+        sizes = {}
+        for stored in pieces:
+            piece = source.pieces[stored]
+            whole = source.tensors[piece.name]
+            shape = tuple(whole.shape) if piece.view is None else piece.view[0]
+            sizes[stored] = TensorSize(shape, self.dtype_of(whole))
+        written = write_checkpoint(
+            path,
+            self.format or source.format,
+            sizes,
+            piece_of,
+            shard_bytes=self.shard_bytes,
+            weights_name=source.weights_name,
+            extra_state=source.extra_state,
+            versions=source.versions,
+            metadata=source.metadata,
+        )
+        if self.shard_bytes is not None and source.path.is_dir():
+            copy_companions(source.path, path, source.config, self.dtype)
+        return written
+
+
+def _in_order(source: Checkpoint) -> Iterable[str]:
+    """Return the names in the files, those of pieces of one tensor one after the other."""
+    first: dict[str, int] = {}
+    for position, piece in enumerate(source.pieces.values()):
+        first.setdefault(piece.name, position)
+    return sorted(source.pieces, key=lambda stored: first[source.pieces[stored].name])

@@ -1,0 +1,182 @@
+"""What merging networks in files would do, without doing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mudsc_fast._forward import Rewindable
+from mudsc_fast.io.directory import Format
+from mudsc_fast.io.merging import patterns
+from mudsc_fast.io.networks import NetworkFiles, PathLike, open_networks, prepare_networks
+from mudsc_fast.io.output import Output
+from mudsc_fast.matching.node import Mode
+from mudsc_fast.options import Space
+from mudsc_fast.spec.choose import SpecLike
+
+#: Sweeps over the nodes that a merge of trained networks usually takes; nodes that do not change are not matched again.
+_USUAL_SWEEPS = 4
+
+#: Nanoseconds for each entry of a similarity to assign or cluster units: between real and random similarities.
+_NANOSECONDS_PER_ENTRY = 10.0
+
+#: Bytes of tensors that are re-ordered, averaged and written in a second, on a usual disk.
+_BYTES_PER_SECOND = 4e8
+
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What merging would do.
+
+    Attributes
+    ----------
+    networks
+        The networks, with the spec.
+    output
+        Where the result would be written.
+    units
+        Number of units of each node.
+    num_bytes
+        Bytes of the output.
+    memory_bytes
+        About how many bytes of memory would be needed besides the file cache.
+    seconds
+        About how long it would take, without running the networks on data.
+    activations
+        Whether the networks would be run on data.
+    """
+
+    networks: NetworkFiles
+    output: Output
+    units: Mapping[str, int]
+    num_bytes: int
+    memory_bytes: int
+    seconds: float
+    activations: bool
+
+    def __str__(self) -> str:
+        """Return the plan, a few lines and the table of nodes."""
+        spec, first = self.networks.spec, self.networks.checkpoints[0]
+        width = max(len("node"), *map(len, self.units))
+        lines = [f"{'node':<{width}}  {'units':>7}  {'groups':>6}  {'tensors':>7}"]
+        for node, units in self.units.items():
+            tensors = len({use.tensor for use in spec.uses(node)})
+            lines.append(f"{node:<{width}}  {units:>7}  {spec.groups(node).count:>6}  {tensors:>7}")
+        unmatched, kept = self.networks.unmatched, self.networks.kept_names
+        lines += [
+            "",
+            f"{len(self.units)} nodes would be matched in {len(self.networks.checkpoints)} networks of "
+            f"{first.num_bytes / 1e6:.1f} MB",
+        ]
+        if unmatched:
+            lines.append("averaged in their own order: " + _listed(unmatched))
+        if kept:
+            lines.append("not merged: " + _listed(kept))
+        more = " and the time to run the networks on the data" if self.activations else ""
+        lines += [
+            f"output: {self.num_bytes / 1e6:.1f} MB of tensors in {self.output.path}",
+            f"memory: about {self.memory_bytes / 1e6:.0f} MB besides the file cache",
+            f"time: about {_duration(self.seconds)}{more}",
+            "nothing was written (--dry-run)",
+        ]
+        return "\n".join(lines)
+
+
+def plan_merge(
+    inputs: Sequence[PathLike],
+    output: PathLike,
+    *,
+    spec: SpecLike = None,
+    data: Iterable[Any] | None = None,
+    build: Callable[[], nn.Module] | None = None,
+    mode: Mode = "align",
+    space: Space | None = None,
+    max_sweeps: int = 100,
+    task_heads: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    dequantize: bool = False,
+    file_format: Format | None = None,
+    shard_size: str | None = None,
+) -> MergePlan:
+    """Check networks in files as :func:`merge_checkpoints` does, and return what it would do with these arguments.
+
+    The time is an estimate by a short measurement of matrix products; it is right within a factor of a few.
+
+    Raises
+    ------
+    CheckpointError, ValueError, TypeError
+        As :func:`merge_checkpoints`.
+    """
+    target = Output.of(output, file_format, shard_size, None)
+    batches = None if data is None else Rewindable(data)
+    heads = patterns("task_heads", task_heads)
+    networks = prepare_networks(
+        open_networks(inputs, dequantize=dequantize),
+        spec,
+        build,
+        batches,
+        ignore=patterns("ignore", ignore),
+        task_heads=heads,
+    )
+    matched = networks.spec.without(networks.kept) if networks.kept else networks.spec
+    tensors = networks.state_dicts[0]
+    units = matched.units(tensors)
+    runs = space in ("activation", "dual") or (space is None and batches is not None)
+    num_bytes = sum(checkpoint.num_bytes for checkpoint in networks.checkpoints[: None if heads else 1])
+    pairs = len(networks.checkpoints) ** 2 if mode == "zip" else len(networks.checkpoints) - 1
+    memory = _memory(networks, units, pairs) + (sum(c.num_bytes for c in networks.checkpoints) if runs else 0)
+    sweeps = min(max_sweeps, _USUAL_SWEEPS) if space != "activation" else 0
+    seconds = _seconds(networks, tensors, units, pairs, sweeps) + num_bytes / _BYTES_PER_SECOND
+    return MergePlan(networks, target, units, num_bytes, memory, seconds, runs)
+
+
+def _memory(networks: NetworkFiles, units: Mapping[str, int], pairs: int) -> int:
+    """Return the bytes of the similarity of the widest node, in float32 and with its products, and of one tensor."""
+    widest = max(units.values())
+    count = len(networks.checkpoints)
+    largest = max(tensor.numel() for tensor in networks.checkpoints[0].tensors.values())
+    return 3 * 4 * pairs * widest**2 + 4 * (count + 1) * largest
+
+
+def _seconds(
+    networks: NetworkFiles, tensors: Mapping[str, Tensor], units: Mapping[str, int], pairs: int, sweeps: int
+) -> float:
+    products = entries = 0.0
+    for node, count in units.items():
+        samples = sum(
+            tensors[name].numel() / count
+            for name in {use.tensor for use in networks.spec.uses(node) if use.axis.compared}
+            if name not in networks.kept
+        )
+        products += 2.0 * pairs * samples * count**2
+        entries += float(pairs) * count**2
+    return max(sweeps, 1) * (products / _products_per_second() + entries * _NANOSECONDS_PER_ENTRY / 1e9)
+
+
+def _products_per_second(width: int = 512) -> float:
+    """Return how many floating point operations a matrix product makes in a second here."""
+    matrix = torch.ones(width, width)
+    torch.mm(matrix, matrix)
+    began = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return 2.0 * width**3 / max(time.perf_counter() - began, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "1 second"
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

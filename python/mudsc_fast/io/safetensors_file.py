@@ -1,0 +1,49 @@
+"""Reading one safetensors file through a memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mudsc_fast.io.errors import CheckpointError
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file, by name. Each tensor is read when it is asked for.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read or is incomplete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import safetensors  # imported here because only reading files needs it
+
+        try:
+            file: Any = safetensors.safe_open(path, "pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from error
+        self._path = path
+        self._file = file
+        self._names: list[str] = list(file.keys())
+        self._known = set(self._names)
+        self.metadata: dict[str, str] = dict(file.metadata() or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except Exception as error:  # safetensors raises several types for dtypes that this torch does not have
+            raise CheckpointError(f"{self._path}: the tensor {name!r} cannot be read: {error}") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,154 @@
+"""Tied tensors that one file stores once and another one twice, or that are tied in one network alone.
+
+An output layer that is the embedding table is often left out of a file. What is tied is told by the contents, as
+``from_pretrained`` of transformers does: a configuration that ties two tensors which the file holds with other values
+is not followed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mudsc_fast.io.checkpoint import Checkpoint, Piece
+from mudsc_fast.io.compatibility import TABLES
+
+#: Output layers that may be embedding tables.
+_HEADS = re.compile(
+    r"(^|\.)(lm_head|embed_out|proj_out|output_projection|output|predictions\.decoder|vocab_projector)\.weight$"
+)
+
+_FLAG = "tie_word_embeddings"
+
+_FIRST_ENTRIES = 1024
+
+
+class TensorsWithAliases(Mapping[str, Tensor]):
+    """Tensors of another mapping without some of them, and some under a second name.
+
+    Parameters
+    ----------
+    tensors
+        The tensors.
+    aliases
+        For each further name the name of the same tensor.
+    dropped
+        Names to leave out.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], dropped: frozenset[str] = frozenset()
+    ) -> None:
+        self._tensors = tensors
+        self._aliases = aliases
+        self._dropped = dropped
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._dropped:
+            raise KeyError(name)
+        return self._tensors[self._aliases.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in self._tensors if name not in self._dropped)
+        yield from self._aliases
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def with_common_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the networks with the same tied tensors: what is tied in all stays tied, anything else is stored twice.
+
+    The result of merging has the form of the first network: if an output layer is free in any network, the first one
+    gets a copy of its table as an output layer, and its configuration no longer ties them.
+    """
+    result = list(checkpoints)
+    names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
+    for name in names:
+        stored = [name in checkpoint.tensors for checkpoint in result]
+        if all(stored):
+            if _HEADS.search(name):
+                result = _with_common_flag(result, name)
+            continue
+        tables = [_table_of(checkpoint, name, result) for checkpoint in result]
+        if any(not there and table is None for there, table in zip(stored, tables, strict=True)):
+            continue  # missing without being tied; whether that matters is decided later
+        free = any(there and table is None for there, table in zip(stored, tables, strict=True))
+        if free or stored[0]:
+            result = [
+                checkpoint if there else _with_alias(checkpoint, name, table or "")
+                for checkpoint, there, table in zip(result, stored, tables, strict=True)
+            ]
+        else:
+            result = [
+                _without(checkpoint, name) if there else checkpoint
+                for checkpoint, there in zip(result, stored, strict=True)
+            ]
+        if free:
+            result = [_untied(checkpoint) for checkpoint in result]
+    return result
+
+
+def _with_common_flag(checkpoints: list[Checkpoint], name: str) -> list[Checkpoint]:
+    """Return networks that all store an output layer: unless it is the table in all, no configuration ties them."""
+    flags = {checkpoint.config.get(_FLAG) for checkpoint in checkpoints if checkpoint.config is not None}
+    if flags <= {False}:
+        return checkpoints
+    if all(_equal_table(checkpoint, name) is not None for checkpoint in checkpoints):
+        return checkpoints
+    return [_untied(checkpoint) for checkpoint in checkpoints]
+
+
+def _table_of(checkpoint: Checkpoint, name: str, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Return the name of the tensor that `name` is tied to in a network, None if it is a tensor of its own."""
+    if name in checkpoint.tensors:
+        return _equal_table(checkpoint, name)
+    for other in checkpoints:
+        table = _equal_table(other, name) if name in other.tensors else None
+        if table is not None and table in checkpoint.tensors:
+            return table
+    if not _HEADS.search(name) or (checkpoint.config or {}).get(_FLAG, True) is False:
+        return None
+    shape = next(other.tensors[name].shape for other in checkpoints if name in other.tensors)
+    tables = [table for table in checkpoint.tensors if TABLES.search(table)]
+    tables = [table for table in tables if checkpoint.tensors[table].shape == shape]
+    return tables[0] if len(tables) == 1 else None
+
+
+def _equal_table(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return another tensor of a network that holds the same values, None if there is none."""
+    tensor = checkpoint.tensors[name]
+    if tensor.ndim != 2:
+        return None
+    candidates = [
+        other for other in checkpoint.tensors if other != name and (TABLES.search(other) or _HEADS.search(other))
+    ]
+    return next((other for other in candidates if _equal(tensor, checkpoint.tensors[other])), None)
+
+
+def _equal(first: Tensor, other: Tensor) -> bool:
+    if first.shape != other.shape or first.dtype != other.dtype:
+        return False
+    start, other_start = (tensor.reshape(-1)[:_FIRST_ENTRIES] for tensor in (first, other))
+    return torch.equal(start, other_start) and torch.equal(first, other)
+
+
+def _with_alias(checkpoint: Checkpoint, name: str, table: str) -> Checkpoint:
+    pieces = {**checkpoint.pieces, name: Piece(name)}
+    return replace(checkpoint, tensors=TensorsWithAliases(checkpoint.tensors, {name: table}), pieces=pieces)
+
+
+def _without(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    pieces = {stored: piece for stored, piece in checkpoint.pieces.items() if piece.name != name}
+    tensors = TensorsWithAliases(checkpoint.tensors, {}, frozenset((name,)))
+    return replace(checkpoint, tensors=tensors, pieces=pieces)
+
+
+def _untied(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.config is None:
+        return checkpoint
+    return replace(checkpoint, config={**checkpoint.config, _FLAG: False})
