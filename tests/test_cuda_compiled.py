@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import machine_code
+
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "cuda_compiled"
 ARCHITECTURES = ("80", "90a", "100")
@@ -128,20 +130,25 @@ def disassembler() -> str | None:
     return found
 
 
+needs_disassembler = pytest.mark.skipif(
+    disassembler() is None, reason="cuobjdump was not found: machine code is not inspected"
+)
+
+
 @needs_nvcc
-@pytest.mark.skipif(disassembler() is None, reason="cuobjdump was not found: machine code is not inspected")
+@needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_are_made_on_tensor_cores(architecture: str) -> None:
     expected = {**TENSOR_INSTRUCTIONS, **(WARPGROUP_INSTRUCTIONS if architecture == "90a" else {})}
     for (source, pattern), instruction in expected.items():
-        kernels = [code for name, code in machine_code(source, architecture) if re.search(pattern, name)]
+        kernels = [code for name, code in machine_code_of(source, architecture) if re.search(pattern, name)]
         assert kernels, f"no kernel is called {pattern}"
         for kernel in kernels:
             assert instruction in kernel, pattern
 
 
 @cache
-def machine_code(source: str, architecture: str) -> list[tuple[str, str]]:
+def machine_code_of(source: str, architecture: str) -> list[tuple[str, str]]:
     """Return the names of a source's kernels, and their machine code."""
     resources(source, architecture)
     code = run(str(disassembler()), "-sass", KEPT / key() / f"{source}.{architecture}.cubin")
@@ -149,14 +156,64 @@ def machine_code(source: str, architecture: str) -> list[tuple[str, str]]:
     return [(function.split()[0], function) for function in functions]
 
 
+#: Kernels whose features are copied 16 bytes at a time, by mangled name: float32 and halves as they are.
+COPIED_AS_THEY_ARE = r"kernelI(ff|\w*(8BFloat16|4Half)ES\w*_)Lb"
+
+
 @needs_nvcc
-@pytest.mark.skipif(disassembler() is None, reason="cuobjdump was not found: machine code is not inspected")
+@needs_disassembler
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_copied_features_are_repaired_16_bytes_at_a_time(architecture: str) -> None:
+    """Scalar accesses 16 bytes apart meet 8 of 32 banks of shared memory: four times the cycles."""
+    wide = r"LDGSTS\S*\.128|LDS\.128|STS\.128"
+    kernels = [
+        one for one in machine_code_of("correlation_product", architecture) if re.search(COPIED_AS_THEY_ARE, one[0])
+    ]
+    assert len(kernels) == 6
+    for name, code in kernels:
+        loop = [one.name for one in machine_code.main_loop(machine_code.parse(code), "HMMA", wide)]
+        copied = sum(bool(re.match(r"LDGSTS\S*\.128", one)) for one in loop)
+        assert copied == 8, name  # of two tiles of 16 kB by 256 threads
+        assert loop.count("LDS.128") >= copied, name
+        assert loop.count("STS.128") >= copied, name
+
+
+@needs_nvcc
+@needs_disassembler
+def test_warpgroups_issue_fewer_instructions_than_tensor_cores_take_cycles() -> None:
+    """Each of four schedulers issues the instructions of two of a block's eight warps.
+
+    Nominal tensor cycles of a slab: 128 x 128 x 32 products three times in TF32, at 1024 a cycle, or 128 x 128 x 64 of
+    halves at 2048. Halves whose units are adjacent are copied along walking samples, which takes more instructions.
+    """
+    kernels = [one for one in machine_code_of("correlation_wgmma", "90a") if re.search(COPIED_AS_THEY_ARE, one[0])]
+    assert len(kernels) == 6
+    for name, code in kernels:
+        loop = machine_code.main_loop(machine_code.parse(code), "HGMMA")
+        assert sum(bool(re.match(r"LDGSTS\S*\.128", one.name)) for one in loop) == 8, name
+        slots = 2 * len(loop)
+        assert slots <= (1536 if "Iff" in name else 1.5 * 512), (name, slots)
+
+
+@needs_nvcc
+@needs_disassembler
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_merges_of_units_do_not_divide_integers_of_64_bits(architecture: str) -> None:
+    """Such a division is a function of some hundred instructions, which is called."""
+    kernels = [code for name, code in machine_code_of("zip", architecture) if "zip_merge" in name]
+    assert len(kernels) == 2
+    for code in kernels:
+        assert not [one for one in machine_code.parse(code) if one.name.startswith("CALL")]
+
+
+@needs_nvcc
+@needs_disassembler
 def test_nothing_touches_registers_that_warpgroups_multiply_into() -> None:
     """A slab's products follow one another, and until they are waited for their registers are left alone.
 
     Behind the last product the machine code goes back to the preparation of the next slab, which ends with the wait.
     """
-    kernels = machine_code("correlation_wgmma", "90a")
+    kernels = machine_code_of("correlation_wgmma", "90a")
     for name, code in kernels:
         products = 12 if re.search("fLb", name) else 4
         steps = re.findall(r"WARPGROUP\.ARRIVE|HGMMA|WARPGROUP\.DEPBAR", code)

@@ -430,9 +430,8 @@ void assignment_bid(const LargeProblem& problem, const Auction& auction, void* w
   state.row_of_column = state.offered_column + problem.rows;
   state.active_count = state.row_of_column + problem.columns;
   with_rows(problem, [&](const auto& rows) {
-    const auto kernel = bid_in_rounds<std::decay_t<decltype(*rows.values)>>;
-    const dim3 blocks(cooperative_blocks("assignment_bid", kernel, kThreads, 0, stream));
-    launch_cooperative("assignment_bid", kernel, {blocks, dim3(kThreads), 0}, stream, rows, state);
+    launch_cooperative("assignment_bid", bid_in_rounds<std::decay_t<decltype(*rows.values)>>, kThreads, 0, stream, rows,
+                       state);
   });
 }
 

@@ -117,20 +117,21 @@ class ProductTile {
 
   __device__ void run() {
     const Samples samples{problem_.outer, problem_.inner, work_.end};
-    const Feed row_feed(work_.rows, samples), column_feed(work_.columns, samples);
+    Feed row_feed(work_.rows, samples, work_.begin), column_feed(work_.columns, samples, work_.begin);
     AsyncCopies copies;
-    const int ahead = problem_.stages - 1, slabs = slabs_of(work_.end - work_.begin);
-    for (int slab = 0; slab < ahead; ++slab) fetch(row_feed, column_feed, copies, slab, slab);
+    const int ahead = problem_.stages - 1, all = static_cast<int>(work_.end - work_.begin);
+    const int slabs = (all + Place::kSamples - 1) / Place::kSamples;
+    for (int slab = 0; slab < ahead; ++slab) fetch(row_feed, column_feed, copies, slab < slabs, slab);
     for (int slab = 0, stage = 0; slab < slabs; ++slab, stage = after(stage)) {
       if (problem_.stages == kMostStages) {
         copies.wait<kMostStages - 2>();
       } else {
         copies.wait<kLeastStages - 2>();
       }
-      row_feed.repair(row_tile(stage), first_sample(slab));
-      column_feed.repair(column_tile(stage), first_sample(slab));
+      row_feed.repair(row_tile(stage), all - slab * Place::kSamples);
+      column_feed.repair(column_tile(stage), all - slab * Place::kSamples);
       __syncthreads();  // the slab is there, and nobody reads the one before it, which the next copies overwrite
-      fetch(row_feed, column_feed, copies, slab + ahead, stage == 0 ? ahead : stage - 1);
+      fetch(row_feed, column_feed, copies, slab + ahead < slabs, stage == 0 ? ahead : stage - 1);
       add_slab(row_tile(stage), column_tile(stage));
     }
     copies.wait<0>();
@@ -138,23 +139,17 @@ class ProductTile {
   }
 
  private:
-  __device__ __forceinline__ std::int64_t first_sample(int slab) const {
-    return work_.begin + static_cast<std::int64_t>(slab) * Place::kSamples;
-  }
-  __device__ static __forceinline__ int slabs_of(std::int64_t samples) {
-    return static_cast<int>((samples + Place::kSamples - 1) / Place::kSamples);
-  }
   __device__ __forceinline__ int after(int stage) const { return stage + 1 == problem_.stages ? 0 : stage + 1; }
   __device__ static __forceinline__ Stored* row_tile(int stage) {
     return reinterpret_cast<Stored*>(dynamic_shared()) + stage * 2 * Place::kNumbers;
   }
   __device__ static __forceinline__ Stored* column_tile(int stage) { return row_tile(stage) + Place::kNumbers; }
 
-  __device__ __forceinline__ void fetch(const Feed& row_feed, const Feed& column_feed, AsyncCopies& copies, int slab,
+  __device__ __forceinline__ void fetch(Feed& row_feed, Feed& column_feed, AsyncCopies& copies, bool any,
                                         int stage) const {
-    if (first_sample(slab) < work_.end) {
-      row_feed.fetch(row_tile(stage), first_sample(slab), copies);
-      column_feed.fetch(column_tile(stage), first_sample(slab), copies);
+    if (any) {
+      row_feed.fetch(row_tile(stage), copies);
+      column_feed.fetch(column_tile(stage), copies);
     }
     copies.close_group();  // also without copies, so that groups count slabs
   }

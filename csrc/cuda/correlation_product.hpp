@@ -14,17 +14,47 @@ namespace mudsc::cuda {
 constexpr int kTile = block_threads(128, 32);
 constexpr int kSlabBytes = 128;  // of each unit: 32 or 64 samples
 
-// Where the numbers of a tile stand in shared memory. Rows are padded so that the lanes of a warp meet different banks.
-template <class T, bool kUnitsAreAdjacent, int kUnits>
+// 16 bytes, which are read and written by one instruction: as single numbers, a warp's accesses 16 bytes apart would
+// meet only 8 of the 32 banks.
+struct alignas(16) Quad {
+  float of[4];
+};
+struct alignas(16) Words {
+  std::uint32_t of[4];
+};
+template <class T>
+__device__ __forceinline__ T read_16(const void* from) {
+#if defined(__CUDACC__)
+  return *static_cast<const T*>(from);
+#else
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+#endif
+}
+template <class T>
+__device__ __forceinline__ void write_16(void* to, const T& value) {
+#if defined(__CUDACC__)
+  *static_cast<T*>(to) = value;
+#else
+  std::memcpy(to, &value, sizeof(T));
+#endif
+  note_write(to, sizeof(T));
+}
+
+// Where the numbers of a tile are in shared memory. Rows are padded so that the lanes of a warp meet different banks.
+template <class T, bool kUnitsAreAdjacent, int kUnitsOfTile>
 struct PaddedLayout {
   using Number = T;
   static constexpr bool kUnitsAdjacent = kUnitsAreAdjacent;
+  static constexpr int kUnits = kUnitsOfTile;
   static constexpr int kSamples = kSlabBytes / static_cast<int>(sizeof(T));
   static constexpr int kRow = kUnitsAdjacent ? kUnits : kSamples, kRows = kUnitsAdjacent ? kSamples : kUnits;
   static constexpr int kPadBytes = kUnitsAdjacent && sizeof(T) == 4 ? 32 : 16;
   static constexpr int kPad = kPadBytes / static_cast<int>(sizeof(T));
   static constexpr int kStride = kRow + kPad;
   static constexpr int kNumbers = kRows * kStride;
+  static constexpr int kPeriod = 1;  // rows so far apart are laid out alike, kStride numbers a row apart
   __device__ static __forceinline__ int at(int unit, int sample) {
     return kUnitsAdjacent ? sample * kStride + unit : unit * kStride + sample;
   }
@@ -38,17 +68,60 @@ struct Side {
   bool vectors;        // 16 bytes of adjacent numbers are aligned, and all inside or all outside
 };
 
-// The samples that a block sums.
+// Samples of features up to `end`.
 struct Samples {
   std::int64_t outer, inner, end;
 
   __device__ __forceinline__ std::int64_t offset(const FeatureView& view, std::int64_t sample) const {
-    if (outer == 1 && view.outer_index == nullptr) return sample * view.inner_stride;
     const std::uint32_t run = static_cast<std::uint32_t>(sample) / static_cast<std::uint32_t>(inner);
     const std::int64_t place = view.outer_index == nullptr ? run : view.outer_index[run];
     return place * view.outer_stride + (sample - run * inner) * view.inner_stride;
   }
 };
+
+// The place of a sample in a model's features. Moving on by a fixed number of samples takes no division.
+class Cursor {
+ public:
+  __device__ Cursor(const FeatureView& view, const Samples& samples, std::int64_t first, int step)
+      : index_(view.outer_index),
+        outer_(static_cast<std::uint32_t>(samples.outer)),
+        inner_(static_cast<std::uint32_t>(samples.inner)),
+        outer_stride_(view.outer_stride),
+        inner_stride_(view.inner_stride),
+        step_runs_(static_cast<std::uint32_t>(step) / inner_),
+        step_within_(static_cast<std::uint32_t>(step) % inner_),
+        run_(static_cast<std::uint32_t>(first) / inner_),
+        within_(static_cast<std::uint32_t>(first) % inner_) {
+    offset_ = run_ * outer_stride_ + within_ * inner_stride_;
+    step_ = step_runs_ * outer_stride_ + step_within_ * inner_stride_;
+    wrap_ = outer_stride_ - inner_ * inner_stride_;
+  }
+
+  __device__ __forceinline__ void advance() {
+    run_ += step_runs_;
+    within_ += step_within_;
+    offset_ += step_;
+    if (within_ >= inner_) {
+      within_ -= inner_;
+      ++run_;
+      offset_ += wrap_;
+    }
+  }
+
+  // In elements from the features' first; of a sample beyond the last, the offset of another one.
+  __device__ __forceinline__ std::int64_t offset() const {
+    if (index_ == nullptr) return offset_;
+    return (run_ < outer_ ? index_[run_] : 0) * outer_stride_ + within_ * inner_stride_;
+  }
+
+ private:
+  const std::int32_t* index_;
+  std::uint32_t outer_, inner_;
+  std::int64_t outer_stride_, inner_stride_;
+  std::uint32_t step_runs_, step_within_, run_, within_;
+  std::int64_t offset_, step_, wrap_;
+};
+
 // NaN has a magnitude above infinity's: the addition carries it into the sign's place.
 template <class T>
 __device__ __forceinline__ std::uint32_t without_nan(std::uint32_t two_halves);
@@ -66,8 +139,40 @@ __device__ __forceinline__ std::uint32_t without_nan<Half>(std::uint32_t two_hal
   return zero_where_nan<Half, 0x03ff03ffu>(two_halves);
 }
 
-// Brings slabs of one side into shared memory. A thread repairs the numbers that it copied itself, so that this needs
-// no barrier: NaN becomes 0, shifts are subtracted, and what lies outside is 0.
+// Whether any of a thread's numbers is NaN, found for two halves at a time by a maximum that keeps NaN.
+template <class T>
+struct NanFinder;
+template <>
+struct NanFinder<BFloat16> {
+#if defined(__CUDACC__)
+  __nv_bfloat162 largest = __float2bfloat162_rn(0.0f);
+  __device__ __forceinline__ void look_at(std::uint32_t two) {
+    largest = __hmax2_nan(largest, reinterpret_cast<const __nv_bfloat162&>(two));
+  }
+  __device__ __forceinline__ bool found() const { return !__hbeq2(largest, largest); }
+#else
+  bool any = false;
+  void look_at(std::uint32_t two) { any |= without_nan<BFloat16>(two) != two; }
+  bool found() const { return any; }
+#endif
+};
+template <>
+struct NanFinder<Half> {
+#if defined(__CUDACC__)
+  __half2 largest = __float2half2_rn(0.0f);
+  __device__ __forceinline__ void look_at(std::uint32_t two) {
+    largest = __hmax2_nan(largest, reinterpret_cast<const __half2&>(two));
+  }
+  __device__ __forceinline__ bool found() const { return !__hbeq2(largest, largest); }
+#else
+  bool any = false;
+  void look_at(std::uint32_t two) { any |= without_nan<Half>(two) != two; }
+  bool found() const { return any; }
+#endif
+};
+
+// Brings slabs of one side into shared memory, one after another. A thread repairs the numbers that it copied itself, so
+// that this needs no barrier: NaN becomes 0, shifts are subtracted, and what lies outside is 0.
 template <class Source, class Place, int kThreads>
 class Feeder {
  public:
@@ -76,83 +181,159 @@ class Feeder {
   static constexpr int kVector = 16 / static_cast<int>(sizeof(Stored));
   static constexpr bool kAsIs = std::is_same_v<Source, Stored>;
 
-  __device__ Feeder(const Side& side, const Samples& samples) : side_(side), samples_(samples) {}
+  __device__ Feeder(const Side& side, const Samples& samples, std::int64_t begin)
+      : vectors_(kAsIs && side.vectors),
+        // With adjacent units a slab's turns walk along its samples; else a slab is one step.
+        cursor_(side.view, samples, begin + (kUnitsAdjacent ? across() : along()),
+                kUnitsAdjacent ? rows_apart() : Place::kSamples),
+        values_(static_cast<const Source*>(side.view.values) +
+                (side.first_unit + (kUnitsAdjacent ? along() : across())) * side.view.unit_stride),
+        row_step_(kUnitsAdjacent ? 0 : rows_apart() * side.view.unit_stride),
+        units_(static_cast<int>(side.units - side.first_unit < Place::kUnits ? side.units - side.first_unit
+                                                                             : Place::kUnits)),
+        left_(static_cast<int>(samples.end - begin)),
+        shift_(side.shift) {}
 
-  __device__ __forceinline__ void fetch(Stored* tile, std::int64_t first_sample, AsyncCopies& copies) const {
-    if (kAsIs && side_.vectors) {
-      for_each<kVector>([&](int unit, int sample) {
-        copies.copy<16>(tile + Place::at(unit, sample), address(unit, first_sample + sample),
-                        inside(unit, first_sample + sample));
-      });
-    } else {
-      for_each<1>([&](int unit, int sample) {
-        const bool is_inside = inside(unit, first_sample + sample);
-        const Source* const from = address(unit, first_sample + sample);
-        Stored* const to = tile + Place::at(unit, sample);
-        if constexpr (kAsIs && sizeof(Source) == 4) {
-          copies.copy<4>(to, from, is_inside);
-        } else if constexpr (kAsIs) {
-          *to = is_inside ? *from : Stored{0};
-          note_write(to, sizeof(Stored));
-        } else {
-          *to = is_inside ? widen(*from) : 0.0f;
-        }
-      });
-    }
+  // The next slab.
+  __device__ __forceinline__ void fetch(Stored* tile, AsyncCopies& copies) {
+    vectors_ ? fetch_as<kVector>(tile, copies) : fetch_as<1>(tile, copies);
+    left_ -= Place::kSamples;
   }
 
-  __device__ __forceinline__ void repair(Stored* tile, std::int64_t first_sample) const {
-    if (kAsIs && side_.vectors) {
-      for_each<kVector>([&](int unit, int sample) { repair_numbers<kVector>(tile, unit, sample, first_sample); });
+  // A slab that was fetched, of which so many samples are inside.
+  __device__ __forceinline__ void repair(Stored* tile, int inside) const {
+    if (vectors_) {
+      repair_vectors(tile, inside);
     } else {
-      for_each<1>([&](int unit, int sample) { repair_numbers<1>(tile, unit, sample, first_sample); });
+      for_each<1>([&](int, int unit, int sample) { repair_number(tile, unit, sample, inside); });
     }
   }
 
  private:
+  // Rows of a tile between two turns of a thread, and the first number of its first turn: along a row, and the row.
+  template <int kNumbers>
+  static constexpr int kRowsApart = kThreads / (Place::kRow / kNumbers);
+  template <int kNumbers>
+  __device__ static __forceinline__ int along() {
+    return static_cast<int>(threadIdx.x) % (Place::kRow / kNumbers) * kNumbers;
+  }
+  template <int kNumbers>
+  __device__ static __forceinline__ int across() {
+    return static_cast<int>(threadIdx.x) / (Place::kRow / kNumbers);
+  }
+  __device__ __forceinline__ int rows_apart() const { return vectors_ ? kRowsApart<kVector> : kRowsApart<1>; }
+  __device__ __forceinline__ int along() const { return vectors_ ? along<kVector>() : along<1>(); }
+  __device__ __forceinline__ int across() const { return vectors_ ? across<kVector>() : across<1>(); }
+
   template <int kNumbers, class Body>
-  __device__ static __forceinline__ void for_each(const Body& body) {
-    constexpr int kAlong = Place::kRow / kNumbers;
-    for (int place = static_cast<int>(threadIdx.x); place < kAlong * Place::kRows; place += kThreads) {
-      const int along = place % kAlong * kNumbers, across = place / kAlong;
-      body(kUnitsAdjacent ? along : across, kUnitsAdjacent ? across : along);
+  __device__ __forceinline__ void for_each(const Body& body) const {
+    constexpr int kAlong = Place::kRow / kNumbers, kTurns = Place::kRows / kRowsApart<kNumbers>;
+    static_assert(kThreads % kAlong == 0 && Place::kRows % kRowsApart<kNumbers> == 0, "turns fill the tile");
+    const auto turn_body = [&](int turn) {
+      const int row = across<kNumbers>() + turn * kRowsApart<kNumbers>;
+      body(turn, kUnitsAdjacent ? along<kNumbers>() : row, kUnitsAdjacent ? row : along<kNumbers>());
+    };
+    if constexpr (kNumbers > 1) {
+      MUDSC_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) turn_body(turn);
+    } else {  // many turns, which unrolled would take the registers of the sums
+      MUDSC_UNROLL_4
+      for (int turn = 0; turn < kTurns; ++turn) turn_body(turn);
     }
   }
 
-  __device__ __forceinline__ bool inside(int unit, std::int64_t sample) const {
-    return side_.first_unit + unit < side_.units && sample < samples_.end;
-  }
-  // Some address that may be named, if outside.
-  __device__ __forceinline__ const Source* address(int unit, std::int64_t sample) const {
-    const Source* const values = static_cast<const Source*>(side_.view.values);
-    if (!inside(unit, sample)) return values;
-    return values + samples_.offset(side_.view, sample) + (side_.first_unit + unit) * side_.view.unit_stride;
+  // Where a turn's numbers are in a tile.
+  template <int kNumbers>
+  __device__ __forceinline__ int place(int turn, int unit, int sample) const {
+    if constexpr (kRowsApart<kNumbers> % Place::kPeriod == 0) {
+      constexpr int kStep = kRowsApart<kNumbers> * Place::kStride;
+      return kUnitsAdjacent ? Place::at(along<kNumbers>(), across<kNumbers>()) + turn * kStep
+                            : Place::at(across<kNumbers>(), along<kNumbers>()) + turn * kStep;
+    } else {
+      return Place::at(unit, sample);
+    }
   }
 
   template <int kNumbers>
-  __device__ __forceinline__ void repair_numbers(Stored* tile, int unit, int sample, std::int64_t first_sample) const {
-    Stored* const numbers = tile + Place::at(unit, sample);
-    note_write(numbers, kNumbers * sizeof(Stored));
-    if constexpr (sizeof(Stored) == 4) {
-      // Shifts of units outside are 0.
-      const bool is_inside = first_sample + sample < samples_.end;
-      MUDSC_UNROLL
-      for (int k = 0; k < kNumbers; ++k) {
-        const float value = numbers[k] == numbers[k] ? numbers[k] : 0.0f;
-        numbers[k] = is_inside ? value - side_.shift[kUnitsAdjacent ? unit + k : unit] : 0.0f;
+  __device__ __forceinline__ void fetch_as(Stored* tile, AsyncCopies& copies) {
+    const Source* row = values_ + cursor_.offset();
+    for_each<kNumbers>([&](int turn, int unit, int sample) {
+      const bool is_inside = unit < units_ && sample < left_;
+      Stored* const to = tile + place<kNumbers>(turn, unit, sample);
+      const Source* const from = is_inside ? row : values_;
+      if constexpr (kNumbers > 1) {
+        copies.template copy<16>(to, from, is_inside);
+      } else if constexpr (kAsIs && sizeof(Source) == 4) {
+        copies.template copy<4>(to, from, is_inside);
+      } else {
+        if constexpr (kAsIs) {
+          *to = is_inside ? *from : Stored{0};
+        } else {
+          *to = is_inside ? widen(*from) : 0.0f;
+        }
+        note_write(to, sizeof(Stored));
       }
-    } else if constexpr (kNumbers == 1) {
-      numbers->bits = static_cast<std::uint16_t>(without_nan<Stored>(numbers->bits));
+      if constexpr (kUnitsAdjacent) {
+        cursor_.advance();
+        row = values_ + cursor_.offset();
+      } else {
+        row += row_step_;
+      }
+    });
+    if constexpr (!kUnitsAdjacent) cursor_.advance();
+  }
+
+  // Vectors of samples are all inside or all outside.
+  __device__ __forceinline__ void repair_vectors(Stored* tile, int inside) const {
+    if constexpr (sizeof(Stored) == 4) {
+      for_each<kVector>([&](int turn, int unit, int sample) {
+        Stored* const numbers = tile + place<kVector>(turn, unit, sample);
+        Quad quad = read_16<Quad>(numbers);
+        MUDSC_UNROLL
+        for (int k = 0; k < kVector; ++k) {
+          const float value = quad.of[k] == quad.of[k] ? quad.of[k] : 0.0f;
+          quad.of[k] = sample < inside ? value - shift_[kUnitsAdjacent ? unit + k : unit] : 0.0f;
+        }
+        write_16(numbers, quad);
+      });
     } else {
-      std::uint32_t* const words = reinterpret_cast<std::uint32_t*>(numbers);
-      MUDSC_UNROLL
-      for (int k = 0; k < kNumbers / 2; ++k) words[k] = without_nan<Stored>(words[k]);
+      NanFinder<Stored> finder;
+      for_each<kVector>([&](int turn, int unit, int sample) {
+        const Words words = read_16<Words>(tile + place<kVector>(turn, unit, sample));
+        MUDSC_UNROLL
+        for (int k = 0; k < 4; ++k) finder.look_at(words.of[k]);
+      });
+      if (!finder.found()) return;
+      for_each<kVector>([&](int turn, int unit, int sample) {
+        Stored* const numbers = tile + place<kVector>(turn, unit, sample);
+        Words words = read_16<Words>(numbers);
+        MUDSC_UNROLL
+        for (int k = 0; k < 4; ++k) words.of[k] = without_nan<Stored>(words.of[k]);
+        write_16(numbers, words);
+      });
     }
   }
 
-  Side side_;
-  Samples samples_;
+  __device__ __forceinline__ void repair_number(Stored* tile, int unit, int sample, int inside) const {
+    Stored* const number = tile + Place::at(unit, sample);
+    if constexpr (sizeof(Stored) == 4) {
+      // Shifts of units outside are 0.
+      const float value = *number == *number ? *number : 0.0f;
+      *number = sample < inside ? value - shift_[unit] : 0.0f;
+    } else {
+      number->bits = static_cast<std::uint16_t>(without_nan<Stored>(number->bits));
+    }
+    note_write(number, sizeof(Stored));
+  }
+
+  bool vectors_;
+  Cursor cursor_;
+  const Source* values_;
+  std::int64_t row_step_;
+  int units_, left_;
+  const float* shift_;
 };
+
 __device__ __forceinline__ std::uint32_t round_to_tf32(float value) {
   return (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
 }

@@ -20,29 +20,46 @@ static_assert(kUnits % kTile == 0,
 // Slabs under way by cp.async.
 constexpr int kAhead = 2;
 
-struct alignas(16) Quad {
-  float of[4];
+// What both kinds of stages have: the work, and shared memory from where the swizzled pattern begins.
+class StageMemory {
+ public:
+  __device__ explicit StageMemory(const Work& work)
+      : all_(static_cast<int>(work.end - work.begin)),
+        sums_rows_(work.sums_rows),
+        sums_columns_(work.sums_columns),
+        first_(static_cast<int>(SwizzledLayout<float, false, kUnits>::first_pattern(dynamic_shared()) -
+                                dynamic_shared())) {}
+
+ protected:
+  template <class T>
+  __device__ __forceinline__ T* numbers(int byte) const {
+    return reinterpret_cast<T*>(dynamic_shared() + first_ + byte);
+  }
+
+  int all_;  // samples
+  bool sums_rows_, sums_columns_;
+  int first_;
 };
 
 // Where features are copied to and what wgmma multiplies: halves as they are.
 template <class Source, class Stored, bool kUnitsAdjacent>
-class Stages {
+class Stages : StageMemory {
  public:
   using Operands = SwizzledLayout<Stored, kUnitsAdjacent, kUnits>;
   using Sums = WarpgroupSums<Stored, kUnitsAdjacent>;
   using Feed = Feeder<Source, Operands, kThreads>;
   // What is multiplied, what was multiplied last, and what is copied.
   static constexpr int kStages = kAhead + 2;
-  static constexpr std::size_t kBytes = Operands::kPatternBytes + kStages * 2 * sizeof(Stored) * Operands::kNumbers;
+  static constexpr int kTileBytes = sizeof(Stored) * Operands::kNumbers;
+  static constexpr std::size_t kBytes = Operands::kPatternBytes + kStages * 2 * kTileBytes;
 
   __device__ Stages(const Work& work, const Samples& samples)
-      : work_(work), row_feed_(work.rows, samples), column_feed_(work.columns, samples) {}
+      : StageMemory(work), row_feed_(work.rows, samples, work.begin), column_feed_(work.columns, samples, work.begin) {}
 
   __device__ __forceinline__ void fetch(int slab) {
-    const std::int64_t first = first_sample(slab);
-    if (first < work_.end) {
-      row_feed_.fetch(rows(slab), first, copies_);
-      column_feed_.fetch(columns(slab), first, copies_);
+    if (slab * Operands::kSamples < all_) {
+      row_feed_.fetch(rows(slab), copies_);
+      column_feed_.fetch(columns(slab), copies_);
     }
     copies_.close_group();  // also without copies, so that groups count slabs
   }
@@ -50,39 +67,33 @@ class Stages {
   // Until the slab can be multiplied. Products of slabs before the last must be over in this thread.
   __device__ __forceinline__ void prepare(int slab) {
     copies_.wait<kAhead - 1>();
-    row_feed_.repair(rows(slab), first_sample(slab));
-    column_feed_.repair(columns(slab), first_sample(slab));
+    const int inside = all_ - slab * Operands::kSamples;
+    row_feed_.repair(rows(slab), inside);
+    column_feed_.repair(columns(slab), inside);
     fence_writes();
     __syncthreads();  // the slab is there, and that before the last, which the next copies overwrite, was multiplied
     fetch(slab + kAhead);
-    if (work_.sums_rows) row_sums_.template add<Operands>(rows(slab));
-    if (work_.sums_columns) column_sums_.template add<Operands>(columns(slab));
+    if (sums_rows_) row_sums_.template add<Operands>(rows(slab));
+    if (sums_columns_) column_sums_.template add<Operands>(columns(slab));
   }
 
   __device__ __forceinline__ void multiply(int slab, int first_row, Sums& sums) const {
+    const std::uint64_t a = Operands::operand(rows(slab), first_row), b = Operands::operand(columns(slab), 0);
     MUDSC_UNROLL
     for (int step = 0; step < Operands::kSamples / Sums::kDepth; ++step) {
-      sums.multiply(Operands::operand(rows(slab), first_row, step), Operands::operand(columns(slab), 0, step),
-                    step == 0);
+      sums.multiply(a + step * Operands::kOperandStep, b + step * Operands::kOperandStep, step == 0);
     }
   }
 
-  __device__ void write_sums(const Product& problem) {
+  __device__ void write_sums(const Work& work, const Product& problem) {
     copies_.wait<0>();
-    work_.write_sums(problem, row_sums_, column_sums_, reinterpret_cast<double*>(dynamic_shared()));
+    work.write_sums(problem, row_sums_, column_sums_, reinterpret_cast<double*>(dynamic_shared()));
   }
 
  private:
-  __device__ __forceinline__ std::int64_t first_sample(int slab) const {
-    return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
-  }
-  __device__ static __forceinline__ Stored* rows(int slab) {
-    return reinterpret_cast<Stored*>(Operands::first_pattern(dynamic_shared())) +
-           slab % kStages * 2 * Operands::kNumbers;
-  }
-  __device__ static __forceinline__ Stored* columns(int slab) { return rows(slab) + Operands::kNumbers; }
+  __device__ __forceinline__ Stored* rows(int slab) const { return numbers<Stored>(slab % kStages * 2 * kTileBytes); }
+  __device__ __forceinline__ Stored* columns(int slab) const { return rows(slab) + Operands::kNumbers; }
 
-  const Work& work_;
   Feed row_feed_, column_feed_;
   AsyncCopies copies_;
   UnitSums<kUnits, kThreads> row_sums_, column_sums_;
@@ -90,24 +101,28 @@ class Stages {
 
 // Float32: copied in its own layout, then split.
 template <class Source, bool kUnitsAdjacent>
-class Stages<Source, float, kUnitsAdjacent> {
+class Stages<Source, float, kUnitsAdjacent> : StageMemory {
  public:
   using Copied = PaddedLayout<float, kUnitsAdjacent, kUnits>;
   using Operands = SwizzledLayout<float, false, kUnits>;
   using Sums = WarpgroupSums<float, false>;
   using Feed = Feeder<Source, Copied, kThreads>;
   static constexpr int kSplitTiles = 4;  // big and small of rows, then of columns
-  static constexpr std::size_t kBytes =
-      Operands::kPatternBytes + sizeof(float) * (2 * kSplitTiles * Operands::kNumbers + kAhead * 2 * Copied::kNumbers);
+  static constexpr int kSplitBytes = kSplitTiles * sizeof(float) * Operands::kNumbers;
+  static constexpr int kCopiedBytes = 2 * sizeof(float) * Copied::kNumbers;
+  static constexpr std::size_t kBytes = Operands::kPatternBytes + 2 * kSplitBytes + kAhead * kCopiedBytes;
 
   __device__ Stages(const Work& work, const Samples& samples)
-      : work_(work), row_feed_(work.rows, samples), column_feed_(work.columns, samples) {}
+      : StageMemory(work),
+        row_feed_(work.rows, samples, work.begin),
+        column_feed_(work.columns, samples, work.begin),
+        row_shift_(work.rows.shift[threadIdx.x % kUnits]),
+        column_shift_(work.columns.shift[threadIdx.x % kUnits]) {}
 
   __device__ __forceinline__ void fetch(int slab) {
-    const std::int64_t first = first_sample(slab);
-    if (first < work_.end) {
-      row_feed_.fetch(copied_rows(slab), first, copies_);
-      column_feed_.fetch(copied_columns(slab), first, copies_);
+    if (slab * Operands::kSamples < all_) {
+      row_feed_.fetch(copied_rows(slab), copies_);
+      column_feed_.fetch(copied_rows(slab) + Copied::kNumbers, copies_);
     }
     copies_.close_group();
   }
@@ -115,8 +130,10 @@ class Stages<Source, float, kUnitsAdjacent> {
   __device__ __forceinline__ void prepare(int slab) {
     copies_.wait<kAhead - 1>();
     __syncthreads();  // the slab is there, and that before the last, which is overwritten now, was multiplied
-    split(work_.rows, copied_rows(slab), rows(slab), slab, row_sums_);
-    split(work_.columns, copied_columns(slab), columns(slab), slab, column_sums_);
+    const int inside = all_ - slab * Operands::kSamples;
+    split(copied_rows(slab), rows(slab), inside, row_shift_, sums_rows_, row_sums_);
+    split(copied_rows(slab) + Copied::kNumbers, rows(slab) + 2 * Operands::kNumbers, inside, column_shift_,
+          sums_columns_, column_sums_);
     fence_writes();
     __syncthreads();  // all of it is split
     fetch(slab + kAhead);
@@ -124,33 +141,42 @@ class Stages<Source, float, kUnitsAdjacent> {
 
   // Small terms first.
   __device__ __forceinline__ void multiply(int slab, int first_row, Sums& sums) const {
-    const float *const big_rows = rows(slab), *const small_rows = big_rows + Operands::kNumbers;
-    const float *const big_columns = columns(slab), *const small_columns = big_columns + Operands::kNumbers;
-    multiply(small_rows, big_columns, first_row, true, sums);
-    multiply(big_rows, small_columns, first_row, false, sums);
-    multiply(big_rows, big_columns, first_row, false, sums);
+    const std::uint64_t big_rows = Operands::operand(rows(slab), first_row);
+    const std::uint64_t big_columns = Operands::operand(rows(slab) + 2 * Operands::kNumbers, 0);
+    constexpr std::uint64_t kToSmall = Operands::kNumbers * sizeof(float) / 16;
+    multiply(big_rows + kToSmall, big_columns, true, sums);
+    multiply(big_rows, big_columns + kToSmall, false, sums);
+    multiply(big_rows, big_columns, false, sums);
   }
 
-  __device__ void write_sums(const Product& problem) {
+  __device__ void write_sums(const Work& work, const Product& problem) {
     copies_.wait<0>();
-    work_.write_sums(problem, row_sums_, column_sums_, reinterpret_cast<double*>(dynamic_shared()));
+    work.write_sums(problem, row_sums_, column_sums_, reinterpret_cast<double*>(dynamic_shared()));
   }
 
  private:
-  __device__ static __forceinline__ void multiply(const float* a, const float* b, int first_row, bool from_zero,
-                                                  Sums& sums) {
+  __device__ static __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, bool from_zero, Sums& sums) {
     MUDSC_UNROLL
     for (int step = 0; step < Operands::kSamples / Sums::kDepth; ++step) {
-      sums.multiply(Operands::operand(a, first_row, step), Operands::operand(b, 0, step), from_zero && step == 0);
+      sums.multiply(a + step * Operands::kOperandStep, b + step * Operands::kOperandStep, from_zero && step == 0);
     }
   }
 
-  // A thread takes four samples of a unit at a time: the lanes of a warp read and store adjacent units.
-  __device__ __forceinline__ void split(const Side& side, const float* from, float* big, int slab,
+  __device__ __forceinline__ void split(const float* from, float* big, int inside, float shift, bool sums_wanted,
                                         UnitSums<kUnits, kThreads>& sums) const {
+    if (inside >= Operands::kSamples && !sums_wanted) {
+      split_slab<true>(from, big, inside, shift, sums);
+    } else {
+      split_slab<false>(from, big, inside, shift, sums);
+    }
+  }
+
+  // A thread takes four samples of a unit at a time: the lanes of a warp read and store adjacent units. kWhole: all
+  // samples are inside, and sums are not asked for.
+  template <bool kWhole>
+  __device__ __forceinline__ void split_slab(const float* from, float* big, int inside, float shift,
+                                             UnitSums<kUnits, kThreads>& sums) const {
     const int unit = static_cast<int>(threadIdx.x) % kUnits;
-    const float shift = side.shift[unit];
-    const std::int64_t inside = work_.end - first_sample(slab);
     float slab_sum = 0, slab_squares = 0;
     MUDSC_UNROLL
     for (int turn = 0; turn < Operands::kSamples * kUnits / (4 * kThreads); ++turn) {
@@ -160,44 +186,36 @@ class Stages<Source, float, kUnitsAdjacent> {
         MUDSC_UNROLL
         for (int k = 0; k < 4; ++k) numbers.of[k] = from[Copied::at(unit, first + k)];
       } else {
-        numbers = *reinterpret_cast<const Quad*>(from + Copied::at(unit, first));
+        numbers = read_16<Quad>(from + Copied::at(unit, first));
       }
       Split<4> parts;
       MUDSC_UNROLL
       for (int k = 0; k < 4; ++k) {
         const float value = numbers.of[k] == numbers.of[k] ? numbers.of[k] : 0.0f;
-        const float repaired = first + k < inside ? value - shift : 0.0f;
-        slab_sum += repaired;
-        slab_squares += repaired * repaired;
+        const float repaired = kWhole || first + k < inside ? value - shift : 0.0f;
+        if constexpr (!kWhole) {
+          slab_sum += repaired;
+          slab_squares += repaired * repaired;
+        }
         parts.set(k, repaired);
         bigs.of[k] = __uint_as_float(parts.big[k]);
         smalls.of[k] = __uint_as_float(parts.small[k]);
       }
       float* const to = big + Operands::at(unit, first);
-      *reinterpret_cast<Quad*>(to) = bigs;
-      *reinterpret_cast<Quad*>(to + Operands::kNumbers) = smalls;
-      note_write(to, sizeof(Quad));
-      note_write(to + Operands::kNumbers, sizeof(Quad));
+      write_16(to, bigs);
+      write_16(to + Operands::kNumbers, smalls);
     }
-    sums.add(slab_sum, slab_squares);
+    if constexpr (!kWhole) sums.add(slab_sum, slab_squares);
   }
 
-  __device__ __forceinline__ std::int64_t first_sample(int slab) const {
-    return work_.begin + static_cast<std::int64_t>(slab) * Operands::kSamples;
+  __device__ __forceinline__ float* rows(int slab) const { return numbers<float>(slab % 2 * kSplitBytes); }
+  __device__ __forceinline__ float* copied_rows(int slab) const {
+    return numbers<float>(2 * kSplitBytes + slab % kAhead * kCopiedBytes);
   }
-  __device__ static __forceinline__ float* rows(int slab) {
-    return reinterpret_cast<float*>(Operands::first_pattern(dynamic_shared())) +
-           slab % 2 * kSplitTiles * Operands::kNumbers;
-  }
-  __device__ static __forceinline__ float* columns(int slab) { return rows(slab) + 2 * Operands::kNumbers; }
-  __device__ static __forceinline__ float* copied_rows(int slab) {
-    return rows(0) + 2 * kSplitTiles * Operands::kNumbers + slab % kAhead * 2 * Copied::kNumbers;
-  }
-  __device__ static __forceinline__ float* copied_columns(int slab) { return copied_rows(slab) + Copied::kNumbers; }
 
-  const Work& work_;
   Feed row_feed_, column_feed_;
   AsyncCopies copies_;
+  float row_shift_, column_shift_;  // of the unit that this thread splits
   UnitSums<kUnits, kThreads> row_sums_, column_sums_;
 };
 
@@ -224,7 +242,7 @@ __device__ __forceinline__ void multiply_tile(const Product& problem, const Work
     sums.close_group();
   }
   sums.wait();
-  stages.write_sums(problem);
+  stages.write_sums(work, problem);
   MUDSC_UNROLL
   for (int k = 0; k < Sums::kNumbers; ++k) {
     work.write(problem, first_row + Sums::row(k), Sums::column(k), total[k] + sums.values[k]);

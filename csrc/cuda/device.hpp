@@ -93,28 +93,31 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
         name);
 }
 
-// All blocks are on the device at the same time, so that they may wait for each other.
-template <class... Parameters>
-void launch_cooperative(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
-                        typename Exactly<Parameters>::type... parameters) {
-  prepare_launch(name, kernel, shape, stream);
-  void* addresses[] = {static_cast<void*>(&parameters)...};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), shape.blocks, shape.threads, addresses,
-                                    shape.shared_bytes, static_cast<cudaStream_t>(stream.handle)),
-        name);
-}
+// Blocks of a cooperative launch for each multiprocessor: every block arrives at every barrier of the grid, so more
+// blocks than keep the memory busy make each round slower.
+constexpr int kMaxCooperativeBlocks = 2;
 
-// How many blocks of a cooperative launch the device holds at once.
+// Launches as many blocks as are on the device at the same time, so that they may wait for each other; kernels loop over
+// their work by gridDim.x. Other processes can hold a part of the device (MPS): then fewer blocks are tried.
 template <class... Parameters>
-unsigned cooperative_blocks(const char* name, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes,
-                            Stream stream) {
+void launch_cooperative(const char* name, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes,
+                        Stream stream, typename Exactly<Parameters>::type... parameters) {
   prepare_launch(name, kernel, {dim3(1), dim3(threads), shared_bytes}, stream);
-  int per_multiprocessor = 0, multiprocessors = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, reinterpret_cast<const void*>(kernel),
-                                                      threads, shared_bytes),
-        name);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  int resident = 0, multiprocessors = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, threads, shared_bytes), name);
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, stream.device), name);
-  return static_cast<unsigned>(per_multiprocessor * multiprocessors);
+  void* addresses[] = {static_cast<void*>(&parameters)...};
+  for (int blocks = (resident < kMaxCooperativeBlocks ? resident : kMaxCooperativeBlocks) * multiprocessors;;
+       blocks /= 2) {
+    const cudaError_t error = cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), addresses,
+                                                          shared_bytes, static_cast<cudaStream_t>(stream.handle));
+    if (error == cudaErrorCooperativeLaunchTooLarge && blocks > 1) {
+      cudaGetLastError();
+      continue;
+    }
+    return check(error, name);
+  }
 }
 
 #else
@@ -129,14 +132,10 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
 }
 
 template <class... Parameters>
-void launch_cooperative(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
+void launch_cooperative(const char* name, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes, Stream,
                         typename Exactly<Parameters>::type... parameters) {
-  cuda_sim::launch(name, shape.blocks, shape.threads, shape.shared_bytes, true, [=] { kernel(parameters...); });
-}
-
-template <class... Parameters>
-unsigned cooperative_blocks(const char*, void (*)(Parameters...), int, std::size_t, Stream) {
-  return cuda_sim::kCooperativeBlocks;
+  cuda_sim::launch(name, dim3(cuda_sim::kCooperativeBlocks), dim3(threads), shared_bytes, true,
+                   [=] { kernel(parameters...); });
 }
 
 inline std::size_t shared_memory_limit(const char*, Stream) { return cuda_sim::shared_memory_limit(); }

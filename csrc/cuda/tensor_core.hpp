@@ -28,15 +28,17 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer);
 // Operands of wgmma in shared memory: rows of 128 bytes in which chunks of 16 are swizzled, eight rows to a pattern of
 // 1024 bytes. A row is a unit's samples or, for units that are adjacent (halves only), a sample's units; a tile of more
 // units than such a row holds is several tiles of `kSamples` rows.
-template <class T, bool kUnitsAreAdjacent, int kUnits>
+template <class T, bool kUnitsAreAdjacent, int kUnitsOfTile>
 struct SwizzledLayout {
   using Number = T;
   static constexpr bool kUnitsAdjacent = kUnitsAreAdjacent;
+  static constexpr int kUnits = kUnitsOfTile;
   static constexpr int kPatternBytes = 1024, kRowBytes = 128, kChunkBytes = 16;
   static constexpr int kRowNumbers = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
   static constexpr int kSamples = kRowNumbers;
   static constexpr int kRow = kUnitsAdjacent ? kUnits : kSamples, kRows = kUnitsAdjacent ? kSamples : kUnits;
+  static constexpr int kStride = kRowNumbers, kPeriod = 8;  // rows so far apart are laid out alike
   static constexpr int kNumbers = kUnits * kSamples;
   __device__ static __forceinline__ int at(int unit, int sample) {
     const int row = kUnitsAdjacent ? unit / kRowNumbers * kSamples + sample : unit;
@@ -48,8 +50,11 @@ struct SwizzledLayout {
   __device__ static __forceinline__ unsigned char* first_pattern(unsigned char* memory) {
     return memory + (0u - shared_address(memory)) % kPatternBytes;
   }
-  // The matrix descriptor of `units` x 32 bytes of samples: of units from a multiple of 64 on, of the step-th 32 bytes.
-  __device__ static __forceinline__ std::uint64_t operand(const T* tile, int first_unit, int step);
+  // The matrix descriptor of 32 bytes of samples, the tile's first, of units from `first_unit` on (a multiple of 64);
+  // that of the next 32 bytes is kOperandStep more. Swizzling is applied to the address, so that a step along a row is an
+  // addition; a step down the rows is 32 bytes of samples in as many rows.
+  static constexpr std::uint64_t kOperandStep = (kUnitsAdjacent ? 32 / sizeof(T) * kRowBytes : 32) / 16;
+  __device__ static __forceinline__ std::uint64_t operand(const T* tile, int first_unit);
 };
 
 // A warpgroup's share of 64 x 128 sums of products, and those under way. Warp w of the group has rows 16 w and on; in
@@ -432,19 +437,17 @@ void WarpgroupSums<T, kUnitsAdjacent>::execute(const Pending& product) {
 
 #endif
 
-template <class T, bool kUnitsAreAdjacent, int kUnits>
-__device__ __forceinline__ std::uint64_t SwizzledLayout<T, kUnitsAreAdjacent, kUnits>::operand(const T* tile,
-                                                                                               int first_unit,
-                                                                                               int step) {
-  // Either way 64 units take 64 rows of 128 bytes. Swizzling is applied to the address, so that a step along a row is
-  // an addition; a step down the rows is 32 bytes of samples in as many rows.
-  constexpr unsigned kStepBytes = kUnitsAdjacent ? 32 / sizeof(T) * kRowBytes : 32;
-  const unsigned address = shared_address(tile) + static_cast<unsigned>(first_unit * kRowBytes) + step * kStepBytes;
+template <class T, bool kUnitsAreAdjacent, int kUnitsOfTile>
+__device__ __forceinline__ std::uint64_t SwizzledLayout<T, kUnitsAreAdjacent, kUnitsOfTile>::operand(const T* tile,
+                                                                                                     int first_unit) {
+  // Either way 64 units take 64 rows of 128 bytes. Shared memory has less than 2^18 bytes, so that the address stays in
+  // its field of 14 bits when steps are added.
+  const unsigned address = shared_address(tile) + static_cast<unsigned>(first_unit * kRowBytes);
   // From the units of one row to those of the next tile; without meaning where a row holds samples.
   constexpr std::uint64_t kLeadingBytes = kUnitsAdjacent ? kSamples * kRowBytes : kChunkBytes;
   constexpr std::uint64_t kSwizzle128 = 1;
   return kSwizzle128 << 62 | static_cast<std::uint64_t>(kPatternBytes) / 16 << 32 | kLeadingBytes / 16 << 16 |
-         (address >> 4 & 0x3fff);
+         address >> 4;
 }
 
 }  // namespace mudsc::cuda

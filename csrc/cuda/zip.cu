@@ -42,7 +42,15 @@ struct Zip {
   std::int64_t* merges;
 
   __device__ Real* row(std::int64_t unit) const { return similarity + unit * units; }
-  __device__ std::int64_t model_of(std::int64_t unit) const { return unit / model_units; }
+  // Units are counted in 32 bits, in which a division is several times cheaper than in 64.
+  __device__ std::uint32_t model_of(std::int64_t unit) const {
+    return static_cast<std::uint32_t>(unit) / static_cast<std::uint32_t>(model_units);
+  }
+  // Without a division: this is asked for every entry of a merge.
+  __device__ bool is_of_model(std::int64_t unit, std::uint32_t model) const {
+    const std::uint32_t size = static_cast<std::uint32_t>(model_units);
+    return static_cast<std::uint32_t>(unit) - model * size < size;
+  }
 };
 
 // What changes with every merge, wherever it fits.
@@ -162,7 +170,7 @@ class Merger {
   __device__ void merge(std::int32_t kept, std::int32_t gone) {
     Real* const entries = zip_.row(kept);
     const Real* const others = zip_.row(gone);
-    const std::int64_t kept_model = zip_.model_of(kept), gone_model = zip_.model_of(gone);
+    const std::uint32_t kept_model = zip_.model_of(kept), gone_model = zip_.model_of(gone);
     Entry<Real> best{-infinity<Real>, 0};
     __syncthreads();  // all threads have read the bounds that led here
     for (std::int64_t k = threadIdx.x; k < zip_.units; k += kMergeThreads) {
@@ -173,8 +181,7 @@ class Merger {
         zip_.parent[k] = kept;
         continue;
       }
-      const std::int64_t model = zip_.model_of(k);
-      const bool severed = zip_.severs && (model == kept_model || model == gone_model);
+      const bool severed = zip_.severs && (zip_.is_of_model(k, kept_model) || zip_.is_of_model(k, gone_model));
       const Real across = join(entries[k], others[k], severed);
       Real* const column = zip_.row(k);
       if (k != kept) {
@@ -226,7 +233,7 @@ class Merger {
     }
     for (std::int64_t unit = begin + threadIdx.x; unit < end; unit += kMergeThreads) {
       const std::int32_t best = rows_.best[unit];
-      if (best != kUnknown && zip_.model_of(best) == model) rows_.best[unit] = kUnknown;
+      if (best != kUnknown && zip_.is_of_model(best, static_cast<std::uint32_t>(model))) rows_.best[unit] = kUnknown;
     }
     __syncthreads();
   }

@@ -61,7 +61,7 @@ __global__ void multiply_once(Forgotten forgotten, float* result) {
   __syncthreads();
   Sums sums;
   if (forgotten != Forgotten::fence_of_registers) sums.begin();
-  sums.multiply(Tile::operand(a, 0, 0), Tile::operand(b, 0, 0), true);
+  sums.multiply(Tile::operand(a, 0), Tile::operand(b, 0), true);
   sums.close_group();
   if (forgotten != Forgotten::wait) sums.wait();
   // Without the wait, this overwrites what is not read yet.
