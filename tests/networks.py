@@ -77,6 +77,24 @@ def random_permutations(spec: PermutationSpec, model: nn.Module, seed: int) -> d
     return {node: torch.randperm(units, generator=generator) for node, units in spec.units(model.state_dict()).items()}
 
 
+def random_group_permutations(spec: PermutationSpec, units: dict[str, int], seed: int) -> dict[str, Tensor]:
+    """Return a random order of every node that keeps groups together and tied groups in a common order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_order(count: int) -> Tensor:
+        order = torch.randperm(count, generator=generator)
+        return order if count == 1 or not torch.equal(order, order.sort().values) else random_order(count)
+
+    permutations = {}
+    for nodes in spec.bundles:
+        order = random_order(spec.groups(nodes[0]).count)
+        for node in nodes:
+            size = units[node] // len(order)
+            within = torch.stack([random_order(size) for _ in order])
+            permutations[node] = (order[:, None] * size + within).flatten()
+    return permutations
+
+
 def assert_recovered(matching: Mapping[str, NodeMatching], permutations: Mapping[str, Tensor]) -> None:
     """Assert that a network was matched with its permuted copy, whose unit k is the network's unit permutation[k]."""
     for node, permutation in permutations.items():

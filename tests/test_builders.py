@@ -32,7 +32,7 @@ from mudsc_fast.spec import (
     vit,
     vit_huggingface,
 )
-from networks import assert_recovered, make_mlp
+from networks import assert_recovered, make_mlp, random_group_permutations
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -168,24 +168,6 @@ def outputs(model: nn.Module, inputs: Any, dtype: torch.dtype = torch.float32) -
     return scores
 
 
-def random_permutations(spec: PermutationSpec, units: dict[str, int], seed: int) -> dict[str, Tensor]:
-    """Return a random order of every node: of its groups, alike where they are tied, and of the units in each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random_order(count: int) -> Tensor:
-        order = torch.randperm(count, generator=generator)
-        return order if count == 1 or not torch.equal(order, order.sort().values) else random_order(count)
-
-    permutations = {}
-    for nodes in spec.bundles:
-        order = random_order(spec.groups(nodes[0]).count)
-        for node in nodes:
-            size = units[node] // len(order)
-            within = torch.stack([random_order(size) for _ in order])
-            permutations[node] = (order[:, None] * size + within).flatten()
-    return permutations
-
-
 def make_model(case: Case) -> nn.Module:
     model = randomize(case.build(), seed=1)
     case.spec.validate(model)
@@ -196,7 +178,7 @@ def make_model(case: Case) -> nn.Module:
 
 def permuted_copy(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     state = model.state_dict()
-    permutations = random_permutations(case.spec, case.spec.units(state), seed)
+    permutations = random_group_permutations(case.spec, case.spec.units(state), seed)
     copied = copy.deepcopy(model)
     copied.load_state_dict(mudsc_fast.permute_state_dict(state, case.spec, permutations))
     return copied, permutations
@@ -296,7 +278,7 @@ def test_files_without_a_tied_head() -> None:
     state = gpt2_model()().state_dict()
     del state["lm_head.weight"]
     spec = gpt2(2, 4, 32, head="absent")
-    permuted = mudsc_fast.permute_state_dict(state, spec, random_permutations(spec, spec.units(state), seed=1))
+    permuted = mudsc_fast.permute_state_dict(state, spec, random_group_permutations(spec, spec.units(state), seed=1))
     result = mudsc_fast.merge([state, permuted], spec=spec)
     assert result.unmatched_tensors == ()
     for name, tensor in result.state_dict.items():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mudsc_fast
-from test_builders import random_permutations
+from networks import random_group_permutations
 
 
 class Network(nn.Module):
@@ -176,7 +176,7 @@ def test_what_may_move_leaves_the_function_as_it_was(first: int) -> None:
         spec = mudsc_fast.PermutationSpec.from_model(network, values)
         spec.validate(network)
         state = network.state_dict()
-        permutations = random_permutations(spec, spec.units(state), seed)
+        permutations = random_group_permutations(spec, spec.units(state), seed)
         copied = copy.deepcopy(network)
         copied.load_state_dict(mudsc_fast.permute_state_dict(state, spec, permutations))
         torch.testing.assert_close(copied(values), network(values), rtol=1e-8, atol=1e-8, msg=f"seed {seed}")

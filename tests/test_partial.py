@@ -15,7 +15,7 @@ from mudsc_fast import Mode, PermutationSpec, Space
 from mudsc_fast.spec import Window, resnet, vit
 from mudsc_fast.spec.families.layers import attention, embedding, linear, tied_head
 from networks import CONV_SPEC, MLP_AXES, MLP_SPEC, ConvNet, make_mlp
-from test_builders import random_permutations as group_permutations
+from networks import random_group_permutations as group_permutations
 
 MODES: tuple[Mode, ...] = ("align", "zip")
 

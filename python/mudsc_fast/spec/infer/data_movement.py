@@ -1,9 +1,9 @@
-"""Operators that move data about: all but concatenation leave a view."""
+"""Rules of operators that move data. All but concatenation return views."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mudsc_fast.spec.infer import views
@@ -35,7 +35,7 @@ def _permute(_record: Record, call: Call) -> View:
         rest = iter([axis for axis in order if axis not in source])
         moved = dict(zip(target, source, strict=True))
         order = [moved[axis] if axis in moved else next(rest) for axis in range(count)]
-    elif call.operator.rpartition(".")[2] == "numpy_T":
+    elif call.name == "numpy_T":
         order.reverse()
     else:
         first, second = (call.get(name) for name in ("dim0", "dim1"))
@@ -122,12 +122,23 @@ def _pixel_unshuffle(_record: Record, call: Call) -> View:
 @rule("cat concat concatenate")
 def _concatenate(record: Record, call: Call) -> View:
     parts = [part for part in call["tensors"] if math.prod(part.shape)]
-    if len(parts) == 1:
-        only: View = parts[0]
-        return only
     if not parts:
         raise NotAViewError
-    axis = call["dim"] % len(parts[0].axes)
+    return join(record, parts, call["dim"] % len(parts[0].axes))
+
+
+@rule("hstack vstack dstack")
+def _stack_along(record: Record, call: Call) -> View:
+    axis = {"hstack": 1, "vstack": 0, "dstack": 2}[call.name]
+    if len(call["tensors"][0].axes) <= max(axis, 1):
+        raise NotAViewError  # axes are added first
+    return join(record, call["tensors"], axis)
+
+
+def join(record: Record, parts: Sequence[View], axis: int) -> View:
+    """Return the concatenation of tensors along an axis."""
+    if len(parts) == 1:
+        return parts[0]
     read = [record.read(part) for part in parts]
     for other in read[1:]:
         for position, (a, b) in enumerate(zip(read[0], other, strict=True)):
@@ -146,12 +157,21 @@ def _stack(record: Record, call: Call) -> View:
         for other in factors[1:]:
             unify(factors[0], other)
         axes.append(factors[0])
-    axes.insert(axis, Factor(len(call["tensors"]), frozen=True))
+    axes.insert(axis, Factor(len(call["tensors"]), frozen=True, reason=call))
     return record.result(axes)
 
 
+@rule("channel_shuffle native_channel_shuffle")
+def _channel_shuffle(_record: Record, call: Call) -> View:
+    batch, channels, *spatial = call["self"].shape
+    groups = call["groups"]
+    grouped = views.reshape(call["self"], [batch, groups, channels // groups, *spatial])
+    order = [0, 2, 1, *range(3, len(spatial) + 3)]
+    return views.reshape(views.permute(grouped, order), call.shapes[0])
+
+
 def _cut(record: Record, call: Call, cut: Callable[[View], View], axis: int) -> View:
-    """Cut out a part of an axis; where that is no grid of steps, the axis must keep its order."""
+    """Cut out a part of an axis. If that is not a grid of steps, freeze the axis first."""
     value: View = call["self"]
     try:
         return cut(value)

@@ -1,11 +1,13 @@
-"""Factors: what an axis consists of, as far as a network tells its entries apart.
+"""Factors: the structure of an axis, as far as a network tells its entries apart.
 
-An axis of a tensor begins as one factor, an *atom*: any order of its entries will do. What the network does with it
-refines it: an axis that is viewed as heads times units becomes a *product*, one that is taken apart into queries, keys
-and values (or put together of two streams) becomes a *sum*. Factors that must be ordered alike are unified; a factor
-whose order counts is frozen. Atoms that are left free when the whole network has been read are what may be permuted.
+The axis of a tensor starts as one factor, an *atom*, whose entries may have any order. The network refines it: an axis
+that is viewed as heads times units becomes a *product*; an axis that is split into queries, keys and values, or
+concatenated from two streams, becomes a *sum*. Factors that must have the same order are unified. A factor whose order
+matters is frozen. The atoms that are still free once the whole network has been read are the ones that may be
+permuted.
 
-This is unification of types, on the union-find structure of Tarjan: every factor refers to the one it was unified with.
+This is unification of types with a union-find structure (Tarjan, 1975): every factor points to the factor it was
+unified with.
 """
 
 from __future__ import annotations
@@ -16,21 +18,37 @@ from typing import Literal
 
 Kind = Literal["atom", "product", "sum"]
 
+#: Reasons that arise in the algebra itself.
+MISMATCH = "its entries are grouped in different ways that have no common refinement"
+CUT = "some of its entries are selected or treated differently from the others"
+
 
 class Factor:
-    """A run of `size` entries, in one class with all factors that it was unified with."""
+    """A run of `size` entries. Factors that were unified form one class.
 
-    __slots__ = ("_parent", "frozen", "kind", "parts", "size")
+    `reason` is what froze the factor: ``str(reason)`` describes it.
+    """
 
-    def __init__(self, size: int, *, frozen: bool = False, kind: Kind = "atom", parts: Sequence[Factor] = ()) -> None:
+    __slots__ = ("_parent", "frozen", "kind", "parts", "reason", "size")
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        frozen: bool = False,
+        reason: object = None,
+        kind: Kind = "atom",
+        parts: Sequence[Factor] = (),
+    ) -> None:
         self.size = size
         self.frozen = frozen
+        self.reason = reason
         self.kind: Kind = kind
         self.parts = list(parts)
         self._parent = self
 
     def find(self) -> Factor:
-        """Return the factor that stands for this one's class."""
+        """Return the representative of this factor's class."""
         root = self
         while root._parent is not root:
             root = root._parent
@@ -40,16 +58,16 @@ class Factor:
         return root
 
     def replace_by(self, other: Factor) -> None:
-        """Join this factor's class to another's, whose structure then holds for both."""
+        """Join this class to the class of `other`, whose structure then holds for both."""
         self.find()._parent = other.find()
 
     def become(self, kind: Kind, parts: Sequence[Factor]) -> None:
-        """Give an atom, or a sum of equal parts, its structure."""
+        """Give an atom, or a sum of equal parts, a structure."""
         self.kind, self.parts = kind, list(parts)
 
 
 def product(parts: Sequence[Factor]) -> Factor:
-    """Return the factor whose entries are the tuples of the parts' entries, the last part's the fastest."""
+    """Return the factor whose entries are tuples of entries of the parts. The last part varies fastest."""
     proper = [part.find() for part in parts if part.size != 1]
     if len(proper) == 1:
         return proper[0]
@@ -59,7 +77,7 @@ def product(parts: Sequence[Factor]) -> Factor:
 
 
 def concatenation(parts: Sequence[Factor]) -> Factor:
-    """Return the factor whose entries are those of the parts, one part behind the other."""
+    """Return the factor whose entries are those of the parts, one part after the other."""
     proper = [part.find() for part in parts if part.size != 0]
     if len(proper) == 1:
         return proper[0]
@@ -69,7 +87,7 @@ def concatenation(parts: Sequence[Factor]) -> Factor:
 
 
 def factors_of(factor: Factor) -> list[Factor]:
-    """Return the atoms and sums that a factor is the product of, from the slowest to the fastest; no units."""
+    """Return the atoms and sums that a factor is the product of, slowest first, without factors of size 1."""
     factor = factor.find()
     if factor.kind != "product":
         return [factor] if factor.size != 1 else []
@@ -93,21 +111,29 @@ def is_frozen(factor: Factor) -> bool:
     return all(atom.frozen or atom.size <= 1 for atom in atoms_of(factor))
 
 
-def freeze(factor: Factor) -> None:
-    """Let no entry of a factor move."""
+def reason_of(factor: Factor) -> object:
+    """Return what froze a factor, or None if that is not known."""
+    return next((atom.reason for atom in atoms_of(factor) if atom.reason is not None), None)
+
+
+def freeze(factor: Factor, reason: object = None) -> None:
+    """Freeze all entries of a factor. The first reason counts."""
     for atom in atoms_of(factor):
-        atom.frozen = True
+        if not atom.frozen:
+            atom.frozen = True
+            atom.reason = reason
 
 
 def unify(first: Factor, second: Factor) -> None:
-    """Let two factors of one size be ordered alike, at the price of freezing what has no common structure."""
+    """Give two factors of the same size the same order. What has no common structure is frozen."""
     first, second = first.find(), second.find()
-    assert first.size == second.size, "only axes of one length are ordered alike"
+    assert first.size == second.size, "only axes of the same length can have the same order"
     if first is second or first.size <= 1:
         return
-    if is_frozen(first) or is_frozen(second):
-        freeze(first)
-        freeze(second)
+    if is_frozen(first):
+        freeze(second, reason_of(first))
+    elif is_frozen(second):
+        freeze(first, reason_of(second))
     elif second.kind == "atom":
         second.replace_by(first)
     elif first.kind == "atom":
@@ -121,19 +147,19 @@ def unify(first: Factor, second: Factor) -> None:
             split(total, len(terms))
             unify(product_of, total)
         else:
-            freeze(first)
-            freeze(second)
+            freeze(first, MISMATCH)
+            freeze(second, MISMATCH)
 
 
 def split(factor: Factor, outer: int) -> tuple[Factor, Factor]:
-    """Return two factors that a factor is the product of, the first with `outer` entries: a divisor."""
+    """Return two factors that a factor is the product of, the first with `outer` entries, which divides the size."""
     factor = factor.find()
     inner = factor.size // outer
     if outer == 1 or inner == 1:
         one = Factor(1, frozen=True)
         return (one, factor) if outer == 1 else (factor, one)
     if is_frozen(factor):
-        return Factor(outer, frozen=True), Factor(inner, frozen=True)
+        return _frozen(outer, reason_of(factor)), _frozen(inner, reason_of(factor))
     if factor.kind == "atom":
         factor.become("product", [Factor(outer), Factor(inner)])
         return factor.parts[0], factor.parts[1]
@@ -153,18 +179,18 @@ def split(factor: Factor, outer: int) -> tuple[Factor, Factor]:
             trailing.insert(0, behind)
             missing = 1
         else:
-            freeze(factor)
-            return Factor(outer, frozen=True), Factor(inner, frozen=True)
+            freeze(factor, MISMATCH)
+            return _frozen(outer, MISMATCH), _frozen(inner, MISMATCH)
     return product(leading), product(trailing)
 
 
 def window(factor: Factor, start: int, width: int) -> Factor:
-    """Return the factor of `width` entries from `start` on, a term of the sum that the whole then is."""
+    """Return the factor of `width` entries from `start` on, after turning the whole into a sum with that term."""
     factor = factor.find()
     if width == factor.size:
         return factor
     if is_frozen(factor):
-        return Factor(width, frozen=True)
+        return _frozen(width, reason_of(factor))
     if factor.kind == "atom":
         before, chosen, behind = Factor(start), Factor(width), Factor(factor.size - start - width)
         factor.become("sum", [part for part in (before, chosen, behind) if part.size])
@@ -179,30 +205,34 @@ def window(factor: Factor, start: int, width: int) -> Factor:
         return concatenation(chosen_parts)
     first, *others = factors_of(factor)
     rest = product(others)
-    freeze(first)  # a part of its entries is told apart from the others
+    freeze(first, CUT)
     if start % rest.size == 0 and width % rest.size == 0:
-        return product([Factor(width // rest.size, frozen=True), rest])
+        return product([_frozen(width // rest.size, CUT), rest])
     if start // rest.size == (start + width - 1) // rest.size:
         return window(rest, start % rest.size, width)
-    freeze(factor)
-    return Factor(width, frozen=True)
+    freeze(factor, CUT)
+    return _frozen(width, CUT)
+
+
+def _frozen(size: int, reason: object) -> Factor:
+    return Factor(size, frozen=True, reason=reason)
 
 
 def _split_sum(total: Factor, outer: int) -> tuple[Factor, Factor]:
-    """Take a sum as a product: its terms must be alike, and which of them comes first then counts."""
+    """Turn a sum into a product. Its terms get the same order, and the order of the terms is frozen."""
     terms = terms_of(total)
     count = len(terms)
     if len({term.size for term in terms}) == 1 and outer % count == 0:
         for term in terms[1:]:
             unify(terms[0], term)
-        total.become("product", [Factor(count, frozen=True), terms[0]])
+        total.become("product", [_frozen(count, CUT), terms[0]])
         return split(total, outer)
-    freeze(total)
-    return Factor(outer, frozen=True), Factor(total.size // outer, frozen=True)
+    freeze(total, MISMATCH)
+    return _frozen(outer, MISMATCH), _frozen(total.size // outer, MISMATCH)
 
 
 def _unify_parts(first: Factor, second: Factor) -> None:
-    """Unify two products, or two sums, by the coarsest structure that refines both."""
+    """Unify two products, or two sums: both get the coarsest structure that refines both."""
     kind = first.kind
     parts_of = factors_of if kind == "product" else terms_of
     left, right = parts_of(first), parts_of(second)
@@ -214,8 +244,8 @@ def _unify_parts(first: Factor, second: Factor) -> None:
         longer, rest = (a, left) if a.size > b.size else (b, right)
         shorter = b if longer is a else a
         if kind == "product" and longer.size % shorter.size:
-            freeze(first)
-            freeze(second)
+            freeze(first, MISMATCH)
+            freeze(second, MISMATCH)
             return
         if kind == "product":
             begin, end = split(longer, shorter.size)

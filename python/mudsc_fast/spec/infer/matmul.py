@@ -1,8 +1,9 @@
-"""Operators that sum products over axes: linear layers, convolutions, attention, einsum."""
+"""Rules of operators that sum products over axes: linear layers, convolutions, attention, einsum."""
 
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 from mudsc_fast.spec.infer import views
 from mudsc_fast.spec.infer.factors import Factor, freeze, product, split, unify
@@ -27,15 +28,47 @@ def _addmm(record: Record, call: Call) -> View:
     return _with_bias(record, _product(record, first, second), bias)
 
 
-@rule("mm bmm matmul mv dot")
+@rule("mm bmm matmul mv dot vdot inner")
 def _matmul(record: Record, call: Call) -> View:
-    first, second = (v for name, v in call.arguments.items() if isinstance(v, View))
+    first, second = call.views()
+    if call.name == "inner" and len(second.axes) > 1:
+        raise NotAViewError
     return _product(record, first, second)
 
 
 @rule("outer")
 def _outer(record: Record, call: Call) -> View:
     return record.contract([(call["self"], ["row"]), (call["vec2"], ["column"])], ["row", "column"])
+
+
+@rule("bilinear")
+def _bilinear(record: Record, call: Call) -> View:
+    first, second, weight = call["input1"], call["input2"], call["weight"]
+    batch = _labels(len(first.axes) - 1)
+    operands = [(first, [*batch, "left"]), (second, [*batch, "right"]), (weight, ["out", "left", "right"])]
+    return _with_bias(record, record.contract(operands, [*batch, "out"]), call.get("bias"))
+
+
+@rule("cdist _cdist_forward")
+def _distances(record: Record, call: Call) -> View:
+    first, second = call["x1"], call["x2"]
+    batch = _labels(max(len(first.axes), len(second.axes)) - 2)
+    operands = [
+        (tensor, [*batch[len(batch) - len(tensor.axes) + 2 :], place, "in"])
+        for tensor, place in ((first, "row"), (second, "column"))
+    ]
+    return record.contract(operands, [*batch, "row", "column"])
+
+
+@rule("tensordot")
+def _tensordot(record: Record, call: Call) -> View:
+    names = []
+    for side, key in (("self", "dims_self"), ("other", "dims_other")):
+        count = len(call[side].axes)
+        summed = {axis % count: f"in {place}" for place, axis in enumerate(call[key])}
+        names.append([summed.get(axis, f"{side} {axis}") for axis in range(count)])
+    kept = [name for side in names for name in side if not name.startswith("in ")]
+    return record.contract([(call["self"], names[0]), (call["other"], names[1])], kept)
 
 
 @rule("einsum")
@@ -78,14 +111,17 @@ def _attention(record: Record, call: Call) -> View:
 def _convolution(record: Record, call: Call) -> View:
     value, weight, groups = call["input"], call["weight"], call["groups"]
     rank = len(weight.axes) - 2
-    if len(value.axes) != rank + 2:
-        raise NotAViewError  # without a batch
+    if len(value.axes) == rank + 1:  # without a batch
+        batched = {**call.arguments, "input": views.reshape(value, [1, *value.shape])}
+        result = _convolution(record, replace(call, arguments=batched, shapes=[(1, *call.shapes[0])]))
+        assert isinstance(result, View)
+        return views.reshape(result, call.shapes[0])
     transposed = bool(call.get("transposed")) or "transpose" in call.operator
     batch, channels, *_ = record.freeze(call, value, range(2, rank + 2))
     consumed = 0 if transposed else 1
     first, second, *kernel = record.read(weight, [consumed])
     for factor in kernel:
-        freeze(factor)
+        freeze(factor, "it is the kernel of a convolution")
     if groups == 1:
         unify(channels, second if not transposed else first)
         written = first if not transposed else second
@@ -94,22 +130,22 @@ def _convolution(record: Record, call: Call) -> View:
         of_weight, own = split(first, groups)
         unify(of_value, of_weight)
         unify(within, own if transposed else second)
-        # The weight's other axis belongs to one group: its units are ordered within their own group.
+        # The other axis of the weight belongs to one group: its units move within their own group.
         written = first if not transposed else product([of_weight, second])
-    spatial = [Factor(length, frozen=True) for length in call.shapes[0][2:]]
+    spatial = [Factor(length, frozen=True, reason=call) for length in call.shapes[0][2:]]
     return _with_bias(record, record.result([batch, written, *spatial]), call.get("bias"), channel=1)
 
 
 @rule("_grouped_mm transformers::grouped_mm_fallback")
 def _grouped_matmul(record: Record, call: Call) -> View:
-    """Each row is multiplied by the matrix of its own expert: rows and experts keep their order."""
+    """Return rows, each multiplied by the matrix of its own expert. Rows and experts keep their order."""
     rows, matrices = (value for value in call.arguments.values() if isinstance(value, View) and len(value.axes) > 1)
     if len(rows.axes) != 2 or len(matrices.axes) != 3:
         raise NotAViewError
     rows = record.solid(rows)
     record.freeze(call, rows, [0])
     experts, *_ = record.read(matrices, [1])
-    freeze(experts)
+    freeze(experts, call)
     return record.contract([(rows, ["row", "in"]), (views.select(matrices, 0, 0), ["in", "out"])], ["row", "out"])
 
 
@@ -150,5 +186,5 @@ def _labels(count: int) -> list[str]:
 
 def _einsum_labels(term: str, rank: int) -> list[str]:
     before, dots, behind = term.partition("...")
-    # Axes under the dots are counted from the last.
+    # Axes under the dots are numbered from the last.
     return [*before, *([f"batch {-i}" for i in range(rank, 0, -1)] if dots else []), *behind]

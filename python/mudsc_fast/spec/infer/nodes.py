@@ -1,9 +1,9 @@
-"""From factors to a specification: which atoms may be permuted in the specification's language, and as which nodes.
+"""From factors to nodes: which atoms a specification can permute, and as which nodes.
 
-A segment of an axis is a product of atoms. The specification can say: positions that repeat (frozen), the units of a
-node, positions that belong to a unit (frozen). The units of a node are one atom, or two, the first being its groups,
-provided that the second's order may differ from group to group. What is not of this form is frozen, innermost first,
-until everything is.
+A segment of an axis is a product of atoms. A specification can express products of three parts: repetitions (frozen),
+the units of a node, and entries that belong to one unit (frozen). The units of a node are one atom, or two atoms where
+the first is the groups and the order of the second may differ from group to group. Atoms that do not fit this form are
+frozen, one at a time, until all axes fit.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
 
-from mudsc_fast.spec.infer.factors import Factor, factors_of, freeze, is_frozen, terms_of
+from mudsc_fast.spec.infer.factors import Factor, atoms_of, factors_of, freeze, is_frozen, product, terms_of
 
-#: The atoms of a node: its units, or its groups and the units in each.
+#: The atoms of a node: its units, or its groups and the units in each group.
 Key = tuple[Factor, ...]
 
-#: Values with more alternatives (sums within sums) than this are not told apart.
+#: Tensors with more combinations of terms (sums within sums) than this are treated axis by axis.
 _MAX_ALTERNATIVES = 256
+
+_UNREAD = "the model does not read these entries for the example inputs"
+_INEXPRESSIBLE = "its units could only move in a way that a specification cannot express"
 
 
 @dataclass(frozen=True)
 class NodeSegment:
-    """A segment of an axis: `width` entries from `start` on, the units of a node (no key: nothing moves)."""
+    """A segment of an axis: `width` entries from `start` on that hold the units of a node.
+
+    Without a key, the segment keeps its order.
+    """
 
     start: int
     width: int
@@ -34,17 +40,22 @@ class NodeSegment:
     inner: int
 
 
-def settle(axes: Sequence[Factor], occurrences: Sequence[Sequence[Factor]]) -> None:
-    """Freeze atoms until every axis of a tensor has a form that a specification can express."""
-    while _freeze_one_more(axes, _contexts(occurrences)):
+def settle(tensors: Sequence[Sequence[Factor]], occurrences: Sequence[Sequence[Factor]]) -> None:
+    """Freeze atoms until a specification can express every axis of every tensor of the model.
+
+    `occurrences` are the axes of all tensors that operators read or return.
+    """
+    axes = [factor for factors in tensors for factor in factors]
+    _freeze_unread(axes, occurrences)
+    while _freeze_one_more(axes, _contexts([*tensors, *occurrences])):
         pass
 
 
 def segments_of(factor: Factor) -> list[NodeSegment]:
-    """Return the segments of a settled axis; neighbours that do not move are one segment."""
+    """Return the segments of a settled axis. Consecutive segments that keep their order are joined."""
     segments: list[NodeSegment] = []
     start = 0
-    for term in terms_of(factor):
+    for term in _terms_of(factor):
         atoms = factors_of(term)
         places = [i for i, atom in enumerate(atoms) if not is_frozen(atom)]
         if places:
@@ -59,11 +70,31 @@ def segments_of(factor: Factor) -> list[NodeSegment]:
     return segments
 
 
+def _terms_of(factor: Factor) -> Iterator[Factor]:
+    """Yield the terms of a factor. A product whose slowest part is a sum, such as a flattened map, is a sum too."""
+    for term in terms_of(factor):
+        first, *others = factors_of(term) or [term]
+        if first.kind == "sum" and others:
+            for part in terms_of(first):
+                yield from _terms_of(product([part, *others]))
+        else:
+            yield term
+
+
+def _freeze_unread(axes: Sequence[Factor], occurrences: Sequence[Sequence[Factor]]) -> None:
+    """Freeze entries of tensors that the network does not read, e.g. of a position table that is longer than needed."""
+    read = {atom for factors in occurrences for factor in factors for atom in atoms_of(factor)}
+    for factor in axes:
+        for atom in atoms_of(factor):
+            if atom not in read:
+                freeze(atom, _UNREAD)
+
+
 def _freeze_one_more(axes: Sequence[Factor], contexts: Mapping[Factor, set[Factor]]) -> bool:
-    """Freeze what the specification cannot express where it is found first; return whether there was anything."""
+    """Freeze atoms on the first axis that a specification cannot express. Return whether there was one."""
     in_front: dict[Factor, Factor | None] = {}
     for factor in axes:
-        for term in terms_of(factor):
+        for term in _terms_of(factor):
             atoms = factors_of(term)
             free = [i for i, atom in enumerate(atoms) if not is_frozen(atom)]
             if not free:
@@ -74,17 +105,19 @@ def _freeze_one_more(axes: Sequence[Factor], contexts: Mapping[Factor, set[Facto
             if len(run) == 2 and run[0] not in contexts.get(run[1], ()):
                 beyond.append(run[1])
             for before, atom in zip([None, *run], run, strict=False):
-                if in_front.setdefault(atom, before) is not before:
-                    beyond.append(atom)
+                earlier = in_front.setdefault(atom, before)
+                if earlier is not before:
+                    # Two orders of the same atoms, as after a channel shuffle: give up the smallest.
+                    beyond.append(min((a for a in (atom, before, earlier) if a is not None), key=lambda a: a.size))
             if beyond:
                 for atom in beyond:
-                    freeze(atom)
+                    freeze(atom, _INEXPRESSIBLE)
                 return True
     return False
 
 
 def _contexts(occurrences: Sequence[Sequence[Factor]]) -> dict[Factor, set[Factor]]:
-    """Return, for each free atom, the atoms that occur, once, wherever it does: its order may depend on theirs."""
+    """Return, for each free atom, the atoms that occur once wherever it does: its order may depend on theirs."""
     contexts: dict[Factor, set[Factor]] = {}
     seen: set[frozenset[tuple[Factor, int]]] = set()
     for axes in occurrences:
@@ -102,10 +135,10 @@ def _contexts(occurrences: Sequence[Sequence[Factor]]) -> dict[Factor, set[Facto
 
 
 def _alternatives(axes: Sequence[Factor]) -> Iterator[tuple[Factor, ...]]:
-    """Yield the free atoms that occur together, one tuple for each choice of terms of the axes' sums."""
+    """Yield the free atoms that occur together: one tuple for each choice of terms of the sums on the axes."""
     choices = [found for found in (_choices(factor) for factor in axes) if found != [()]]
     if math.prod(map(len, choices)) > _MAX_ALTERNATIVES:
-        # Each axis by itself: fewer atoms are found together, so less is left free.
+        # Each axis on its own: fewer atoms are found together, so fewer stay free.
         for found in choices:
             yield from found
         return

@@ -1,4 +1,4 @@
-"""Where the units of derived nodes can be observed: the modules through which a tensor with these units goes."""
+"""Where the units of derived nodes can be observed: the modules that a tensor with these units passes through."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from mudsc_fast.spec.axes import Role
 from mudsc_fast.spec.infer.factors import Factor, product
-from mudsc_fast.spec.infer.graph import ModuleCall
+from mudsc_fast.spec.infer.graph import Passed, Reading
 from mudsc_fast.spec.infer.nodes import Key, NodeSegment, segments_of
 from mudsc_fast.spec.infer.views import View
 from mudsc_fast.spec.observation import Observation, Port
@@ -38,23 +38,28 @@ class _Candidate:
 class Places:
     """The places at which each node can be observed."""
 
-    def __init__(self, model: nn.Module, calls: Sequence[ModuleCall]) -> None:
+    def __init__(self, model: nn.Module, reading: Reading) -> None:
         self._model = model
+        self._ports = reading.ports
         self._found: dict[Key, dict[tuple[str, Port], list[_Candidate]]] = {}
-        calls_of: dict[str, list[ModuleCall]] = {}
-        for call in calls:
+        passed_at: dict[tuple[str, Port], list[Sequence[Passed]]] = {}
+        for call in reading.calls:
             if call.path:
-                calls_of.setdefault(call.path, []).append(call)
-        for path, repeated in calls_of.items():
-            inputs, outputs = ([getattr(call, name) for call in repeated] for name in ("inputs", "outputs"))
-            self._add(path, "input", inputs)
-            self._add(path, "output", outputs)
+                passed_at.setdefault((call.path, "input"), []).append(call.inputs)
+                passed_at.setdefault((call.path, "output"), []).append(call.outputs)
+        #: The modules that compute with data, not only with weights as those of parametrizations do.
+        self._with_data = {
+            path for (path, _), calls in passed_at.items() if any(passed.from_data for call in calls for passed in call)
+        }
+        for (path, port), calls in passed_at.items():
+            self._add(path, port, calls)
 
     def of(self, key: Key, uses: Sequence[Use]) -> list[Observation]:
         """Return where a node is best observed.
 
-        That is the input of a layer that consumes it: the one with most samples, the last of these. Where no layer does
-        (queries and keys), it is the output of every layer that produces it; else wherever it passes last.
+        This is the input of a layer that consumes it: the layer with most samples, and the last one of these. If no
+        layer consumes it (queries and keys), it is the output of every layer that produces it, and otherwise the last
+        place where it passes.
         """
         found = self._found.get(key, {})
         consumers = [self._owner(use) for use in uses if use.role == "consume"]
@@ -71,30 +76,38 @@ class Places:
         last = [candidate for candidates in found.values() for candidate in candidates]
         return [max(reversed(last), key=lambda candidate: candidate.samples).observation] if last else []
 
-    def _add(self, path: str, port: Port, views_of_calls: Sequence[Sequence[View]]) -> None:
-        """Note what passes a port of a module, if every call has one tensor there, and all are alike."""
-        if any(len(views) != 1 for views in views_of_calls):
+    def _add(self, path: str, port: Port, calls: Sequence[Sequence[Passed]]) -> None:
+        """Note what passes a port of a module, if every call has one tensor there, and all calls are alike.
+
+        The tensor must depend on the inputs of the model, and be the first one at that port.
+        """
+        if any(len(call) != 1 or not call[0].from_data for call in calls):
             return
-        seen = [_observations(path, port, views[0]) for views in views_of_calls]
+        if any(call[0].view.shape not in self._ports.get((path, port), ()) for call in calls):
+            return
+        seen = [_observations(path, port, call[0].view) for call in calls]
         for key, candidates in seen[0].items():
             if all(other.get(key) == candidates for other in seen[1:]):
                 self._found.setdefault(key, {})[path, port] = candidates
 
     def _projections(self, use: Use) -> list[Observation]:
-        """Return the window of a node in what ``torch.nn.MultiheadAttention`` projects, which no submodule does."""
+        """Return the window of a node in the projections of ``torch.nn.MultiheadAttention``, which has no submodule."""
         module, _, name = use.tensor.rpartition(".")
         if name != "in_proj_weight" or not isinstance(self._model.get_submodule(module), nn.MultiheadAttention):
             return []
         segment = use.segment
         return [Observation(module, "projection", -1, segment.start, segment.width, segment.inner, segment.outer)]
 
-    @staticmethod
-    def _owner(use: Use) -> str:
-        return use.tensor.rpartition(".")[0]
+    def _owner(self, use: Use) -> str:
+        """Return the innermost module around a tensor that computes with data."""
+        owner = use.tensor.rpartition(".")[0]
+        while owner and owner not in self._with_data:
+            owner = owner.rpartition(".")[0]
+        return owner
 
 
 def _observations(path: str, port: Port, view: View) -> Mapping[Key, list[_Candidate]]:
-    """Return, for each node with units on an axis of a tensor, where they are."""
+    """Return, for each node with units on an axis of a tensor, the places of these units."""
     found: dict[Key, list[_Candidate]] = {}
     shape = view.shape
     for position in range(len(shape)):

@@ -1,4 +1,4 @@
-"""The table of operators: what each does to the factors of the axes it reads."""
+"""The table of operators: what each does to the factors of the axes that it reads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from mudsc_fast.spec.infer.record import Call, Record
 from mudsc_fast.spec.infer.views import View, reshape
 
-#: Returns what an operator computes: a view, or one for each of its results.
+#: Returns the result of an operator: a view, or a list with one view per result.
 Rule = Callable[[Record, Call], "View | list[View]"]
 
-#: The rules by the operators' names in ATen.
+#: The rules by the ATen name of the operator.
 RULES: dict[str, Rule] = {}
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of some operators, named in one string."""
+    """Register the rule of some operators, whose names are separated by spaces."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names.split(), function))
@@ -26,7 +26,7 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def axes_of(view: View, chosen: Any) -> list[int]:
-    """Return positive axes, all where none are chosen."""
+    """Return non-negative axes: the chosen ones, or all if none are chosen."""
     count = len(view.axes)
     if chosen is None or chosen == []:
         return list(range(count))
@@ -34,5 +34,5 @@ def axes_of(view: View, chosen: Any) -> list[int]:
 
 
 def per_channel(tensor: View, value: View) -> View:
-    """Return a vector so that it is broadcast along axis 1 of a value."""
+    """Return a vector in a shape that is broadcast along axis 1 of `value`."""
     return reshape(tensor, [value.shape[1]] + [1] * (len(value.axes) - 2))

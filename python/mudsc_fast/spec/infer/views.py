@@ -1,9 +1,9 @@
-"""Values of a traced network as views, so that moving data about leaves no trace of its own.
+"""Values of an exported network as views, so that data movement alone does not refine any factor.
 
-Every value is a view of a *base*: a tensor that was computed (or is a parameter), each of whose axes is one factor. The
-axes of a view consist of pieces, runs of steps along one axis of the base. Views, transpositions, slices and selections
-only re-arrange pieces; the base's factors are refined when an operator reads the view. So the keys in a fused layer's
-output are found to be a window of it, however they were cut out.
+Every value is a view of a *base*: a computed tensor or a parameter, each of whose axes is one factor. The axes of a
+view consist of pieces: runs of equal steps along one axis of the base. Reshapes, transpositions, slices and selections
+only rearrange pieces. The factors of the base are refined when an operator reads the view. So the keys in the output of
+a fused layer are found to be the same window of it, however they were cut out.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mudsc_fast.spec.infer.factors import Factor, freeze, product, split, window
+from mudsc_fast.spec.infer.factors import CUT, Factor, freeze, product, reason_of, split, window
 
 
 class NotAViewError(Exception):
-    """The entries asked for are no grid of steps."""
+    """The requested entries are not a grid of equal steps."""
 
 
 @dataclass(eq=False)
 class Base:
-    """A tensor that operators computed or, if `tensor` names one, a tensor of the model."""
+    """A computed tensor or, if `tensor` is its name, a tensor of the model.
+
+    `sources` are the tensors of the model that a computed weight is made of: for each axis the (tensor, axis) pairs
+    that have the same entries. None if the tensor depends on the inputs of the model.
+    """
 
     axes: Sequence[Factor]
     tensor: str | None = None
+    sources: Sequence[frozenset[tuple[str, int]]] | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of `count` entries, `step` apart, along one axis of a base; along None it is one entry again and again."""
+    """A run of `count` entries, `step` apart, along one axis of a base. If `axis` is None, one entry is repeated."""
 
     axis: int | None
     step: int
@@ -38,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Entries of a base: where they begin on each of its axes, and for each axis of the view its pieces."""
+    """Entries of a base: the offset on each axis of the base, and the pieces of each axis of the view."""
 
     base: Base
     offsets: tuple[int, ...]
@@ -51,28 +56,39 @@ class View:
 
     @property
     def repeats(self) -> bool:
-        """Whether the same entries come again and again along some axis."""
+        """Whether entries are repeated along some axis."""
         return any(piece.axis is None for axis in self.axes for piece in axis)
 
 
-def whole(axes: Sequence[Factor], tensor: str | None = None) -> View:
-    """Return the view of all of a new base."""
+def whole(
+    axes: Sequence[Factor],
+    tensor: str | None = None,
+    sources: Sequence[frozenset[tuple[str, int]]] | None = None,
+) -> View:
+    """Return the view of a whole new base."""
     pieces = tuple((Piece(i, 1, f.size),) if f.size != 1 else () for i, f in enumerate(axes))
-    return View(Base(axes, tensor), (0,) * len(axes), pieces)
+    if tensor is not None:
+        sources = [frozenset([(tensor, position)]) for position in range(len(axes))]
+    return View(Base(axes, tensor, sources), (0,) * len(axes), pieces)
 
 
-def frozen(shape: Sequence[int]) -> View:
-    """Return a tensor with no free axis."""
-    return whole([Factor(length, frozen=True) for length in shape])
+def frozen(shape: Sequence[int], reason: object = None) -> View:
+    """Return a tensor whose axes all keep their order."""
+    return whole([Factor(length, frozen=True, reason=reason) for length in shape])
+
+
+def fixed(shape: Sequence[int], reason: object = None) -> View:
+    """Return a tensor whose axes all keep their order, and which does not depend on the inputs of the model."""
+    return whole([Factor(length, frozen=True, reason=reason) for length in shape], sources=[frozenset()] * len(shape))
 
 
 def constant(shape: Sequence[int]) -> View:
-    """Return a view of one number, again and again."""
-    return expand(whole([Factor(1, frozen=True)] * len(shape)), shape)
+    """Return a tensor in which no entry differs from another, such as one number repeated."""
+    return expand(fixed([1] * len(shape)), shape)
 
 
 def factors_of_view(view: View) -> list[Factor]:
-    """Return the factor of every axis of a view, having refined those of its base."""
+    """Return the factor of every axis of a view, after refining the factors of its base."""
     located: dict[tuple[int, int], Factor] = {}
     for position, factor in enumerate(view.base.axes):
         pieces = [piece for axis in view.axes for piece in axis if piece.axis == position]
@@ -85,17 +101,17 @@ def factors_of_view(view: View) -> list[Factor]:
 
 
 def _locate(factor: Factor, offset: int, pieces: Sequence[Piece]) -> list[Factor]:
-    """Return the factors of pieces along one axis of a base, from the longest steps to the shortest."""
+    """Return the factors of pieces along one axis of a base. The pieces are sorted from long to short steps."""
     if not pieces:
         if factor.size > 1:
-            freeze(factor)  # one entry is told apart from the others
+            freeze(factor, CUT)  # one entry is selected
         return []
     first, rest = pieces[0], pieces[1:]
     start, within = offset - offset % first.step, offset % first.step
     reach = within + sum((piece.count - 1) * piece.step for piece in rest)
     if start + first.count * first.step > factor.size or reach >= first.step:
-        freeze(factor)
-        return [Factor(piece.count, frozen=True) for piece in pieces]
+        freeze(factor, CUT)
+        return [Factor(piece.count, frozen=True, reason=reason_of(factor)) for piece in pieces]
     outer, inner = split(window(factor, start, first.count * first.step), first.count)
     return [outer, *_locate(inner, within, rest)]
 
@@ -142,7 +158,7 @@ def expand(view: View, shape: Sequence[int]) -> View:
 
 
 def narrow(view: View, position: int, start: int, length: int, step: int = 1) -> View:
-    """Return a view of `length` of an axis' entries, `step` apart, from `start` on."""
+    """Return a view of `length` entries of an axis, `step` apart, from `start` on."""
     pieces = view.axes[position]
     if length == view.shape[position]:
         return view
