@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 import mudsc_fast
 from networks import CONV_SPEC, ConvNet, make_mlp
@@ -62,3 +65,43 @@ def test_after_an_error_everything_is_as_before(data: list[object], error: type[
         assert torch.equal(tensor, before[name])
     assert model.bn1.momentum == 0.1
     assert model.bn1.training
+
+
+def small_net(norm: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), norm(6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def test_batches_of_one_sample_are_skipped_by_layers_that_see_one_value() -> None:
+    model, data = small_net(nn.BatchNorm1d), [torch.randn(16, 8), torch.randn(16, 8)]
+    expected = copy.deepcopy(model)
+    assert mudsc_fast.reset_batch_norm(expected, data) == 1
+    assert mudsc_fast.reset_batch_norm(model, [data[0], torch.randn(1, 8), data[1], torch.randn(1, 8)]) == 1
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+    with pytest.raises(ValueError, match="layer '1' saw one in each: pass larger batches"):
+        mudsc_fast.reset_batch_norm(model, [torch.randn(1, 8)])
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_the_averages_are_those_of_update_bn() -> None:
+    model, data = small_net(nn.BatchNorm1d), [torch.randn(16, 8), torch.randn(16, 8)]
+    expected = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(data, expected)
+    mudsc_fast.reset_batch_norm(model, data)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+
+
+def test_instance_norms_that_track_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+    data = [torch.randn(5, 3, 7, 7), torch.randn(6, 3, 7, 7)]
+    assert mudsc_fast.reset_batch_norm(model, data) == 1
+    with torch.no_grad():
+        seen = [model[0](batch) for batch in data]
+    mean = torch.stack([values.mean((0, 2, 3)) for values in seen]).mean(0)
+    variance = torch.stack([values.var((2, 3)).mean(0) for values in seen]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, variance)
+    assert mudsc_fast.reset_batch_norm(model, [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 3, 3)]) == 1
+    assert model[1].momentum == 0.1

@@ -353,7 +353,7 @@ def test_bad_names(options: dict[str, Any], error: type[Exception], message: str
     [
         (
             (20, 32, 30, 10),
-            r"'fc2.weight' has shape \(30, 32\) in models\[1\], but \(32, 32\) in models\[0\]: name it in task_heads",
+            r"'fc2.weight' has shape \(30, 32\) in models\[1\], but \(32, 32\) in models\[0\]: only networks of",
         ),
         ((21, 32, 32, 10), r"'fc1.weight' has shape \(32, 21\) in models\[1\]"),
     ],

@@ -34,6 +34,10 @@ def check_float(argument: str, value: Tensor) -> None:
 
 def check_finite(argument: str, value: Tensor) -> None:
     """Raise ValueError naming the first entry that is NaN or infinite."""
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point():
+        return
     # The extremes carry NaN and inf along: one read, without a mask or a copy of the tensor's size.
     if value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value)):
         return

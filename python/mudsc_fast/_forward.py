@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,14 +27,19 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
         If there is no `forward` and the batch is neither.
     """
     moved = to_device(batch, device)
-    if forward is not None:
-        forward(model, moved)
-        return
-    inputs = inputs_of(moved)
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    else:
-        model(inputs)
+    inputs = None if forward is not None else inputs_of(moved)
+    # torch's fast path for attention hands nested tensors to the modules inside, which cannot be observed.
+    with _without_attention_fast_path():
+        if forward is not None:
+            forward(model, moved)
+            return
+        try:
+            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        except TypeError as error:  # most often of the call: missing or unexpected arguments
+            raise TypeError(
+                f"the model cannot run on a batch as data yields it: {error}. Pass forward=, e.g. "
+                "forward=lambda model, batch: model(batch['image'])"
+            ) from error
 
 
 def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
@@ -48,7 +55,9 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
         return inputs
     raise TypeError(
         "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, "
-        f"got {type(batch).__name__}" + (f" of {type(inputs).__name__}" if inputs is not batch else "")
+        f"got {type(batch).__name__}"
+        + (f" of {type(inputs).__name__}" if inputs is not batch else "")
+        + ". For other batches pass forward=, e.g. forward=lambda model, batch: model(batch.image)"
     )
 
 
@@ -102,13 +111,43 @@ def preserve_training_mode(model: nn.Module) -> Iterator[None]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Return a batch with all its tensors on a device."""
+    """Return a batch with its tensors on a device; containers keep their types.
+
+    Objects with a method ``to`` (such as ``BatchEncoding`` and ``PackedSequence``) are moved by it, and named tuples,
+    dataclasses, mappings, tuples and lists entry by entry. Everything else stays as it is.
+    """
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields") and not hasattr(value, "to"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if not isinstance(value, type) and callable(getattr(value, "to", None)):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(to_device(item, device) for item in value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
-    if isinstance(value, list):
-        return [to_device(item, device) for item in value]
+        return _move_mapping(value, device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        moved = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(moved, field.name, to_device(getattr(value, field.name), device))
+        return moved
     return value
+
+
+def _move_mapping(value: Mapping[Any, Any], device: torch.device) -> Mapping[Any, Any]:
+    moved = {key: to_device(item, device) for key, item in value.items()}
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return moved
+    copied = copy.copy(value)
+    copied.update(moved)
+    return copied
+
+
+@contextmanager
+def _without_attention_fast_path() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

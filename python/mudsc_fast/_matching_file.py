@@ -32,6 +32,7 @@ def save(path: PathLike, spec: PermutationSpec, nodes: Mapping[str, NodeMatching
             "num_clusters": matched.num_clusters,
             "similarity_before": matched.similarity_before,
             "similarity": matched.similarity,
+            "gap": matched.gap,
         }
         for node, matched in nodes.items()
     }
@@ -90,6 +91,7 @@ def _parsed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
             num_clusters=int(figures["num_clusters"]),
             similarity_before=float(figures["similarity_before"]),
             similarity=float(figures["similarity"]),
+            gap=figures["gap"],
         )
     return {
         **fields,

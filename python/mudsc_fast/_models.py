@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import config_of
+from mudsc_fast._tensors import same_values, tied_tensors, with_metadata
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
@@ -34,12 +33,18 @@ class Networks:
         The networks as modules; empty where only their tensors are known.
     state_dicts
         The tensors of each. Those of files are read each time that they are asked for.
+    given
+        The state dicts as they were given.
+    extras
+        Their entries that are no tensors: ``_extra_state`` of modules.
     config
         The entries of the first network's configuration, if it is a model of Hugging Face.
     """
 
     modules: tuple[nn.Module, ...]
     state_dicts: tuple[Mapping[str, Tensor], ...]
+    given: tuple[Mapping[str, Any], ...]
+    extras: tuple[Mapping[str, Any], ...]
     config: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -84,14 +89,35 @@ class Networks:
     @classmethod
     def of_modules(cls, models: Sequence[nn.Module]) -> Networks:
         """Return modules as they are."""
-        return cls(tuple(models), tuple(model.state_dict() for model in models), config_of(models[0]))
+        return cls._of_state_dicts([model.state_dict() for model in models], tuple(models), config_of(models[0]))
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Mapping[str, Tensor]], config: Mapping[str, Any] | None = None) -> Networks:
+        """Return networks of which only the tensors are known, all entries being tensors."""
+        return cls((), tuple(tensors), tuple(tensors), ({},) * len(tensors), config)
+
+    @classmethod
+    def _of_state_dicts(
+        cls,
+        state_dicts: Sequence[Mapping[str, Any]],
+        modules: tuple[nn.Module, ...] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> Networks:
+        extras = tuple(
+            {name: value for name, value in state_dict.items() if _is_extra(name, value)} for state_dict in state_dicts
+        )
+        tensors = tuple(
+            {name: value for name, value in state_dict.items() if name not in extra} if extra else state_dict
+            for state_dict, extra in zip(state_dicts, extras, strict=True)
+        )
+        return cls(modules, tensors, tuple(state_dicts), extras, config)
 
     @classmethod
     def _opened(cls, models: Sequence[Any], run: bool) -> Networks:
         if isinstance(models[0], nn.Module):
             return cls.of_modules(models)
         if isinstance(models[0], Mapping):
-            return cls((), tuple(models))
+            return cls._of_state_dicts(models)
         from mudsc_fast.io.checkpoint import open_checkpoint  # only users of files pay for the import
 
         checkpoints = [open_checkpoint(path) for path in models]
@@ -99,7 +125,7 @@ class Networks:
             from mudsc_fast.io.models import load_model
 
             return cls.of_modules([load_model(checkpoint, None) for checkpoint in checkpoints])
-        return cls((), tuple(checkpoint.tensors for checkpoint in checkpoints), checkpoints[0].config)
+        return cls.of_tensors([checkpoint.tensors for checkpoint in checkpoints], checkpoints[0].config)
 
     def choose_spec(self, spec: SpecLike, data: Iterable[Any] | None) -> tuple[PermutationSpec, Iterable[Any] | None]:
         """Return the spec of the networks, and `data` of which the first batch may have been looked at."""
@@ -117,8 +143,8 @@ class Networks:
         return chosen, data
 
 
-def tensors_of(model: Model) -> Mapping[str, Tensor]:
-    """Return the tensors of one model.
+def network_of(model: Model) -> Networks:
+    """Return what is known of one network.
 
     Raises
     ------
@@ -126,33 +152,65 @@ def tensors_of(model: Model) -> Mapping[str, Tensor]:
         If it is neither a module nor a state dict nor a path.
     """
     if isinstance(model, nn.Module):
-        return model.state_dict()
+        return Networks.of_modules([model])
     if isinstance(model, Mapping):
-        return model
+        return Networks._of_state_dicts([model])
     if isinstance(model, (str, os.PathLike)):
-        from mudsc_fast.io.checkpoint import open_checkpoint
-
-        return open_checkpoint(Path(model)).tensors
+        return Networks._opened([model], run=False)
     raise TypeError(f"model must be a module, a state dict, or the path of a checkpoint, got {type(model).__name__}")
 
 
-def like(state_dict: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with the versions of the modules that an original one keeps (its ``_metadata``).
+def like(tensors: Mapping[str, Tensor], original: Networks, index: int) -> dict[str, Tensor]:
+    """Return a state dict with what that of one of the networks has besides tensors.
 
-    Modules that changed between versions of a library load an old state dict by them.
+    These are the versions of its modules (``_metadata``) and the entries that are no tensors (``_extra_state``).
     """
-    result = OrderedDict(state_dict)
-    metadata = getattr(original, "_metadata", None)
-    if metadata is not None:
-        result._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]
-    return result
+    return with_metadata({**tensors, **copy.deepcopy(original.extras[index])}, original.given[index])
 
 
 def with_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of a model with other tensors."""
+    """Return a copy of a model with other tensors.
+
+    Where the model has one tensor under several names and the state dict has several, the copy has several.
+
+    Raises
+    ------
+    ValueError
+        If the model does not hold the tensors after loading them.
+    """
     copied = copy.deepcopy(model)
+    _untie(copied, state_dict)
     copied.load_state_dict(state_dict)
+    found = copied.state_dict()
+    changed = [
+        name
+        for name, tensor in state_dict.items()
+        if isinstance(tensor, Tensor) and not same_values(found[name], tensor)
+    ]
+    if changed:
+        raise ValueError(
+            f"{type(model).__name__} does not keep the tensors that it loads: {', '.join(changed[:5])} "
+            f"({len(changed)} in all). Merge its state dict instead, and load the result by the model's own means"
+        )
     return copied
+
+
+def _untie(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Give names of one tensor a tensor each where a state dict has different values for them, in place."""
+    held = model.state_dict(keep_vars=True)
+    untied = False
+    for first, *others in tied_tensors([{name: value for name, value in held.items() if isinstance(value, Tensor)}]):
+        for name in others:
+            if not same_values(state_dict[first], state_dict[name]):
+                module_name, _, leaf = name.rpartition(".")
+                tensor = held[name].detach().clone()
+                if isinstance(held[name], nn.Parameter):
+                    tensor = nn.Parameter(tensor, requires_grad=held[name].requires_grad)
+                setattr(model.get_submodule(module_name), leaf, tensor)
+                untied = True
+    config: Any = getattr(model, "config", None)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # else they are tied again when the model is saved and loaded
 
 
 def _check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor], index: int) -> None:
@@ -166,11 +224,22 @@ def _check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor]
     for name, tensor in first.items():
         found = other[name]
         for value in (tensor, found):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name!r} must be a tensor in every model, got {type(value).__name__}")
+            if not isinstance(value, Tensor) or value.is_quantized:
+                raise TypeError(
+                    f"{name!r} must be a tensor in every model, got {_described(value)}. Quantized networks must be "
+                    "dequantized before they are merged"
+                )
         if found.dtype != tensor.dtype:
             raise TypeError(f"{name!r} has dtype {found.dtype} in models[{index}], but {tensor.dtype} in models[0]")
         if found.device != tensor.device:
             raise ValueError(
                 f"{name!r} is on device {found.device} in models[{index}], but on {tensor.device} in models[0]"
             )
+
+
+def _is_extra(name: str, value: object) -> bool:
+    return name.rpartition(".")[2] == "_extra_state" and not isinstance(value, Tensor)
+
+
+def _described(value: object) -> str:
+    return f"a quantized tensor ({value.dtype})" if isinstance(value, Tensor) else type(value).__name__

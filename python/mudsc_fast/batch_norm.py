@@ -1,4 +1,4 @@
-"""Statistics of normalisation layers after a merge."""
+"""Statistics of normalization layers after a merge."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast._progress import progress_bar
+
+_TRACKING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def reset_batch_norm(
     model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None, progress: bool | None = None
 ) -> int:
-    """Recompute the running mean and variance of every BatchNorm layer, in place.
+    """Recompute the running mean and variance of every BatchNorm and InstanceNorm layer that tracks them, in place.
 
-    The units of a merged network have other statistics than the mean of those of the networks it was made of. Every
-    layer's statistics become the averages over all batches, as seen with the layers before it normalising by the batch.
+    The statistics of a merged network's units are not the mean of those of the networks that it was made of. Each
+    layer's statistics become the averages over all batches, as seen with the layers before it normalizing by the batch.
+
+    It differs from :func:`torch.optim.swa_utils.update_bn` in that all other layers, such as dropout, stay in
+    evaluation mode, that it takes the batches that :func:`mudsc_fast.merge` takes, that a batch with one value for each
+    unit (a last batch of one sample) is no error, that InstanceNorm is served, and that the model is left as it was
+    after an error.
 
     Parameters
     ----------
     model
         The merged network. Only running statistics and their counters change.
     data
-        Batches, as for :func:`mudsc_fast.collect_statistics`; some thousand samples are enough.
+        Batches, as for :func:`mudsc_fast.collect_statistics`; some thousand samples are enough. All batches count
+        alike, but a layer skips batches in which it sees one value for each unit.
     forward
         Runs the model on a batch where that is not what the model needs.
     progress
@@ -40,39 +48,71 @@ def reset_batch_norm(
     Raises
     ------
     ValueError
-        If the data yields nothing. After this and any other error the statistics are what they were.
+        If the data yields nothing, or a layer saw batches with one value for each unit alone. After this and any other
+        error the statistics are what they were.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _TRACKING_LAYERS) and module.track_running_stats
+    }
     if not layers:
         return 0
     device = next(iter(model.state_dict().values())).device
-    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
-    momenta = [layer.momentum for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserve_training_mode(model))
         model.eval()
+        averages = {name: stack.enter_context(_Average(layer)) for name, layer in layers.items()}
         num_batches = 0
-        try:
-            for layer in layers:
-                layer.train()
-                layer.reset_running_stats()
-                layer.momentum = None  # the plain average over all batches
-            for batch in progress_bar(data, description="batch norm", progress=progress):
-                run_on_batch(model, batch, device, forward)
-                num_batches += 1
-            if num_batches == 0:
-                raise ValueError("data must yield at least one batch, got none")
-        except BaseException:
-            for layer, buffers in zip(layers, before, strict=True):
-                for name, buffer in layer.named_buffers():
-                    buffer.copy_(buffers[name])
-            raise
-        finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
-                layer.momentum = momentum
+        for batch in progress_bar(data, description="batch norm", progress=progress):
+            run_on_batch(model, batch, device, forward)
+            num_batches += 1
+        if num_batches == 0:
+            raise ValueError("data must yield at least one batch, got none")
+        for name, average in averages.items():
+            if average.num_skipped and not average.num_batches:
+                raise ValueError(
+                    f"data must yield batches with several values for each unit, but layer {name!r} saw one in each: "
+                    "pass larger batches"
+                )
     return len(layers)
+
+
+class _Average:
+    """Lets a layer average its statistics over the batches; gives all back after an error."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer: Any = layer
+        self.num_batches = self.num_skipped = 0
+
+    def __enter__(self) -> _Average:
+        self._before = {name: buffer.clone() for name, buffer in self._layer.named_buffers()}
+        self._momentum = self._layer.momentum
+        self._layer.reset_running_stats()
+        self._handle = self._layer.register_forward_pre_hook(self._prepare)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._handle.remove()
+        self._layer.momentum = self._momentum
+        if error is not None:
+            for name, buffer in self._layer.named_buffers():
+                buffer.copy_(self._before[name])
+
+    def _prepare(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Let the layer learn from a call, unless there is no variance to learn from."""
+        if _values_per_unit(layer, inputs[0]) < 2:
+            self.num_skipped += 1
+            layer.training = False  # it normalizes by what it has learned so far
+            return
+        self.num_batches += 1
+        layer.training = True
+        layer.momentum = 1 / self.num_batches  # which makes the running value the plain average over all batches
+
+
+def _values_per_unit(layer: Any, inputs: Tensor) -> int:
+    """Return over how many values the layer takes each mean."""
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return inputs.shape[1 - layer._get_no_batch_dim() :].numel()  # the positions of one channel of one sample
+    return inputs.numel() // max(1, int(layer.num_features))

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mudsc_fast._checks import check_finite, check_tensor
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.checks import check_networks
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
-from mudsc_fast.matching.partial import Division, divide
+from mudsc_fast.matching.partial import divide
 from mudsc_fast.matching.sweep import SweepResult, sweep
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
@@ -118,10 +118,7 @@ class PreparedMatching:
         self._networks, self._spec, self._options = networks, spec, options
         self._task_heads = tuple(names("task_heads", task_heads))
         self._division = divide(networks.state_dicts, spec, (), self._task_heads)
-        _check_same_shapes(networks.state_dicts, self._division)
-        for state_dict in networks.state_dicts:
-            spec.units(state_dict)
-        _check_finite_tensors(networks.state_dicts, spec)
+        check_networks(networks.state_dicts, spec, self._division)
         self._weights = checked_weights(weights, len(networks))
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
@@ -218,19 +215,3 @@ class PreparedMatching:
             precision=self._options.precision,
             progress=self._options.progress,
         )
-
-
-def _check_same_shapes(state_dicts: Sequence[Mapping[str, Tensor]], division: Division) -> None:
-    for name, tensor in state_dicts[0].items():
-        for index, other in enumerate(state_dicts):
-            if name not in division.task_heads and other[name].shape != tensor.shape:
-                raise ValueError(
-                    f"{name!r} has shape {tuple(other[name].shape)} in models[{index}], but {tuple(tensor.shape)} in "
-                    "models[0]: name it in task_heads to keep it per task"
-                )
-
-
-def _check_finite_tensors(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> None:
-    for index, state_dict in enumerate(state_dicts):
-        for name in spec.layouts:
-            check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from mudsc_fast import _matching_file
 from mudsc_fast._checks import check_int, check_number
-from mudsc_fast._models import Model, Models, Networks, like, tensors_of, with_state
+from mudsc_fast._models import Model, Models, Networks, like, network_of, with_state
 from mudsc_fast._tables import as_html, as_text, node_rows
 from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
+from mudsc_fast.matching.checks import check_dtypes
 from mudsc_fast.matching.node import Mode, NodeMatching, effective_weights
 from mudsc_fast.matching.partial import Division, divide
 from mudsc_fast.options import Space
@@ -167,14 +168,15 @@ class Matching(Mapping[str, NodeMatching]):
             raise ValueError(
                 f"index must be below the number of models that were matched ({self.num_models}), got {index}"
             )
-        tensors = tensors_of(model)
+        network = network_of(model)
+        tensors = network.state_dicts[0]
         self._check_fits("model", tensors)
         orders = {}
         for node, matched in self.nodes.items():
             permutations = matched.permutations
             assert permutations is not None  # of an alignment
             orders[node] = permutations[index]
-        permuted = like(permute_state_dict(tensors, self.spec, orders), tensors)
+        permuted = like(permute_state_dict(tensors, self.spec, orders), network, 0)
         return with_state(model, permuted) if isinstance(model, nn.Module) else permuted
 
     def save(self, path: _matching_file.PathLike) -> None:
@@ -334,13 +336,17 @@ class MergeResult:
     @property
     def num_shared(self) -> int:
         """Number of entries of the tensors that all tasks share."""
-        return sum(tensor.numel() for tensor in self.state_dict.values())
+        return sum(tensor.numel() for tensor in self.state_dict.values() if isinstance(tensor, Tensor))
 
     @property
     def num_per_task(self) -> tuple[int, ...]:
         """Number of entries of the tensors that each task keeps for itself."""
         return tuple(
-            sum(tensor.numel() for name, tensor in tensors.items() if name not in self.state_dict)
+            sum(
+                tensor.numel()
+                for name, tensor in tensors.items()
+                if name not in self.state_dict and isinstance(tensor, Tensor)
+            )
             for tensors in self.task_state_dicts
         )
 
@@ -398,11 +404,12 @@ def merge_matched(
     """Merge networks whose units are matched; which tensors, `division` says."""
     shares = list(matching.weights) if weights is None else checked_weights(weights, len(networks))
     phases = Phases()
+    check_dtypes(networks.state_dicts, matching.spec, division)
     with phases.timed("merging"):
         state_dicts, spec = networks.state_dicts, matching.spec
         merged = merge_state_dicts(state_dicts, spec, matching, effective_weights(shares, matching), division.shared)
-        merged = like(merged, state_dicts[0])
-        tasks = _task_state_dicts(state_dicts, spec, matching, division, merged)
+        tasks = _task_state_dicts(networks, spec, matching, division, merged)
+        merged = like(merged, networks, 0)
         task_models = _task_models(networks.modules, tasks, division)
     return MergeResult(
         model=None if division.per_task or not task_models else task_models[0],
@@ -413,7 +420,11 @@ def merge_matched(
         weights=tuple(shares),
         timings={**matching.timings, **phases.seconds},
         unmatched_tensors=tuple(
-            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
+            name
+            for name, tensor in merged.items()
+            if isinstance(tensor, Tensor)
+            and (tensor.is_floating_point() or tensor.is_complex())
+            and name not in spec.layouts
         ),
     )
 
@@ -440,7 +451,7 @@ def checked_weights(weights: Sequence[float] | None, num_models: int) -> list[fl
 
 
 def _task_state_dicts(
-    state_dicts: Sequence[Mapping[str, Tensor]],
+    networks: Networks,
     spec: PermutationSpec,
     matching: Mapping[str, NodeMatching],
     division: Division,
@@ -448,10 +459,10 @@ def _task_state_dicts(
 ) -> tuple[dict[str, Tensor], ...]:
     """Return for each model all tensors, merged or its own, in the order of the first model."""
     tasks = []
-    for index, state_dict in enumerate(state_dicts):
+    for index, state_dict in enumerate(networks.state_dicts):
         own = task_tensors(state_dict, index, spec, matching, division.shared, division.per_task)
-        whole = {name: merged[name] if name in merged else own[name] for name in state_dicts[0]}
-        tasks.append(like(whole, state_dict))
+        whole = {name: merged[name] if name in merged else own[name] for name in networks.state_dicts[0]}
+        tasks.append(like(whole, networks, index))
     return tuple(tasks)
 
 
@@ -461,5 +472,11 @@ def _task_models(
     if not models:
         return ()
     if not division.per_task:
-        return (with_state(models[0], tasks[0]),) * len(models)
+        # The model that shares the fewest tensors between names need not be changed to hold the merged ones.
+        return (with_state(min(models, key=_num_shared_names), tasks[0]),) * len(models)
     return tuple(with_state(model, task) for model, task in zip(models, tasks, strict=True))
+
+
+def _num_shared_names(model: nn.Module) -> int:
+    """Return how many names of parameters are further names of one."""
+    return sum(1 for _ in model.named_parameters(remove_duplicate=False)) - sum(1 for _ in model.parameters())

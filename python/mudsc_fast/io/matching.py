@@ -120,7 +120,7 @@ def match_networks(
         began = time.perf_counter()
         activations = _activations(networks, spec, batches, build, mode, precision, progress)
         timings["activations"] = time.perf_counter() - began
-    tensors = Networks((), tuple(networks.state_dicts))
+    tensors = Networks.of_tensors(networks.state_dicts)
     prepared = PreparedMatching(tensors, networks.spec, activations, options, weights, networks.kept_names)
     found = prepared.at(options.balance)
     return MatchedNetworks(networks, found.nodes, found.objectives, found.weights, {**found.timings, **timings})

@@ -238,6 +238,12 @@ def collect_statistics(
     """
     if autocast not in (None, torch.float16, torch.bfloat16):
         raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+    for index, model in enumerate(models):
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                f"models[{index}] must be a module whose submodules can be observed, got a {type(model).__name__}: "
+                "pass the module it was compiled from, or match with space='weight'"
+            )
     spec, batches = Networks.of_modules(models).choose_spec(spec, data)
     device = next(iter(models[0].state_dict().values())).device
     units = spec.units(models[0].state_dict())
@@ -245,7 +251,7 @@ def collect_statistics(
     observers = [_Observer(model, spec, units) for model in models]
     num_batches = 0
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())
         stack.enter_context(statistics.computing_in(Workspace()))
         if autocast is not None:
             for kind in sorted({next(iter(model.state_dict().values())).device.type for model in models}):
@@ -271,7 +277,10 @@ def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequen
     device = seen[0][0].values.device
     for features in zip(*seen, strict=True):
         values = [feature.values.to(device) for feature in features]
-        statistics.update(node, *values, channel_axis=features[0].axis)
+        try:
+            statistics.update(node, *values, channel_axis=features[0].axis)
+        except ValueError as error:
+            raise ValueError(f"the activations of node {node!r} cannot be compared: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -290,6 +299,7 @@ class _Observer:
         self._units = units
         self._device = next(iter(model.state_dict().values())).device
         self._observations = {node: _checked_observations(model, spec, node) for node in spec.nodes}
+        #: What was seen of each node, while this model runs; empty while another runs that has modules in common.
         self._features: dict[str, list[_Feature]] = {}
 
     @contextmanager
@@ -322,21 +332,32 @@ class _Observer:
 
     def run(self, batch: Any, forward: Forward | None) -> dict[str, list[_Feature]]:
         """Run the model on a batch and return what was seen at each node."""
-        self._features = {node: [] for node in self._observations}
-        run_on_batch(self._model, batch, self._device, forward)
-        for node, features in self._features.items():
+        features_of_node: dict[str, list[_Feature]] = {node: [] for node in self._observations}
+        self._features = features_of_node
+        try:
+            run_on_batch(self._model, batch, self._device, forward)
+        finally:
+            self._features = {}
+        for node, features in features_of_node.items():
             if not features:
                 modules = " and ".join(repr(observation.module) for observation in self._observations[node])
                 raise ValueError(f"node {node!r} is observed at {modules}, which the model did not call")
-        return self._features
+        return features_of_node
 
     def _hook(self, node: str, observation: Observation, position: int) -> Callable[[Sequence[object]], None]:
         split = (observation.outer, self._units[node], observation.inner)
 
         def observe(values: Sequence[object]) -> None:
+            if node not in self._features:
+                return
             value = next((v for v in values if isinstance(v, Tensor)), None)
             if value is None:
                 raise ValueError(f"the {observation.port} of {observation.module!r} holds no tensor to observe")
+            if torch._C._functorch.is_batchedtensor(value):
+                raise ValueError(
+                    f"node {node!r} is observed at {observation.module!r}, which runs inside torch.vmap: observe it at "
+                    "a module outside, or match with space='weight'"
+                )
             shape = tuple(value.shape)
             expected = math.prod(split)
             fits = -len(shape) <= position < len(shape)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mudsc_fast._checks import FLOAT_DTYPES
+from mudsc_fast._tensors import as_integers, tied_tensors, with_metadata
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.ops.permute import UnitMap, permute_merge, permute_merge_group
 from mudsc_fast.spec.axes import Axis, Segment
@@ -28,7 +32,13 @@ def merge_state_dicts(
     """Return the weighted mean of all models after re-indexing every axis by its node's matching.
 
     Tensors that `spec` does not name are averaged as they are; tensors of integers (counters, index tables) are
-    those of the first model. `names` are the tensors to merge, all by default.
+    those of the first model. `names` are the tensors to merge, all by default. A tensor that has several names in every
+    model is merged once.
+
+    Raises
+    ------
+    ValueError
+        If `spec` orders the axes of one tensor differently under two of its names.
     """
 
     def map_of(axis: Axis) -> UnitMap | None:
@@ -37,7 +47,10 @@ def merge_state_dicts(
     merged: dict[str, Tensor] = {}
     vectors: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     chosen = list(state_dicts[0] if names is None else names)
+    main_name = _main_names(state_dicts, spec, chosen)
     for name in chosen:
+        if main_name.get(name, name) != name:
+            continue
         first = state_dicts[0][name]
         layout = spec.layouts.get(name, ())
         if not (first.is_floating_point() or first.is_complex()):
@@ -56,7 +69,34 @@ def merge_state_dicts(
         ]
         results = permute_merge_group(groups, [split.maps for split in splits], weights=model_weights)
         merged.update({name: result.flatten() for name, result in zip(alike, results, strict=True)})
-    return {name: merged[name] for name in chosen}
+    return {name: merged[main_name.get(name, name)] for name in chosen}
+
+
+def _main_names(
+    state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, chosen: Sequence[str]
+) -> dict[str, str]:
+    """Return for each tensor with several names the one to merge it by: the first that the spec names, or the first."""
+    main_name = {}
+    for tied in tied_tensors([{name: state_dict[name] for name in chosen} for state_dict in state_dicts]):
+        layouts = {name: spec.layouts[name] for name in tied if name in spec.layouts}
+        first = next(iter(layouts), tied[0])
+        for name, layout in layouts.items():
+            if _mapped(layout) != _mapped(layouts[first]):
+                raise ValueError(
+                    f"{first!r} and {name!r} are one tensor in every model, but spec permutes their axes differently"
+                )
+        main_name.update(dict.fromkeys(tied, first))
+    return main_name
+
+
+def _mapped(layout: Sequence[Sequence[Segment]]) -> list[tuple[int, int, str]]:
+    """Return where a layout has nodes."""
+    return [
+        (position, segment.start, segment.axis.node)
+        for position, segments in enumerate(layout)
+        for segment in segments
+        if segment.axis is not None
+    ]
 
 
 def task_tensors(
@@ -104,7 +144,7 @@ def task_tensors(
 
     return {
         name: reindex([state_dict[name].detach()], spec.layouts[name], map_of, [1.0])
-        if name in spec.layouts
+        if name in spec.layouts and _is_averaged(state_dict[name])
         else state_dict[name].detach().clone()
         for name in names
     }
@@ -142,12 +182,19 @@ def permute_state_dict(
     def map_of(axis: Axis) -> UnitMap | None:
         return UnitMap.permutation(permutations[axis.node][None]) if axis.node in permutations else None
 
-    return {
-        name: reindex([tensor.detach()], spec.layouts[name], map_of, [1.0])
-        if name in spec.layouts
-        else tensor.detach().clone()
-        for name, tensor in state_dict.items()
-    }
+    def permuted(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):  # extra state of a module
+            return copy.deepcopy(value)
+        tensor, layout = value.detach(), spec.layouts.get(name)
+        if layout is None:
+            return tensor.clone()
+        if _is_averaged(tensor):
+            return reindex([tensor], layout, map_of, [1.0])
+        for position, segments in enumerate(layout):
+            tensor = _permute_axis(tensor, position, segments, permutations)
+        return tensor.clone()
+
+    return with_metadata({name: permuted(name, value) for name, value in state_dict.items()}, state_dict)
 
 
 def reindex(
@@ -211,6 +258,26 @@ def split_axes(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of
         split.shape.extend(lengths)
         split.factors.append(len(lengths))
     return split
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    """Whether a tensor is of a dtype that :func:`reindex` takes."""
+    return tensor.dtype in FLOAT_DTYPES or tensor.is_complex()
+
+
+def _permute_axis(
+    tensor: Tensor, position: int, segments: Sequence[Segment], permutations: Mapping[str, Tensor]
+) -> Tensor:
+    """Return a tensor of any dtype with the units on one axis in another order."""
+    order = torch.arange(tensor.shape[position], device=tensor.device)
+    for segment in segments:
+        axis = segment.axis
+        if axis is None or axis.node not in permutations:
+            continue
+        width = tensor.shape[position] if segment.width is None else segment.width
+        window = order[segment.start : segment.start + width].view(axis.outer, -1, axis.inner)
+        window.copy_(window[:, permutations[axis.node].to(order.device)])
+    return as_integers(tensor).index_select(position, order).view(tensor.dtype)
 
 
 def _check_groups(spec: PermutationSpec, units: Mapping[str, int], permutations: Mapping[str, Tensor]) -> None:

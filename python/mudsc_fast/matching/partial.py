@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mudsc_fast._tensors import tied_tensors
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
@@ -75,7 +76,7 @@ def divide(
         in_trunk = trunk.get(name, in_trunk)
         if in_trunk and name not in own:
             merged.add(name)
-    for tied in _tied_tensors(state_dicts[0]) if len(merged) < len(names) else ():
+    for tied in tied_tensors(state_dicts) if len(merged) < len(names) else ():
         if own.intersection(tied) and not own.issuperset(tied):
             raise ValueError(f"task_heads must name all of {', '.join(map(repr, tied))} or none: they are one tensor")
         if merged.intersection(tied):
@@ -148,17 +149,6 @@ def _linked_parts(spec: PermutationSpec) -> dict[str, str]:
         part_of.update(dict.fromkeys(tensors, first))
         part_of.update({name: first for name, part in part_of.items() if part in joined})
     return part_of
-
-
-def _tied_tensors(state_dict: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """Return the names of each tensor that has several: an embedding table that is the output layer too."""
-    tensors = dict(state_dict)  # all held at once, so that no two that are read from a file get one address
-    names: dict[tuple[object, ...], list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-            names.setdefault(place, []).append(name)
-    return [tuple(tied) for tied in names.values() if len(tied) > 1]
 
 
 def _begins(name: str, beginning: str) -> bool:

@@ -117,6 +117,8 @@ class WeightSimilarity:
     def _window(self, model: int, part: _Part) -> Tensor:
         """Return the part of a model's tensor that is meant."""
         tensor = self._state_dicts[model][part.tensor].detach()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
         for position, start, width in part.windows:
             tensor = tensor.narrow(position, start, width)
         return tensor

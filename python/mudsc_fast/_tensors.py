@@ -1,0 +1,58 @@
+"""Tensors with several names, and comparisons of tensors of any dtype."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INT_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def with_metadata(tensors: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with the versions of the modules that another one carries (``_metadata``).
+
+    Modules that changed between versions of a library load an old state dict by them.
+    """
+    result = OrderedDict(tensors)
+    metadata = getattr(original, "_metadata", None)
+    if metadata is not None:
+        result._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]
+    return result
+
+
+def tied_tensors(state_dicts: Sequence[Mapping[str, Tensor]]) -> list[tuple[str, ...]]:
+    """Return the names of each tensor that has several in every model: an embedding table that is the output layer too.
+
+    A tensor that only some of the models share between names is not among them: its names have values of their own.
+    """
+    held = [dict(state_dict) for state_dict in state_dicts]  # so that no two that are read from a file get one address
+    names: dict[tuple[object, ...], list[str]] = {}
+    for name, first in held[0].items():
+        if first.numel():
+            names.setdefault(tuple(_place(tensors[name]) for tensors in held), []).append(name)
+    return [tuple(tied) for tied in names.values() if len(tied) > 1]
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of any dtype are the same, NaN included."""
+    if first is second:
+        return True
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(as_integers(first), as_integers(second))
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor of any dtype: not all dtypes can be compared or indexed, and NaN differs from NaN."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.detach().view(_INT_OF_WIDTH[tensor.itemsize])
