@@ -94,7 +94,7 @@ def test_files_that_hold_no_statistics(tmp_path: Path, content: bytes) -> None:
         (lambda state: state.pop("units"), r"statistics\.pt must be a file of .*: no entry 'units'"),
         (lambda state: state["sums"].pop("fc1"), "no entry 'fc1'"),
         (lambda state: state["sums"]["fc1"].pop("mean"), "state must have the entry 'mean'"),
-        (lambda state: state.update(blocks="upper"), "blocks must be 'cross' or 'full', got 'upper'"),
+        (lambda state: state.update(blocks="upper"), "blocks must be one of 'cross', 'full', got 'upper'"),
         (lambda state: state.update(spec="{"), "JSON"),
     ],
 )
