@@ -1,20 +1,22 @@
 """The CUDA and Triton kernels on a device: times beside their floors, torch, scipy and the kernels on the CPU.
 
-    python benchmarks/bench_cuda.py OUTPUT_FOLDER
+    python benchmarks/bench_cuda.py [--smoke] OUTPUT_FOLDER
 
-Writes `cuda.json` and a table, `cuda.md`, after every row, the most important rows first. Times are medians of wall
-time after warm-up, the device waited for, on random inputs. Before a row is timed its result is compared with the
-kernels' on the CPU or, of correlations and re-indexed tensors, with torch's in float64 or by `index_select`. A floor is
-the bytes that must be moved over the measured rate of a large copy, of a correlation the time of its products on tensor
-cores by torch, if that is longer.
+Writes `cuda.json` and a table, `cuda.md`, after every row, the most important rows first; --smoke measures the first
+eight, one for each kind of kernel. Times are medians of wall time after warm-up, including the wait for the device, on
+random inputs. Before a row is timed its result is compared with that of the kernels on the CPU or, for correlations and
+re-indexed tensors, with torch's in float64 or by `index_select`. A floor is the bytes that must be moved over the
+measured rate of a large copy; for a correlation it is the time of its products on tensor cores by torch, if longer.
+`copied_ms` is what a device tensor takes through the host's memory and the kernels on the CPU.
 
-Rows are measured by a second process. Where it fails, hangs or loses the device, what went wrong is the row's `error`,
-and another process goes on behind it. `MUDSC_BENCHMARK_SECONDS` ends the run early (by default 240); rows that time did
-not suffice for are counted in `not_measured`.
+Rows are measured by a second process. If it fails, hangs or loses the device, the row's `error` says what went wrong,
+and another process continues behind it. `MUDSC_BENCHMARK_SECONDS` ends the run (240 by default); rows for which there
+was no time are counted in `not_measured`.
 """
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import functools
 import json
@@ -25,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,9 @@ from mudsc_fast.kernels.cuda import _device, _tensor_cores, correlation
 
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted")
 #: Beyond these sizes scipy and the CPU would take the whole time.
-LARGEST_FOR_SCIPY, LARGEST_FOR_CPU = 2048, 8192
+LARGEST_FOR_SCIPY, LARGEST_FOR_CPU, LARGEST_FOR_COPY = 2048, 8192, 4096
+#: Rows that --smoke measures.
+SMOKE_ROWS = 8
 #: After so long a row is given up.
 SECONDS_OF_A_ROW = 45
 #: What a row that begins before the end of the time may take after it.
@@ -48,17 +53,17 @@ GRACE = 10
 #: Samples of a row's features: as many as make the products what a row is about.
 SAMPLES = 65536
 #: Error of a correlation that sums in float32 account for.
-MOST_ERROR = 3e-6
+MAX_ERROR = 3e-6
 
 Row = dict[str, Any]
 #: Takes a row and the device's bytes per second, and adds to the row what it measures.
 Measure = Callable[[Row, float], None]
 
 
-def median_milliseconds(run: Callable[[], object], repetitions: int = 7, most_seconds: float = 3.0) -> float:
+def median_milliseconds(run: Callable[[], object], repetitions: int = 7, max_seconds: float = 3.0) -> float:
     run()
     times: list[float] = []
-    while len(times) < repetitions and sum(times) < 1000 * most_seconds:
+    while len(times) < repetitions and sum(times) < 1000 * max_seconds:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         run()
@@ -101,6 +106,9 @@ def measure_assignment(n: int, family: str, row: Row, rate: float) -> None:
         begin = time.perf_counter()
         scipy_solve(values.numpy(), True)
         row["scipy_ms"] = 1000 * (time.perf_counter() - begin)
+    if n <= LARGEST_FOR_COPY:
+        with mudsc_fast.use_backend("cpu"):
+            row["copied_ms"] = median_milliseconds(lambda: mudsc_fast.linear_assignment(on_device), max_seconds=0.5)
     row["floor_ms"] = floor_milliseconds(4 * n * n, rate)
     row["ms"] = median_milliseconds(lambda: mudsc_fast.linear_assignment(on_device))
 
@@ -112,11 +120,16 @@ def measure_batch(count: int, n: int, row: Row, rate: float) -> None:
     expected = mudsc_fast.linear_assignment(values)
     row["cpu_ms"] = 1000 * (time.perf_counter() - begin)
     found = mudsc_fast.linear_assignment(on_device)
-    check(row, torch.equal(found.columns.cpu(), expected.columns), "other columns than on the CPU")
+    difference = float((found.objective.cpu() - expected.objective).abs().max())
+    check(row, difference <= 1e-9 * n, f"objectives differ by {difference}")
+    check(row, n > 128 or torch.equal(found.columns.cpu(), expected.columns), "other columns than on the CPU")
     begin = time.perf_counter()
     for matrix in values:
         scipy_solve(matrix.numpy(), True)
     row["scipy_ms"] = 1000 * (time.perf_counter() - begin)
+    with suppress(ImportError):  # an optional peer; its solver on the device maximizes nothing, so that signs change
+        solve = import_module("torch_linear_assignment").batch_linear_assignment
+        row["torch_linear_assignment_ms"] = median_milliseconds(lambda: solve(-on_device))
     row["floor_ms"] = floor_milliseconds(values.numel() * 4, rate)
     row["ms"] = median_milliseconds(lambda: mudsc_fast.linear_assignment(on_device))
 
@@ -157,20 +170,44 @@ def measure_permute(
     row["torch_ms"] = median_milliseconds(chain)
 
 
-def measure_correlation(units: int, dtype: torch.dtype, instructions: str, row: Row, rate: float) -> None:
+def llama_layer(hidden: int = 4096, inner: int = 11008) -> list[tuple[int, ...]]:
+    """Return the shapes of one layer of a LLaMA of 7 billion parameters."""
+    attention, up, down = (hidden, hidden), (inner, hidden), (hidden, inner)
+    return [attention, attention, attention, attention, up, up, down, (hidden,), (hidden,)]
+
+
+def measure_permute_group(row: Row, rate: float) -> None:
+    shapes = llama_layer()
+    groups = [[torch.randn(shape, device="cuda").bfloat16() for _ in range(2)] for shape in shapes]
+    order = {size: torch.stack([torch.randperm(size, device="cuda") for _ in range(2)]) for size in (4096, 11008)}
+    maps = [{0: mudsc_fast.UnitMap.permutation(order[shape[0]])} for shape in shapes]
+
+    def chain() -> list[Tensor]:
+        return [
+            sum(one.index_select(0, order[len(one)][model]) for model, one in enumerate(tensors)) / 2  # type: ignore[misc]
+            for tensors in groups
+        ]
+
+    found = mudsc_fast.permute_merge_group(groups, maps)
+    difference = max(
+        float((one.float() - other.float()).abs().max()) for one, other in zip(found, chain(), strict=True)
+    )
+    check(row, difference <= 8 * torch.finfo(torch.bfloat16).eps, f"{difference} from index_select's")
+    row["floor_ms"] = floor_milliseconds(3 * sum(tensors[0].nbytes for tensors in groups), rate)
+    row["ms"] = median_milliseconds(lambda: mudsc_fast.permute_merge_group(groups, maps))
+    row["torch_ms"] = median_milliseconds(chain)
+
+
+def measure_correlation(units: int, samples: int, dtype: torch.dtype, instructions: str, row: Row, rate: float) -> None:
     os.environ["MUDSC_TENSOR_CORES"] = instructions
-    features = features_of("cuda", units, SAMPLES, dtype)
-
-    def update() -> mudsc_fast.CorrelationAccumulator:
-        sums = mudsc_fast.CorrelationAccumulator(2, units, device=torch.device("cuda"))
-        sums.update(*features)
-        return sums
-
-    row["greatest_error"] = error_of(update().finalize()[0], features)
+    features = features_of("cuda", units, samples, dtype)
+    sums = mudsc_fast.CorrelationAccumulator(2, units, device=torch.device("cuda"))
+    sums.update(*features)
+    row["greatest_error"] = error_of(sums.finalize()[0], features)
     what = f"correlations of the first {CHECKED} units are off by {row['greatest_error']}"
-    check(row, row["greatest_error"] <= MOST_ERROR, what)
-    row["ms"] = median_milliseconds(update)
-    row["teraflops"] = 2 * SAMPLES * units**2 / row["ms"] / 1e9
+    check(row, row["greatest_error"] <= MAX_ERROR, what)
+    row["ms"] = median_milliseconds(lambda: sums.update(*features))
+    row["teraflops"] = 2 * samples * units**2 / row["ms"] / 1e9
     first, second = (one.float() for one in features)
     halves = [one.bfloat16() for one in features]
     row["torch_ms"] = median_milliseconds(lambda: first.T @ second)
@@ -188,7 +225,7 @@ def measure_finalize(units: int, blended: bool, row: Row, rate: float) -> None:
     other = torch.rand(1, units, units, device="cuda") if blended else None
     plain, found = sums.finalize(), sums.finalize(other=other, balance=0.3 if blended else 1.0)
     error = error_of(plain[0], features)
-    check(row, error <= MOST_ERROR, f"correlations are off by {error}")
+    check(row, error <= MAX_ERROR, f"correlations are off by {error}")
     if other is not None:
         difference = float((found - torch.lerp(other, plain, 0.3)).abs().max())
         check(row, difference <= 1e-6, f"the blend is {difference} from torch.lerp's")
@@ -216,12 +253,29 @@ def assignment_rows(n: int, names: tuple[str, ...] = FAMILIES) -> Iterator[tuple
         yield row, functools.partial(measure_assignment, n, family)
 
 
-def correlation_rows(units: int) -> Iterator[tuple[Row, Measure]]:
-    for dtype in (torch.float32, torch.bfloat16):
+def correlation_rows(
+    units: int, samples: int = SAMPLES, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+) -> Iterator[tuple[Row, Measure]]:
+    for dtype in dtypes:
         for instructions in instructions_to_measure():
             family = f"{str(dtype).removeprefix('torch.')}, {instructions}"
-            row = {"op": "correlation", "size": f"{units} units, {SAMPLES} samples", "family": family}
-            yield row, functools.partial(measure_correlation, units, dtype, instructions)
+            row = {"op": "correlation", "size": f"{units} units, {samples} samples", "family": family}
+            yield row, functools.partial(measure_correlation, units, samples, dtype, instructions)
+
+
+def batch_row(count: int, n: int) -> tuple[Row, Measure]:
+    row = {"op": "assignment", "size": f"{count} of {n} x {n}", "family": "gaussian"}
+    return row, functools.partial(measure_batch, count, n)
+
+
+def finalize_row(units: int, blended: bool) -> tuple[Row, Measure]:
+    row = {"op": "finalize", "size": f"{units} units", "family": "blended" if blended else "alone"}
+    return row, functools.partial(measure_finalize, units, blended)
+
+
+def zip_row(units: int) -> tuple[Row, Measure]:
+    row = {"op": "zip", "size": f"{units} units", "family": "correlations"}
+    return row, functools.partial(measure_zip, units)
 
 
 def permute_rows(num_models: int, shape: tuple[int, int]) -> Iterator[tuple[Row, Measure]]:
@@ -232,33 +286,44 @@ def permute_rows(num_models: int, shape: tuple[int, int]) -> Iterator[tuple[Row,
             yield row, functools.partial(measure_permute, num_models, shape, axes, dtype)
 
 
-def rows_to_measure() -> Iterator[tuple[Row, Measure]]:
-    """Yield all rows, the most important first, and those that take long last."""
-    yield from assignment_rows(4096)
-    yield from assignment_rows(8192, FAMILIES[:2])
-    batch = {"op": "assignment", "size": "1024 of 128 x 128", "family": "gaussian"}
-    yield batch, functools.partial(measure_batch, 1024, 128)
-    yield from correlation_rows(4096)
-    yield from correlation_rows(768)
-    for units in (4096, 768):
-        for blended in (False, True):
-            row = {"op": "finalize", "size": f"{units} units", "family": "blended" if blended else "alone"}
-            yield row, functools.partial(measure_finalize, units, blended)
-    yield from permute_rows(2, (4096, 4096))
-    yield from permute_rows(2, (11008, 4096))
-    for units in (512, 2048, 8192):
-        yield {"op": "zip", "size": f"{units} units", "family": "correlations"}, functools.partial(measure_zip, units)
-    yield from permute_rows(1, (4096, 4096))
-    for n in (2048, 1024, 512):
-        yield from assignment_rows(n)
-    yield from assignment_rows(8192, FAMILIES[2:])
-    yield from correlation_rows(2048)
-    yield from correlation_rows(8192)
-    yield from assignment_rows(16384)
+def rows_to_measure() -> list[tuple[Row, Measure]]:
+    """Return all rows: first one of each kind, then the most important, and last those that take long."""
+    group = {"op": "permute group", "size": "2 LLaMA layers", "family": "bfloat16, rows"}
+    rows = [
+        *assignment_rows(4096, ("independent",)),
+        batch_row(1024, 128),
+        next(correlation_rows(4096, dtypes=(torch.float32,))),
+        next(correlation_rows(4096, dtypes=(torch.bfloat16,))),
+        finalize_row(4096, True),
+        zip_row(2048),
+        (group, measure_permute_group),
+        *assignment_rows(512, ("independent",)),
+        # The end of what --smoke measures.
+        *correlation_rows(4096),
+        *correlation_rows(768, 512),
+        *(row for n in (128, 256) for row in assignment_rows(n, ("independent",))),
+        batch_row(208, 300),
+        *permute_rows(2, (4096, 4096)),
+        *assignment_rows(4096),
+        *assignment_rows(8192, FAMILIES[:2]),
+        *correlation_rows(768),
+        *(finalize_row(units, blended) for units in (4096, 768) for blended in (False, True)),
+        zip_row(512),
+        *permute_rows(2, (11008, 4096)),
+        *(row for n in (512, 256, 128, 1024, 2048) for row in assignment_rows(n)),
+        *permute_rows(1, (4096, 4096)),
+        zip_row(8192),
+        *assignment_rows(8192, FAMILIES[2:]),
+        *correlation_rows(2048),
+        *correlation_rows(8192),
+        *assignment_rows(16384),
+    ]
+    # A row that was moved to the front is not measured again.
+    return list({tuple(row.values()): (row, measure) for row, measure in rows}.values())
 
 
 def table(found: Row) -> str:
-    names = ("op", "size", "family", "ms", "floor_ms", "torch_ms", "cpu_ms", "scipy_ms", "error")
+    names = ("op", "size", "family", "ms", "floor_ms", "torch_ms", "copied_ms", "cpu_ms", "scipy_ms", "error")
     cells = [
         " | ".join(f"{row[name]:.3f}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in names)
         for row in found["rows"]
@@ -284,7 +349,7 @@ def measure_rows(folder: Path, deadline: float) -> None:
     """Measure the rows that the folder does not have yet, until the first that loses the device."""
     found = read(folder)
     found["copy_bytes_per_s"] = copy_rate()
-    for row, measure in list(rows_to_measure())[len(found["rows"]) :]:
+    for row, measure in rows_to_measure()[len(found["rows"]) : len(found["rows"]) + found["not_measured"]]:
         left = deadline - time.monotonic()
         if left < 0:
             break
@@ -308,14 +373,19 @@ def measure_rows(folder: Path, deadline: float) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        measure_rows(folder, float(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help=f"measure {SMOKE_ROWS} rows, one for each kind of kernel")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("deadline", nargs="?", type=float, help=argparse.SUPPRESS)  # of the process that measures
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.deadline is not None:
+        measure_rows(folder, arguments.deadline)
         return
     if _device.unavailable_reason(0):
         sys.exit(f"no CUDA device to measure on: {_device.unavailable_reason(0)}")
     deadline = time.monotonic() + float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "240"))
-    in_all = len(list(rows_to_measure()))
+    in_all = SMOKE_ROWS if arguments.smoke else len(rows_to_measure())
     found: Row = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
