@@ -327,3 +327,16 @@ def test_thresholds_and_lists_can_be_compiled() -> None:
     values = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(matched, backend="eager", fullgraph=True)
     assert torch.equal(compiled(values), matched(values))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (2, 3, 2), (2, 2, 3), (300, 200)])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_problems_without_a_solution_are_errors_in_any_shape(
+    shape: tuple[int, ...], threshold: float | None, backend: str
+) -> None:
+    values = torch.full(shape, float("nan"))
+    with use_backend(backend), pytest.raises(ValueError, match="must not hold NaN"):
+        linear_assignment(values, threshold=threshold)
+    with use_backend(backend), pytest.raises(ValueError, match=r"\[0\] must not hold NaN"):
+        linear_assignment([values.reshape(-1, shape[-1])], threshold=threshold)

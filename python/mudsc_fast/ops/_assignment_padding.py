@@ -31,8 +31,9 @@ def solve_any_shape(values: Tensor, solve: Solve) -> Solution:
     if n <= m:
         return solve(values)
     solution = solve(values.mT)
-    # Rows without a column are -1; columns without a row, which only a threshold leaves, go to a place behind the last.
-    row_of_column = torch.where(solution.columns < 0, n, solution.columns)
+    # Columns without a row, which a threshold leaves, go to a place behind the last one, and so does what is undefined
+    # because the problem has no solution.
+    row_of_column = torch.where((solution.columns < 0) | (solution.columns > n), n, solution.columns)
     columns = torch.full((*values.shape[:-2], n + 1), -1, dtype=torch.int64, device=values.device)
     columns.scatter_(-1, row_of_column, torch.arange(m, device=values.device).expand_as(row_of_column))
     return replace(solution, columns=columns[..., :n], row_duals=solution.column_duals, column_duals=solution.row_duals)
@@ -73,16 +74,17 @@ def _take_threshold(solution: Solution, clipped: Tensor, maximize: bool, thresho
     """Return the solution of problems with a threshold, n <= m, given that of the clipped ones."""
     sign = -1.0 if maximize else 1.0
     limit = sign * threshold
-    cost = sign * clipped.gather(-1, solution.columns[..., None]).squeeze(-1).double()
+    columns = solution.columns.clamp(0, clipped.shape[-1] - 1)  # undefined where a problem has no solution
+    cost = sign * clipped.gather(-1, columns[..., None]).squeeze(-1).double()
     paired = cost < limit
     u, v = sign * solution.row_duals, sign * solution.column_duals
     shift = v.amax(-1, keepdim=True)
     u = torch.where(paired, (u - limit + shift).clamp(max=0.0), 0.0)
-    at_limit = torch.zeros_like(v, dtype=torch.bool).scatter(-1, solution.columns, ~paired)
+    at_limit = torch.zeros_like(v, dtype=torch.bool).scatter(-1, columns, ~paired)
     v = torch.where(at_limit, 0.0, v - shift)
-    slack = cost - limit - u - v.gather(-1, solution.columns)
+    slack = cost - limit - u - v.gather(-1, columns)
     return Solution(
-        columns=torch.where(paired, solution.columns, -1),
+        columns=torch.where(paired, columns, -1),
         row_duals=sign * u + 0.0,
         column_duals=sign * v + 0.0,
         objective=sign * torch.where(paired, cost, 0.0).sum(-1) + 0.0,
