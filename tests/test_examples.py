@@ -8,6 +8,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
     "with_scipy": "the same sum",
+    "with_detr": "the same pairs for 16 images",
     "with_zipit": "64 clusters, ",
     "with_mudsc": "merged (128, 64) units: 10 outputs",
     "with_rebasin": "the network is the same again",

@@ -2,7 +2,6 @@
 
 #include <new>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -107,8 +106,28 @@ PyObject* assign_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   });
 }
 
-// solve_array(similarity, maximize, threshold, return_duals) -> (columns, objective, row duals, column duals, gap),
-// only the columns, or None: mudsc_fast.linear_assignment.
+// What a result needs besides the columns, in one array because each array takes time to make: objective, gap, row duals
+// and column duals.
+class Numbers {
+ public:
+  Numbers(const NumpyApi& numpy, const MatrixView& matrix) : array_(numpy, 2 + matrix.rows + matrix.columns) {}
+  void point(AssignmentResult& result, std::int64_t rows) const {
+    result.row_duals = array_.data + 2;
+    result.column_duals = array_.data + 2 + rows;
+  }
+  // Writes the two that the solver returns by value.
+  static void finish(const AssignmentResult& result) {
+    result.row_duals[-2] = result.objective;
+    result.row_duals[-1] = result.gap;
+  }
+  PyObject* ptr() const { return array_.ptr(); }
+
+ private:
+  NewArray<double> array_;
+};
+
+// solve_array(similarity, maximize, threshold, return_duals) -> (columns, numbers), only the columns, or None:
+// mudsc_fast.linear_assignment.
 PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_errors([&](const NumpyApi& numpy) -> PyObject* {
     MatrixView matrix;
@@ -124,14 +143,11 @@ PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       Py_INCREF(columns.ptr());
       return columns.ptr();
     }
-    const NewArray<double> objective(numpy, -1), row_duals(numpy, matrix.rows), column_duals(numpy, matrix.columns),
-        gap(numpy, -1);
-    result.row_duals = row_duals.data;
-    result.column_duals = column_duals.data;
+    const Numbers numbers(numpy, matrix);
+    numbers.point(result, matrix.rows);
     if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
-    *objective.data = result.objective;
-    *gap.data = result.gap;
-    return PyTuple_Pack(5, columns.ptr(), objective.ptr(), row_duals.ptr(), column_duals.ptr(), gap.ptr());
+    Numbers::finish(result);
+    return PyTuple_Pack(2, columns.ptr(), numbers.ptr());
   });
 }
 
@@ -196,7 +212,6 @@ py::tuple solve_list(const py::list& arrays, bool maximize, const py::object& th
   const NumpyApi& numpy = NumpyApi::get();
   Listed listed;
   py::list answers;
-  std::vector<std::pair<double*, double*>> scalars;
   std::int64_t entries = 0;
   for (const py::handle array : arrays) {
     MatrixView matrix;
@@ -205,13 +220,9 @@ py::tuple solve_list(const py::list& arrays, bool maximize, const py::object& th
     const NewArray<std::int64_t> columns(numpy, matrix.rows);
     AssignmentResult result{columns.data, nullptr, nullptr, 0.0, 0.0};
     if (return_duals) {
-      const NewArray<double> objective(numpy, -1), row_duals(numpy, matrix.rows), column_duals(numpy, matrix.columns),
-          gap(numpy, -1);
-      result.row_duals = row_duals.data;
-      result.column_duals = column_duals.data;
-      scalars.emplace_back(objective.data, gap.data);
-      answers.append(py::reinterpret_steal<py::object>(
-          PyTuple_Pack(5, columns.ptr(), objective.ptr(), row_duals.ptr(), column_duals.ptr(), gap.ptr())));
+      const Numbers numbers(numpy, matrix);
+      numbers.point(result, matrix.rows);
+      answers.append(py::reinterpret_steal<py::object>(PyTuple_Pack(2, columns.ptr(), numbers.ptr())));
     } else {
       answers.append(py::handle(columns.ptr()));
     }
@@ -222,9 +233,8 @@ py::tuple solve_list(const py::list& arrays, bool maximize, const py::object& th
   AssignmentOptions options{maximize, !threshold.is_none(), 0.0, static_cast<Isa>(isa), 1};
   if (options.has_threshold) options.threshold = threshold.cast<double>();
   if (!listed.matrices.empty()) run_unlocked(entries, [&] { listed.solve(options, threads); });
-  for (std::size_t k = 0; k < scalars.size(); ++k) {
-    *scalars[k].first = listed.results[k].objective;
-    *scalars[k].second = listed.results[k].gap;
+  for (const AssignmentResult& result : listed.results) {
+    if (return_duals) Numbers::finish(result);
   }
   py::list statuses;
   for (const AssignmentStatus status : listed.statuses) statuses.append(static_cast<int>(status));

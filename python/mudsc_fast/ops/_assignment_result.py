@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-#: The tensors of an assignment, in the order in which the compiled solver returns them.
+#: Columns [n], and in one array of float64 the objective, the gap, row duals [n] and column duals [m].
+Arrays = tuple[NDArray[Any], NDArray[Any]]
+
 _TENSORS = ("columns", "objective", "row_duals", "column_duals", "gap")
 
 
@@ -53,21 +53,23 @@ class Assignment:
     threshold: float | None = None
 
     @classmethod
-    def of_arrays(cls, arrays: Sequence[NDArray[Any]], threshold: float | None) -> Assignment:
-        """Return an assignment of NumPy arrays, in the order of the attributes; each becomes a tensor when it is read.
+    def of_arrays(cls, arrays: Arrays, threshold: float | None = None) -> Assignment:
+        """Return an assignment of the arrays of the compiled solver; each attribute becomes a tensor when it is read.
 
         To make five tensors takes longer than to solve a small problem, and few callers read them all.
         """
         result = object.__new__(cls)
-        state = result.__dict__
-        state["_arrays"] = arrays
-        state["threshold"] = threshold
+        result.__dict__["_arrays"] = arrays
+        if threshold is not None:
+            result.__dict__["threshold"] = threshold
         return result
 
     def __getattr__(self, name: str) -> Tensor:
         # Called only for attributes that are not there yet.
         if name in _TENSORS and "_arrays" in self.__dict__:
-            tensor = torch.from_numpy(np.asarray(self.__dict__["_arrays"][_TENSORS.index(name)]))
+            columns, numbers = self.__dict__["_arrays"]
+            read = torch.from_numpy(columns if name == "columns" else numbers)
+            tensor = read if name == "columns" else read[_place(name, len(columns))]
             self.__dict__[name] = tensor
             return tensor
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -121,3 +123,11 @@ class Assignment:
             ("gap", span(self.gap)),
         ]
         return lines if self.threshold is None else [*lines, ("threshold", f"{self.threshold:g}")]
+
+
+def _place(name: str, rows: int) -> int | slice:
+    """Return where an attribute is in the array of numbers."""
+    places = {"objective": 0, "gap": 1, "row_duals": slice(2, 2 + rows), "column_duals": slice(2 + rows, None)}
+    place = places[name]
+    assert isinstance(place, (int, slice))
+    return place

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeGuard, cast, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from mudsc_fast import _arrays, _checks, _core
 from mudsc_fast.kernels._assignment import INVALID, OPTIMAL, Solution
@@ -161,7 +162,7 @@ def linear_assignment(
     >>> linear_assignment(similarity, threshold=0.5).columns
     tensor([ 0,  1, -1])
     """
-    traced = _library.traced(similarity)
+    traced = is_compiling() if type(similarity) is np.ndarray else _library.traced(similarity)
     is_single = warm_start is None and rows is None and columns is None
     if not traced and is_single and tolerance == 0 and _dispatch.requested() is None:
         # Fast path for small matrices.
@@ -169,7 +170,7 @@ def linear_assignment(
         solved = _core.solve_array(array, maximize, threshold, return_duals)
         if solved is not None:
             if isinstance(solved, tuple):
-                return Assignment.of_arrays(solved, None if threshold is None else float(threshold))
+                return Assignment.of_arrays(solved, threshold)
             return torch.from_numpy(solved)
     limit = _check_threshold(threshold)
     if isinstance(similarity, (list, tuple)) or not is_single or limit is not None:
@@ -336,7 +337,7 @@ def _solve_list_on_cpu(
         _check_status(f"similarity[{index}]", status, maximize)
     if not return_duals:
         return [torch.from_numpy(columns).to(device) for columns in cast("list[Any]", solved)]
-    found = [Assignment.of_arrays(arrays, threshold) for arrays in cast("list[tuple[Any, ...]]", solved)]
+    found = [Assignment.of_arrays(arrays, threshold) for arrays in cast("list[cpu.Arrays]", solved)]
     if device.type == "cpu":
         return found
     return [

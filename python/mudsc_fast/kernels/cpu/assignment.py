@@ -23,8 +23,8 @@ MAX_ORDERED_COLUMNS = 128
 #: Rows that the duals of columns are computed over at a time, so that intermediate results fit a cache.
 BLOCK = 64
 
-#: Columns, objective, row duals, column duals and gap of one problem.
-Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
+#: Of one problem the columns [n], and in one array the objective, the gap, row duals [n] and column duals [m].
+Arrays = tuple[NDArray[Any], NDArray[Any]]
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
@@ -63,15 +63,14 @@ def solve_each(similarity: Tensor, maximize: bool, threshold: float | None = Non
     *batch, rows, columns = similarity.shape
     matrices = list(similarity.reshape(-1, rows, columns))
     solved, statuses = solve_list(matrices, maximize, threshold, return_duals=True)
-    assigned, objective, row_duals, column_duals, gap = (
-        torch.from_numpy(np.stack(parts)) for parts in zip(*solved, strict=True)
-    )
+    assigned, numbers = (torch.from_numpy(np.stack(parts)) for parts in zip(*solved, strict=True))
+    objective, gap, row_duals, column_duals = numbers.split([1, 1, rows, columns], dim=1)
     return Solution(
         columns=assigned.view(*batch, rows),
-        row_duals=row_duals.view(*batch, rows),
-        column_duals=column_duals.view(*batch, columns),
-        objective=objective.view(batch),
-        gap=gap.view(batch),
+        row_duals=row_duals.reshape(*batch, rows),
+        column_duals=column_duals.reshape(*batch, columns),
+        objective=objective.reshape(batch),
+        gap=gap.reshape(batch),
         status=torch.tensor(statuses, dtype=torch.int32).view(batch),
     ).to(similarity.device)
 
@@ -105,12 +104,8 @@ def solve_list(
         if matrix.numel() > 0:
             every.append(next(answers))
             continue
-        columns, zero = np.full(matrix.shape[0], -1), np.zeros(())
-        every.append(
-            (columns, zero, np.zeros(matrix.shape[0]), np.zeros(matrix.shape[1]), zero.copy())
-            if return_duals
-            else columns
-        )
+        columns = np.full(matrix.shape[0], -1)
+        every.append((columns, np.zeros(2 + sum(matrix.shape))) if return_duals else columns)
     return every, [next(codes) if matrix.numel() > 0 else OPTIMAL for matrix in matrices]
 
 

@@ -1,0 +1,33 @@
+"""A short run of the program that compares random assignment problems with scipy."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = str(Path(__file__).parent.parent / "benchmarks" / "fuzz_assignment.py")
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> dict[str, Any]:
+    return runpy.run_path(SCRIPT)
+
+
+def test_random_problems_are_solved_as_scipy_solves_them(fuzz: dict[str, Any]) -> None:
+    counts = fuzz["run"](2000)
+    assert sum(counts.values()) >= 2000
+    assert set(counts) == set(fuzz["WAYS"])
+
+
+def test_a_wrong_result_is_reported_with_its_seed(fuzz: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = fuzz["linear_assignment"]
+
+    def solve_the_opposite(values: Any, *, maximize: bool = True, **options: Any) -> Any:
+        return solve(values, maximize=not maximize, **options)
+
+    monkeypatch.setitem(fuzz["run"].__globals__, "linear_assignment", solve_the_opposite)
+    with pytest.raises(AssertionError, match=r"seed \d+: "):
+        fuzz["run"](200)
