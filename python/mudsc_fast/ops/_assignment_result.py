@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -51,18 +52,6 @@ class Assignment:
     column_duals: Tensor
     gap: Tensor
     threshold: float | None = None
-
-    @classmethod
-    def of_arrays(cls, arrays: Arrays, threshold: float | None = None) -> Assignment:
-        """Return an assignment of the arrays of the compiled solver; each attribute becomes a tensor when it is read.
-
-        To make five tensors takes longer than to solve a small problem, and few callers read them all.
-        """
-        result = object.__new__(cls)
-        result.__dict__["_arrays"] = arrays
-        if threshold is not None:
-            result.__dict__["threshold"] = threshold
-        return result
 
     def __getattr__(self, name: str) -> Tensor:
         # Called only for attributes that are not there yet.
@@ -123,6 +112,21 @@ class Assignment:
             ("gap", span(self.gap)),
         ]
         return lines if self.threshold is None else [*lines, ("threshold", f"{self.threshold:g}")]
+
+
+def assignment_of_arrays(
+    arrays: Arrays, threshold: float | None = None, *, new: Callable[[type[Assignment]], Assignment] = object.__new__
+) -> Assignment:
+    """Return an assignment of the arrays of the compiled solver; each attribute becomes a tensor when it is read.
+
+    To make five tensors takes longer than to solve a small problem, and few callers read them all.
+    """
+    result = new(Assignment)
+    state = result.__dict__
+    state["_arrays"] = arrays
+    if threshold is not None:
+        state["threshold"] = threshold
+    return result
 
 
 def _place(name: str, rows: int) -> int | slice:

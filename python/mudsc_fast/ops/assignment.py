@@ -17,7 +17,7 @@ from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
 from mudsc_fast.ops import _dispatch, _library
 from mudsc_fast.ops._assignment_padding import Solve, solve_any_shape, solve_ragged, solve_with_threshold
-from mudsc_fast.ops._assignment_result import Assignment
+from mudsc_fast.ops._assignment_result import Assignment, assignment_of_arrays
 
 __all__ = ["Assignment", "linear_assignment", "linear_sum_assignment"]
 
@@ -170,7 +170,7 @@ def linear_assignment(
         solved = _core.solve_array(array, maximize, threshold, return_duals)
         if solved is not None:
             if isinstance(solved, tuple):
-                return Assignment.of_arrays(solved, threshold)
+                return assignment_of_arrays(solved, threshold)
             return torch.from_numpy(solved)
     limit = _check_threshold(threshold)
     if isinstance(similarity, (list, tuple)) or not is_single or limit is not None:
@@ -337,7 +337,7 @@ def _solve_list_on_cpu(
         _check_status(f"similarity[{index}]", status, maximize)
     if not return_duals:
         return [torch.from_numpy(columns).to(device) for columns in cast("list[Any]", solved)]
-    found = [Assignment.of_arrays(arrays, threshold) for arrays in cast("list[cpu.Arrays]", solved)]
+    found = [assignment_of_arrays(arrays, threshold) for arrays in cast("list[cpu.Arrays]", solved)]
     if device.type == "cpu":
         return found
     return [
