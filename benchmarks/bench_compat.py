@@ -1,4 +1,4 @@
-"""The matching step of other libraries, as it is and with mudsc_fast in its place, in one process, on one core.
+"""The matching step of other libraries, as it is and by mudsc_fast, in one process, on one core.
 
     pytest benchmarks/bench_compat.py --benchmark-only -s
 
@@ -12,16 +12,18 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, nn
 
 import mudsc_fast
-from mudsc_fast.compat import mudsc, pleas, rebasin, zipit
+from mudsc_fast.compat import lap, mudsc, pleas, rebasin, zipit
 from mudsc_fast.kernels.reference import zip as reference
 from published import Published
 
@@ -95,6 +97,31 @@ def test_scipy(benchmark: Benchmark) -> None:
 
     expected, found = compare(benchmark, "scipy, 1024 units, patched and restored each time", solve, patched)
     assert similarity[found].sum(dtype=float) == pytest.approx(similarity[expected].sum(dtype=float), rel=1e-12)
+
+
+@pytest.mark.parametrize("limit", [None, 0.8])
+@pytest.mark.parametrize("shape", [(10, 12), (50, 60)])
+def test_lapjv(benchmark: Benchmark, shape: tuple[int, int], limit: float | None) -> None:
+    """Compare the sizes of trackers, in CPU time: other work on the machine would decide the ratio otherwise."""
+    package = pytest.importorskip("lap", reason="pip install lapx, or lap")
+    costs = np.random.default_rng(0).random(shape)
+    options: dict[str, Any] = {"extend_cost": True} if limit is None else {"extend_cost": True, "cost_limit": limit}
+
+    def cpu_seconds(call: Callable[..., Any]) -> float:
+        timer = timeit.Timer(lambda: call(costs, **options), timer=time.process_time)
+        return min(timer.repeat(20, 200)) / 200
+
+    def total(result: Any) -> float:
+        unmatched = sum(shape) - 2 * int((result[1] >= 0).sum())
+        return float(result[0]) + (0.0 if limit is None else limit / 2 * unmatched)
+
+    benchmark.group = f"lap {package.__version__}, {shape}, limit {limit}"
+    before, after = cpu_seconds(package.lapjv), cpu_seconds(lap.lapjv)
+    found = benchmark.pedantic(lambda: lap.lapjv(costs, **options), rounds=3)
+    assert total(found) == pytest.approx(total(package.lapjv(costs, **options)), rel=1e-12)
+    benchmark.extra_info["times_faster"] = round(before / after, 1)
+    print(f"\n{benchmark.group}: {1e6 * before:.2f} us before, {1e6 * after:.2f} us after, {before / after:.1f} times")
+    assert before > after
 
 
 def test_zipit(benchmark: Benchmark) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from conftest import load_golden
 from mudsc_fast.compat import _zip
+from mudsc_fast.compat._mudsc_match import aligned, match_clusters
 from mudsc_fast.compat._zip import Zip, zip_published
-from mudsc_fast.compat.mudsc import WeightFusion, _aligned
 from mudsc_fast.ops.zip import zip_within_budget
 
 
@@ -32,7 +32,7 @@ def recorded(name: str) -> tuple[Tensor, int, int, float, Tensor, float]:
 
 def sets_of(similarity: Tensor, num_models: int, groups: int) -> list[Tensor]:
     size = len(similarity) // (num_models * groups)
-    _, group_of_set, _ = _aligned(similarity, num_models, groups)
+    _, group_of_set, _ = aligned(similarity, num_models, groups)
     return [
         torch.cat(
             [torch.arange(size) + (model * groups + int(group_of_set[model, s])) * size for model in range(num_models)]
@@ -44,8 +44,7 @@ def sets_of(similarity: Tensor, num_models: int, groups: int) -> list[Tensor]:
 @pytest.mark.parametrize("number", range(3))
 def test_recorded_groups(number: int) -> None:
     similarity, num_models, groups, ratio, clusters, value = recorded(f"group_zip_{number}")
-    fusion = WeightFusion(reduce=ratio)
-    match = fusion._zip(similarity, num_models, groups)
+    match = match_clusters(similarity, num_models, groups, ratio, shrink=0.5, inside=1.0)
     assert torch.equal(match.cluster_of_unit.flatten(), clusters)
     assert match.value == pytest.approx(value, abs=1e-6)
 

@@ -1,27 +1,32 @@
 """The interface of the MuDSC authors' program: ``WeightFusion`` and its perm dictionaries.
 
-Source: Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, arXiv 2403.01753. Clusters are those of the
-program. Where :func:`mudsc_fast.merge` differs from it, this module follows it: a merged unit is divided by the size of
-its cluster + 1e-5, moments are kept in float32 and batches count by their samples, one merge inside a model is
-allowed where its budget is 0, and queries are not observed. New code is better served by :func:`mudsc_fast.merge`.
+Source: Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, arXiv 2403.01753. Clusters equal the
+program's. Where :func:`mudsc_fast.merge` differs from it, this module follows the program: a merged unit is divided by
+the size of its cluster + 1e-5, moments are float32 and batches are weighted by their samples, one merge inside a model
+is allowed where the budget is 0, and queries are not observed. New code should use :func:`mudsc_fast.merge`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mudsc_fast._forward import preserve_training_mode, run_on_batch
+from mudsc_fast.compat._mudsc_activations import activation_similarities
+from mudsc_fast.compat._mudsc_match import (
+    Match,
+    correlation_with_first,
+    match_clusters,
+    match_identity,
+    match_permutation,
+    same_matching,
+)
 from mudsc_fast.compat._mudsc_perm import (
-    Look,
     Network,
     get_resnet_perm,
     get_resnet_perm_group,
@@ -30,11 +35,8 @@ from mudsc_fast.compat._mudsc_perm import (
     get_vit_perm,
     read_perm,
 )
-from mudsc_fast.compat._zip import zip_published
 from mudsc_fast.compat.zipit import CovarianceMetric, compute_correlation
-from mudsc_fast.ops.assignment import linear_assignment
-from mudsc_fast.ops.permute import UnitMap, permute_merge
-from mudsc_fast.ops.zip import merges_inside
+from mudsc_fast.ops.permute import permute_merge
 
 __all__ = [
     "WeightFusion",
@@ -47,7 +49,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-#: Sweeps in a row without progress after which the search ends, whatever `relax` says.
+#: Consecutive sweeps without progress after which the search ends, whatever `relax` says.
 _PATIENCE = 5
 
 StateDict = Mapping[str, Tensor]
@@ -59,31 +61,31 @@ class WeightFusion:
     Parameters
     ----------
     reduce
-        Share of the units of all models that a zip merges away. The merged network is larger than each model where that
-        is less than ``1 - 1 / models``.
+        Fraction of the units of all models that a zip merges away. Below ``1 - 1 / models`` the merged network is
+        larger than each model.
     a, b
-        Factor on a merged cluster's similarities, and share of a model's merges that may be inside the model.
+        Factor on the similarities of a merged cluster, and fraction of a model's merges that may be inside the model.
     relax
-        Not used, as published: the search always ends after 5 sweeps in a row without progress.
+        Not used, as in the program: the search always ends after 5 consecutive sweeps without progress.
     iter
-        Most sweeps.
+        Maximum number of sweeps.
     use_cos
         Compare weights by cosine similarity instead of correlation.
     no_fusion
-        Match units by their numbers: the plain average.
+        Match units by their index: the plain average.
     fix_sims, fix_rate
-        Whether sweeps blend the activations' similarity in, and the share of the weights' in the blend.
+        Whether sweeps mix in the similarity of activations, and the fraction of the weights' similarity in the mix.
     use_permute
-        Give each model a permutation onto the first instead of clustering.
+        Permute each model onto the first instead of clustering.
     verbose
         Whether to log every sweep, at level INFO.
 
     Attributes
     ----------
     fusion_model
-        The merged network, once :meth:`transform` was called.
+        The merged network, after a call of :meth:`transform`.
     params
-        The models' tensors, fused ones taken apart.
+        The models' tensors, fused ones split.
     """
 
     fusion_model: nn.Module
@@ -115,7 +117,7 @@ class WeightFusion:
         self.use_permute = use_permute
         self.verbose = verbose
         self._network: Network
-        self._matching: dict[Hashable, _Match] = {}
+        self._matching: dict[Hashable, Match] = {}
 
     def transform(
         self,
@@ -135,11 +137,11 @@ class WeightFusion:
         perm
             Nodes, as from :func:`get_vit_perm`.
         act_loader
-            Batches whose first entry is the networks' input: units are matched by their activations first.
+            Batches whose first entry is the networks' input; units are first matched by their activations.
         in_weight_space
-            Whether sweeps over the weights follow; they are what there is without `act_loader`.
+            Whether sweeps over the weights follow. Without `act_loader` there are only these.
         return_state_dict
-            Return what :meth:`apply_permute` gives for the networks with ``no_avg=True``, instead of a network.
+            Return the result of :meth:`apply_permute` with ``no_avg=True`` instead of a network.
         random_state
             Seed of the order in which sweeps visit the nodes.
 
@@ -158,7 +160,7 @@ class WeightFusion:
             raise ValueError(f"perm names tensors that the networks do not have: {', '.join(missing[:5])}")
         activations: dict[Hashable, Tensor] = {}
         if act_loader is not None:
-            activations = _activation_similarities(nets, self._network, act_loader)
+            activations = activation_similarities(nets, self._network, act_loader)
             for node, similarity in activations.items():
                 self._matching[node] = self._match(node, similarity)
         if in_weight_space or act_loader is None:
@@ -175,7 +177,7 @@ class WeightFusion:
         """For each node `merge` and `unmerge`, both [models * units, clusters].
 
         `unmerge` has a one for every unit in its cluster's column; `merge` is that, divided by the columns' sums + 1e-5
-        and times the number of models. Made anew at each look.
+        and times the number of models. Recomputed at each access.
         """
         return {node: self._matching[node].matrices() for node in self._network.nodes}
 
@@ -192,7 +194,7 @@ class WeightFusion:
         Returns
         -------
         dict
-            Tensors by name; those of a fused tensor are apart, under its name with a suffix. Tensors without nodes are
+            Tensors by name; a fused tensor is split, each part under its name with a suffix. Tensors without nodes are
             averaged in either case.
         """
         split = [self._split(state) for state in params]
@@ -217,15 +219,15 @@ class WeightFusion:
         generator = torch.Generator().manual_seed(random_state)
         nodes = list(self._network.nodes)
         neighbours = {node: self._network.neighbours(node) for node in nodes}
-        visits: dict[Hashable, tuple[dict[Hashable, _Match], _Match]] = {}
-        best: dict[Hashable, _Match] | None = None
+        visits: dict[Hashable, tuple[dict[Hashable, Match], Match]] = {}
+        best: dict[Hashable, Match] | None = None
         best_value, misses = 0.0, 0
         for number in range(self.iter):
             for index in torch.randperm(len(nodes), generator=generator, device="cpu").tolist():
                 node = nodes[index]
                 seen = {other: self._matching[other] for other in neighbours[node] if other in self._matching}
-                # Under neighbours that are matched as at its last visit, a node's weight vectors are the same.
-                if node not in visits or not _same_matching(visits[node][0], seen):
+                # If its neighbours are matched as at its last visit, a node's weight vectors have not changed.
+                if node not in visits or not same_matching(visits[node][0], seen):
                     similarity = self._weight_similarity(node)
                     if node in activations:
                         of_activations = activations[node][: len(similarity)]
@@ -258,7 +260,7 @@ class WeightFusion:
                 tensor = state[use.tensor].detach()
                 if use.scaled:
                     tensor = tensor / (state[use.tensor.rpartition(".")[0] + ".running_var"] + 1e-7).sqrt()
-                # The other way round than in the merge: what a tensor consumes is averaged, what it produces summed.
+                # The opposite of the merge: what a tensor consumes is averaged, what it produces is summed.
                 maps = {axis: match.map(consumes, i) for axis, match, consumes in others}
                 tensor = permute_merge([tensor], maps, weights=[1.0]) if maps else tensor
                 vectors[i].append(tensor.movedim(use.axis, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None])
@@ -268,48 +270,25 @@ class WeightFusion:
             directions = functional.normalize(torch.cat(joined), dim=1, eps=1e-8)
             return directions @ directions.T
         if self.use_permute:
-            return _correlation_with_first(joined)
+            return correlation_with_first(joined)
         metric = CovarianceMetric()
         metric.update(1, *joined)
         return compute_correlation(metric.finalize(1))
 
-    def _match(self, node: Hashable, similarity: Tensor) -> _Match:
+    def _match(self, node: Hashable, similarity: Tensor) -> Match:
         """Match a node's units by [models * units, models * units], or the first model's rows of it to permute."""
         num_models, groups = len(self.params), self._network.nodes[node].groups
         units = similarity.shape[1] // num_models
         if units % groups:
             raise ValueError(f"perm[{node!r}] has {units} units, which {groups} groups do not divide")
         if self.no_fusion:
-            own = torch.arange(units, device=similarity.device).expand(num_models, units)
-            return _Match(own, units, 1.0)
+            return match_identity(units, num_models, similarity.device)
         if self.use_permute:
-            columns, _, value = _aligned(similarity, num_models, groups)
-            own = torch.arange(units, device=similarity.device)
-            return _Match(torch.cat([own[None], columns.argsort(1)]), units, value)
-        return self._zip(similarity, num_models, groups)
-
-    def _zip(self, similarity: Tensor, num_models: int, groups: int) -> _Match:
-        size = len(similarity) // (num_models * groups)
-        remaining = groups * int(size * num_models * (1 - self.reduce) + 1e-4)
-        merges = len(similarity) - remaining
-        sets = None
-        if groups > 1:
-            _, group_of_set, _ = _aligned(similarity, num_models, groups)
-            first = group_of_set.T * size + torch.arange(num_models, device=similarity.device) * groups * size
-            sets = list((first[..., None] + torch.arange(size, device=similarity.device)).flatten(1))
-        zipped = zip_published(
-            similarity,
-            num_models,
-            remaining,
-            merges_inside(merges, num_models, self.b),
-            self.a,
-            sets=sets,
-            group_budget=merges // (num_models * groups),
-        )
-        return _Match(zipped.cluster_of_unit.view(num_models, -1), zipped.num_clusters, zipped.value)
+            return match_permutation(similarity, num_models, groups)
+        return match_clusters(similarity, num_models, groups, self.reduce, self.a, self.b)
 
     def _split(self, state: StateDict) -> dict[str, Tensor]:
-        """Return a state dict with fused tensors' parts beside them."""
+        """Return a state dict with the parts of fused tensors added."""
         parts = dict(state)
         for axis, tensor, suffixes in self._network.splits:
             if tensor not in parts:
@@ -323,122 +302,13 @@ class WeightFusion:
         return parts
 
     def _join(self, state: dict[str, Tensor]) -> None:
-        """Put fused tensors together of their parts, which are removed."""
+        """Concatenate the parts of fused tensors, and remove the parts."""
         for axis, tensor, suffixes in self._network.splits:
             state[tensor] = torch.cat([state.pop(f"{tensor}_{suffix}") for suffix in suffixes], dim=axis)
 
 
-@dataclass(frozen=True, eq=False)
-class _Match:
-    """The cluster of every unit [models, units], the number of clusters, and the mean similarity of what is matched."""
-
-    cluster_of_unit: Tensor
-    num_clusters: int
-    value: float
-
-    def map(self, merges: bool, model: int | None = None) -> UnitMap:
-        """Return how an axis is re-indexed by `merge` or `unmerge`: of all models, or of one."""
-        chosen = self.cluster_of_unit if model is None else self.cluster_of_unit[model : model + 1]
-        return UnitMap.clusters(chosen, self.num_clusters, self._scale() if merges else None)
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return `merge` and `unmerge`."""
-        unmerge = functional.one_hot(self.cluster_of_unit.flatten(), self.num_clusters).float()
-        return unmerge * self._scale(), unmerge
-
-    def _scale(self) -> Tensor:
-        sizes = torch.bincount(self.cluster_of_unit.flatten(), minlength=self.num_clusters)
-        return len(self.cluster_of_unit) / (sizes.float() + 1e-5)
-
-
-def _same_matching(first: Mapping[Hashable, _Match], second: Mapping[Hashable, _Match]) -> bool:
-    return first.keys() == second.keys() and all(
-        match is second[node]
-        or (
-            match.num_clusters == second[node].num_clusters
-            and torch.equal(match.cluster_of_unit, second[node].cluster_of_unit)
-        )
-        for node, match in first.items()
-    )
-
-
-def _correlation_with_first(vectors: Sequence[Tensor]) -> Tensor:
-    """Return [units, models * units]: the correlation of the first model's weight vectors with all models'."""
-    rows = torch.nan_to_num(torch.cat(list(vectors)), 0, 0, 0)
-    first, mean = rows[: len(vectors[0])], rows.mean(1)
-    deviation = (rows.square().mean(1) - mean.square()).clamp(min=0).sqrt()
-    covariance = torch.addr(first @ rows.T / rows.shape[1], mean[: len(first)], mean, alpha=-1)
-    return covariance / torch.outer(deviation[: len(first)], deviation).clamp(min=1e-7)
-
-
-def _aligned(similarity: Tensor, num_models: int, groups: int) -> tuple[Tensor, Tensor, float]:
-    """Return the units [models - 1, units] and groups [models, groups] matched with the first model's, and the value.
-
-    Of every pair of groups the units are assigned first; their mean similarities are what groups are assigned by.
-    """
-    units = similarity.shape[1] // num_models
-    size = units // groups
-    blocks = similarity[:units].view(groups, size, num_models, groups, size).permute(2, 0, 3, 1, 4)[1:]
-    inner = linear_assignment(blocks).columns
-    scores = blocks.gather(4, inner[..., None]).squeeze(4).mean(-1)
-    partner = linear_assignment(scores).columns
-    columns = inner.gather(2, partner[..., None, None].expand(-1, -1, 1, size)).squeeze(2) + partner[..., None] * size
-    value = float(scores.gather(2, partner[..., None]).mean())
-    own = torch.arange(groups, device=partner.device)[None]
-    return columns.flatten(1), torch.cat([own, partner]), value
-
-
-def _activation_similarities(
-    nets: Sequence[nn.Module], network: Network, batches: Iterable[Any]
-) -> dict[Hashable, Tensor]:
-    unseen = [node for node, described in network.nodes.items() if not described.looks]
-    if unseen:
-        raise ValueError(f"perm[{unseen[0]!r}] must say where its activations are seen: by an axis with 'in'")
-    device = next(iter(nets[0].state_dict().values())).device
-    metrics = {node: CovarianceMetric() for node in network.nodes}
-    seen: list[dict[tuple[Hashable, int], Tensor]] = [{} for _ in nets]
-    samples = 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for net, features in zip(nets, seen, strict=True):
-            stack.enter_context(preserve_training_mode(net))
-            net.eval()
-            for node, described in network.nodes.items():
-                for index, look in enumerate(described.looks):
-                    stack.callback(_observe(net, look, features, (node, index)))
-        for batch in batches:
-            for net in nets:
-                run_on_batch(net, batch, device, None)
-            for node, metric in metrics.items():
-                looks = range(len(network.nodes[node].looks))
-                stacked = [torch.stack([features[node, i].float() for i in looks], -1) for features in seen]
-                count = len(stacked[0])
-                metric.update(count, *(values.transpose(0, 1).flatten(1) for values in stacked))
-            samples += count
-    if samples == 0:
-        raise ValueError("act_loader must yield at least one batch, got none")
-    return {node: compute_correlation(metric.finalize(samples)) for node, metric in metrics.items()}
-
-
-def _observe(
-    net: nn.Module, look: Look, features: dict[tuple[Hashable, int], Tensor], key: tuple[Hashable, int]
-) -> Callable[[], None]:
-    """Have what a module takes or gives put into `features`, units on axis 1; return what ends that."""
-    try:
-        module = net.get_submodule(look.module)
-    except AttributeError:
-        raise ValueError(f"perm[{key[0]!r}] is observed at {look.module!r}, which the networks do not have") from None
-
-    def keep(values: Tensor) -> None:
-        features[key] = values.movedim(look.axis, 1) if look.reshape is None else look.reshape(values)
-
-    if look.hook == "pre":
-        return module.register_forward_pre_hook(lambda _module, inputs: keep(inputs[0])).remove
-    return module.register_forward_hook(lambda _module, _inputs, output: keep(output)).remove
-
-
 def _resize(model: nn.Module, state: StateDict) -> None:
-    """Give a network's tensors the shapes of those in `state`, and its layers the sizes that go with them."""
+    """Resize a network's tensors to the shapes in `state`, and its layers accordingly."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in state.items():
         if own[name].shape == tensor.shape:
