@@ -1,10 +1,12 @@
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 __version__: Final[str]
 compiler: Final[str]
@@ -14,8 +16,8 @@ cuda_problem: Final[str]
 
 def assign_array(cost_matrix: object, maximize: object, /) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None: ...
 def solve_array(
-    similarity: object, maximize: object, threshold: object, return_duals: object, /
-) -> tuple[NDArray[np.int64], NDArray[np.float64]] | NDArray[np.int64] | None: ...
+    similarity: object, maximize: object, threshold: object, result_type: type[Result] | None, /
+) -> Result | NDArray[np.int64] | None: ...
 def assign_both_ways(
     cost_matrix: object, threshold: object, need_square: object, /
 ) -> tuple[float, NDArray[np.int32], NDArray[np.int32]] | None: ...

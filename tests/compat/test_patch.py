@@ -1,4 +1,4 @@
-"""Replacing scipy's function: in whom, for how long, and that nothing of it is left."""
+"""Replacing scipy's function: in which modules, for how long, and without leaving a trace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COST = np.array([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]])
 
 
 def user_module(name: str, **names: Any) -> ModuleType:
-    """Return a loaded module that has bound the function under names of its own."""
+    """Return a loaded module that has bound the function to its own names."""
     module = ModuleType(name)
     module.__dict__.update(names)
     sys.modules[name] = module
@@ -35,7 +35,7 @@ def user_module(name: str, **names: Any) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _no_trace() -> Iterator[None]:
-    """Nothing of a patch is left after a test."""
+    """Check that a test leaves no trace of a patch."""
     finders, loaded = list(sys.meta_path), set(sys.modules)
     yield
     assert sys.meta_path == finders
@@ -60,7 +60,7 @@ def test_replaces_every_name_of_the_function_and_restores_it() -> None:
     assert "(restored)" in patched.report()
 
 
-def test_answers_as_scipy() -> None:
+def test_patched_function_returns_what_scipy_returns() -> None:
     with mudsc_fast.patch():
         for given in (COST, COST.tolist(), COST.astype(np.float32), torch.from_numpy(COST), COST[:2], COST[:, :2]):
             for maximize in (False, True):
@@ -76,7 +76,7 @@ def test_answers_as_scipy() -> None:
                 KEPT.original(bad)
 
 
-def test_a_call_is_in_force_until_it_is_restored() -> None:
+def test_patch_is_active_until_restored() -> None:
     patched = mudsc_fast.patch()
     assert patched.active
     assert scipy.optimize.linear_sum_assignment is not KEPT.original
@@ -120,7 +120,7 @@ def test_patches_overlap_in_any_order() -> None:
     assert user.solve is KEPT.original
 
 
-def test_a_name_that_was_bound_anew_is_left_alone() -> None:
+def test_rebound_names_are_left_alone() -> None:
     user = user_module("user", solve=KEPT.original)
     with mudsc_fast.patch():
         user.solve = max  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ def test_a_name_that_was_bound_anew_is_left_alone() -> None:
     assert user.late is KEPT.original
 
 
-def test_a_module_that_is_unloaded_meanwhile_is_restored() -> None:
+def test_modules_unloaded_while_patched_are_restored() -> None:
     user = user_module("user", solve=KEPT.original)
     with mudsc_fast.patch():
         del sys.modules["user"]
@@ -137,7 +137,9 @@ def test_a_module_that_is_unloaded_meanwhile_is_restored() -> None:
 
 
 @pytest.mark.parametrize("only", [None, ["user_late"]])
-def test_modules_imported_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: list[str] | None) -> None:
+def test_modules_imported_while_patched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: list[str] | None
+) -> None:
     (tmp_path / "user_late.py").write_text("from scipy.optimize import linear_sum_assignment as solve\n")
     monkeypatch.syspath_prepend(tmp_path)
     with mudsc_fast.patch(only=only) as patched:
@@ -152,7 +154,7 @@ def test_modules_imported_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "exec_module" not in vars(late.__loader__)
 
 
-def test_a_module_found_meanwhile_and_imported_later_is_not_patched(
+def test_modules_found_while_patched_and_imported_later_are_not_patched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "user_late.py").write_text("from scipy.optimize import linear_sum_assignment as solve\n")
@@ -169,7 +171,7 @@ def test_a_module_found_meanwhile_and_imported_later_is_not_patched(
 
 def test_a_loader_that_serves_several_modules_is_followed_and_restored() -> None:
     class Loader:
-        """Makes modules that bind the function, as a hook of pytest or of a packager makes all of its own."""
+        """Makes modules that bind the function, like the import hooks of pytest and of packagers."""
 
         def __init__(self) -> None:
             self.exec_module = self.execute
@@ -219,7 +221,7 @@ assert linear_sum_assignment is solve is scipy.optimize._lsap.linear_sum_assignm
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_threads_patch_and_restore_each_for_itself() -> None:
+def test_threads_patch_and_restore_independently() -> None:
     user = user_module("user", solve=KEPT.original)
     wrong: list[str] = []
     barrier = threading.Barrier(6)

@@ -103,7 +103,7 @@ def test_large_problems_are_optimal_and_proven(
 
 @pytest.mark.parametrize("value", [1e-35, 1e-30, 3e38, 1e-300, 1e300])
 @pytest.mark.parametrize("size", [60, 270, 790])
-def test_costs_near_the_ends_of_their_type(value: float, size: int) -> None:
+def test_costs_near_the_limits_of_their_dtype(value: float, size: int) -> None:
     dtype = np.float32 if 1e-40 < value < 1e39 else np.float64
     values = (value * np.random.default_rng(0).uniform(-1, 1, (size, size))).astype(dtype)
     result = linear_assignment(values)
@@ -113,7 +113,7 @@ def test_costs_near_the_ends_of_their_type(value: float, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_rows_of_zeros_are_told_from_rows_that_are_nearly_so(dtype: Any) -> None:
+def test_zero_rows_are_distinguished_from_nearly_zero_rows(dtype: Any) -> None:
     random = np.random.default_rng(0)
     values = random.standard_normal((800, 800)).astype(dtype)
     zero, nearly = random.permutation(800)[:500].reshape(2, 250)
@@ -398,7 +398,7 @@ def test_scipy_input_types(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (6, 6), (4, 9), (9, 4), (40, 70), (70, 40), (200, 130)])
-def test_the_short_way_is_the_general_one(isa: str, shape: tuple[int, int], dtype: Any) -> None:
+def test_fast_path_equals_general_path(isa: str, shape: tuple[int, int], dtype: Any) -> None:
     values = np.random.default_rng(5).standard_normal(shape).astype(dtype)
     for maximize in (False, True):
         with use_backend("cpu"):
@@ -413,7 +413,7 @@ def test_the_short_way_is_the_general_one(isa: str, shape: tuple[int, int], dtyp
                 assert torch.equal(getattr(result, name), getattr(proven, name))
 
 
-def test_the_short_way_heeds_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUDSC_BACKEND", "abacus")
     with pytest.raises(ValueError, match="MUDSC_BACKEND must be one of"):
         linear_sum_assignment(np.zeros((3, 3)))
@@ -509,7 +509,7 @@ def make_large(family: str, size: int) -> Array:
 )
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("size", [320, 800])
-def test_families_that_settle_early_or_tie(isa: str, family: str, dtype: Any, size: int) -> None:
+def test_families_with_early_stops_and_ties(isa: str, family: str, dtype: Any, size: int) -> None:
     values = make_large(family, size).astype(dtype)
     exact = values.astype(np.float64)
     for maximize in (True, False):
@@ -550,7 +550,7 @@ def test_large_warm_start(isa: str, noise: float, dtype: Any, size: int) -> None
 
 @pytest.mark.parametrize("columns", [slice(None), slice(0, 200), slice(7, 8)], ids=str)
 @pytest.mark.parametrize("dual", [1e10, -1e20, 1e39, 1e300, math.inf, math.nan])
-def test_duals_that_would_drown_the_entries_are_left_out(dual: float, columns: slice) -> None:
+def test_start_duals_much_larger_than_entries_are_ignored(dual: float, columns: slice) -> None:
     values = torch.randn(900, 900, generator=torch.Generator().manual_seed(0))
     found = linear_assignment(values)
     absurd = found.column_duals.clone()
@@ -560,7 +560,7 @@ def test_duals_that_would_drown_the_entries_are_left_out(dual: float, columns: s
     assert 0 <= float(warm.gap) <= 1e-12 * float(found.objective)
 
 
-def test_only_the_problems_of_a_batch_with_such_duals_start_anew() -> None:
+def test_only_problems_with_such_duals_ignore_the_warm_start() -> None:
     values = torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0))
     found = linear_assignment(values)
     for dtype in (torch.float64, torch.float32):
@@ -585,7 +585,7 @@ def test_tolerance_bounds_the_gap(tolerance: float, shape: tuple[int, int]) -> N
     assert best * (1 - 1e-12) <= bound
 
 
-def test_a_loose_tolerance_ends_sooner() -> None:
+def test_loose_tolerance_stops_early() -> None:
     values = torch.rand(1000, 1000, generator=torch.Generator().manual_seed(3))
     assert float(linear_assignment(values, tolerance=0.1).gap) > 0
 

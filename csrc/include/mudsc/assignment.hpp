@@ -35,8 +35,8 @@ struct AssignmentProblem {
   AssignmentStatus* status;     // [batch]; results of a problem that is not optimal are undefined
 };
 
-// With duals u, v of a minimised problem: u_i + v_j <= cost_ij for all pairs, with equality for chosen ones, and
-// v_j <= 0. Maximised: u_i + v_j >= value_ij and v_j >= 0. The sum of all duals bounds every assignment.
+// With duals u, v of a minimized problem: u_i + v_j <= cost_ij for all pairs, with equality for chosen ones, and
+// v_j <= 0. Maximized: u_i + v_j >= value_ij and v_j >= 0. The sum of all duals bounds every assignment.
 MUDSC_DECLARE_KERNEL(void linear_assignment(const AssignmentProblem& problem));
 
 }  // namespace mudsc

@@ -1,4 +1,4 @@
-"""The greedy zip as the published programs of ZipIt and MuDSC run it, at the kernel's speed where that is the same."""
+"""The greedy zip of the published programs of ZipIt and MuDSC, by the fast kernel where results are the same."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def zip_published(
     num_models
         N.
     remaining
-        Clusters to end with, in all.
+        Total number of clusters at the end.
     budget
         Merges allowed inside each model.
     shrink
-        Factor on a merged cluster's similarities.
+        Factor on the similarities of a merged cluster.
     sets
-        Units that are clustered by themselves, one set after the other: [N * G] indices each, a group of G units from
-        every model in turn. Clusters are numbered by set. All units form one set by default.
+        Units that are clustered separately, one set after the other: [N * G] indices each, a group of G units of each
+        model in turn. Clusters are numbered by set. All units form one set by default.
     group_budget
         Merges allowed inside each group of a set.
 
     Raises
     ------
     ValueError
-        If a similarity is not finite or no pair is left that may be merged.
+        If a similarity is not finite or no allowed merge is left.
     """
     if sets is None:
         sets, group_budget = [torch.arange(len(similarity), device=similarity.device)], budget
     assert group_budget is not None  # given with the sets
     allowed, allowed_inside_groups = max(1, budget), max(1, group_budget)
     per_set = remaining // len(sets)
-    # Groups of one unit have no merges inside. Else a model's budget must last for the merges of all its groups.
+    # Groups of one unit have no merges inside. Otherwise a model's budget must cover the merges of all its groups.
     lasts = len(sets[0]) == num_models or len(sets) * allowed_inside_groups <= allowed
     if shrink <= 0 or not lasts:
         return _zip_literally(similarity, num_models, per_set, allowed, shrink, sets, allowed_inside_groups)
@@ -89,7 +89,7 @@ def _zip_literally(
     sets: Sequence[Tensor],
     group_budget: int,
 ) -> Zip:
-    """Search the whole matrix for each merge: for settings that tie the sets to each other or to places."""
+    """Search the whole matrix for each merge: for settings in which sets depend on each other or on positions."""
     _checks.check_finite("similarity", similarity)
     dtype = torch.float64 if similarity.dtype == torch.float64 else torch.float32
     working = similarity.detach().to("cpu", dtype, copy=True).fill_diagonal_(-torch.inf)
@@ -136,7 +136,7 @@ def _zip_literally(
 
 
 def _join_rows(rows: Tensor, kept: int, gone: int, shrink: float, severed: Sequence[slice]) -> Tensor:
-    """Return the matrix with row `gone` joined to row `kept`: the smaller of both, shrunk or severed."""
+    """Return the matrix with row `gone` merged into row `kept`: the elementwise minimum, shrunk or cut off."""
     joined = torch.minimum(rows[kept], rows[gone])
     if shrink > 0:
         joined *= shrink

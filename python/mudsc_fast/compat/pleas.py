@@ -8,14 +8,14 @@ from mudsc_fast.ops.assignment import linear_assignment
 
 
 def lsa_solver(A: Tensor, maximize: bool = True) -> Tensor:  # noqa: N803 - the name that callers use
-    """Return the column assigned to every row of a similarity matrix.
+    """Return the column assigned to each row of a similarity matrix.
 
     Parameters
     ----------
     A
         [n, m] with n <= m, on any device.
     maximize
-        Whether the sum is maximised, which is what PLeaS asks for.
+        Whether to maximize the sum, as PLeaS does, or to minimize it.
 
     Returns
     -------
@@ -25,7 +25,7 @@ def lsa_solver(A: Tensor, maximize: bool = True) -> Tensor:  # noqa: N803 - the 
     Raises
     ------
     ValueError
-        If `A` is not such a matrix, or has no assignment.
+        If `A` has another shape or no assignment.
     """
     if A.ndim != 2 or A.shape[0] > A.shape[1]:
         raise ValueError(f"A must be [n, m] with n <= m, got shape {list(A.shape)}")

@@ -1,4 +1,4 @@
-"""Weight matching by the interface of the PyTorch ports of git-re-basin.
+"""Weight matching with the interface of the PyTorch ports of git-re-basin.
 
 Source: Ainsworth et al., "Git Re-Basin: Merging Models modulo Permutation Symmetries", arXiv 2209.04836, algorithm 1.
 """
@@ -18,14 +18,14 @@ _logger = logging.getLogger(__name__)
 
 
 class PermutationSpec(NamedTuple):
-    """Which axes each permutation re-orders.
+    """Which axes each permutation permutes.
 
     Attributes
     ----------
     perm_to_axes
-        For each permutation its (tensor, axis) pairs.
+        The (tensor, axis) pairs of each permutation.
     axes_to_perm
-        For each tensor the permutation of every axis, None where an axis keeps its order.
+        The permutation of every axis of each tensor, None where an axis keeps its order.
     """
 
     perm_to_axes: Mapping[str, Sequence[tuple[str, int]]]
@@ -60,7 +60,7 @@ def get_permuted_param(
 def apply_permutation(
     ps: PermutationSpec, perm: Mapping[str, Tensor], params: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return all tensors re-ordered; those that the specification does not name stay as they are."""
+    """Return all tensors permuted; those that the specification does not name are returned unchanged."""
     return {k: get_permuted_param(ps, perm, k, params) for k in params}
 
 
@@ -74,9 +74,9 @@ def weight_matching(
 ) -> dict[str, Tensor]:
     """Find the permutations of `params_b` that bring it closest to `params_a`.
 
-    In every iteration the permutations are visited in the order of ``torch.randperm``, from torch's own generator, so
-    that a seed gives the order that the ports have; each is set to the assignment at which the summed products of both
-    networks' weights are largest. The search ends after an iteration that improves nothing.
+    Each iteration visits the permutations in the order of ``torch.randperm``, from torch's default generator, so a seed
+    gives the order of the ports. Each is set to the assignment that maximizes the summed products of both networks'
+    weights. The search ends after an iteration without improvement.
 
     Parameters
     ----------
@@ -85,21 +85,21 @@ def weight_matching(
     params_a, params_b
         Tensors by name, on any device.
     max_iter
-        Most iterations.
+        Maximum number of iterations.
     init_perm
-        Permutations to begin with; by default every unit stays in its place.
+        Initial permutations; by default the identity.
     silent
-        Whether not to log, at level INFO, what each step gains.
+        False to log the gain of each step, at level INFO.
 
     Returns
     -------
     dict
-        For each permutation [units] int64: unit i of the result is unit ``perm[i]`` of `params_b`.
+        [units] int64 for each permutation: unit i of the result is unit ``perm[i]`` of `params_b`.
 
     Raises
     ------
     ValueError
-        If `init_perm` lacks a permutation or holds one that is none.
+        If `init_perm` lacks a permutation, or an entry is not one.
     """
     units = {p: params_a[uses[0][0]].shape[uses[0][1]] for p, uses in ps.perm_to_axes.items()}
     perm = (
@@ -115,7 +115,7 @@ def weight_matching(
         progress = False
         for index in torch.randperm(len(names), device="cpu").tolist():
             p = names[index]
-            # Under the neighbours that it was matched under last, its products and its permutation are the same.
+            # If no neighbour has changed since its last visit, its products and its permutation are the same.
             if max((changed_at[other] for other in _neighbours(ps, p)), default=0) <= visited_at[p]:
                 continue
             visited_at[p] = changes
@@ -146,7 +146,7 @@ def _checked(init_perm: Mapping[str, Tensor], units: Mapping[str, int]) -> dict[
 
 
 def _neighbours(ps: PermutationSpec, p: str) -> set[str]:
-    """Return the permutations of the other axes of the tensors that `p` re-orders."""
+    """Return the permutations of the other axes of the tensors that `p` permutes."""
     return {
         other
         for tensor, axis in ps.perm_to_axes[p]
@@ -165,7 +165,7 @@ def _products(
         of_b = get_permuted_param(ps, perm, tensor, b, except_axis=axis).detach().moveaxis(axis, 0).to(of_a.device)
         product = of_a.reshape(len(of_a), -1) @ of_b.reshape(len(of_b), -1).T
         total = product if total is None else total + product
-    assert total is not None  # a permutation is known by its axes
+    assert total is not None  # a permutation has at least one axis
     return total
 
 

@@ -1,8 +1,8 @@
-"""ZipIt's matching functions and covariance metric, by name, argument and result.
+"""ZipIt's matching functions and covariance metric, with its names, arguments and results.
 
 Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, and the
-interface of its program. Results are the published ones exactly: also the 1e-5 in the columns' divisor and the merge
-inside a model that is allowed where its budget rounds to 0.
+interface of its program. Results are exactly the published ones, including the 1e-5 in the divisor and the merge inside
+a model that is allowed where its budget rounds to 0.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _logger = logging.getLogger(__name__)
 class CovarianceMetric:
     """Covariance of the features of all models, accumulated over batches.
 
-    The moments of every batch count by its number of samples, however many positions it has; NaN and infinite features
-    count as 0.
+    The moments of each batch are weighted by its number of samples, whatever its number of positions; NaN and infinite
+    features count as 0.
 
     Attributes
     ----------
     mean, outer
-        Sums over the batches of batch size times mean, and times second moments; None before the first.
+        Sums over batches of the batch size times the mean, and times the second moments; None before the first batch.
     """
 
     name = "covariance"
@@ -57,7 +57,7 @@ class CovarianceMetric:
 
 
 def compute_correlation(covariance: Tensor, eps: float = 1e-7) -> Tensor:
-    """Return ``covariance / max(deviation_i * deviation_j, eps)``; a variance that rounding made negative counts 0."""
+    """Return ``covariance / max(deviation_i * deviation_j, eps)``; negative variances (by rounding) count as 0."""
     deviation = covariance.diagonal().clamp(min=0).sqrt()
     return covariance / torch.outer(deviation, deviation).clamp(min=eps)
 
@@ -78,22 +78,22 @@ def match_tensors_zipit(
     ----------
     metric
         ``"covariance"`` [O, O], which is turned into correlations, or ``"cossim"`` [O, O], for O = models * units.
-        Further entries are not read. Not modified, unlike by the published function.
+        Other entries are not read. Not modified, unlike in the published function.
     r
-        Share of the units that is merged away. There are ``int(1 / (1 - r) + 0.5)`` models.
+        Fraction of the units that is merged away. There are ``int(1 / (1 - r) + 0.5)`` models.
     a
-        Factor on a merged cluster's similarities, see `shrink` of :func:`mudsc_fast.zip_units`.
+        Factor on the similarities of a merged cluster, see `shrink` of :func:`mudsc_fast.zip_units`.
     b
-        Share of a model's merges that may be inside the model.
+        Fraction of a model's merges that may be inside the model.
     print_merges
-        Whether to log, at level INFO, how many clusters lie in one model or in both.
+        Whether to log, at level INFO, how many clusters are in one model or in both.
     get_merge_value
-        Whether to return the mean similarity at which clusters were merged, too. (The published function averages
-        entries of the cluster matrix there.)
+        Whether to also return the mean similarity of the merges. (The published function averages entries of the
+        cluster matrix instead.)
     add_bias
-        Whether `unmerge` gets, for each model, a row and a column for a bias, which stays what it is.
+        Whether to add a row and a column to `unmerge` for the bias of each model, which is not merged.
     **kwargs
-        Arguments of other matching functions, not used.
+        Arguments of other matching functions; not used.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def match_tensors_zipit(
     Raises
     ------
     ValueError
-        If `metric` holds neither similarity, one is not finite, or no legal merge is left.
+        If `metric` holds neither similarity, a similarity is not finite, or no allowed merge is left.
     """
     if "covariance" in metric:
         similarity = compute_correlation(metric["covariance"])
@@ -129,7 +129,7 @@ def match_tensors_permute(
     add_bias: bool = False,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Any, ...]:
-    """Permute the units of every model onto those of the first, at the largest summed correlation.
+    """Permute the units of every model onto those of the first so that the summed correlation is the largest.
 
     Arguments and results are those of :func:`match_tensors_zipit`; `metric` holds ``"covariance"``, and the value is
     the mean correlation of the last model's units with theirs.
@@ -152,7 +152,7 @@ def match_tensors_identity(
     add_bias: bool = False,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    """Match the units of all models by their numbers: plain averaging, with the results of the other functions."""
+    """Match the units of all models by their index: plain averaging, in the form of the other functions."""
     num_models = _num_models(r)
     own = torch.eye(len(metric["covariance"]) // num_models, device=metric["covariance"].device)
     return _matrices([own] * num_models, add_bias)
@@ -165,7 +165,7 @@ def _num_models(r: float) -> int:
 
 
 def _matrices(members: Sequence[Tensor], add_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return `merge` and `unmerge`, given [units, clusters] of zeros and ones for each model."""
+    """Return `merge` and `unmerge`, given a [units, clusters] matrix of zeros and ones for each model."""
     joined = torch.cat(list(members))
     merge = (joined / (joined.sum(0, keepdim=True) + 1e-5)).T
     if add_bias:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -114,18 +113,14 @@ class Assignment:
         return lines if self.threshold is None else [*lines, ("threshold", f"{self.threshold:g}")]
 
 
-def assignment_of_arrays(
-    arrays: Arrays, threshold: float | None = None, *, new: Callable[[type[Assignment]], Assignment] = object.__new__
-) -> Assignment:
+def assignment_of_arrays(arrays: Arrays, threshold: float | None) -> Assignment:
     """Return an assignment of the arrays of the compiled solver; each attribute becomes a tensor when it is read.
 
-    To make five tensors takes longer than to solve a small problem, and few callers read them all.
+    To make five tensors takes longer than to solve a small problem, and few callers read them all. For single small
+    problems the compiled solver makes the same object itself.
     """
-    result = new(Assignment)
-    state = result.__dict__
-    state["_arrays"] = arrays
-    if threshold is not None:
-        state["threshold"] = threshold
+    result = object.__new__(Assignment)
+    result.__dict__.update(_arrays=arrays, threshold=threshold)
     return result
 
 

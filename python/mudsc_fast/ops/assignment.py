@@ -167,11 +167,9 @@ def linear_assignment(
     if not traced and is_single and tolerance == 0 and _dispatch.requested() is None:
         # Fast path for small matrices.
         array = similarity.numpy() if _is_plain(similarity) else similarity
-        solved = _core.solve_array(array, maximize, threshold, return_duals)
+        solved = _core.solve_array(array, maximize, threshold, Assignment if return_duals else None)
         if solved is not None:
-            if isinstance(solved, tuple):
-                return assignment_of_arrays(solved, threshold)
-            return torch.from_numpy(solved)
+            return solved if isinstance(solved, Assignment) else torch.from_numpy(solved)
     limit = _check_threshold(threshold)
     if isinstance(similarity, (list, tuple)) or not is_single or limit is not None:
         _check_compatible(similarity, limit, rows, columns, warm_start, tolerance)

@@ -1,7 +1,7 @@
 """Exact assignment in PyTorch: one shortest augmenting path per row, over the dense matrix.
 
 D. F. Crouse, "On implementing 2D rectangular assignment algorithms", IEEE Transactions on Aerospace and Electronic
-Systems 52 (2016), with its choices between equally good assignments.
+Systems 52 (2016), including its choice between equally good assignments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mudsc_fast.kernels._assignment import INFEASIBLE, INVALID, OPTIMAL, Solutio
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:  # noqa: ARG001
-    """Solve [..., n, m] problems with 0 < n <= m, exactly whatever the tolerance."""
+    """Solve [..., n, m] problems with 0 < n <= m, exactly whatever the tolerance is."""
     sign = -1.0 if maximize else 1.0
     values = similarity.detach().to(torch.float64)
     problems = values.reshape(-1, *values.shape[-2:])
@@ -53,8 +53,8 @@ def _solve_one(cost: Tensor, prices: Tensor | None) -> tuple[Tensor, Tensor, Ten
 def _augment(cost: Tensor, root: int, column_of_row: Tensor, row_of_column: Tensor, u: Tensor, v: Tensor) -> bool:
     """Match `root` along a shortest path in reduced costs, by Dijkstra's search; False if there is none.
 
-    Of several nearest columns the last without a row is taken, or else the first, in the order of `open_columns`: from
-    the last to the first, a closed one replaced by the one at the end.
+    Of several nearest columns it takes the last one without a row, or else the first one, in the order of
+    `open_columns`: from last to first, where a closed column is replaced by the one at the end.
     """
     distance = torch.full_like(v, torch.inf)
     parent = torch.full_like(row_of_column, -1)
