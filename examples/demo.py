@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import mudsc_fast
-from mudsc_fast.plot import plot_merges
+from mudsc_fast.plot import plot_accuracies
 
 WIDTH = 512
 HELD_OUT_PER_DIGIT = 100
@@ -204,15 +204,19 @@ def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
     return "\n".join(lines)
 
 
-def paired_similarities(activations: mudsc_fast.MatchingStatistics, row: Row) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return for each node the similarities of equally numbered and of matched units of the two networks."""
-    pairs = {}
-    for node, matching in row.matching.items():
-        assert matching.permutations is not None  # an alignment
-        block = activations.similarity(node, "cross")[0]
-        matched = block.gather(1, matching.permutations[1][:, None]).flatten()
-        pairs[node] = (block.diagonal(), matched)
-    return pairs
+def save_picture(path: Path, accuracies: dict[str, float], reference: float, row: Row) -> None:
+    """Draw the accuracies of all methods, and what matching gains for the units of each layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    plot_accuracies(accuracies, reference, left)
+    left.set_xlabel("mean accuracy of the two tasks on held-out images, %")
+    assert isinstance(row.matching, mudsc_fast.Matching)
+    row.matching.plot(right)
+    figure.savefig(path, dpi=130)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -254,12 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     picture = options.output / "merge.png"
     by_method = {row.method: row for row in rows}
-    plot_merges(
-        picture,
-        {method: row.test_accuracy for method, row in by_method.items()},
-        sum(own) / len(own),
-        paired_similarities(activations, by_method["dual align"]),
-    )
+    accuracies = {method: row.test_accuracy for method, row in by_method.items()}
+    save_picture(picture, accuracies, sum(own) / len(own), by_method["dual align"])
     print(f"Picture: {picture}")
     return 0
 

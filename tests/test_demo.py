@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from mudsc_fast.plot import plot_merges
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,15 +46,3 @@ def test_demo_refuses_no_training(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_demo(["--epochs", "0"])
     assert "--epochs must be at least 1, got 0" in capsys.readouterr().err
-
-
-def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "merge.png"
-    path.write_text("old")
-    pairs = {"fc1": (torch.rand(5), torch.rand(5))}
-    with pytest.raises(ValueError, match="not supported"):
-        plot_merges(tmp_path / "merge.nothing", {"average": 0.5}, 0.9, pairs)
-    assert path.read_text() == "old"
-    plot_merges(path, {"average": 0.5}, 0.9, pairs)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in tmp_path.iterdir()] == ["merge.png"]

@@ -17,7 +17,7 @@ from mudsc_fast.matching.sweep import SweepResult, sweep
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import Precision
-from mudsc_fast.options import MatchOptions, Space, default_space
+from mudsc_fast.options import MatchOptions, Space, default_shrink, default_space
 from mudsc_fast.results import Matching, Names, Phases, checked_weights, names
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.permutation_spec import PermutationSpec
@@ -32,7 +32,7 @@ def match(
     balance: float = 0.5,
     space: Space | None = None,
     weights: Sequence[float] | None = None,
-    shrink: float = 0.5,
+    shrink: float | None = None,
     budget: float = 1.0,
     task_heads: Names = (),
     random_state: int = 0,
@@ -178,7 +178,11 @@ class PreparedMatching:
             if options.mode == "align":
                 return align_units(similarities, groups, earlier=self._solutions)
             return zip_all_units(
-                similarities, len(self._networks), groups, shrink=options.shrink, budget=options.budget
+                similarities,
+                len(self._networks),
+                groups,
+                shrink=default_shrink(options.shrink, len(self._networks)),
+                budget=options.budget,
             )
 
     def _match_activations(self, data: Iterable[Any] | MatchingStatistics | None) -> None:

@@ -32,7 +32,7 @@ def merge(
     balance: float = 0.5,
     space: Space | None = None,
     weights: Sequence[float] | None = None,
-    shrink: float = 0.5,
+    shrink: float | None = None,
     budget: float = 1.0,
     stop_at: Names = (),
     task_heads: Names = (),
@@ -81,7 +81,9 @@ def merge(
         The models' shares in the result, numbers of at least 0 that sum to 1; equal by default.
     shrink, budget
         Of the zip: how a cluster's similarities shrink when it grows, and which share of a model's merges may be
-        within the model; as in :func:`mudsc_fast.ops.zip_units`.
+        within the model; as in :func:`mudsc_fast.ops.zip_units`. By default `shrink` is the published 0.5 for up to two
+        models. For more it is 1: otherwise a unit that is still alone prefers another one to the cluster of its copies
+        in the other models.
     stop_at
         Where merging stops, by default nowhere: a node, or tensors by their name or its beginning up to a dot (a
         module). Tensors up to and including these, in the order of the spec, are merged into one trunk; every task
@@ -166,7 +168,7 @@ def search_balance(
     spec: SpecLike = None,
     mode: Mode = "align",
     weights: Sequence[float] | None = None,
-    shrink: float = 0.5,
+    shrink: float | None = None,
     budget: float = 1.0,
     stop_at: Names = (),
     task_heads: Names = (),

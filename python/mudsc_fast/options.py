@@ -26,7 +26,7 @@ class MatchOptions:
     mode: Mode = "align"
     space: Space = "weight"
     balance: float = 0.5
-    shrink: float = 0.5
+    shrink: float | None = None
     budget: float = 1.0
     random_state: int = 0
     max_sweeps: int = 100
@@ -41,7 +41,7 @@ class MatchOptions:
         check_choice("precision", self.precision, get_args(Precision))
         checked = {
             "balance": check_share("balance", self.balance),
-            "shrink": check_finite_number("shrink", self.shrink),
+            "shrink": None if self.shrink is None else check_finite_number("shrink", self.shrink),
             "budget": check_share("budget", self.budget),
             "random_state": check_int("random_state", self.random_state, 0),
             "max_sweeps": check_int("max_sweeps", self.max_sweeps, 1),
@@ -49,6 +49,18 @@ class MatchOptions:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+
+def default_shrink(shrink: float | None, num_models: int) -> float:
+    """Return the shrink of a zip: the published one for up to two models, none for more.
+
+    A cluster of k units shrinks by ``shrink ** (k - 1)``. Of two models every cluster of corresponding units has two
+    members. Of more models the last unit compares a cluster of its copies, shrunken, with other single units, which are
+    not; it prefers those if they are more similar than the shrink.
+    """
+    if shrink is not None:
+        return shrink
+    return 0.5 if num_models <= 2 else 1.0
 
 
 def default_space(space: Space | None, has_data: bool) -> Space:

@@ -1,49 +1,107 @@
-"""Pictures of a merge, drawn with matplotlib (the extra ``demo``)."""
+"""Plots of matchings and merges, drawn with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from mudsc_fast.matching.node import NodeMatching
 
-from mudsc_fast._files import atomic_write
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GRAY, _BLUE, _BLACK = "#9aa0a6", "#1a73e8", "#202124"
+_COLORS = (_BLUE, "#e8710a", "#188038", "#9334e6")
+#: With more nodes their names are written upright.
+_MAX_LEVEL_NAMES = 6
 
 
-def plot_merges(
-    path: str | os.PathLike[str],
-    accuracies: Mapping[str, float],
-    reference_accuracy: float,
-    similarities: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Save one picture: accuracy by method, and the similarity of paired units before and after matching.
+def new_axes() -> Axes:
+    """Return the Axes of a new figure.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'mudsc-fast[plot]'") from error
+    return pyplot.subplots(layout="constrained")[1]
+
+
+def plot_similarities(nodes: Mapping[str, NodeMatching], axes: Axes | None = None) -> Axes:
+    """Draw for each node the mean similarity of paired units, before and after matching.
 
     Parameters
     ----------
-    path
-        Where the picture goes; its suffix names the format. An existing file is replaced once the new one is whole.
+    nodes
+        The matching of each node.
+    axes
+        Where to draw; by default in a new figure.
+    """
+    axes = new_axes() if axes is None else axes
+    places = range(len(nodes))
+    before = [matched.similarity_before for matched in nodes.values()]
+    after = [matched.similarity for matched in nodes.values()]
+    axes.bar([place - 0.2 for place in places], before, 0.4, color=_GRAY, label="before matching")
+    axes.bar([place + 0.2 for place in places], after, 0.4, color=_BLUE, label="after matching")
+    axes.set_xticks(list(places), list(nodes), rotation=0 if len(nodes) <= _MAX_LEVEL_NAMES else 90)
+    axes.axhline(0, color=_BLACK, linewidth=0.8)
+    axes.set_ylabel("mean similarity of paired units")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def plot_curves(shares: Sequence[float], curves: Mapping[str, Sequence[float]], axes: Axes | None = None) -> Axes:
+    """Draw values along the line between two models.
+
+    Parameters
+    ----------
+    shares
+        The share of the second model at each point, from 0 to 1.
+    curves
+        For each name the values. Names that begin with ``"unmatched"`` are drawn dashed in gray.
+    axes
+        Where to draw; by default in a new figure.
+    """
+    axes = new_axes() if axes is None else axes
+    colors = iter(_COLORS * len(curves))
+    for name, values in curves.items():
+        style: dict[str, Any] = {"color": _GRAY, "linestyle": "--"} if name.startswith("unmatched") else {}
+        axes.plot(shares, values, label=name, marker=".", **{"color": style.get("color") or next(colors), **style})
+    axes.set_xlabel("share of the second model")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def plot_accuracies(
+    accuracies: Mapping[str, float], reference_accuracy: float, axes: Axes | None = None, *, highlight: str = "dual"
+) -> Axes:
+    """Draw the accuracy of merged networks by method.
+
+    Parameters
+    ----------
     accuracies
         For each method the mean accuracy over the tasks, in [0, 1].
     reference_accuracy
         Mean accuracy of the networks that were merged, each on its own task.
-    similarities
-        For each node the similarities [units] of equally numbered units, and of matched units.
+    axes
+        Where to draw; by default in a new figure.
+    highlight
+        Methods whose names contain it stand out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-
+    axes = new_axes() if axes is None else axes
     methods = list(accuracies)
     values = [100 * accuracies[method] for method in methods]
-    colors = ["#9aa0a6" if m == "average" else "#1a73e8" if "dual" in m else "#669df6" for m in methods]
-    bars = left.barh(methods, values, color=colors)
-    left.bar_label(bars, fmt="%.1f", padding=-30, color="white", fontweight="bold")
-    left.axvline(100 * reference_accuracy, color="#202124", linestyle="--", linewidth=1)
-    left.annotate(
+    colors = [_GRAY if m == "average" else _BLUE if highlight in m else "#669df6" for m in methods]
+    bars = axes.barh(methods, values, color=colors)
+    axes.bar_label(bars, fmt="%.1f", padding=-30, color="white", fontweight="bold")
+    axes.axvline(100 * reference_accuracy, color=_BLACK, linestyle="--", linewidth=1)
+    axes.annotate(
         f"unmerged networks {100 * reference_accuracy:.1f}",
         (100 * reference_accuracy, 1),
         xycoords=("data", "axes fraction"),
@@ -52,35 +110,20 @@ def plot_merges(
         ha="center",
         fontsize=9,
     )
-    left.invert_yaxis()
-    left.set_xlim(min(50, *values), 101)
-    left.set_xlabel("mean accuracy of the two tasks on held-out images, %")
+    axes.invert_yaxis()
+    axes.set_xlim(min(50, *values), 101)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
-    shades = {"before": "#9aa0a6", "after": "#1a73e8"}
-    for index, (node, pair) in enumerate(similarities.items()):
-        for offset, (label, sample) in zip((-0.18, 0.18), zip(shades, pair, strict=True), strict=True):
-            parts = right.violinplot([sample.numpy()], [index + offset], widths=0.34, showmeans=True)
-            for part in (*parts["bodies"], parts["cmeans"], parts["cmins"], parts["cmaxes"], parts["cbars"]):
-                part.set_color(shades[label])
-        right.annotate(
-            node,
-            (index, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="center",
-        )
-    right.set_xticks([])
-    right.set_ylabel("correlation of paired units")
-    right.legend(
-        handles=[right.scatter([], [], color=color, label=f"{label} matching") for label, color in shades.items()],
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=2,
-        frameon=False,
-    )
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
 
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=130, format=Path(path).suffix.removeprefix(".") or "png")
+def interpolation_curves(
+    evaluate: Callable[[Any], float | Mapping[str, float]], models: Iterable[Any], prefix: str = ""
+) -> dict[str, list[float]]:
+    """Return the values of models by name, one curve for each name that `evaluate` returns."""
+    curves: dict[str, list[float]] = {}
+    for model in models:
+        values = evaluate(model)
+        by_name = values if isinstance(values, Mapping) else {"": values}
+        for name, value in by_name.items():
+            curves.setdefault(" ".join(filter(None, (prefix, name))), []).append(float(value))
+    return curves

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mudsc_fast import _matching_file
 from mudsc_fast._checks import check_int, check_number
 from mudsc_fast._models import Model, Models, Networks, like, network_of, with_state
+from mudsc_fast._progress import progress_bar
 from mudsc_fast._tables import as_html, as_text, node_rows
 from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
 from mudsc_fast.matching.checks import check_dtypes
@@ -21,6 +22,9 @@ from mudsc_fast.matching.node import Mode, NodeMatching, effective_weights
 from mudsc_fast.matching.partial import Division, divide
 from mudsc_fast.options import Space
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: One or several names.
 Names = str | Sequence[str]
@@ -179,6 +183,32 @@ class Matching(Mapping[str, NodeMatching]):
         permuted = like(permute_state_dict(tensors, self.spec, orders), network, 0)
         return with_state(model, permuted) if isinstance(model, nn.Module) else permuted
 
+    def without_matching(self) -> Matching:
+        """Return the matching of equally numbered units, which merges as a plain average does."""
+        nodes = {}
+        for node, matched in self.nodes.items():
+            units = torch.arange(matched.cluster_of_unit.shape[1], device=matched.cluster_of_unit.device)
+            nodes[node] = NodeMatching(
+                mode="align",
+                cluster_of_unit=units.expand(matched.cluster_of_unit.shape).contiguous(),
+                num_clusters=len(units),
+                similarity_before=matched.similarity_before,
+                similarity=matched.similarity_before,
+            )
+        return replace(self, nodes=nodes, mode="align", objectives=[], timings={})
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the mean similarity of paired units of each node, before and after matching.
+
+        Parameters
+        ----------
+        axes
+            Where to draw; by default in a new figure. Needs matplotlib (the extra ``plot``).
+        """
+        from mudsc_fast.plot import plot_similarities  # only those who plot pay for the import
+
+        return plot_similarities(self.nodes, axes)
+
     def save(self, path: _matching_file.PathLike) -> None:
         """Write the matching to a .safetensors file; a file that cannot be written completely is left as it was.
 
@@ -303,6 +333,8 @@ class MergeResult:
         Tensors that it left as they are, with the reason.
     scores
         Of :func:`mudsc_fast.search_balance`: the score of each balance tried.
+    models
+        The modules that were merged, not copies; empty where only tensors were given.
     """
 
     model: nn.Module | None
@@ -317,6 +349,7 @@ class MergeResult:
     refit_layers: tuple[RefitLayer, ...] = ()
     not_refitted: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[float, float] = field(default_factory=dict)
+    models: tuple[nn.Module, ...] = ()
 
     @property
     def spec(self) -> PermutationSpec:
@@ -349,6 +382,61 @@ class MergeResult:
             )
             for tensors in self.task_state_dicts
         )
+
+    def plot_interpolation(
+        self,
+        evaluate: Callable[[nn.Module], float | Mapping[str, float]],
+        steps: int = 11,
+        *,
+        compare: bool = True,
+        axes: Axes | None = None,
+        progress: bool | None = None,
+    ) -> Axes:
+        """Draw the loss or accuracy of merges of two models, from the first model alone to the second alone.
+
+        Nothing is matched again: each point is a merge with other weights. Changes made after the merge, such as
+        :func:`mudsc_fast.repair`, are not in the curve: `evaluate` can make them.
+
+        Parameters
+        ----------
+        evaluate
+            Returns the value of a module, or several values by name, each of which gets a curve of its own. Networks
+            with BatchNorm need their running statistics recomputed here (:func:`mudsc_fast.reset_batch_norm`).
+        steps
+            Number of points, both ends included; at least 2.
+        compare
+            Whether to draw the curve without matching, too.
+        axes
+            Where to draw; by default in a new figure. Needs matplotlib (the extra ``plot``).
+        progress
+            Whether to show a progress bar; by default in a terminal, if the work is long.
+
+        Raises
+        ------
+        TypeError
+            If the merge was one of state dicts or files, or kept tensors per task.
+        ValueError
+            If it was not one of two models, or `steps` is below 2.
+        """
+        from mudsc_fast.plot import interpolation_curves, plot_curves
+
+        if self.model is None:
+            raise TypeError(
+                "plot_interpolation needs the merge of modules into one model: merge modules, without stop_at"
+            )
+        if len(self.models) != 2:
+            raise ValueError(f"plot_interpolation needs the merge of two models, got {len(self.models)}")
+        steps = check_int("steps", steps, 2)
+        shares = [step / (steps - 1) for step in range(steps)]
+        unmatched = self.matching.without_matching()
+        curves = {}
+        for matching, prefix in ((self.matching, ""), (unmatched, "unmatched"))[: 2 if compare else 1]:
+            merges = (
+                matching.merge(self.models, weights=[1 - share, share]).model
+                for share in progress_bar(shares, description=f"interpolation {prefix}".strip(), progress=progress)
+            )
+            curves.update(interpolation_curves(evaluate, merges, prefix if compare and prefix else "matched" * compare))
+        return plot_curves(shares, curves, axes)
 
     def __str__(self) -> str:
         """Return a table of the nodes, what is shared, and the time that each phase took."""
@@ -426,6 +514,7 @@ def merge_matched(
             and (tensor.is_floating_point() or tensor.is_complex())
             and name not in spec.layouts
         ),
+        models=networks.modules,
     )
 
 

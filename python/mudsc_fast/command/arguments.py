@@ -132,8 +132,8 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     matching.add_argument(
         "--shrink",
         type=float,
-        default=0.5,
-        help="With --mode zip: how much the similarities of a cluster shrink as it grows. Default: %(default)s.",
+        help="With --mode zip: how much the similarities of a cluster shrink as it grows. "
+        "Default: 0.5 for two networks, 1 for more.",
     )
     matching.add_argument(
         "--budget",

@@ -37,7 +37,7 @@ def merge_checkpoints(
     space: Space | None = None,
     balance: float = 0.5,
     weights: Sequence[float] | None = None,
-    shrink: float = 0.5,
+    shrink: float | None = None,
     budget: float = 1.0,
     random_state: int = 0,
     max_sweeps: int = 100,
