@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLES, _TOKENS = 2, 16
+#: Frames of a sound behind the convolutions that shorten it.
+_FRAMES = 40
 #: Side of the images for models whose configuration does not name one: they take any.
 _IMAGE_SIDE = 64
 
@@ -32,7 +35,10 @@ def class_of_config(transformers: Any, config: Mapping[str, Any]) -> Any:
     names = config.get("architectures") or ["AutoModel"]
     kind = getattr(transformers, names[0], None)
     if kind is None:
-        raise ValueError(f"transformers has no {names[0]}, which config.json names")
+        raise ValueError(
+            f"transformers has no {names[0]}, which config.json names: pass a spec, a family such as 'bert' or a .json "
+            "file, or the model and data"
+        )
     return kind
 
 
@@ -67,7 +73,10 @@ def build_without_weights(config: Mapping[str, Any]) -> nn.Module:
 
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Return random tokens and pixels for a model of Hugging Face, as far as it takes them; else an empty dict."""
+    """Return random tokens, pixels and sounds for a model of Hugging Face, as far as it takes them; else an empty dict.
+
+    Decoders of sequence-to-sequence models get tokens of their own.
+    """
     taken = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +85,22 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
     if "input_ids" in taken and hasattr(text, "vocab_size"):
         length = min(_TOKENS, getattr(text, "max_position_embeddings", _TOKENS))
         inputs["input_ids"] = torch.randint(text.vocab_size, (_SAMPLES, length), generator=generator, device="cpu")
+    if "input_features" in taken and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        # Whisper: two frames for each position, as its second convolution has stride 2.
+        inputs["input_features"] = torch.randn(
+            (_SAMPLES, config.num_mel_bins, 2 * config.max_source_positions),
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        )
+    if "input_values" in taken and hasattr(config, "conv_stride"):
+        # Wav2vec 2.0 and its kind: enough samples of a sound for a few frames behind all convolutions.
+        length = _FRAMES * math.prod(config.conv_stride)
+        inputs["input_values"] = torch.randn((_SAMPLES, length), generator=generator, dtype=torch.float32, device="cpu")
+    if "decoder_input_ids" in taken and getattr(config, "is_encoder_decoder", False) and inputs:
+        inputs["decoder_input_ids"] = torch.randint(
+            text.vocab_size, (_SAMPLES, _TOKENS // 2), generator=generator, device="cpu"
+        )
     vision = getattr(config, "vision_config", config)
     if "pixel_values" in taken and hasattr(vision, "num_channels"):
         size = getattr(vision, "image_size", _IMAGE_SIDE)

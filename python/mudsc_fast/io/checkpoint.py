@@ -46,6 +46,9 @@ class LazyTensors(Mapping[str, Tensor]):
         self._shards = shards
         self._shard_of = shard_of
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
     def __getitem__(self, name: str) -> Tensor:
         return self._shards[self._shard_of[name]][name]
 
@@ -70,6 +73,9 @@ class RenamedTensors(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], source: Mapping[str, str]) -> None:
         self._tensors = tensors
         self._source = source
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._source[name]]

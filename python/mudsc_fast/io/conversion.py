@@ -42,6 +42,9 @@ class AssembledTensors(Mapping[str, Tensor]):
         for stored, piece in pieces.items():
             self._parts.setdefault(piece.name, []).append((stored, piece))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
     def __getitem__(self, name: str) -> Tensor:
         parts = self._parts[name]
         if parts[0][1].view is None:

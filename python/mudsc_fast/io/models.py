@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,16 @@ from mudsc_fast.io.checkpoint import Checkpoint
 from mudsc_fast.io.errors import CheckpointError
 from mudsc_fast.io.names import is_derived, plain_names
 
-#: Outputs of Hugging Face's models whose order is fixed; hidden states follow the units.
-_ORDERED_OUTPUTS = ("logits", "prediction_logits", "logits_per_image", "image_embeds", "text_embeds")
+#: Outputs of models of Hugging Face whose order is fixed; hidden states follow the units.
+_ORDERED_OUTPUTS = (
+    "logits",
+    "prediction_logits",
+    "start_logits",
+    "end_logits",
+    "logits_per_image",
+    "image_embeds",
+    "text_embeds",
+)
 
 
 def import_function(argument: str, text: str) -> Callable[[], Any]:
@@ -162,25 +170,35 @@ def output_difference(
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
+    """Return the outputs of a model on a batch, or on random inputs if it is None; or why there are none to compare."""
     if batch is not None:
-        with users_code("the model"):
-            seen: list[Any] = []
+        seen: list[Any] = []
+        with users_code("running the model on the data"):
             handle = model.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-            run_on_batch(model, batch, torch.device("cpu"), None)
-            handle.remove()
-        output = seen[0]
-        if not isinstance(output, Tensor):
-            return f"the model returns no tensor, but {type(output).__name__}"
-        return [output.float()]
+            try:
+                run_on_batch(model, batch, torch.device("cpu"), None)
+            finally:
+                handle.remove()
+        return _ordered(seen[0], model)
     inputs = random_inputs(model)
     if not inputs:
         return f"there is no batch for {type(model).__name__}"
     with users_code("running the network on random inputs"):
         result = model(**inputs)
-    found = [result[name] for name in _ORDERED_OUTPUTS if name in result]
-    return [output for output in found if isinstance(output, Tensor)] or (
-        f"{type(model).__name__} returns nothing whose order is fixed"
-    )
+    return _ordered(result, model)
+
+
+def _ordered(result: Any, model: nn.Module) -> list[Tensor] | str:
+    """Return the outputs that do not change when units are permuted, in float32."""
+    if isinstance(result, Tensor):
+        return [result.float()]
+    if not isinstance(result, Mapping):
+        return f"{type(model).__name__} returns {type(result).__name__}, not a tensor"
+    found = [result[name] for name in _ORDERED_OUTPUTS if isinstance(result.get(name), Tensor)]
+    if not found and isinstance(result.get("last_hidden_state"), Tensor):
+        # Its features may follow the units, so they are compared in the order of their values.
+        found = [result["last_hidden_state"].sort(-1).values]
+    return [output.float() for output in found] or f"{type(model).__name__} returns nothing whose order is known"
 
 
 def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:

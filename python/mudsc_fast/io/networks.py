@@ -88,6 +88,9 @@ class _Padded(Mapping[str, Tensor]):
         self._all = [checkpoint.tensors for checkpoint in checkpoints]
         self._names = dict.fromkeys(name for tensors in self._all for name in tensors)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __getitem__(self, name: str) -> Tensor:
         return next(tensors for tensors in (self._own, *self._all) if name in tensors)[name]
 
@@ -149,7 +152,7 @@ def prepare_networks(
     check_versions(checkpoints)
     checkpoints = with_common_ties(_with_common_names(checkpoints, build))
     kept = kept_tensors(checkpoints, ignore=ignore, task_heads=task_heads)
-    checkpoints, chosen = _with_spec(checkpoints, spec, build, batches, kept)
+    checkpoints, chosen, kept = _with_spec(checkpoints, spec, build, batches, kept)
     if AUTO in task_heads and differing_labels(checkpoints):
         kept |= frozenset(label_heads(checkpoints[0], chosen))
     check_tokenizers(checkpoints, kept)
@@ -161,12 +164,19 @@ def prepare_networks(
 
 
 def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any) -> list[Checkpoint]:
-    """Return checkpoints under the names in memory if files name the tensors of one architecture in several ways."""
-    names = [set(checkpoint.tensors) for checkpoint in checkpoints]
-    few_in_common = any(len(names[0] & other) < len(names[0]) / 2 for other in names[1:])
-    if build is not None or not few_in_common or any(not checkpoint.config for checkpoint in checkpoints):
+    """Return checkpoints under the names in memory if files name the tensors of one architecture in several ways.
+
+    They do if they were saved by several versions of transformers.
+    """
+    names = [{name for name in checkpoint.tensors if not is_derived(name)} for checkpoint in checkpoints]
+    configs = [checkpoint.config or {} for checkpoint in checkpoints]
+    one_class = all(config.get("architectures") == configs[0].get("architectures") for config in configs)
+    if build is not None or not all(configs) or not one_class or all(other == names[0] for other in names[1:]):
         return list(checkpoints)
-    return [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]
+    try:
+        return [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]
+    except ValueError:
+        return list(checkpoints)  # not of transformers, or not as it knows them: the names are compared as they are
 
 
 def model_of(checkpoint: Checkpoint) -> nn.Module:
@@ -185,7 +195,7 @@ def spec_of_checkpoint(
     ValueError
         If there is no spec.
     """
-    found, chosen = _with_spec([checkpoint], spec, build, batches, frozenset())
+    found, chosen, _ = _with_spec([checkpoint], spec, build, batches, frozenset())
     return found[0], chosen
 
 
@@ -195,10 +205,10 @@ def _with_spec(
     build: Callable[[], nn.Module] | None,
     batches: Rewindable | None,
     kept: frozenset[str],
-) -> tuple[list[Checkpoint], PermutationSpec]:
-    """Return the spec of all networks; if it has the names of tensors in memory, the networks get these too."""
+) -> tuple[list[Checkpoint], PermutationSpec, frozenset[str]]:
+    """Return the networks, their spec, and the names in `kept`; all have names in memory if the spec needs these."""
     try:
-        return list(checkpoints), _spec_of_all(checkpoints, spec, build, batches, kept)
+        return list(checkpoints), _spec_of_all(checkpoints, spec, build, batches, kept), kept
     except ValueError as error:
         if build is not None or not all(checkpoint.config for checkpoint in checkpoints):
             raise
@@ -208,7 +218,13 @@ def _with_spec(
             raise error from None
         if all(a is b for a, b in zip(loaded, checkpoints, strict=True)):
             raise
-        return loaded, _spec_of_all(loaded, spec, build, batches, kept)
+        renamed = {
+            piece.name: after.pieces[stored].name
+            for before, after in zip(checkpoints, loaded, strict=True)
+            for stored, piece in before.pieces.items()
+        }
+        kept = frozenset(renamed.get(name, name) for name in kept)
+        return loaded, _spec_of_all(loaded, spec, build, batches, kept), kept
 
 
 def _spec_of_all(

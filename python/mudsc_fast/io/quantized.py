@@ -64,11 +64,16 @@ class DequantizedTensors(Mapping[str, Tensor]):
         self._weights = weights
         dropped = {weight.scale for weight in weights.values()}
         dropped |= {_sibling(name, part) for name in weights for part in _LEFT_OVER}
-        self._names = [name for name in tensors if name not in dropped]
+        self._names = dict.fromkeys(name for name in tensors if name not in dropped)
         self._dtype = dtype
         self._block_size = block_size
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
         tensor = self._tensors[name]
         weight = self._weights.get(name)
         if weight is None:
@@ -143,7 +148,8 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Che
         dtype or _usual_dtype(checkpoint.tensors, weights),
         scheme.get("weight_block_size"),
     )
-    return replace(checkpoint, tensors=tensors, config=config)
+    pieces = {stored: piece for stored, piece in checkpoint.pieces.items() if piece.name in tensors}
+    return replace(checkpoint, tensors=tensors, config=config, pieces=pieces)
 
 
 def _quantized_weights(tensors: Mapping[str, Tensor]) -> dict[str, _QuantizedWeight]:
@@ -180,7 +186,7 @@ def _spread(scale: Tensor, weight: Tensor, block_size: Sequence[int] | None, nam
     """
     if scale.numel() == 1:
         return scale.reshape(())
-    if scale.ndim == 1 and scale.shape[0] == weight.shape[0]:
+    if scale.numel() == scale.shape[0] == weight.shape[0]:
         return scale.reshape(-1, *[1] * (weight.ndim - 1))
     if scale.ndim != weight.ndim:
         raise CheckpointError(

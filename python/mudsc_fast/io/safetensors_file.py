@@ -33,6 +33,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
         self._known = set(self._names)
         self.metadata: dict[str, str] = dict(file.metadata() or {})
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
             raise KeyError(name)

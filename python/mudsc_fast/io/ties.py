@@ -47,6 +47,9 @@ class TensorsWithAliases(Mapping[str, Tensor]):
         self._aliases = aliases
         self._dropped = dropped
 
+    def __contains__(self, name: object) -> bool:
+        return name not in self._dropped and (name in self._aliases or name in self._tensors)
+
     def __getitem__(self, name: str) -> Tensor:
         if name in self._dropped:
             raise KeyError(name)
