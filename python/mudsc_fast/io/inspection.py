@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from mudsc_fast._forward import Rewindable
+from mudsc_fast._forward import Rewindable, inputs_of
+from mudsc_fast._huggingface import random_inputs
 from mudsc_fast.io.checkpoint import Checkpoint, open_checkpoint
-from mudsc_fast.io.networks import spec_of_checkpoint
+from mudsc_fast.io.models import built, quiet_transformers
+from mudsc_fast.io.networks import model_of, spec_of_checkpoint
 from mudsc_fast.io.quantized import quantized_names
 from mudsc_fast.spec.choose import SpecLike
+from mudsc_fast.spec.infer import derive
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 from mudsc_fast.spec.recognize import family_of_config, family_of_names
-
-_INFER_LOGGER = "mudsc_fast.spec.infer"
 
 _MAX_LISTED = 12
 
@@ -38,15 +37,15 @@ class Inspection:
         The spec, or None if there is none.
     problem
         Why there is no spec.
-    reasons
-        What keeps axes in their order, if the spec was derived.
+    frozen_axes
+        For each tensor the axes that keep their order, and why; empty if the model cannot be built and run.
     """
 
     checkpoint: Checkpoint
     family: str | None
     spec: PermutationSpec | None
     problem: str | None
-    reasons: tuple[str, ...]
+    frozen_axes: Mapping[str, Mapping[int, str]]
 
     def report(self, *, tensors: bool = False) -> str:
         """Return the report, with all tensors if asked for."""
@@ -77,7 +76,7 @@ class Inspection:
         if self.spec is None:
             lines += ["", f"no spec: {self.problem}"]
         else:
-            lines += ["", *_nodes(self.spec, shapes), "", *_frozen(self.spec, shapes, self.reasons)]
+            lines += ["", *_nodes(self.spec, shapes), "", *_frozen(self.spec, shapes, self.frozen_axes)]
         if tensors:
             lines += ["", *_tensors(self.spec, shapes)]
         return "\n".join(lines)
@@ -108,34 +107,32 @@ def inspect_checkpoint(
     family = family_of_config(checkpoint.config) if checkpoint.config else family_of_names(checkpoint.tensors)
     batches = None if data is None else Rewindable(data)
     chosen, problem = None, None
-    with _logged(_INFER_LOGGER) as reasons:
-        try:
-            checkpoint, chosen = spec_of_checkpoint(checkpoint, spec, build, batches)
-        except ValueError as error:
-            problem = str(error)
-    return Inspection(checkpoint, family, chosen, problem, tuple(dict.fromkeys(reasons)))
-
-
-@contextmanager
-def _logged(name: str) -> Iterator[list[str]]:
-    """Collect what a logger says in the enclosed code."""
-    texts: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
-
-    logger, handler = logging.getLogger(name), Collector(logging.INFO)
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
     try:
-        yield texts
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        checkpoint, chosen = spec_of_checkpoint(checkpoint, spec, build, batches)
+    except ValueError as error:
+        problem = str(error)
+    frozen = _frozen_axes(checkpoint, build, batches) if chosen is not None else {}
+    return Inspection(checkpoint, family, chosen, problem, frozen)
+
+
+def _frozen_axes(
+    checkpoint: Checkpoint, build: Callable[[], nn.Module] | None, batches: Rewindable | None
+) -> Mapping[str, Mapping[int, str]]:
+    """Return which axes of a model keep their order and why, by deriving its spec; nothing if that cannot be done."""
+    if build is None and not checkpoint.config:
+        return {}
+    try:
+        with quiet_transformers():
+            if build is None:
+                model = model_of(checkpoint)
+                inputs: Any = random_inputs(model)
+            elif batches is not None:
+                model, inputs = built(build), inputs_of(batches.first())
+            else:
+                return {}
+            return derive(model.eval(), inputs).frozen_axes
+    except (ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _nodes(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -151,20 +148,20 @@ def _nodes(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def _frozen(spec: PermutationSpec, tensors: Mapping[str, Tensor], reasons: tuple[str, ...]) -> list[str]:
+def _frozen(
+    spec: PermutationSpec, tensors: Mapping[str, Tensor], frozen_axes: Mapping[str, Mapping[int, str]]
+) -> list[str]:
     """Return which tensors keep all of their order, and why as far as it is known."""
     unnamed = [name for name, tensor in tensors.items() if name not in spec.layouts and tensor.is_floating_point()]
     entries = sum(tensors[name].numel() for name in unnamed)
     total = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
     share = entries / max(total, 1)
     lines = [f"{len(unnamed)} tensors ({share:.1%} of the entries) keep their order and are averaged as they are"]
-    lines += [f"  {name} {list(tensors[name].shape)}" for name in unnamed[:_MAX_LISTED]]
+    for name in unnamed[:_MAX_LISTED]:
+        lines.append(f"  {name} {list(tensors[name].shape)}")
+        lines += [f"    axis {axis}: {reason}" for axis, reason in frozen_axes.get(name, {}).items()]
     if len(unnamed) > _MAX_LISTED:
         lines.append(f"  ... and {len(unnamed) - _MAX_LISTED} more")
-    if reasons:
-        lines += ["what keeps units in their order, besides inputs and outputs:", *(f"  {text}" for text in reasons)]
-    elif unnamed:
-        lines.append("they hold inputs and outputs of the network, which keep their order, or no units")
     return lines
 
 
