@@ -293,7 +293,7 @@ def test_sweeps_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 BAD_PERMS: list[tuple[dict[Any, Any], str]] = [
     ({0: []}, r"perm\[0\] must list at least one axis"),
     ({0: [[0]]}, r"entries of perm\[0\] must be \[axis, tensor\]"),
-    ({0: [[0, "fc1.weight"]], 1: [[0, "fc1.weight"]]}, "axis 0 of 'fc1.weight' is held by nodes 0 and 1"),
+    ({0: [[0, "fc1.weight"]], 1: [[0, "fc1.weight"]]}, "axis 0 of 'fc1.weight' is used by nodes 0 and 1"),
     (
         {0: [[0, "fc1.weight", {"group": {"num": 2}}], [0, "fc1.bias", {"group": {"num": 4}}]]},
         r"perm\[0\] must name one number of groups, got \[2, 4\]",

@@ -1,19 +1,19 @@
-"""The perm dictionaries of the MuDSC program: reading them, and those of its networks.
+"""The perm dictionaries of the MuDSC program: a parser, and the dictionaries of its networks.
 
-A dictionary has for each node the list of its axes, ``[axis, tensor]`` or ``[axis, tensor, options]``. Options:
+A dictionary maps each node to a list of axes, ``[axis, tensor]`` or ``[axis, tensor, options]``. Options:
 
 ``"in"``
-    The axis consumes the units. The node's activations are the input of the last such tensor's module, units on axis 1;
-    a string names another module, a dictionary sets ``"name"``, ``"dim"``, ``"hook"`` or ``"reshape_func"``.
+    The axis consumes the units. The node's activations are the input of the module of the last such tensor, with units
+    on axis 1; a string names another module, a dictionary sets ``"name"``, ``"dim"``, ``"hook"`` or ``"reshape_func"``.
 ``"act_module"``
-    A dictionary of these: the activations are seen there instead; several are further samples.
+    A dictionary with the same keys: the activations are observed there instead; several count as more samples.
 ``"group"``
-    ``{"num": G}``: units move within, and with, G groups.
+    ``{"num": G}``: units move within G groups, and with them.
 ``"split_dim"``
-    ``[axis, tensor, suffixes]``: the tensor holds several, one behind the other, which are known by its name with each
-    suffix: ``attn.qkv.weight_q``.
+    ``[axis, tensor, suffixes]``: the tensor concatenates several tensors, which are named by its name and a suffix,
+    e.g. ``attn.qkv.weight_q``.
 ``"ignore"``, ``"scaled_bn"``
-    The tensor does not count in the comparison of weights; it counts divided by the deviation in ``running_var``.
+    The tensor is left out of the comparison of weights; it is divided by the deviation from ``running_var`` there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Reshape = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Use:
-    """A node's use of one axis of a tensor."""
+    """One axis of a tensor that a node uses."""
 
     axis: int
     tensor: str
@@ -44,7 +44,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Look:
-    """Where a node's activations are seen: the input ("pre") or output ("post") of a module."""
+    """Where a node's activations are observed: the input ("pre") or output ("post") of a module."""
 
     module: str
     axis: int
@@ -54,7 +54,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Node:
-    """All that a dictionary says of a node."""
+    """A node of a dictionary."""
 
     uses: tuple[Use, ...]
     looks: tuple[Look, ...]
@@ -63,16 +63,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Network:
-    """A dictionary, read.
+    """A parsed perm dictionary.
 
     Attributes
     ----------
     nodes
         Every node.
     uses_of
-        For each tensor its uses, none twice.
+        The uses of each tensor, without duplicates.
     splits
-        Axis, name and suffixes of every tensor that holds several.
+        Axis, name and suffixes of every concatenated tensor.
     """
 
     nodes: Mapping[Hashable, Node]
@@ -87,12 +87,12 @@ class Network:
 
 
 def read_perm(perm: Mapping[Any, Any]) -> Network:
-    """Return what a perm dictionary says.
+    """Parse a perm dictionary.
 
     Raises
     ------
     ValueError
-        If an entry is malformed, two nodes hold one axis of a tensor, or a node's groups contradict each other.
+        If an entry is malformed, two nodes use one axis of a tensor, or a node has several numbers of groups.
     """
     nodes: dict[Hashable, Node] = {}
     uses_of: dict[str, list[Use]] = {}
@@ -106,7 +106,7 @@ def read_perm(perm: Mapping[Any, Any]) -> Network:
             held = uses_of.setdefault(use.tensor, [])
             others = [other for other in held if other.axis == use.axis]
             if any(other.node != node for other in others):
-                raise ValueError(f"axis {use.axis} of {use.tensor!r} is held by nodes {others[0].node!r} and {node!r}")
+                raise ValueError(f"axis {use.axis} of {use.tensor!r} is used by nodes {others[0].node!r} and {node!r}")
             if not others:
                 held.append(use)
             if "split_dim" in options:
@@ -190,11 +190,11 @@ def get_resnet_perm(
     num_blocks
         Blocks of every stage.
     shortcut_name, fc_name, pool_name
-        Names of the modules that shorten a block, classify, and pool before that.
+        Names of the shortcut of a block, the classifier, and the pooling layer before it.
     res_start_layer
         The first stage, counted from 0, whose first block has a shortcut.
     ignore_running_val
-        Whether running statistics do not count in the comparison of weights.
+        Whether running statistics are left out of the comparison of weights.
     """
 
     def channels(conv: str, norm: str) -> Entries:
@@ -214,7 +214,7 @@ def get_resnet_perm_group(
     res_start_layer: int = 1,
     group_num: int = 8,
 ) -> Perm:
-    """Return the nodes of a ResNet with GroupNorm of `group_num` groups; else as :func:`get_resnet_perm`."""
+    """Return the nodes of a ResNet with GroupNorm of `group_num` groups; otherwise as :func:`get_resnet_perm`."""
 
     def channels(conv: str, norm: str) -> Entries:
         weight, bias = _weights(norm)
@@ -262,14 +262,14 @@ def get_vit_perm(num_layer: int = 12, num_heads: int = 6, ignore_head: bool = Fa
 
 
 def get_vit_clip_perm(num_layer: int = 12, num_heads: int = 12, ignore_head: bool = False) -> Perm:
-    """Return the nodes of timm's vision transformers of CLIP, which begin with a norm; else as :func:`get_vit_perm`."""
+    """Return the nodes of timm's vision transformers of CLIP, which start with a norm; see :func:`get_vit_perm`."""
     return _vit(num_layer, num_heads, _weights("patch_embed.proj", ("weight",)) + _weights("norm_pre"), ignore_head)
 
 
 def get_swin_perm(
     depths: Sequence[int] = (2, 2, 6, 2), num_heads: Sequence[int] = (3, 6, 12, 24), ignore_head: bool = False
 ) -> Perm:
-    """Return the nodes of timm's ``SwinTransformer``: of every block those within, and the last stage's stream.
+    """Return the nodes of timm's ``SwinTransformer``: those inside each block, and the stream of the last stage.
 
     The streams of the other stages are not matched, and the biases of the last stage's first norms count twice in the
     comparison, as published.
@@ -307,7 +307,7 @@ def _vit(num_layer: int, num_heads: int, embedding: Entries, ignore_head: bool) 
 
 
 def _block_of_stream(block: str, norm1: Sequence[str] = ("weight", "bias")) -> Entries:
-    """Return what a transformer's block reads of its stream and adds to it."""
+    """Return the tensors with which a transformer block reads from its stream and writes to it."""
     return [
         *_weights(f"{block}.norm1", norm1),
         *([1, f"{block}.attn.qkv.weight_{part}", {"in": {"dim": -1}}] for part in "qkv"),

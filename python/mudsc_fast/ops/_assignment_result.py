@@ -54,10 +54,13 @@ class Assignment:
 
     def __getattr__(self, name: str) -> Tensor:
         # Called only for attributes that are not there yet.
-        if name in _TENSORS and "_arrays" in self.__dict__:
-            columns, numbers = self.__dict__["_arrays"]
-            read = torch.from_numpy(columns if name == "columns" else numbers)
-            tensor = read if name == "columns" else read[_place(name, len(columns))]
+        arrays = self.__dict__.get("_arrays")
+        if arrays is not None and name in _TENSORS:
+            columns, numbers = arrays
+            if name == "columns":
+                tensor = torch.from_numpy(columns)
+            else:
+                tensor = torch.from_numpy(numbers)[_place(name, len(columns))]
             self.__dict__[name] = tensor
             return tensor
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
