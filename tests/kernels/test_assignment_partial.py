@@ -15,6 +15,8 @@ from scipy.optimize import linear_sum_assignment as scipy_assignment
 import mudsc_fast
 from matrices import FAMILIES, make
 from mudsc_fast import linear_assignment, use_backend
+from mudsc_fast.kernels.cuda import assignment as cuda
+from mudsc_fast.ops._assignment_padding import solve_ragged
 
 Array = npt.NDArray[Any]
 
@@ -340,3 +342,31 @@ def test_problems_without_a_solution_are_errors_in_any_shape(
         linear_assignment(values, threshold=threshold)
     with use_backend(backend), pytest.raises(ValueError, match=r"\[0\] must not hold NaN"):
         linear_assignment([values.reshape(-1, shape[-1])], threshold=threshold)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("shapes", [RAGGED, RAGGED[:1], [(5, 3), (9, 1), (2, 2)]])
+def test_simulated_blocks_solve_problems_of_several_sizes(
+    simulator: Any, threshold: float | None, shapes: list[tuple[int, int]]
+) -> None:
+    simulator.set_seed(1)
+    random = np.random.default_rng(0)
+    matrices = [torch.from_numpy(random.standard_normal(shape)) for shape in shapes]
+    rows, columns = (torch.tensor(counts) for counts in zip(*shapes, strict=True))
+    padded = torch.full((len(shapes), int(rows.max()), int(columns.max())), float("nan"), dtype=torch.float64)
+    for problem, matrix in zip(padded, matrices, strict=True):
+        problem[: matrix.shape[0], : matrix.shape[1]] = matrix
+    solved = solve_ragged(padded, rows, columns, True, threshold, lambda wide: cuda.solve(wide, True, None, 0.0))
+    for index, (matrix, expected) in enumerate(
+        zip(matrices, linear_assignment(matrices, threshold=threshold), strict=True)
+    ):
+        found = mudsc_fast.Assignment(
+            solved.columns[index, : matrix.shape[0]],
+            solved.objective[index],
+            solved.row_duals[index, : matrix.shape[0]],
+            solved.column_duals[index, : matrix.shape[1]],
+            solved.gap[index],
+            threshold,
+        )
+        same(found, expected)
+        check_duals(matrix, found, threshold, maximize=True)
