@@ -23,6 +23,8 @@ from mudsc_fast.io.errors import CheckpointError
 class AssembledTensors(Mapping[str, Tensor]):
     """Tensors made of pieces when they are asked for; one that is a single whole piece is not copied.
 
+    The last one made is kept, because callers often ask for one tensor several times in a row.
+
     Parameters
     ----------
     tensors
@@ -38,6 +40,7 @@ class AssembledTensors(Mapping[str, Tensor]):
     ) -> None:
         self._tensors = tensors
         self._shapes = shapes
+        self._last: tuple[str, Tensor] | None = None
         self._parts: dict[str, list[tuple[str, Piece]]] = {}
         for stored, piece in pieces.items():
             self._parts.setdefault(piece.name, []).append((stored, piece))
@@ -49,10 +52,14 @@ class AssembledTensors(Mapping[str, Tensor]):
         parts = self._parts[name]
         if parts[0][1].view is None:
             return self._tensors[parts[0][0]]
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        self._last = None  # its memory is free before the next one is made
         first = self._tensors[parts[0][0]]
         assembled = torch.empty(self._shapes[name], dtype=first.dtype, device=first.device)
         for stored, piece in parts:
             piece.of(assembled).copy_(self._tensors[stored])
+        self._last = name, assembled
         return assembled
 
     def __iter__(self) -> Iterator[str]:
