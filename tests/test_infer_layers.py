@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 import mudsc_fast
 from architectures import randomize
-from mudsc_fast import Observation, PermutationSpec
+from mudsc_fast import Observation, PermutationSpec, Space
 from mudsc_fast.spec.infer import derive
-from networks import random_group_permutations
+from networks import assert_recovered, random_group_permutations
 
 Build = Callable[[], nn.Module]
 Wrap = Callable[[nn.Module], nn.Module]
@@ -232,6 +233,99 @@ class Auxiliary(nn.Module):
         return scores, self.second_head(torch.tanh(self.second_hidden(self.norm(F.dropout(trunk, 0.0)))))
 
 
+class Attention(nn.Module):
+    """Attention whose keys and values have widths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.keys, self.values = nn.Linear(6, 16), nn.Linear(6, 10), nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(16, 4, kdim=10, vdim=8, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed, _ = self.attention(self.embed(tokens), self.keys(tokens), self.values(tokens))
+        result: Tensor = self.head(mixed)
+        return result
+
+
+class Transformer(nn.Module):
+    """An encoder of PyTorch that is called with a causal mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        result: Tensor = self.head(self.layers(self.embed(tokens), mask=mask))
+        return result
+
+
+class Bilinear(nn.Module):
+    """A bilinear layer between two hidden layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 9)
+        self.both, self.head = nn.Bilinear(8, 9, 7), nn.Linear(7, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.tanh(self.both(self.first(values), self.second(values))))
+        return result
+
+
+class BagOfWords(nn.Module):
+    """A sum over the embeddings of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(20, 12, mode="sum")
+        self.hidden, self.head = nn.Linear(12, 9), nn.Linear(9, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.tanh(self.hidden(self.table(tokens))))
+        return result
+
+
+class Siamese(nn.Module):
+    """Two inputs that go through the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(nn.Linear(3, 12), nn.Tanh(), nn.Linear(12, 10))
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.cat([self.shared(values[:, :3]), self.shared(values[:, 3:])], -1))
+        return result
+
+
+class LowRank(nn.Module):
+    """A parametrization that adds a product of two matrices."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(layer, nn.Linear)
+        self.down = nn.Parameter(torch.zeros(3, layer.in_features))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, 3))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def scattered(tokens: Tensor) -> Tensor:
+    groups = (torch.arange(tokens.shape[1]) % 3)[None, :, None].expand(tokens.shape)
+    return torch.zeros(len(tokens), 3, tokens.shape[2]).scatter_add(1, groups, tokens)
+
+
+def folded(images: Tensor) -> Tensor:
+    return F.fold(F.unfold(images, 3, padding=1), images.shape[2:], 3, padding=1)
+
+
+TRANSFORMER_NODES = {"self_attn.0": 16, "self_attn.1": 16, "linear1": 24}
+
 #: For each network its input and the nodes with their units.
 NETWORKS: dict[str, tuple[Build, Tensor, dict[str, int]]] = {
     "weight norm": (chain(parametrizations.weight_norm), VECTORS, {"0": 20, "2": 16}),
@@ -260,6 +354,45 @@ NETWORKS: dict[str, tuple[Build, Tensor, dict[str, int]]] = {
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
         for used in ("outputs", "last output", "last state")
     },
+    "LSTM of two layers": (
+        lambda: Recurrent(nn.LSTM, "both states", num_layers=2, bidirectional=True),
+        SEQUENCES,
+        {"embed": 10, "rnn.0": 12, "rnn.1": 12, "rnn.2": 12, "rnn.3": 12},
+    ),
+    "GRU of two layers": (
+        lambda: Recurrent(nn.GRU, "last output", num_layers=2),
+        SEQUENCES,
+        {"embed": 10, "rnn.0": 12, "rnn.1": 12},
+    ),
+    "LSTM with a projection": (
+        lambda: Recurrent(nn.LSTM, proj_size=5), SEQUENCES, {"embed": 10, "rnn.0": 12, "rnn.1": 5}
+    ),
+    "attention with other widths of keys and values": (
+        Attention,
+        SEQUENCES,
+        {"embed": 16, "keys": 10, "values": 8, "attention.0": 16, "attention.1": 16, "attention.out_proj": 16},
+    ),
+    "transformer with a causal mask": (
+        Transformer,
+        SEQUENCES,
+        {"embed": 16, **{f"layers.layers.0.{name}": n for name, n in TRANSFORMER_NODES.items()}},
+    ),
+    "bilinear layer": (Bilinear, VECTORS, {"first": 8, "second": 9, "both": 7}),
+    "sum over embeddings": (BagOfWords, torch.arange(96).reshape(32, 3) % 20, {"table": 12, "hidden": 9}),
+    "layers on a concatenation of shared layers": (Siamese, VECTORS, {"shared.0": 12, "shared.2": 10}),
+    "low-rank parametrization": (
+        chain(parametrized(LowRank)), VECTORS, {"0.0": 20, "0.1": 3, "2.0": 16, "2.1": 3, "4": 3}
+    ),
+    "checkpointed function": (
+        between(lambda x: checkpoint(torch.tanh, x, use_reentrant=False)), SEQUENCES, {"first": 12, "second": 10}
+    ),
+    "sorted tokens": (between(lambda x: x.sort(1).values), SEQUENCES, {"first": 12, "second": 10}),
+    "largest units": (between(lambda x: x.topk(3, 2).values, width=3), SEQUENCES, {"first": 12, "second": 10}),
+    "scattered tokens": (between(scattered), SEQUENCES, {"first": 12, "second": 10}),
+    "patches of an image": (between(folded, image=True), IMAGES, {"first": 12, "second": 10}),
+    "pixel shuffle": (between(nn.PixelShuffle(2), image=True, width=3), IMAGES, {"first": 3, "second": 10}),
+    "pixel unshuffle": (between(nn.PixelUnshuffle(2), image=True, width=48), IMAGES, {"first": 12, "second": 10}),
+    "rolled tokens": (between(lambda x: x.roll(2, 1)), SEQUENCES, {"first": 12, "second": 10}),
     "LSTM in two directions": (
         lambda: Recurrent(nn.LSTM, bidirectional=True), SEQUENCES, {"embed": 10, "rnn.0": 12, "rnn.1": 12}
     ),
@@ -297,6 +430,7 @@ def permuted(build: Build, model: nn.Module, spec: PermutationSpec) -> tuple[nn.
     return copied, permutations
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_permuted_network_computes_the_same_function(name: str) -> None:
     build, _, expected = NETWORKS[name]
@@ -306,6 +440,19 @@ def test_permuted_network_computes_the_same_function(name: str) -> None:
     values = model(inputs)
     assert values.std() > 0.01
     torch.testing.assert_close(copied(inputs), values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("space", ["weight", "activation"])
+def test_permuted_network_is_recovered(name: str, space: Space) -> None:
+    build, _, _ = NETWORKS[name]
+    model, spec, inputs = network(name)
+    copied, permutations = permuted(build, model, spec)
+    result = mudsc_fast.merge([model, copied], [inputs], spec=spec, space=space, progress=False)
+    assert_recovered(result.matching, permutations)
+    assert result.model is not None
+    torch.testing.assert_close(result.model(inputs), model(inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_run_only_in_training_mode_follow_their_units() -> None:

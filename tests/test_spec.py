@@ -135,7 +135,7 @@ def test_too_many_axes() -> None:
         ),
         (lambda: PermutationSpec(CHAIN, observe={"z": "fc1"}), ValueError, "observe names the node 'z'"),
         (lambda: PermutationSpec.from_nodes({"a": [("w", -1)]}), ValueError, "must not be negative, got -1"),
-        (lambda: Observation("fc1", BAD), ValueError, "'input', 'output' or 'projection', got 3"),
+        (lambda: Observation("fc1", BAD), ValueError, "'input', 'output', 'projection', 'state', got 3"),
         (lambda: PermutationSpec({"w": ([],)}), TypeError, "axis 0 of 'w' must be .* got list"),
         (
             lambda: PermutationSpec({"w": ([Window("a", 0)],)}),
@@ -175,8 +175,7 @@ def test_validation_names_places_to_observe_that_do_not_fit() -> None:
     assert str(caught.value).splitlines() == [
         "spec does not fit the model in 2 places:",
         "node 'a' has 7 units, but is observed at 6 entries of the output of 'fc1', 7 expected",
-        "node 'b' is observed at the projection of 'fc2', which must be a MultiheadAttention with one weight for "
-        "queries, keys and values, got Linear",
+        "spec observes node 'b' at the projection of 'fc2', which must be a torch.nn.MultiheadAttention, got Linear",
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import config_of
 from mudsc_fast._tensors import same_values, tied_tensors, with_metadata
@@ -178,7 +179,7 @@ def with_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     ValueError
         If the model does not hold the tensors after loading them.
     """
-    copied = copy.deepcopy(model)
+    copied = copy_module(model)
     _untie(copied, state_dict)
     copied.load_state_dict(state_dict)
     found = copied.state_dict()

@@ -6,7 +6,6 @@ layer included; ``class_vectors`` are these vectors. Without them the outputs of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mudsc_fast._checks import check_tensor
+from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import inputs_of, preserve_training_mode, to_device
 from mudsc_fast._progress import progress_bar
 
@@ -204,7 +204,7 @@ def interpolate(
         shapes = [tuple(end[name].shape) if name in end else None for end in ends]
         if shapes[0] != shapes[1]:
             raise ValueError(f"both models must have the same tensors: {name!r} has shapes {shapes[0]} and {shapes[1]}")
-    point = copy.deepcopy(first)
+    point = copy_module(first)
     shares = tuple(step / (steps - 1) for step in range(steps))
     values = []
     for share in progress_bar(shares, description="interpolation", progress=progress):

@@ -6,7 +6,6 @@ networks; Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 20
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mudsc_fast._copy import copy_module
 from mudsc_fast._files import atomic_write
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.batch_norm import reset_batch_norm
@@ -138,7 +138,7 @@ def landscape(
     horizontal, vertical = _grid(positions, steps, margin)
     digest = hashlib.sha256(b"".join(axis.tobytes() for axis in (horizontal, vertical, positions))).hexdigest()
     found = _read_cache(cache, digest)
-    point = copy.deepcopy(models[0])
+    point = copy_module(models[0])
     total = len(horizontal) * len(vertical)
     with progress_bar(description="landscape", progress=progress, total=total) as bar:
         for row, y in enumerate(vertical):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks
-from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics, observed_nodes
 from mudsc_fast.matching.checks import check_networks
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.partial import divide
@@ -21,6 +22,8 @@ from mudsc_fast.options import MatchOptions, Space, default_shrink, default_spac
 from mudsc_fast.results import Matching, Names, Phases, checked_weights, names
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+_log = logging.getLogger(__name__)
 
 
 def match(
@@ -123,6 +126,7 @@ class PreparedMatching:
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
         self._start: dict[str, NodeMatching] = {}
+        self._observed = frozenset(observed_nodes(self._division.comparable))
         if options.space != "weight":
             self._match_activations(data)
         # Weights of 0 do not say how a cluster's members count: the units are then matched as for equal weights.
@@ -137,7 +141,7 @@ class PreparedMatching:
 
     def at(self, balance: float) -> Matching:
         """Return the matching at one balance."""
-        found = SweepResult(self._start, []) if self._options.space == "activation" else self._sweep(balance)
+        found = self._by_activations() if self._options.space == "activation" else self._sweep(balance)
         comparable, first = self._division.comparable, self._networks.state_dicts[0]
         return Matching(
             spec=self._spec,
@@ -152,12 +156,21 @@ class PreparedMatching:
             task_heads=self._task_heads,
         )
 
+    def _by_activations(self) -> SweepResult:
+        """Return the matching by activations, in which nodes that cannot be observed are matched by their weights."""
+        matching, comparable = dict(self._start), self._division.comparable
+        rest = [bundle for bundle in comparable.bundles if bundle[0] not in matching]
+        for bundle in [*rest, *rest]:  # twice, because they may depend on each other
+            similarities = {node: self._weight_similarity(node, matching) for node in bundle}
+            matching.update(self._match_nodes(similarities, comparable.groups(bundle[0]).count))
+        return SweepResult(matching, [])
+
     def _sweep(self, balance: float) -> SweepResult:
         activations, blocks = self._activations, BLOCKS_OF_MODE[self._options.mode]
 
         def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
             with self.phases.timed("weight similarity"):
-                if activations is None:
+                if activations is None or node not in self._observed:
                     return self._weight_similarity(node, current)
                 return self._weight_similarity(node, current, activations.similarity(node, blocks), balance)
 
@@ -189,7 +202,14 @@ class PreparedMatching:
         comparable, blocks = self._division.comparable, BLOCKS_OF_MODE[self._options.mode]
         with self.phases.timed("activations"):
             self._activations = self._collected(data)
+        unobserved = [node for node in comparable.nodes if node not in self._observed]
+        if unobserved:
+            _log.warning(
+                "spec does not say where to observe %s: they are matched by their weights", ", ".join(unobserved[:8])
+            )
         for bundle in comparable.bundles:
+            if not self._observed.issuperset(bundle):
+                continue
             similarities = {node: self._activations.similarity(node, blocks) for node in bundle}
             self._start.update(self._match_nodes(similarities, comparable.groups(bundle[0]).count))
 

@@ -7,7 +7,6 @@ unit's pre-activation the average mean and the average deviation of the aligned 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_finite
+from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.matching.apply import reindex
@@ -91,7 +91,7 @@ def repair(
         raise TypeError("result must be a merge of modules, got one of state dicts: outputs must be observed")
     if len(models) != len(result.weights):
         raise ValueError(f"models must be the {len(result.weights)} models that were merged, got {len(models)}")
-    repaired = {id(model): copy.deepcopy(model) for model in result.task_models}
+    repaired = {id(model): copy_module(model) for model in result.task_models}
     task_models = tuple(repaired[id(model)] for model in result.task_models)
     layers = _layers(task_models[0], result, missing_bias)
     if not layers:

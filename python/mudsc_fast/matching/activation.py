@@ -27,6 +27,7 @@ from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.observation import Observation
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+from mudsc_fast.spec.validation import port_problems
 
 _FORMAT = "mudsc_fast statistics 1"
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
@@ -232,7 +233,7 @@ def collect_statistics(
     Raises
     ------
     ValueError
-        If the data yields nothing, a node has no place to observe, or what is seen there does not fit.
+        If the data yields nothing, no node has a place where it is observed, or what is observed does not fit.
     TypeError
         If `autocast` is no dtype of 16 bits.
     """
@@ -248,6 +249,9 @@ def collect_statistics(
     device = next(iter(models[0].state_dict().values())).device
     units = spec.units(models[0].state_dict())
     statistics = MatchingStatistics(spec, units, len(models), blocks=blocks, device=device, precision=precision)
+    observed = observed_nodes(spec)
+    if not observed:
+        raise ValueError("spec does not say where any node is observed: name modules in observe")
     observers = [_Observer(model, spec, units) for model in models]
     num_batches = 0
     with ExitStack() as stack:
@@ -263,11 +267,16 @@ def collect_statistics(
         for batch in progress_bar(batches, description="activations", progress=progress):
             num_batches += 1
             seen = [observer.run(batch, forward) for observer in observers]
-            for node in spec.nodes:
+            for node in observed:
                 _accumulate(statistics, node, [features[node] for features in seen])
     if num_batches == 0:
         raise ValueError("data must yield at least one batch, got none")
     return statistics
+
+
+def observed_nodes(spec: PermutationSpec) -> list[str]:
+    """Return the nodes of which the specification says where they are observed."""
+    return [node for node in spec.nodes if spec.observations(node)]
 
 
 def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequence[_Feature]]) -> None:
@@ -298,7 +307,7 @@ class _Observer:
         self._model = model
         self._units = units
         self._device = next(iter(model.state_dict().values())).device
-        self._observations = {node: _checked_observations(model, spec, node) for node in spec.nodes}
+        self._observations = {node: _checked_observations(model, spec, node) for node in observed_nodes(spec)}
         #: What was seen of each node, while this model runs; empty while another runs that has modules in common.
         self._features: dict[str, list[_Feature]] = {}
 
@@ -313,6 +322,10 @@ class _Observer:
                     if observation.port == "input":
                         handle = module.register_forward_pre_hook(
                             lambda _module, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
+                        )
+                    elif observation.port == "state":
+                        handle = module.register_forward_hook(
+                            lambda _module, _args, output, hook=hook: hook([_final_states(output)])
                         )
                     elif observation.port == "projection":
                         handle = module.register_forward_pre_hook(
@@ -377,8 +390,6 @@ class _Observer:
 
 def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) -> Sequence[Observation]:
     observations = spec.observations(node)
-    if not observations:
-        raise ValueError(f"spec does not say where node {node!r} is observed: name a module in observe")
     for observation in observations:
         try:
             module = model.get_submodule(observation.module)
@@ -386,19 +397,30 @@ def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) ->
             raise ValueError(
                 f"spec observes node {node!r} at module {observation.module!r}, which the model does not have"
             ) from None
-        if observation.port == "projection" and getattr(module, "in_proj_weight", None) is None:
-            raise ValueError(
-                f"spec observes node {node!r} at the projection of {observation.module!r}, which must be a "
-                f"MultiheadAttention with one weight for queries, keys and values, got {type(module).__name__}"
-            )
+        problems = port_problems(node, observation, module)
+        if problems:
+            raise ValueError(problems[0])
     return observations
 
 
 def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any], start: int) -> Tensor:
     """Return the queries, keys and values that attention computes of the input which it takes those at `start` from."""
-    place = start // attention.embed_dim
+    width = attention.embed_dim
+    place = start // width
     read = args[place] if place < len(args) else kwargs[("query", "key", "value")[place]]
-    return nn.functional.linear(read, attention.in_proj_weight, attention.in_proj_bias)
+    if attention.in_proj_weight is not None:
+        return nn.functional.linear(read, attention.in_proj_weight, attention.in_proj_bias)
+    weight = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[place]
+    bias = None if attention.in_proj_bias is None else attention.in_proj_bias.narrow(0, place * width, width)
+    # Only the projection that is observed, at its place among the three.
+    return nn.functional.pad(nn.functional.linear(read, weight, bias), (place * width, 0))
+
+
+def _final_states(output: Any) -> Tensor:
+    """Return the final hidden states [batch, layers * directions * units] that a recurrent layer returns."""
+    states = output[1][0] if isinstance(output[1], tuple) else output[1]
+    result: Tensor = states.movedim(0, -2).flatten(-2)
+    return result
 
 
 def _units_position(module: nn.Module, observation: Observation, node: str) -> int:

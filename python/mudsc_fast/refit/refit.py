@@ -13,7 +13,6 @@ layers by gradient steps.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_int, check_number, check_share
+from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
 from mudsc_fast.refit.fit import Fitter, Outputs, Settings
 from mudsc_fast.refit.graph import Layer, Skipped, output_entries
@@ -125,7 +125,7 @@ def refit(
     )
     check_share("own_share", own_share)
     _check_models(result, models)
-    refitted = {id(model): copy.deepcopy(model) for model in result.task_models}
+    refitted = {id(model): copy_module(model) for model in result.task_models}
     task_models = tuple(refitted[id(model)] for model in result.task_models)
     limit = None if max_samples is None else check_int("max_samples", max_samples, 1)
     batches = _read(data, len(models), limit, forward)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from mudsc_fast.spec.axes import TensorAxis
 
-Port = Literal["input", "output", "projection"]
+Port = Literal["input", "output", "projection", "state"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,11 @@ class Observation:
     module
         Name of a submodule, as in ``model.get_submodule``.
     port
-        ``"input"`` (the first tensor the module is called with), ``"output"``, or ``"projection"``.
-        ``"projection"`` is for ``torch.nn.MultiheadAttention``, which projects queries, keys and values without a
-        submodule: the concatenation of the three, where `start` selects the input that is projected.
+        ``"input"`` (the first tensor the module is called with), ``"output"`` (the first tensor it returns), or what
+        a module of PyTorch computes without a submodule: ``"projection"`` is the concatenation of the queries, keys
+        and values of ``torch.nn.MultiheadAttention``, where `start` selects the input that is projected;
+        ``"state"`` is the concatenation of the final hidden states of all layers and directions of
+        ``torch.nn.RNN``, ``LSTM`` or ``GRU``.
     position
         The axis of that tensor that holds the units. None chooses it by the type of the module: the last axis for
         linear layers and LayerNorm, axis 1 for convolutions, BatchNorm and GroupNorm.
@@ -43,7 +45,7 @@ class Observation:
     def __post_init__(self) -> None:
         if self.port not in get_args(Port):
             raise ValueError(
-                f"port of the observation of {self.module!r} must be 'input', 'output' or 'projection', "
+                f"port of the observation of {self.module!r} must be one of {', '.join(map(repr, get_args(Port)))}, "
                 f"got {self.port!r}"
             )
 

@@ -52,12 +52,7 @@ def observation_problems(
     """
     if module is None:
         return [f"node {node!r} is observed at module {observation.module!r}, which the model does not have"]
-    problems = []
-    if observation.port == "projection" and getattr(module, "in_proj_weight", None) is None:
-        problems.append(
-            f"node {node!r} is observed at the projection of {observation.module!r}, which must be a "
-            f"MultiheadAttention with one weight for queries, keys and values, got {type(module).__name__}"
-        )
+    problems = port_problems(node, observation, module)
     if observation.width is not None and num_units is not None:
         expected = observation.outer * num_units * observation.inner
         if observation.width != expected:
@@ -66,6 +61,17 @@ def observation_problems(
                 f"{observation.port} of {observation.module!r}, {expected} expected"
             )
     return problems
+
+
+def port_problems(node: str, observation: Observation, module: nn.Module) -> list[str]:
+    """Return one message if a module does not have the observed port."""
+    needed = {"projection": nn.MultiheadAttention, "state": nn.RNNBase}.get(observation.port)
+    if needed is None or isinstance(module, needed):
+        return []
+    return [
+        f"spec observes node {node!r} at the {observation.port} of {observation.module!r}, which must be a "
+        f"torch.nn.{needed.__name__}, got {type(module).__name__}"
+    ]
 
 
 def _layout_problems(tensor: str, layout: Layout, value: Tensor | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,7 +70,7 @@ class Places:
         written: dict[Observation, None] = {}
         for use in uses:
             if use.role == "produce" and use.ndim > 1 and use.compared:
-                written |= dict.fromkeys(self._projections(use))
+                written |= dict.fromkeys([*self._projections(use), *self._states(use)])
                 written |= dict.fromkeys(c.observation for c in found.get((self._owner(use), "output"), []))
         if written:
             return list(written)
@@ -92,11 +93,24 @@ class Places:
 
     def _projections(self, use: Use) -> list[Observation]:
         """Return the window of a node in the projections of ``torch.nn.MultiheadAttention``, which has no submodule."""
-        module, _, name = use.tensor.rpartition(".")
-        if name != "in_proj_weight" or not isinstance(self._model.get_submodule(module), nn.MultiheadAttention):
+        path, _, name = use.tensor.rpartition(".")
+        module = self._model.get_submodule(path)
+        weights = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        if not isinstance(module, nn.MultiheadAttention) or name not in ("in_proj_weight", *weights):
             return []
         segment = use.segment
-        return [Observation(module, "projection", -1, segment.start, segment.width, segment.inner, segment.outer)]
+        start = segment.start + (weights.index(name) * module.embed_dim if name in weights else 0)
+        return [Observation(path, "projection", -1, start, segment.width, segment.inner, segment.outer)]
+
+    def _states(self, use: Use) -> list[Observation]:
+        """Return the window of a node in the final states of a recurrent layer of PyTorch."""
+        path, _, name = use.tensor.rpartition(".")
+        module = self._model.get_submodule(path)
+        found = re.fullmatch(r"weight_ih_l(\d+)(_reverse)?", name)
+        if not isinstance(module, nn.RNNBase) or module.proj_size or found is None or use.position != 0:
+            return []
+        place = int(found[1]) * (2 if module.bidirectional else 1) + bool(found[2])
+        return [Observation(path, "state", -1, place * module.hidden_size, module.hidden_size)]
 
     def _owner(self, use: Use) -> str:
         """Return the innermost module around a tensor that computes with data."""
