@@ -1,9 +1,7 @@
 // Shared by the register_<op>.cpp files.
 //
-// Bindings take addresses and sizes that python/mudsc_fast/kernels/cpu has checked, release the GIL and call the
-// kernel of the requested instruction level. They convert and check nothing else, with two exceptions: for small
-// arrays register_assignment.cpp, for tensors of the common kind register_permute.cpp checks what it is given and makes
-// the results itself, and declines all else.
+// Bindings read and check tensors by tensors.hpp, release the GIL and call the kernel of the requested instruction level.
+// For small inputs register_assignment.cpp and fast_permute.cpp do a whole call of the public function.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,74 +1,119 @@
-#include <tuple>
-
 #include "bindings.hpp"
 #include "mudsc/correlation.hpp"
+#include "tensors.hpp"
 
 namespace mudsc::bindings {
 namespace {
 
-// Addresses of members, starts and scale.
-using Order = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
-
-SampleOrder order_of(const Order& order) {
-  return {pointer<const std::int32_t>(std::get<0>(order)), pointer<const std::int32_t>(std::get<1>(order)),
-          pointer<const double>(std::get<2>(order))};
+// Reads (members, starts or None, scale or None), or None, and the number of samples along an axis.
+SampleOrder order_of(const py::object& order, std::int64_t& samples) {
+  if (order.is_none()) return {nullptr, nullptr, nullptr};
+  const auto parts = order.cast<py::tuple>();
+  const TensorView members(parts[0], "members");
+  SampleOrder result{members.contiguous<std::int32_t>({-1}), nullptr, nullptr};
+  samples = members.shape[0];
+  if (py::object(parts[1]).is_none()) return result;
+  const TensorView starts(parts[1], "starts");
+  result.starts = starts.contiguous<std::int32_t>({-1});
+  samples = starts.shape[0] - 1;
+  result.scale = optional_contiguous<double>(parts[2], "scale", {samples});
+  return result;
 }
 
-void center_features(int isa, int threads, int dtype, std::uintptr_t features, std::int64_t outer, std::int64_t units,
-                     std::int64_t inner, std::int64_t outer_stride, std::int64_t unit_stride, std::int64_t inner_stride,
-                     const Order& outer_order, const Order& inner_order, int centered_dtype, bool unit_major,
-                     std::uintptr_t centered, std::uintptr_t mean, std::uintptr_t squares) {
-  const CenterProblem problem{static_cast<ScalarType>(dtype),
-                              pointer<const void>(features),
-                              outer,
-                              units,
-                              inner,
-                              outer_stride,
-                              unit_stride,
-                              inner_stride,
-                              order_of(outer_order),
-                              order_of(inner_order),
-                              static_cast<ScalarType>(centered_dtype),
-                              unit_major,
-                              pointer<void>(centered),
-                              pointer<double>(mean),
-                              pointer<double>(squares),
-                              threads};
+void center_features(const py::object& features, const py::object& outer_order, const py::object& inner_order,
+                     const py::object& centered, const py::object& mean, const py::object& squares, int isa,
+                     int threads) {
+  const TensorView source(features, "features");
+  source.expect_float();
+  source.expect_shape({-1, -1, -1});
+  CenterProblem problem{};
+  problem.dtype = source.scalar_type();
+  problem.features = source.data;
+  problem.outer = source.shape[0];
+  problem.units = source.shape[1];
+  problem.inner = source.shape[2];
+  problem.outer_stride = source.strides[0];
+  problem.unit_stride = source.strides[1];
+  problem.inner_stride = source.strides[2];
+  problem.outer_order = order_of(outer_order, problem.outer);
+  problem.inner_order = order_of(inner_order, problem.inner);
+  const std::int64_t samples = problem.outer * problem.inner;
+  const TensorView target(centered, "centered");
+  target.expect_float();
+  target.expect_shape({problem.units, samples});
+  problem.unit_major = target.is_contiguous();
+  if (!problem.unit_major && (target.strides[0] != 1 || target.strides[1] != problem.units)) {
+    throw py::value_error("centered must be contiguous, or the transpose of a contiguous tensor");
+  }
+  problem.centered_dtype = target.scalar_type();
+  problem.centered = target.data;
+  problem.mean = TensorView(mean, "mean").contiguous<double>({problem.units});
+  problem.squares = TensorView(squares, "squares").contiguous<double>({problem.units});
+  problem.threads = threads;
   const py::gil_scoped_release released;
   MUDSC_CALL_KERNEL(static_cast<Isa>(isa), center_features, problem);
 }
 
-void accumulate_comoment(int isa, int threads, int product_dtype, std::uintptr_t product, std::uintptr_t row_shift,
-                         std::uintptr_t column_shift, std::int64_t units, std::uintptr_t comoment) {
-  const AccumulateProblem problem{static_cast<ScalarType>(product_dtype),
-                                  pointer<const void>(product),
-                                  pointer<const double>(row_shift),
-                                  pointer<const double>(column_shift),
+void accumulate_comoment(const py::object& comoment, const py::object& product, const py::object& row_shift,
+                         const py::object& column_shift, int isa, int threads) {
+  const TensorView sums(comoment, "comoment");
+  sums.expect_shape({-1, -1});
+  const std::int64_t units = sums.shape[0];
+  const TensorView added(product, "product");
+  added.expect_float();
+  added.expect_shape({units, units});
+  added.expect_contiguous();
+  const AccumulateProblem problem{added.scalar_type(),
+                                  added.data,
+                                  TensorView(row_shift, "row_shift").contiguous<double>({units}),
+                                  TensorView(column_shift, "column_shift").contiguous<double>({units}),
                                   units,
-                                  pointer<double>(comoment),
+                                  sums.contiguous<double>({units, units}),
                                   threads};
   const py::gil_scoped_release released;
   MUDSC_CALL_KERNEL(static_cast<Isa>(isa), accumulate_comoment, problem);
 }
 
-void correlate(int isa, int threads, std::uintptr_t comoment, std::uintptr_t row_deviation,
-               std::uintptr_t column_deviation, std::int64_t units, double count, double eps, int dtype,
-               std::uintptr_t out, std::uintptr_t mirror, std::int64_t row_stride, std::uintptr_t other,
-               std::int64_t other_stride, double balance) {
-  const CorrelateProblem problem{pointer<const double>(comoment),
-                                 pointer<const double>(row_deviation),
-                                 pointer<const double>(column_deviation),
-                                 units,
-                                 count,
-                                 eps,
-                                 static_cast<ScalarType>(dtype),
-                                 pointer<void>(out),
-                                 pointer<void>(mirror),
-                                 row_stride,
-                                 pointer<const void>(other),
-                                 other_stride,
-                                 balance,
-                                 threads};
+// One block of a matrix: rows of adjacent entries.
+void expect_block(const TensorView& block, std::int64_t units) {
+  block.expect_float();
+  block.expect_shape({units, units});
+  block.expect_adjacent();
+}
+
+void correlate(const py::object& comoment, const py::object& row_deviation, const py::object& column_deviation,
+               double count, double eps, const py::object& out, const py::object& mirror, const py::object& other,
+               double balance, int isa, int threads) {
+  const TensorView sums(comoment, "comoment");
+  sums.expect_shape({-1, -1});
+  CorrelateProblem problem{};
+  problem.units = sums.shape[0];
+  problem.comoment = sums.contiguous<double>({problem.units, problem.units});
+  problem.row_deviation = TensorView(row_deviation, "row_deviation").contiguous<double>({problem.units});
+  problem.column_deviation = TensorView(column_deviation, "column_deviation").contiguous<double>({problem.units});
+  problem.count = count;
+  problem.eps = eps;
+  const TensorView result(out, "out");
+  expect_block(result, problem.units);
+  problem.dtype = result.scalar_type();
+  problem.out = result.data;
+  problem.row_stride = result.strides[0];
+  if (!mirror.is_none()) {
+    const TensorView mirrored(mirror, "mirror");
+    expect_block(mirrored, problem.units);
+    mirrored.expect_type(result.type);
+    if (mirrored.strides[0] != problem.row_stride) throw py::value_error("mirror must have the row stride of out");
+    problem.mirror = mirrored.data;
+  }
+  if (!other.is_none()) {
+    const TensorView beside(other, "other");
+    expect_block(beside, problem.units);
+    beside.expect_type(result.type);
+    problem.other = beside.data;
+    problem.other_stride = beside.strides[0];
+  }
+  problem.balance = balance;
+  problem.threads = threads;
   const py::gil_scoped_release released;
   MUDSC_CALL_KERNEL(static_cast<Isa>(isa), correlate, problem);
 }
@@ -76,17 +121,13 @@ void correlate(int isa, int threads, std::uintptr_t comoment, std::uintptr_t row
 }  // namespace
 
 void register_correlation(py::module_& module) {
-  module.def("center_features", &center_features, py::arg("isa"), py::arg("threads"), py::arg("dtype"),
-             py::arg("features"), py::arg("outer"), py::arg("units"), py::arg("inner"), py::arg("outer_stride"),
-             py::arg("unit_stride"), py::arg("inner_stride"), py::arg("outer_order"), py::arg("inner_order"),
-             py::arg("centered_dtype"), py::arg("unit_major"), py::arg("centered"), py::arg("mean"),
-             py::arg("squares"));
-  module.def("accumulate_comoment", &accumulate_comoment, py::arg("isa"), py::arg("threads"), py::arg("product_dtype"),
-             py::arg("product"), py::arg("row_shift"), py::arg("column_shift"), py::arg("units"), py::arg("comoment"));
-  module.def("correlate", &correlate, py::arg("isa"), py::arg("threads"), py::arg("comoment"), py::arg("row_deviation"),
-             py::arg("column_deviation"), py::arg("units"), py::arg("count"), py::arg("eps"), py::arg("dtype"),
-             py::arg("out"), py::arg("mirror"), py::arg("row_stride"), py::arg("other"), py::arg("other_stride"),
-             py::arg("balance"));
+  module.def("center_features", &center_features, py::arg("features"), py::arg("outer_order"), py::arg("inner_order"),
+             py::arg("centered"), py::arg("mean"), py::arg("squares"), py::arg("isa"), py::arg("threads"));
+  module.def("accumulate_comoment", &accumulate_comoment, py::arg("comoment"), py::arg("product"), py::arg("row_shift"),
+             py::arg("column_shift"), py::arg("isa"), py::arg("threads"));
+  module.def("correlate", &correlate, py::arg("comoment"), py::arg("row_deviation"), py::arg("column_deviation"),
+             py::arg("count"), py::arg("eps"), py::arg("out"), py::arg("mirror"), py::arg("other"), py::arg("balance"),
+             py::arg("isa"), py::arg("threads"));
 }
 
 }  // namespace mudsc::bindings

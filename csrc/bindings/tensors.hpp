@@ -1,10 +1,15 @@
-// Reading torch's tensors where a call in Python would take longer than the work: without torch's headers, by the
-// function table that the tensor type of recent versions publishes (the "exchange API" of DLPack 1.2 and later).
+// Tensors as arguments of bindings: read and checked here, without torch's headers.
+//
+// Recent versions of torch publish a table of functions on the tensor type that describes a tensor in about 50 ns (the
+// exchange API of DLPack 1.2). For older versions the same is read from the tensor's attributes.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
 
 #include "mudsc/types.hpp"
 
@@ -33,54 +38,85 @@ struct DlpackFunctions {
   void* allocate;
   void* to_managed;
   void* from_managed;
-  int (*read)(void* object, DlpackTensor* tensor);  // not zero, and an exception is set, if it cannot be described
+  int (*read)(void* object, DlpackTensor* tensor);  // not zero, with an exception set, if it cannot be described
   void* current_stream;
 };
 
-// The table of a tensor type, or null for one that has none.
-inline const DlpackFunctions* dlpack_functions(const py::object& tensor_type) {
-  constexpr std::uint32_t kMajorVersion = 1;
-  if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return nullptr;
-  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-  const auto* const functions =
-      static_cast<const DlpackFunctions*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (functions == nullptr) throw py::error_already_set();
-  return functions->major_version == kMajorVersion && functions->read != nullptr ? functions : nullptr;
+// The table of a tensor type, or null if this version of torch has none.
+const DlpackFunctions* dlpack_functions(const py::object& tensor_type);
+
+// The types of entries that bindings take.
+enum class EntryType : std::int32_t { float16, bfloat16, float32, float64, int32, int64, other };
+template <class T>
+constexpr EntryType kEntryType = EntryType::other;
+template <>
+inline constexpr EntryType kEntryType<float> = EntryType::float32;
+template <>
+inline constexpr EntryType kEntryType<double> = EntryType::float64;
+template <>
+inline constexpr EntryType kEntryType<std::int32_t> = EntryType::int32;
+template <>
+inline constexpr EntryType kEntryType<std::int64_t> = EntryType::int64;
+
+// A dense tensor in host memory. Valid as long as the object it was read from.
+class TensorView {
+ public:
+  // `name` is what errors call the argument. Raises TypeError if the object is not such a tensor.
+  TensorView(py::handle object, const char* name);
+  // The same without an exception: false if the object is not such a tensor. For fast paths.
+  static bool try_read(const DlpackFunctions& functions, PyObject* object, TensorView& view);
+  TensorView() = default;
+  TensorView(const TensorView&) = delete;
+  TensorView& operator=(const TensorView&) = delete;
+
+  void* data = nullptr;
+  EntryType type = EntryType::other;
+  int num_axes = 0;
+  const std::int64_t* shape = nullptr;
+  const std::int64_t* strides = nullptr;  // in entries
+
+  bool is_contiguous() const;
+  bool is_float() const { return type <= EntryType::float64; }
+  // Of a tensor of floating-point numbers.
+  ScalarType scalar_type() const { return static_cast<ScalarType>(type); }
+  std::int64_t entries() const;
+
+  // Checks that raise ValueError: the type of entries, the shape (-1 for any length), the order in memory.
+  void expect_float() const;
+  void expect_type(EntryType expected) const;
+  void expect_shape(const std::int64_t* lengths, std::size_t count) const;
+  void expect_shape(std::initializer_list<std::int64_t> lengths) const {
+    expect_shape(lengths.begin(), lengths.size());
+  }
+  void expect_contiguous() const;
+  // Rows of adjacent entries: the last axis has stride 1.
+  void expect_adjacent() const;
+
+  // The entries of a contiguous tensor of type T and of a shape.
+  template <class T>
+  T* contiguous(std::initializer_list<std::int64_t> expected) const {
+    expect_type(kEntryType<T>);
+    expect_shape(expected);
+    expect_contiguous();
+    return static_cast<T*>(data);
+  }
+
+ private:
+  void read_dlpack(const DlpackTensor& tensor);
+  void read_attributes(py::handle object);
+  [[noreturn]] void fail(const std::string& expected) const;
+
+  const char* name_ = "";
+  std::vector<std::int64_t> lengths_;  // shape and strides where the tensor itself does not hold them
+};
+
+// The entries of an optional tensor; null for None.
+template <class T>
+T* optional_contiguous(py::handle object, const char* name, std::initializer_list<std::int64_t> shape) {
+  return object.is_none() ? nullptr : TensorView(object, name).contiguous<T>(shape);
 }
 
-// Reads a tensor that lies in the host's memory, entry after entry; false, without an exception, for any other. That
-// the entries of a view are meant negated is not in the table: whoever takes foreign tensors asks them.
-inline bool read_contiguous(const DlpackFunctions& functions, PyObject* object, DlpackTensor& tensor) {
-  constexpr std::int32_t kHost = 1;
-  if (functions.read(object, &tensor) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (tensor.device_type != kHost || tensor.type_lanes != 1) return false;
-  std::int64_t entries = 1;
-  for (std::int32_t axis = tensor.num_axes; axis-- > 0;) {
-    if (tensor.shape[axis] != 1 && tensor.strides[axis] != entries) return false;
-    entries *= tensor.shape[axis];
-  }
-  tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  return true;
-}
-
-// Finds the type of a tensor's entries if kernels read it.
-inline bool read_type(const DlpackTensor& tensor, ScalarType& type) {
-  constexpr std::uint8_t kFloat = 2, kBrainFloat = 4;
-  if (tensor.type_code == kBrainFloat && tensor.type_bits == 16) {
-    type = ScalarType::bfloat16;
-  } else if (tensor.type_code == kFloat && tensor.type_bits == 16) {
-    type = ScalarType::float16;
-  } else if (tensor.type_code == kFloat && tensor.type_bits == 32) {
-    type = ScalarType::float32;
-  } else if (tensor.type_code == kFloat && tensor.type_bits == 64) {
-    type = ScalarType::float64;
-  } else {
-    return false;
-  }
-  return true;
-}
+// Lets tests read tensors by attributes, as in older versions of torch.
+void read_tensors_by_attributes(bool enabled);
 
 }  // namespace mudsc::bindings

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,6 +14,10 @@
 
 #include "mudsc/isa.hpp"
 #include "mudsc/types.hpp"
+
+#define MUDSC_NUMBERS_NAMESPACE mudsc::MUDSC_ISA
+#define MUDSC_NUMBERS_FUNCTION inline
+#include "mudsc/numbers.hpp"
 
 namespace mudsc::MUDSC_ISA {
 
@@ -88,75 +91,5 @@ class Buffer {
   T* data_ = nullptr;
   std::int64_t size_ = 0;
 };
-
-// Storage types of the half formats, distinct so that overloads choose the conversion.
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-inline float bits_to_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline std::uint32_t float_to_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// The type that numbers of storage type T are computed in.
-template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-
-// A choice by a mask: compilers leave loops over branches scalar, and choices between float operations too, which might
-// trap.
-template <class Bits>
-Bits chosen(bool condition, Bits if_true, Bits if_false) {
-  const Bits mask = Bits(0) - static_cast<Bits>(condition);
-  return (if_true & mask) | (if_false & ~mask);
-}
-
-inline double widen(double value) { return value; }
-inline float widen(float value) { return value; }
-inline float widen(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
-// Exact for every half, subnormals, infinities and NaN included: the exponent is rebased by a multiplication.
-inline float widen(Half value) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
-  std::uint32_t bits = float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000u));  // times 2^112
-  bits |= chosen(magnitude >= 0x0f800000u, 0x7f800000u, 0u);                                  // inf and NaN
-  return bits_to_float(bits | sign);
-}
-
-// Round to nearest, ties to even, as torch casts.
-inline void narrow(double value, double& out) { out = value; }
-inline void narrow(float value, float& out) { out = value; }
-inline void narrow(float value, BFloat16& out) {
-  const std::uint32_t bits = float_to_bits(value);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = static_cast<std::uint16_t>(chosen((bits & 0x7fffffffu) > 0x7f800000u, 0x7fc0u, rounded));  // NaN
-}
-inline void narrow(float value, Half& out) {
-  const std::uint32_t bits = float_to_bits(value);
-  const std::uint32_t sign = (bits >> 16) & 0x8000u;
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  const std::uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-  // Adding 0.5 aligns the mantissa to multiples of 2^-24, and the addition rounds to even.
-  const std::uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  std::uint32_t half = chosen(magnitude < 0x38800000u, subnormal, normal);
-  half = chosen(magnitude >= 0x477ff000u, 0x7c00u, half);  // rounds to infinity: at least 65520
-  half = chosen(magnitude > 0x7f800000u, 0x7e00u, half);   // NaN
-  out.bits = static_cast<std::uint16_t>(half | sign);
-}
 
 }  // namespace mudsc::MUDSC_ISA

@@ -18,6 +18,10 @@
 #include "../cuda_sim/simulator.hpp"
 #endif
 
+#define MUDSC_NUMBERS_NAMESPACE mudsc::cuda
+#define MUDSC_NUMBERS_FUNCTION __device__ __forceinline__
+#include "mudsc/numbers.hpp"
+
 #if defined(__CUDACC__)
 #define MUDSC_SHARED(type, name, count) __shared__ type name[count]
 #else
@@ -141,69 +145,6 @@ void launch_cooperative(const char* name, void (*kernel)(Parameters...), int thr
 inline std::size_t shared_memory_limit(const char*, Stream) { return cuda_sim::shared_memory_limit(); }
 
 #endif
-
-// Storage types of the half formats, distinct so that overloads choose the conversion.
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-// The type that numbers of storage type T are computed in.
-template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(BFloat16 value) {
-  return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16);
-}
-__device__ __forceinline__ float widen(Half value) {
-#if defined(__CUDACC__)
-  return __half2float(__ushort_as_half(value.bits));
-#else
-  // The exponent is rebased by a multiplication: exact for subnormals too.
-  const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
-  const std::uint32_t rebased = __float_as_uint(__uint_as_float(magnitude) * __uint_as_float(0x77800000u));
-  return __uint_as_float(rebased | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | sign);
-#endif
-}
-
-// Rounds to the nearest, ties to even.
-__device__ __forceinline__ void narrow(double value, double& out) { out = value; }
-__device__ __forceinline__ void narrow(double value, float& out) { out = static_cast<float>(value); }
-__device__ __forceinline__ void narrow(double wide, BFloat16& out) {
-  const std::uint32_t bits = __float_as_uint(static_cast<float>(wide));
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  out.bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-__device__ __forceinline__ void narrow(double wide, Half& out) {
-#if defined(__CUDACC__)
-  out.bits = __half_as_ushort(__float2half_rn(static_cast<float>(wide)));
-#else
-  const std::uint32_t bits = __float_as_uint(static_cast<float>(wide)), magnitude = bits & 0x7fffffffu;
-  std::uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;  // NaN
-  } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00u;  // rounds to infinity: at least 65520
-  } else if (magnitude < 0x38800000u) {
-    // Adding 0.5 aligns the mantissa to multiples of 2^-24, which the addition rounds to.
-    half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
-  }
-  out.bits = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u));
-#endif
-}
 
 // Unsigned numbers in the order of the floating-point numbers; 0 is less than every one of them but a NaN.
 __device__ __forceinline__ std::uint32_t ordered(float value) {

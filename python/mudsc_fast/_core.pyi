@@ -1,10 +1,12 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mudsc_fast.unit_map import UnitMap
 
 Result = TypeVar("Result")
 
@@ -33,90 +35,57 @@ def linear_assignment(
     isa: int,
     threads: int,
 ) -> tuple[NDArray[Any], ...]: ...
-def plain_permute_merge(
+def read_tensors_by_attributes(enabled: bool) -> None: ...
+def fast_permute_merge(
     torch: ModuleType, map_type: type
 ) -> Callable[[object, object, object, object], Tensor | None] | None: ...
 def permute_merge(
-    isa: int,
-    threads: int,
-    dtype: int,
-    tensors: list[int],
+    tensors: list[Tensor],
+    maps: dict[int, UnitMap],
     weights: list[float],
-    outer: int,
-    middle: int,
-    inner: int,
-    rows: tuple[int, int, int, int, int],
-    columns: tuple[int, int, int, int, int],
-    out: int,
+    out: Tensor,
     out_is_new: bool,
-) -> None: ...
-def permute_in_place(
     isa: int,
     threads: int,
-    dtype: int,
-    outer: int,
-    middle: int,
-    inner: int,
-    rows: tuple[int, int, int, int, int],
-    columns: tuple[int, int, int, int, int],
-    out: int,
 ) -> None: ...
+def permute_in_place(tensor: Tensor, maps: dict[int, UnitMap], isa: int, threads: int) -> None: ...
+def permute_view(shape: Sequence[int], axes: list[int]) -> tuple[int, int, int, int, int, int, int]: ...
 def zip_units(
-    similarity: int,
-    dtype: int,
-    row_stride: int,
-    units: int,
+    similarity: Tensor,
     num_models: int,
     remaining: int,
     budget: int,
     shrink: float,
-    cluster_of_unit: int,
-    values: int,
+    cluster_of_unit: Tensor,
+    values: Tensor,
     isa: int,
 ) -> int: ...
+
+_Order: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+
 def center_features(
+    features: Tensor,
+    outer_order: _Order | None,
+    inner_order: _Order | None,
+    centered: Tensor,
+    mean: Tensor,
+    squares: Tensor,
     isa: int,
     threads: int,
-    dtype: int,
-    features: int,
-    outer: int,
-    units: int,
-    inner: int,
-    outer_stride: int,
-    unit_stride: int,
-    inner_stride: int,
-    outer_order: tuple[int, int, int],
-    inner_order: tuple[int, int, int],
-    centered_dtype: int,
-    unit_major: bool,
-    centered: int,
-    mean: int,
-    squares: int,
 ) -> None: ...
 def accumulate_comoment(
-    isa: int,
-    threads: int,
-    product_dtype: int,
-    product: int,
-    row_shift: int,
-    column_shift: int,
-    units: int,
-    comoment: int,
+    comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor, isa: int, threads: int
 ) -> None: ...
 def correlate(
-    isa: int,
-    threads: int,
-    comoment: int,
-    row_deviation: int,
-    column_deviation: int,
-    units: int,
+    comoment: Tensor,
+    row_deviation: Tensor,
+    column_deviation: Tensor,
     count: float,
     eps: float,
-    dtype: int,
-    out: int,
-    mirror: int,
-    row_stride: int,
-    other: int,
-    other_stride: int,
+    out: Tensor,
+    mirror: Tensor | None,
+    other: Tensor | None,
     balance: float,
+    isa: int,
+    threads: int,
 ) -> None: ...

@@ -8,7 +8,6 @@
 
 namespace mudsc {
 
-// Values are part of the binding: python/mudsc_fast/kernels/cpu/permute.py names the same numbers.
 enum class UnitMapKind : std::int32_t { identity = 0, gather = 1, clusters = 2 };
 
 // How the units along one axis of every model become the units of the result. Indices are in range.

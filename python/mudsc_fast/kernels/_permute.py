@@ -1,21 +1,18 @@
-"""What the fast kernels of permute take a tensor for."""
+"""How the fast permute kernels view a tensor."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
+from mudsc_fast import _core
 from mudsc_fast.unit_map import UnitMap
-
-#: A lone mapped axis with fewer elements behind each unit is taken as columns: longer lines, fewer loops.
-_SHORT_LINE = 64
 
 
 class View(NamedTuple):
-    """A tensor seen as [outer, rows, middle, columns, inner]."""
+    """A tensor viewed as [outer, rows, middle, columns, inner]."""
 
     outer: int
     rows: int
@@ -27,17 +24,6 @@ class View(NamedTuple):
 
 
 def view_of(shape: torch.Size, maps: Mapping[int, UnitMap]) -> View:
-    """Return how a tensor with at most two mapped axes is seen.
-
-    Calls that C++ does as a whole are seen the same way (csrc/bindings/register_permute.cpp).
-    """
-    axes = sorted(maps)
-    if not axes:
-        return View(1, math.prod(shape[:1]), None, 1, math.prod(shape[1:]), None, 1)
-    a, b = axes[0], axes[-1]
-    before, after = math.prod(shape[:a]), math.prod(shape[b + 1 :])
-    if a != b:
-        return View(before, shape[a], maps[a], math.prod(shape[a + 1 : b]), shape[b], maps[b], after)
-    if after < _SHORT_LINE:
-        return View(1, before, None, 1, shape[a], maps[a], after)
-    return View(before, shape[a], maps[a], 1, after, None, 1)
+    """Return the view of a tensor with at most two mapped axes (permute_view in csrc/bindings)."""
+    outer, rows, row_axis, middle, columns, column_axis, inner = _core.permute_view(shape, list(maps))
+    return View(outer, rows, maps.get(row_axis), middle, columns, maps.get(column_axis), inner)

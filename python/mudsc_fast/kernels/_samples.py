@@ -1,4 +1,4 @@
-"""What the kernels that centre features are told of the order of their samples, and what they return."""
+"""The order of samples that kernels center features in, and what these kernels return."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torch import Tensor
 
 
 class Centered(NamedTuple):
-    """Features of one model as a product takes them.
+    """Centered features of one model, ready for a matrix product.
 
     Attributes
     ----------
     values
-        [C, samples]: the features less what may stand for their mean, of either order in memory.
+        [C, samples]: the features minus their mean, or minus a shift close to it; contiguous or the transpose of a
+        contiguous tensor.
     mean, squares
-        [C] float64: each unit's mean, and the sum of squares about it.
+        [C] float64: the mean of each unit, and the sum of its squared deviations from it.
     rest
-        [C] float64: the sums of `values`, which a mean of the samples themselves would have made 0; None where it did.
+        [C] float64: the sums of `values` if they are taken about a shift; None if they are about the mean, where the
+        sums are 0.
     """
 
     values: Tensor
@@ -29,14 +31,14 @@ class Centered(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which samples of features are taken along an axis, and where they are summed (clusters), which.
+    """Which samples to take along an axis of features, or which to sum (clusters).
 
     Attributes
     ----------
     members
-        [M] int32: places in the features' axis.
+        [M] int32: places along the axis of the features.
     starts
-        [samples + 1] int32: where in `members` those begin whose sum is each sample; None where it is one of them each.
+        [samples + 1] int32: where in `members` the terms of each sample's sum begin; None if each sample is one member.
     scale
         [samples] float64: factor of each sum, or None for 1.
     """
@@ -48,8 +50,13 @@ class SampleOrder:
     def __len__(self) -> int:
         return len(self.members) if self.starts is None else len(self.starts) - 1
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Members, starts and scale, as the C++ kernels take them."""
+        return self.members, self.starts, self.scale
+
     def part(self, samples: slice) -> SampleOrder:
-        """Return the order of adjacent samples alone."""
+        """Return the order of some adjacent samples."""
         if self.starts is None:
             return SampleOrder(self.members[samples])
         starts = self.starts[samples.start : samples.stop + 1]

@@ -259,7 +259,7 @@ def _one_by_one(merge: _Merge) -> _GroupMerge:
 
 #: permute_merge for common arguments, in one call of C++. Returns None for all others, and always where torch is too
 #: old to let C++ read tensors.
-_try_fast_merge = _core.plain_permute_merge(torch, UnitMap) or (lambda tensors, maps, weights, out: None)  # noqa: ARG005
+_try_fast_merge = _core.fast_permute_merge(torch, UnitMap) or (lambda tensors, maps, weights, out: None)  # noqa: ARG005
 
 _Merge = Callable[[Sequence[Tensor], Mapping[int, UnitMap], Sequence[float], "Tensor | None"], Tensor]
 _GroupMerge = Callable[[Sequence[Sequence[Tensor]], Sequence[Mapping[int, UnitMap]], Sequence[float]], list[Tensor]]

@@ -6,29 +6,18 @@ import torch
 from torch import Tensor
 
 from mudsc_fast import _core
-from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import _runtime
 
 
 def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
-    """Cluster units as the function of this name in `kernels.reference` does, with the same result bit for bit."""
+    """Cluster units like the function of this name in `kernels.reference`, with the same result bit for bit."""
     source = similarity.detach().cpu()
-    if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent
+    if source.stride(1) != 1:  # rows may have any distance, but the entries of a row must be adjacent
         source = source.contiguous()
     units = len(source)
     cluster_of_unit = torch.empty(units, dtype=torch.int64, device="cpu")
     values = torch.empty(units - remaining, dtype=torch.float64, device="cpu")
     merges = _core.zip_units(
-        similarity=source.data_ptr(),
-        dtype=SCALAR_TYPES[source.dtype],
-        row_stride=source.stride(0),
-        units=units,
-        num_models=num_models,
-        remaining=remaining,
-        budget=budget,
-        shrink=shrink,
-        cluster_of_unit=cluster_of_unit.data_ptr(),
-        values=values.data_ptr(),
-        isa=_runtime.isa_level(),
+        source, num_models, remaining, budget, shrink, cluster_of_unit, values, _runtime.isa_level()
     )
     return cluster_of_unit.to(similarity.device), values[:merges].to(similarity.device)
