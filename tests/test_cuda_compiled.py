@@ -29,6 +29,7 @@ MOST_REGISTERS = {
     "correlation_shift_kernel": 40,
     "correlation_product_kernel": 255,  # 1 block of 256: two accumulators of 64 numbers in each thread
     "correlation_wgmma_kernel": 255,  # the same
+    "correlation_moments_kernel": 64,
     "correlation_join_kernel": 80,  # 3 blocks of 256
     "correlation_blend_kernel": 64,
     "zip_load": 40,  # 6 blocks of 256 threads

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mudsc_fast
 from mudsc_fast import CorrelationAccumulator, UnitMap, compat
-from mudsc_fast.kernels.cuda import _tensor_cores
+from mudsc_fast.kernels.cuda import _tensor_cores, assignment
 from mudsc_fast.ops import _dispatch
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -123,7 +123,9 @@ def test_results_do_not_depend_on_defaults(case: str, backend: str) -> None:
 @pytest.mark.parametrize("case", ["assignment", "large assignment", "zip", "correlation", "full correlation"])
 @pytest.mark.usefixtures("simulator")
 def test_simulated_kernels_do_not_depend_on_them_either(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_is_usable", lambda *_: True)
+    monkeypatch.setattr(_dispatch, "_unusable_reason", lambda *_: "")
+    monkeypatch.setattr(assignment, "MIN_BATCH", 1)
+    monkeypatch.setattr(_tensor_cores, "WGMMA_CONFIRMED", frozenset({(9, 0)}))
     # The comparison of instructions, which the first product makes, is part of it: of few units and samples.
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     monkeypatch.setattr(_tensor_cores, "_compared", {})

@@ -1,24 +1,28 @@
-// Streaming correlation on the device, but for the product: shifts, joining, and the final quotient.
+// Streaming correlation on the device, except the product: shifts, moments, joining, and the final quotient.
 //
-// correlation_shift: an estimate of each unit's mean from a few hundred samples. Subtracted before the product, it
-// keeps E[xy] - E[x] E[y] from cancelling; any value near the mean is as good as the mean itself.
+// correlation_shift estimates the mean of each unit of all models from a few hundred samples. Subtracted before the
+// product, it keeps E[xy] - E[x] E[y] from cancelling; any value near the mean serves as well as the mean itself.
 //
-// correlation_join: adds products to float64 co-moments; per entry 4 bytes a part and 16 more.
+// correlation_moments turns the sums beside the products into means, squares and whether features were in range, and
+// joins them to the moments of the samples before.
 //
-// correlation_blend: reads a co-moment (8 bytes) and, for a blend, the other similarity, and writes the solver's input;
-// the mirror image is written from the same tile.
+// correlation_join adds products to float64 co-moments. Per entry it moves 4 bytes for each part and 16 more.
 //
+// correlation_blend reads a co-moment (8 bytes) and, for a blend, the other similarity, and writes the solver's input.
+// The mirror image is written from the same tile.
+//
+// An update of two models is four launches: shift, product, moments and join. "full" has two more products and joins.
 // No atomics: results do not depend on the order of blocks.
 #include "correlation_product.hpp"
 
 namespace mudsc::cuda {
 namespace {
 
-// Samples that a shift is estimated from: at least so many, if there are, and less than twice as many.
+// A shift is estimated from at least this many samples, if there are as many, and from less than twice as many.
 constexpr std::int64_t kShiftSamples = 256;
 constexpr int kShiftUnits = 32, kShiftThreads = block_threads(256, 64), kShiftShares = kShiftThreads / kShiftUnits;
-// A half unit is shifted if its mean is more than so many deviations from zero. Below, what cancels is a few bits of a
-// float32 sum, and unshifted halves are three times as fast.
+// A unit of a half format is shifted if its mean is more than this many deviations from zero. Otherwise only a few bits
+// of a float32 sum cancel, and features that are not shifted are three times as fast.
 constexpr double kUnshiftedDeviations = 2;
 
 template <class Source>
@@ -28,12 +32,16 @@ __global__ void __launch_bounds__(kShiftThreads) correlation_shift_kernel(const 
   const int share = static_cast<int>(threadIdx.x) / kShiftUnits;
   const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kShiftUnits + threadIdx.x % kShiftUnits;
   const Samples samples{problem.outer, problem.inner, problem.outer * problem.inner};
+  FeatureView features = problem.features[0];
+  MUDSC_UNROLL for (int model = 1; model < kShiftModels; ++model) {  // constant indices: no copy in local memory
+    if (blockIdx.y == static_cast<unsigned>(model)) features = problem.features[model];
+  }
   const std::int64_t step = samples.end > kShiftSamples ? samples.end / kShiftSamples : 1;
-  const Source* const values = static_cast<const Source*>(problem.features.values);
+  const Source* const values = static_cast<const Source*>(features.values);
   double sum = 0, square = 0;
   if (unit < problem.units) {
     for (std::int64_t sample = share * step; sample < samples.end; sample += kShiftShares * step) {
-      const float value = widen(values[samples.offset(problem.features, sample) + unit * problem.features.unit_stride]);
+      const float value = widen(values[samples.offset(features, sample) + unit * features.unit_stride]);
       const double number = value == value ? static_cast<double>(value) : 0.0;
       sum += number;
       square += number * number;
@@ -50,7 +58,36 @@ __global__ void __launch_bounds__(kShiftThreads) correlation_shift_kernel(const 
   const double count = static_cast<double>((samples.end + step - 1) / step), mean = sum / count;
   const double variance = square / count - mean * mean;
   const bool near_zero = mean * mean <= kUnshiftedDeviations * kUnshiftedDeviations * variance;
-  problem.features.shift[unit] = sizeof(Source) == 2 && near_zero ? 0.0f : static_cast<float>(mean);
+  features.shift[unit] = sizeof(Source) == 2 && near_zero ? 0.0f : static_cast<float>(mean);
+}
+
+constexpr int kMomentsThreads = block_threads(128, 32);
+
+__global__ void __launch_bounds__(kMomentsThreads) correlation_moments_kernel(const MomentsProblem problem) {
+  constexpr double kLargestFloat = 3.4028234663852886e38;
+  const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kMomentsThreads + threadIdx.x;
+  const std::int64_t model = blockIdx.y, units = problem.units;
+  if (unit >= units) return;
+  const double* const sums = problem.sums + model * problem.parts * 2 * units + unit;
+  double sum = 0, square = 0;
+  for (std::int64_t part = 0; part < problem.parts; ++part) {
+    sum += sums[part * 2 * units];
+    square += sums[part * 2 * units + units];
+  }
+  if (!(square <= kLargestFloat)) *problem.in_range = 0;  // every thread that writes, writes the same
+  const std::int64_t at = model * units + unit;
+  const double mean = static_cast<double>(problem.shifts[at]) + sum / problem.count;
+  const double about_mean = square - sum * sum / problem.count;
+  const double squares = about_mean > 0 ? about_mean : 0;
+  const double shift = mean - problem.mean[at];
+  double* const batch = problem.batch + model * 3 * units + unit;
+  batch[0] = sum;
+  batch[units] = shift;
+  batch[2 * units] = squares;
+  if (!problem.updates) return;
+  const double share = problem.count / (problem.num_samples + problem.count);
+  problem.squares[at] += squares + problem.num_samples * share * shift * shift;
+  problem.mean[at] += shift * share;
 }
 
 constexpr int kJoinThreads = block_threads(256, 64);
@@ -58,7 +95,9 @@ constexpr int kJoinThreads = block_threads(256, 64);
 template <class T>
 __global__ void __launch_bounds__(kJoinThreads) correlation_join_kernel(const JoinProblem problem) {
   const std::int64_t row = blockIdx.x, units = problem.units;
-  const double first = problem.rows[row], second = problem.rows[units + row];
+  const bool subtracts = problem.row_sums != nullptr;
+  const double first = subtracts ? problem.row_sums[row] / -problem.count : 0.0;
+  const double second = problem.shift_weight * problem.row_shifts[row];
   const T* const products = static_cast<const T*>(problem.products) + row * units;
   double* const comoments = problem.comoment + row * units;
   const std::int64_t begin = problem.symmetric ? row / kTile * kTile : 0;
@@ -67,7 +106,8 @@ __global__ void __launch_bounds__(kJoinThreads) correlation_join_kernel(const Jo
     for (std::int64_t part = 1; part < problem.parts; ++part) {
       sum += static_cast<double>(products[part * units * units + k]);
     }
-    comoments[k] += problem.weight * ((sum + first * problem.columns[k]) + second * problem.columns[units + k]);
+    if (subtracts) sum += first * problem.column_sums[k];
+    comoments[k] += problem.weight * (sum + second * problem.column_shifts[k]);
   }
 }
 
@@ -119,7 +159,8 @@ __global__ void __launch_bounds__(kBlendTile* kBlendRows) correlation_blend_kern
 template <class Source>
 void run_shift(const ShiftProblem& problem, Stream stream) {
   launch("correlation_shift", correlation_shift_kernel<Source>,
-         {dim3(count_of(problem.units, kShiftUnits)), dim3(kShiftThreads), 0}, stream, problem);
+         {dim3(count_of(problem.units, kShiftUnits), static_cast<unsigned>(problem.models)), dim3(kShiftThreads), 0},
+         stream, problem);
 }
 
 template <class T>
@@ -143,6 +184,13 @@ void correlation_shift(const ShiftProblem& problem, Stream stream) {
     case ScalarType::bfloat16: return run_shift<BFloat16>(problem, stream);
     default: return run_shift<float>(problem, stream);
   }
+}
+
+void correlation_moments(const MomentsProblem& problem, Stream stream) {
+  launch(
+      "correlation_moments", correlation_moments_kernel,
+      {dim3(count_of(problem.units, kMomentsThreads), static_cast<unsigned>(problem.models)), dim3(kMomentsThreads), 0},
+      stream, problem);
 }
 
 void correlation_join(const JoinProblem& problem, Stream stream) {

@@ -118,15 +118,21 @@ void correlate(int units, int samples, int bytes, bool units_adjacent, float off
                                units_adjacent ? order.data() : nullptr,
                                shift.data()};
   const std::int64_t outer = units_adjacent ? samples : 1, inner = samples / outer;
-  cuda::correlation_shift({dtype, view, outer, units, inner}, kStream);
+  cuda::correlation_shift({dtype, {view}, 1, outer, units, inner}, kStream);
   std::vector<double> row_sums(4 * units), column_sums(4 * units), comoment(units * units, 0.0);
   cuda::correlation_product({dtype, view, view, outer, units, inner, false, 2, (samples / 2 + 63) / 64 * 64,
                              products.data(), row_sums.data(), column_sums.data(), warpgroups},
                             kStream);
+  std::vector<double> mean(units, 0.0), squares(units, 0.0), batch(3 * units);
+  std::uint8_t in_range = 1;
+  const double count = samples;
+  cuda::correlation_moments({row_sums.data(), shift.data(), 1, 2, units, count, 0.0, mean.data(), squares.data(), true,
+                             batch.data(), &in_range},
+                            kStream);
   const std::vector<double> vectors(2 * units, 1.0);
-  cuda::correlation_join(
-      {ScalarType::float32, products.data(), 2, units, false, vectors.data(), vectors.data(), 1.0, comoment.data()},
-      kStream);
+  cuda::correlation_join({ScalarType::float32, products.data(), 2, units, false, batch.data(), batch.data(), count,
+                          batch.data() + units, batch.data() + units, 1.0, 1.0, comoment.data()},
+                         kStream);
   std::vector<float> result(units * units);
   cuda::correlation_blend({comoment.data(), vectors.data(), vectors.data(), units, 1.0, 1e-7, ScalarType::float32,
                            result.data(), result.data(), units, nullptr, 0, 1.0, 1},

@@ -20,6 +20,12 @@ SIMULATED_THREADS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def _blocks_for_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the block kernel solve batches of any size; test_few_small_problems_are_solved_by_the_cpu has the default."""
+    monkeypatch.setattr(cuda, "MIN_BATCH", 1)
+
+
 def matrix(family: str, rows: int, columns: int, seed: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(make(family, rows, columns, seed))).double()
 
@@ -94,6 +100,70 @@ def test_simulated_matrix_without_a_batch(simulator: Any) -> None:  # noqa: ARG0
     assert torch.equal(found.columns, wanted.columns)
 
 
+def test_few_small_problems_are_solved_by_the_cpu(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MIN_BATCH", 4)
+    launched = []
+    launch = simulator.assignment_batch
+
+    def noting(**given: Any) -> None:
+        launched.append(given["batch"])
+        launch(**given)
+
+    monkeypatch.setattr(simulator, "assignment_batch", noting)
+    values = torch.randn(4, 9, 9, generator=torch.Generator().manual_seed(0))
+    for count, launches in ((1, []), (3, []), (4, [4])):
+        found, wanted = (solve(values[:count], True, None, 0.0) for solve in (cuda.solve, cpu.solve))
+        assert torch.equal(found.columns, wanted.columns)
+        assert launched == launches
+
+
+@pytest.mark.parametrize("fault", ["columns", "column_duals", "row_duals", "gap"])
+@pytest.mark.usefixtures("simulator")
+def test_wrong_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """A kernel that reports success is not believed: one warning, and the exact result."""
+    solve_batch = cuda._solve_batch
+
+    def wrong(*arguments: Any) -> Solution:
+        solution = solve_batch(*arguments)
+        value = getattr(solution, fault)
+        value.view(-1)[0] = value.view(-1)[1] if fault == "columns" else value.view(-1)[0] - 1.5
+        return solution
+
+    monkeypatch.setattr(cuda, "_solve_batch", wrong)
+    monkeypatch.setattr(cuda, "_warned", False)
+    values = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"wrong result for \[2, 9, 9\] torch.float32 .* Please report this"):
+        found = cuda.solve(values, True, None, 0.0)
+    assert torch.equal(found.columns, cpu.solve(values, True, None, 0.0).columns)
+    cuda.solve(values, True, None, 0.0)  # a second time without a warning, which would be an error here
+
+
+@pytest.mark.usefixtures("simulator")
+def test_wrong_large_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "_warned", False)
+    find_paths = cuda._LargeProblem.find_paths
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        columns, duals = find_paths(*arguments)
+        columns[:2] = columns[:2].flip(0)
+        return columns, duals
+
+    monkeypatch.setattr(cuda._LargeProblem, "find_paths", wrong)
+    values = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="Please report this"):
+        found = cuda.solve(values, True, None, 0.0)
+    assert torch.equal(found.columns, cpu.solve(values, True, None, 0.0).columns)
+
+
+def test_solutions_move_in_one_copy() -> None:
+    solution = cpu.solve(torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)), True, None, 0.0)
+    moved = solution.to(torch.device("meta"))
+    assert [value.shape for value in vars(moved).values()] == [value.shape for value in vars(solution).values()]
+    assert moved.columns.dtype == torch.int64
+    assert moved.status.device.type == "cpu"
+
+
 def test_simulated_warm_start(simulator: Any) -> None:  # noqa: ARG001
     values = torch.randn(2, 30, 30, generator=torch.Generator().manual_seed(0))
     prices = cpu.solve(values, True, None, 0.0).column_duals
@@ -106,7 +176,7 @@ def test_simulated_warm_start(simulator: Any) -> None:  # noqa: ARG001
 def test_simulated_large_problems(
     simulator: Any, monkeypatch: pytest.MonkeyPatch, family: str, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
     monkeypatch.setattr(cuda, "WANTED", 4)
     simulator.set_seed(2)
     for dtype in DTYPES[:3] if family == "uniform" else DTYPES[2:3]:
@@ -123,7 +193,7 @@ def test_simulated_large_problems_are_listed_in_parts(
     monkeypatch: pytest.MonkeyPatch,
     family: str,
 ) -> None:
-    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
     monkeypatch.setattr(cuda, "WANTED", 4)
     values = matrix(family, 90, 90, 1).float()
     at_once = cuda.solve(values[None], True, None, 0.0)
@@ -149,8 +219,8 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
             True,
             float(epsilon),
             int(rows * cuda.SHARE_LEFT),
-            cuda.MOST_ROUNDS,
-            cuda.MOST_BIDS * rows,
+            cuda.MAX_ROUNDS,
+            cuda.MAX_BIDS * rows,
             problem.class_of_row.data_ptr(),
             prices.data_ptr(),
             column_of_row.data_ptr(),
@@ -198,7 +268,7 @@ def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int
 
 def test_simulated_large_classes_and_paths_in_vain(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many equal rows whose best columns tie, and a price war that ends in path searches."""
-    monkeypatch.setattr(cuda, "MOST_COLUMNS_OF_A_BLOCK", 0)
+    monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
     monkeypatch.setattr(cuda, "WANTED", 4)
     simulator.set_seed(1)
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mudsc_fast.command import installation
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import _device, _tensor_cores
 from mudsc_fast.kernels.cuda import correlation as cuda
-from mudsc_fast.ops import _centered_products, _dispatch
+from mudsc_fast.ops import _centered_products, _dispatch, _tensor_core_products
+from mudsc_fast.ops._features import Samples
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.ops.permute import UnitMap, permute_merge
 
@@ -29,7 +32,7 @@ TOLERANCE = 1e-6
 def used(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let accumulators on the CPU use the CUDA kernels, in the simulator."""
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, "correlation": {"cpu": ("cuda",), "other": ()}})
-    monkeypatch.setattr(_dispatch, "_is_usable", lambda *_: True)
+    monkeypatch.setattr(_dispatch, "_unusable_reason", lambda *_: "")
     return simulator
 
 
@@ -280,7 +283,7 @@ def test_chunks_and_updates(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> 
     features = features_of(2, 4, 20, 70)
     whole = accumulated(features)
     monkeypatch.setattr(cuda, "_PART_SAMPLES", 64)
-    monkeypatch.setattr(cuda, "_MOST_PARTS", 1)
+    monkeypatch.setattr(cuda, "_MAX_PARTS", 1)
     torch.testing.assert_close(accumulated(features), whole, rtol=0, atol=TOLERANCE)
     sums = CorrelationAccumulator(2, 20, blocks="full", dtype=torch.float64)
     for k in range(4):
@@ -405,6 +408,7 @@ def comparison(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_tensor_cores, "_UNITS", 24)
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
     monkeypatch.setattr(_tensor_cores, "_compared", {})
+    monkeypatch.setattr(_tensor_cores, "WGMMA_CONFIRMED", frozenset({(9, 0)}))
     return used
 
 
@@ -458,12 +462,12 @@ def test_a_wrong_kernel_is_not_used(comparison: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_a_graph_takes_what_was_compared_before(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    monkeypatch.setattr(_tensor_cores, "_is_capturing", lambda _: True)
+    monkeypatch.setattr(_device, "is_capturing", lambda _: True)
     assert cuda.tensor_cores(CPU) == ("mma.sync", "nothing can be compared while a graph is captured")
-    monkeypatch.setattr(_tensor_cores, "_is_capturing", lambda _: False)
+    monkeypatch.setattr(_device, "is_capturing", lambda _: False)
     compared = cuda.tensor_cores(CPU)
     assert compared.instructions == "wgmma"
-    monkeypatch.setattr(_tensor_cores, "_is_capturing", lambda _: True)
+    monkeypatch.setattr(_device, "is_capturing", lambda _: True)
     assert cuda.tensor_cores(CPU) == compared
 
 
@@ -494,6 +498,78 @@ def test_instructions_that_the_environment_names(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MUDSC_TENSOR_CORES", "hmma")
     with pytest.raises(ValueError, match=r"MUDSC_TENSOR_CORES must be 'mma\.sync' or 'wgmma', got 'hmma'"):
         cuda.tensor_cores(CPU)
+
+
+def test_wgmma_is_not_used_before_it_is_confirmed(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(_tensor_cores, "WGMMA_CONFIRMED", frozenset())
+    assert cuda.tensor_cores(CPU) == (
+        "mma.sync",
+        "wgmma is not confirmed on a device yet; MUDSC_TENSOR_CORES=wgmma selects it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "float32"),
+    [
+        ((8, 0), True),
+        ((8, 6), False),
+        ((8, 9), False),
+        ((9, 0), True),
+        ((10, 0), True),
+        ((12, 0), False),
+        ((15, 0), False),
+    ],
+)
+def test_float32_is_multiplied_where_tf32_is_fast(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], float32: bool
+) -> None:
+    monkeypatch.setattr(_tensor_cores, "_capability", lambda _: capability)
+    monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
+    assert [cuda.serves(CPU, dtype) for dtype in (*DTYPES, torch.float64)] == [True, True, float32, False]
+    monkeypatch.setenv("MUDSC_TENSOR_CORES", "mma.sync")
+    assert cuda.serves(CPU, torch.float32)
+
+
+def test_float32_is_centered_where_tf32_is_slow(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tensor_cores, "_capability", lambda _: (8, 6))
+    monkeypatch.delenv("MUDSC_TENSOR_CORES")
+    monkeypatch.setattr(simulated, "correlation_product", None)
+    assert_correlated(features_of(2, 40, 9))
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches of an update: torch's operations that compute, and the kernels here."""
+
+    #: Operations that allocate or view memory, and launch nothing.
+    FREE = ("empty", "view", "select", "slice", "unsqueeze", "detach", "as_strided", "alias", "unbind")
+
+    def __init__(self, simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        for name in ("correlation_shift", "correlation_product", "correlation_moments", "correlation_join"):
+            monkeypatch.setattr(simulator, name, functools.partial(self.note, name, getattr(simulator, name)))
+
+    def note(self, name: str, kernel: Any, **given: Any) -> None:
+        self.names.append(name)
+        kernel(**given)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        if not name.startswith(self.FREE):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("blocks", "launches"), [("cross", 4), ("full", 8)])
+def test_launches_of_an_update(simulated: Any, monkeypatch: pytest.MonkeyPatch, blocks: Any, launches: int) -> None:
+    sums = CorrelationAccumulator(2, 9, blocks=blocks)
+    sums.update(*features_of(2, 40, 9))
+    features = features_of(2, 40, 9)
+    moments = sums._moments
+    with Launches(simulated, monkeypatch) as counted:
+        _tensor_core_products.add(moments, [Samples(one[:, :, None]) for one in features])
+    assert len(counted.names) == launches, counted.names
+    assert sums.num_samples == 80
 
 
 def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
@@ -537,9 +613,11 @@ def test_on_a_device(
 
 
 @pytest.mark.gpu
-def test_a_device_of_compute_capability_9_0_multiplies_by_wgmma(gpu: torch.device) -> None:
+def test_wgmma_gives_the_products_of_mma_sync(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability(gpu) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
+    monkeypatch.setattr(_tensor_cores, "WGMMA_CONFIRMED", frozenset({(9, 0)}))
     assert cuda.tensor_cores(torch.device("cuda", torch.cuda.current_device())) == (
         "wgmma",
         "gives the products of mma.sync",

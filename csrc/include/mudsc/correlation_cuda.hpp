@@ -19,9 +19,13 @@ struct FeatureView {
   float* shift;  // [units], which correlation_shift writes: what is subtracted from the unit's values
 };
 
+// Models whose shifts are estimated in one launch.
+constexpr int kShiftModels = 8;
+
 struct ShiftProblem {
-  ScalarType dtype;  // all but float64
-  FeatureView features;
+  ScalarType dtype;                    // all but float64
+  FeatureView features[kShiftModels];  // of the first `models`
+  std::int32_t models;
   std::int64_t outer;
   std::int64_t units;
   std::int64_t inner;
@@ -45,15 +49,38 @@ struct ProductProblem {
   bool warpgroups;
 };
 
-// comoment += weight * (sum of products + outer(rows[0], columns[0]) + outer(rows[1], columns[1])).
+// The moments of a batch, from its sums, and what joins it to the moments of the samples before: one thread a unit.
+struct MomentsProblem {
+  const double* sums;   // [models, parts, 2, units]: of x - shift, and of its square
+  const float* shifts;  // [models, units]
+  std::int64_t models;
+  std::int64_t parts;
+  std::int64_t units;
+  double count;        // samples of the batch
+  double num_samples;  // samples before
+  double* mean;        // [models, units] of the samples before
+  double* squares;     // [models, units]
+  bool updates;        // whether `mean` and `squares` take the batch in
+  // Out, [models, 3, units]: the sum of x - shift; the mean of the batch minus the mean before; the sum of squares about
+  // the mean of the batch.
+  double* batch;
+  std::uint8_t* in_range;  // set to 0 if a value is not finite, or float32 cannot hold a sum of squares
+};
+
+// comoment += weight * (sum of products - outer(row_sums, column_sums) / count
+//                       + shift_weight * outer(row_shifts, column_shifts)).
 struct JoinProblem {
   ScalarType product_dtype;  // float32 or float64
   const void* products;      // [parts, units, units]
   std::int64_t parts;
   std::int64_t units;
-  bool symmetric;         // as above: entries that are not written are not read
-  const double* rows;     // [2, units]
-  const double* columns;  // [2, units]
+  bool symmetric;          // as above: entries that are not written are not read
+  const double* row_sums;  // [units], or null if there is nothing to subtract
+  const double* column_sums;
+  double count;
+  const double* row_shifts;  // [units]
+  const double* column_shifts;
+  double shift_weight;
   double weight;
   double* comoment;  // [units, units]
 };
@@ -63,6 +90,7 @@ std::int64_t correlation_tile();
 
 void correlation_shift(const ShiftProblem& problem, Stream stream);
 void correlation_product(const ProductProblem& problem, Stream stream);
+void correlation_moments(const MomentsProblem& problem, Stream stream);
 void correlation_join(const JoinProblem& problem, Stream stream);
 // The final quotient of csrc/include/mudsc/correlation.hpp; `other` may be `out`.
 void correlation_blend(const CorrelateProblem& problem, Stream stream);

@@ -20,8 +20,16 @@ class Solution:
     column_duals: Tensor  # [..., m] float64
     objective: Tensor  # [...] float64
     gap: Tensor  # [...] float64
-    status: Tensor  # [...] int32; the rest of a problem that is not optimal is undefined
+    status: Tensor  # [...] int32, in host memory; if a problem is not optimal, its other values are undefined
 
     def to(self, device: torch.device) -> Solution:
-        """Return the solution on a device."""
-        return Solution(**{name: value.to(device) for name, value in vars(self).items()})
+        """Return the solution on a device, by one copy. The status, which is for the host to read, stays there."""
+        if self.columns.device == device:
+            return self
+        tensors = (self.columns.view(torch.float64), self.row_duals, self.column_duals, self.objective, self.gap)
+        moved = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+        parts = moved.split([tensor.numel() for tensor in tensors])
+        columns, row_duals, column_duals, objective, gap = (
+            part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)
+        )
+        return Solution(columns.view(torch.int64), row_duals, column_duals, objective, gap, self.status)

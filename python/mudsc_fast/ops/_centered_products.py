@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels import _triton
 from mudsc_fast.kernels._samples import Centered
 from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops._features import Samples
@@ -30,8 +31,6 @@ _CHUNK_NUMBERS = 2**23
 #: Rows of a symmetric product that are computed at a time. Fewer rows compute less of the other triangle, more rows
 #: let torch reuse what it packs. For 1024 units, blocks of 192 rows take 1.21 times half a product, blocks of 256 1.31.
 _TRIANGLE_BLOCK = 192
-
-_TRITON = find_spec("triton") is not None
 
 
 class Workspace:
@@ -71,13 +70,14 @@ def add(
 
     `check` is called if the features may be infinite, before the moments change; it raises an error if they are.
     """
+    _device.refuse_capture("an update with features that are centered first", moments.device)
     center = _dispatch.choose(
         "correlation",
         moments.device,
         {
             "cpu": cpu.center,
             # For features that the tensor-core kernel does not take.
-            "cuda": _center_by_triton if _TRITON and moments.mean.is_cuda else reference.center,
+            "cuda": _center_by_triton if _triton_serves(moments.device) else reference.center,
             "triton": _center_by_triton,
             "reference": reference.center,
         },
@@ -192,6 +192,10 @@ def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
 def _sum_of_squares(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square()
+
+
+def _triton_serves(device: torch.device) -> bool:
+    return device.type == "cuda" and not _triton.unavailable_reason(device.index)
 
 
 def _center_by_triton(*arguments: Any) -> Centered:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 
-from mudsc_fast.kernels.cuda import _device
+from mudsc_fast.kernels import _triton
+from mudsc_fast.kernels.cuda import _device, _self_test
 
 Kernel = TypeVar("Kernel")
 
-_ON_CUDA = ("triton", "reference") if find_spec("triton") else ("reference",)
-
-#: Which back ends serve an op on a type of device, best first. A back end that is not named does not pay there.
+#: The back ends that serve an op on each type of device, best first. A back end is left out where it does not pay.
 #: "cpu" on another device than the CPU copies to the host and back.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
     "zip": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
-    "correlation": {"cpu": ("cpu", "reference"), "cuda": ("cuda", *_ON_CUDA), "other": ("reference",)},
-    "correlation.finalize": {"cpu": ("cpu", "reference"), "cuda": ("cuda", *_ON_CUDA), "other": ("reference",)},
-    "permute": {"cpu": ("cpu", "reference"), "cuda": _ON_CUDA, "other": ("reference",)},
+    "correlation": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"), "other": ("reference",)},
+    "correlation.finalize": {
+        "cpu": ("cpu", "reference"),
+        "cuda": ("cuda", "triton", "reference"),
+        "other": ("reference",),
+    },
+    "permute": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference"), "other": ("reference",)},
 }
 
 _NAMES = sorted({name for by_device in KERNELS.values() for names in by_device.values() for name in names})
@@ -33,8 +36,8 @@ _requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=No
 
 
 def backends() -> tuple[str, ...]:
-    """Return the names of all back ends that can be used here: "cuda" only where it was built and finds a device."""
-    return tuple(filter(_is_usable, _NAMES))
+    """Return the names of the back ends that can be used here: "cuda" only if it was built and finds a device."""
+    return tuple(name for name in _NAMES if not _unusable_reason(name))
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If there is no such back end; an op that has no kernel of that back end raises when it is called.
+        If there is no such back end. An op that has no kernel of that back end raises when it is called.
     """
     _check_backend_name("backend", name)
     token = _requested.set(name)
@@ -60,25 +63,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_for(op: str, device_type: str, index: int | None = None) -> str:
-    """Return the name of the back end that would serve `op` on a device of that type, or on one of them, now."""
-
-    def is_usable(name: str) -> bool:
-        return _is_usable(name, index)
-
+    """Return the name of the back end that serves `op` on the device of that type and index, or on any, now."""
     named = KERNELS[op].get(device_type, KERNELS[op]["other"])
-    requested = _requested.get()
-    if requested is None:
-        requested = os.environ.get("MUDSC_BACKEND") or None
-        if requested is not None:
-            _check_backend_name("the environment variable MUDSC_BACKEND", requested)
-    if requested is None:
-        return next(filter(is_usable, named))
-    served = tuple(filter(is_usable, named))
-    if requested not in served:
+    wanted = _requested.get()
+    if wanted is None:
+        wanted = os.environ.get("MUDSC_BACKEND") or None
+        if wanted is not None:
+            _check_backend_name("the environment variable MUDSC_BACKEND", wanted)
+    if wanted is None:
+        for name in named:
+            reason = _unusable_reason(name, index, op)
+            if not reason:
+                return name
+            if index is not None:
+                _warn_once(name, index, reason)
+    served = [name for name in named if not _unusable_reason(name, index, op)]
+    if wanted not in served:
+        reason = _unusable_reason(wanted, index, op) if wanted in named else ""
         raise ValueError(
-            f"backend {requested!r} has no {op} kernel for {device_type} tensors; available: {', '.join(served)}"
+            f"backend {wanted!r} has no {op} kernel for {device_type} tensors{f' ({reason})' if reason else ''}; "
+            f"available: {', '.join(served)}"
         )
-    return requested
+    return wanted
 
 
 #: Returns the back end that the enclosing `use_backend` names, or None.
@@ -90,11 +96,35 @@ def choose(op: str, device: torch.device, kernels: Mapping[str, Kernel]) -> Kern
     return kernels[backend_for(op, device.type, device.index)]
 
 
-def _is_usable(name: str, index: int | None = None) -> bool:
-    return name != "cuda" or not _device.unavailable_reason(index)
+def _unusable_reason(name: str, index: int | None = None, op: str | None = None) -> str:
+    """Return why a back end cannot be used (on a CUDA device, for an op, if given); empty if it can."""
+    if name == "cuda":
+        reason = _device.unavailable_reason(index)
+        return reason if reason or index is None or op is None else _self_test.failure(op, index)
+    return _triton.unavailable_reason(index) if name == "triton" else ""
+
+
+#: Back ends and devices of which a warning was issued.
+_warned: set[tuple[str, int]] = set()
+
+
+def _warn_once(name: str, index: int, reason: str) -> None:
+    """Warn, once, that a CUDA tensor is served by a slower back end than this build or installation was made for."""
+    if (name, index) in _warned:
+        return
+    _warned.add((name, index))
+    if name == "cuda" and not _device.is_built():
+        return  # a choice of whoever installed the package, which `mudsc-fast info` shows
+    if name == "triton" and not _triton.is_installed():
+        return
+    warnings.warn(
+        f"mudsc_fast does not use its {'CUDA' if name == 'cuda' else 'Triton'} kernels on cuda:{index}, "
+        f"and falls back to slower ones: {reason}",
+        stacklevel=2,
+    )
 
 
 def _check_backend_name(argument: str, name: str) -> None:
-    # Whether there is a device is asked for "cuda" only: the answer keeps processes forked later from using one.
-    if name not in _NAMES or not _is_usable(name):
+    # Only "cuda" asks whether there is a device: after that, processes forked later cannot use one.
+    if name not in _NAMES or _unusable_reason(name):
         raise ValueError(f"{argument} must be one of {', '.join(backends())}, got {name!r}")

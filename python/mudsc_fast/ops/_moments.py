@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast.kernels.cpu import correlation as cpu
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import correlation as cuda
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import _dispatch
@@ -70,6 +71,8 @@ class Moments:
 
     def is_in_range(self) -> bool:
         """Return whether all features were in range; waits for the device if some were added without a check."""
+        if self.in_range is not None:
+            _device.refuse_capture("using the sums of a CorrelationAccumulator", self.device)
         return self.in_range is None or bool(self.in_range)
 
     def join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterable[Tensor]) -> None:

@@ -17,7 +17,9 @@ from mudsc_fast.unit_map import UnitMap
 def serves(features: Sequence[Tensor], device: torch.device) -> bool:
     """Return whether the kernel that reads features in their own layout takes these."""
     backend = _dispatch.backend_for("correlation", device.type, device.index)
-    return backend == "cuda" and features[0].dtype in cuda.DTYPES and len({one.dtype for one in features}) == 1
+    if backend != "cuda" or len({one.dtype for one in features}) != 1:
+        return False
+    return cuda.serves(device, features[0].dtype)
 
 
 def reads_in_order_of(maps: Mapping[int, UnitMap], features: Sequence[Tensor], units_axis: int) -> bool:
@@ -37,18 +39,10 @@ def add(moments: Moments, chunk: list[Samples]) -> None:
     samples = cuda.Samples(
         [one.view for one in chunk], [None if one.outer is None else one.outer.members for one in chunk]
     )
-    num_models = len(chunk)
-    total = moments.num_samples + samples.count
-    weight = moments.num_samples * (samples.count / total)
-    for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
-        product = samples.product(i, j)
-        row_shift, column_shift = samples.mean(i) - moments.mean[i], samples.mean(j) - moments.mean[j]
-        cuda.join(own, product, samples, i, j, weight * row_shift, column_shift)
-    _note_range(moments, [samples.are_in_range(i) for i in range(num_models)])
-    shift = torch.stack([samples.mean(i) for i in range(num_models)]) - moments.mean
-    moments.squares += torch.stack([samples.squares(i) for i in range(num_models)]) + weight * shift * shift
-    moments.mean += shift * (samples.count / total)
-    moments.num_samples = total
+    moments.in_range = samples.add_to(
+        moments.mean, moments.squares, moments.comoments, moments.pairs, moments.num_samples, moments.in_range
+    )
+    moments.num_samples += samples.count
 
 
 def exchange(
@@ -61,26 +55,15 @@ def exchange(
 
     `changes`, if given, are [N, C] sums that the changes of each unit's sum and sum of squares are added to.
     """
-    changed = [i for i in range(len(chunk)) if not stays[i]]
     for views, sign in zip(zip(*chunk, strict=True), (-1, 1), strict=True):
         samples = cuda.Samples(list(views))
-        for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
-            if stays[i] and stays[j]:
-                continue
-            product = samples.product(i, j)
-            row_shift, column_shift = samples.mean(i) - moments.mean[i], samples.mean(j) - moments.mean[j]
-            cuda.join(own, product, samples, i, j, samples.count * row_shift, column_shift, sign)
-        if changed:
-            _note_range(moments, [samples.are_in_range(i) for i in changed])
-        if changes is not None:
-            for i in changed:
-                shift = samples.mean(i) - moments.mean[i]
+        moments.in_range, batch = samples.exchange_in(
+            moments.mean, moments.squares, moments.comoments, moments.pairs, stays, sign, moments.in_range
+        )
+        if changes is None:
+            continue
+        for i in range(len(chunk)):
+            if not stays[i]:
+                _, shift, squares = batch[i]
                 changes[0][i] += sign * samples.count * shift
-                changes[1][i] += sign * (samples.squares(i) + samples.count * shift * shift)
-
-
-def _note_range(moments: Moments, in_range: list[Tensor]) -> None:
-    """Remember whether features that were not checked were in range."""
-    if moments.in_range is not None:
-        in_range = [*in_range, moments.in_range]
-    moments.in_range = torch.stack(in_range).all()
+                changes[1][i] += sign * (squares + samples.count * shift * shift)

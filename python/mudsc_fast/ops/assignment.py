@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from mudsc_fast import _arrays, _checks, _core
 from mudsc_fast.kernels._assignment import INVALID, OPTIMAL, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import assignment as cuda
 from mudsc_fast.kernels.reference import assignment as reference
 from mudsc_fast.ops import _dispatch, _library
@@ -255,6 +256,7 @@ def _solve(
     """Solve [..., n, m] problems of any shape."""
     if similarity.numel() == 0:
         return _empty_solution(similarity)
+    _device.refuse_capture("linear_assignment", similarity.device)
     backend = _dispatch.backend_for("assignment", similarity.device.type, similarity.device.index)
     if threshold is None:
         return solve_any_shape(similarity, _kernel(backend, maximize, prices, tolerance))
@@ -277,7 +279,7 @@ def _empty_solution(similarity: Tensor) -> Solution:
         column_duals=none[..., None].expand(*batch, columns).clone(),
         objective=none,
         gap=none.clone(),
-        status=torch.zeros(batch, dtype=torch.int32, device=similarity.device),
+        status=torch.zeros(batch, dtype=torch.int32, device="cpu"),
     )
 
 
@@ -296,6 +298,7 @@ def _solve_list(
     if _library.traced(matrices[0]):
         found = [linear_assignment(matrix, maximize=maximize, threshold=threshold) for matrix in matrices]
         return found if return_duals else [assignment.columns for assignment in found]
+    _device.refuse_capture("linear_assignment", device)
     if _dispatch.backend_for("assignment", device.type, device.index) == "cpu":
         return _solve_list_on_cpu(matrices, maximize, threshold, return_duals)
     counts = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
@@ -317,6 +320,7 @@ def _solve_padded(
 ) -> list[Assignment] | list[Tensor]:
     if values.ndim != 3:
         raise ValueError(f"similarity must be [batch, n, m] with rows= or columns=, got shape {list(values.shape)}")
+    _device.refuse_capture("linear_assignment", values.device)
     batch, n, m = values.shape
     counts = list(zip(_check_counts("rows", rows, batch, n), _check_counts("columns", columns, batch, m), strict=True))
     backend = _dispatch.backend_for("assignment", values.device.type, values.device.index)

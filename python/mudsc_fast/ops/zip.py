@@ -10,14 +10,17 @@ from torch import Tensor
 
 from mudsc_fast import _arrays, _checks
 from mudsc_fast.kernels.cpu import zip as cpu
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import zip as cuda
 from mudsc_fast.kernels.reference import zip as reference
 from mudsc_fast.ops import _dispatch, _library
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ZipResult:
     """Clusters of units.
+
+    ``print(result)`` shows how many units the clusters have.
 
     Attributes
     ----------
@@ -27,12 +30,38 @@ class ZipResult:
         ``[clusters]`` int64, the number of units in every cluster.
     value
         Mean similarity over the merges, each taken when the merge was made; 0.0 if there were no merges, so that
-        a mean over nodes stays defined.
+        a mean over nodes is always defined.
     """
 
     cluster_of_unit: Tensor
     sizes: Tensor
     value: float
+
+    def __repr__(self) -> str:
+        return f"ZipResult(units={len(self.cluster_of_unit)}, clusters={len(self.sizes)}, value={self.value:.4g})"
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
+        lines += [
+            f"{count} cluster{'s' if count != 1 else ''} of {size} unit{'s' if size != 1 else ''}"
+            for size, count in self._counts()
+        ]
+        return "\n  ".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{size}</td><td>{count}</td></tr>" for size, count in self._counts())
+        return f"<p>{self._summary()}</p><table><tr><th>units</th><th>clusters</th></tr>{rows}</table>"
+
+    def _summary(self) -> str:
+        return (
+            f"{len(self.cluster_of_unit)} units in {len(self.sizes)} clusters, "
+            f"mean similarity of merged units {self.value:.4g}"
+        )
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """Return the numbers of units that clusters have, and how many clusters have that many."""
+        sizes, counts = self.sizes.unique(return_counts=True)
+        return list(zip(sizes.tolist(), counts.tolist(), strict=True))
 
 
 def zip_units(
@@ -45,31 +74,31 @@ def zip_units(
 ) -> ZipResult:
     """Cluster the units of several models greedily by similarity.
 
-    The pair of clusters with the largest similarity is merged, the first in row-major order where several are
-    equal, until ``int(N * C * (1 - ratio) + 1e-4)`` clusters are left. A merged cluster takes the smaller of its two
-    parts' similarities, times `shrink`. It counts as a cluster of the model that its first unit belongs to.
+    Merges the pair of clusters with the largest similarity (the first in row-major order if several are equal) until
+    ``int(N * C * (1 - ratio) + 1e-4)`` clusters are left. The similarities of a merged cluster are the smaller of those
+    of its two parts, times `shrink`. A cluster belongs to the model of its first unit.
 
     Parameters
     ----------
     similarity
         ``[N * C, N * C]``, a tensor on any device or an array of another library, of float16, bfloat16, float32 or
-        float64; block (i, j) compares the units of model i with those of model j. It need not be symmetric; its
-        diagonal is not used, but must be finite. Half types are computed in float32. It is not modified.
+        float64; block (i, j) compares the units of model i with those of model j. It does not have to be symmetric.
+        Its diagonal is not used, but must be finite. Half types are computed in float32. It is not modified.
     num_models
         N. Unit u of the N * C belongs to model ``u // C``.
     ratio
         Share of the units that is merged away, in [0, 1). None means ``1 - 1 / num_models``, which leaves C clusters.
     shrink
-        Published as `a`. If it is not positive, a merged cluster may not merge further with clusters of the two
-        models that its parts came from, and its other similarities are not multiplied.
+        Published as `a`. If it is not positive, a merged cluster cannot merge with further clusters of the two models
+        that its parts came from, and its other similarities are not multiplied.
     budget
         Published as `b`, in [0, 1]: ``int(merges // N * budget + 1e-4)`` merges are allowed inside each model. If
-        that number is 0, no merges are.
+        that number is 0, no such merges are allowed.
 
     Returns
     -------
     ZipResult
-        Of tensors on the device of `similarity`.
+        With tensors on the device of `similarity`.
 
     Raises
     ------
@@ -77,17 +106,17 @@ def zip_units(
         If `similarity` is not a dense floating-point tensor or array, or another argument is not a number.
     ValueError
         If `similarity` is not square, its size is not divisible by `num_models`, it holds NaN or inf, an argument
-        is out of range, or no legal merge is left before the clusters are few enough. Unless similarities overflow,
-        the last cannot happen where `budget` is 1 and `shrink` positive, nor where C clusters or more are asked for
-        of one or two models.
+        is out of range, or no legal merge is left before the requested number of clusters is reached. Unless
+        similarities overflow, the last cannot happen if `budget` is 1 and `shrink` positive, or if at least C clusters
+        of one or two models are requested.
 
     Notes
     -----
     Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, as used in
-    Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result is that of the published
-    procedure merge for merge, in expected O((N C)^2) time on a CPU. That takes a working copy of `similarity` in
-    float32 (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. On a CUDA
-    device the same is done by its own kernel; a tensor on another device is copied to the CPU, and the result back.
+    Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result equals that of the published
+    procedure merge for merge, in expected O((N C)^2) time on a CPU. It needs a working copy of `similarity` in float32
+    (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. On a CUDA device a kernel of
+    its own does the same. A tensor on another device is copied to the CPU, and the result back.
     """
     similarity = _arrays.as_tensor("similarity", similarity)
     units = _check_shape(similarity, num_models)
@@ -140,11 +169,12 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
         return ZipResult(cluster_of_unit, sizes, float(value))
     _checks.check_finite("similarity", similarity)
     kernels = {"cuda": cuda.zip_units, "cpu": cpu.zip_units, "reference": reference.zip_units}
+    _device.refuse_capture("zip_units", similarity.device)
     kernel = _dispatch.choose("zip", similarity.device, kernels)
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
     if len(values) < units - remaining:
         raise ValueError(
-            f"no legal merge is left at {units - len(values)} clusters of the {remaining} asked for: "
+            f"no legal merge is left at {units - len(values)} clusters, {remaining} were requested: "
             f"budget allows {budget} merges inside each of num_models={num_models} models, shrink={shrink}; "
             "lower ratio, raise budget or make shrink positive and at most 1"
         )

@@ -31,6 +31,33 @@ def unavailable_reason(index: int | None = None) -> str:
         return f"not built: {_core.cuda_problem}" if _core.cuda_problem else str(error)
 
 
+@cache
+def is_built() -> bool:
+    """Return whether the package was built with the CUDA kernels."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured on the current stream of a device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(what: str, device: torch.device) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured: `what` makes the host wait for the device."""
+    if device.type == "cuda" and is_capturing(device):
+        raise RuntimeError(
+            f"{what} makes the host wait for the device, which a CUDA graph cannot record: call it outside of the "
+            "capture (permute_merge and CorrelationAccumulator.update can be captured)"
+        )
+
+
 def code_for(capability: tuple[int, int], architectures: str) -> Literal["machine code", "PTX", ""]:
     """Return what a build for `architectures` has for devices of a compute capability.
 

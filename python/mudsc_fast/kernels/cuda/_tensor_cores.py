@@ -1,9 +1,15 @@
-"""Which tensor-core instructions multiply correlations on a device, and how it is known that they do it rightly.
+"""What multiplies features on a CUDA device: which instructions, for which dtypes.
 
-Every device has mma.sync; devices of compute capability 9.0 have wgmma too. Its kernel (csrc/cuda/correlation_wgmma.cu)
-depends on layouts of shared memory that only such a device can confirm. At its first use on a device, small products by
-wgmma are compared with those by mma.sync; where they differ, the device takes mma.sync from then on. The host waits for
-the device once for this. The environment variable ``MUDSC_TENSOR_CORES`` names the one to use without a comparison.
+``mma.sync`` is available on all devices that the kernels support. Devices of compute capability 9.0 also have
+``wgmma``, whose kernel (csrc/cuda/correlation_wgmma.cu) depends on layouts of shared memory that only such a device can
+confirm. It is not used by default before a run of benchmarks/run_on_gpu.sh has passed on such a device
+(`WGMMA_CONFIRMED`). Even then, the first use of a device compares small products of both instructions, and uses
+``mma.sync`` if they differ; the host waits for the device once. The environment variable ``MUDSC_TENSOR_CORES`` selects
+an instruction without a comparison.
+
+A float32 product takes three TF32 products. That is faster than torch.mm in float32 only where TF32 is several times as
+fast as the plain cores, which it is not on devices for workstations and games. There float32 features are centered by a
+Triton kernel and multiplied by torch.mm.
 """
 
 from __future__ import annotations
@@ -15,15 +21,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mudsc_fast.kernels.cuda import _device
+
 MMA_SYNC, WGMMA = "mma.sync", "wgmma"
 _VARIABLE = "MUDSC_TENSOR_CORES"
 
-#: Of the comparison: more units than a tile has, and so many samples that all buffers are used several times.
+#: Compute capabilities on whose tensor cores three TF32 products are faster than one float32 product. Each number is
+#: the dense TF32 rate over the float32 rate, by the vendor's figures: 156 / 19.5 TFLOP/s on an A100, 495 / 67 on an
+#: H100, 1100 / 75 on a B200; 35 / 35 on an RTX 3090, 83 / 83 on an RTX 4090, 105 / 105 on an RTX 5090.
+TF32_RATIO = {
+    (8, 0): 8.0,
+    (8, 6): 1.0,
+    (8, 7): 1.0,
+    (8, 9): 1.0,
+    (9, 0): 7.4,
+    (10, 0): 14.0,
+    (10, 3): 14.0,
+    (12, 0): 1.0,
+    (12, 1): 1.0,
+}
+#: TF32 products for one float32 product.
+_TF32_PRODUCTS = 3
+
+#: Compute capabilities on which a run of benchmarks/run_on_gpu.sh has passed with wgmma.
+WGMMA_CONFIRMED: frozenset[tuple[int, int]] = frozenset()
+
+#: Size of the comparison: more units than a tile has, and enough samples to use all buffers several times.
 _UNITS, _SAMPLES = 136, 520
-#: Largest difference, relative to the norms of the two units. Rounding leaves some 1e-7.
+#: Largest difference, relative to the norms of the two units. Rounding leaves about 1e-7.
 _LARGEST_DIFFERENCE = 1e-5
 
-#: Returns the products of two [T, C] or, for axis 0, [C, T] features by the instructions named, then other sums.
+#: Returns the products of two [T, C] features (for axis 0 [C, T]) by the named instructions, then other sums.
 Multiply = Callable[[list[Tensor], int, str], list[Tensor]]
 
 
@@ -34,13 +62,21 @@ class Choice(NamedTuple):
     reason: str
 
 
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether features of a dtype are multiplied on the tensor cores of a device."""
+    if dtype != torch.float32 or os.environ.get(_VARIABLE):
+        return True
+    # Devices that are not in the table are newer than it: only those for data centers have fast TF32.
+    return TF32_RATIO.get(_capability(device), 1.0) > _TF32_PRODUCTS
+
+
 def choose(device: torch.device, multiply: Multiply) -> Choice:
-    """Return what to multiply with on `device`; the first call on one may compare products made by `multiply`.
+    """Return what to multiply with on `device`; the first call for a device may compare products of `multiply`.
 
     Raises
     ------
     ValueError
-        If ``MUDSC_TENSOR_CORES`` is set to anything but the two.
+        If ``MUDSC_TENSOR_CORES`` is set to another value than the two.
     RuntimeError
         If the device fails during the comparison.
     """
@@ -49,24 +85,20 @@ def choose(device: torch.device, multiply: Multiply) -> Choice:
         if asked not in (MMA_SYNC, WGMMA):
             raise ValueError(f"the environment variable {_VARIABLE} must be {MMA_SYNC!r} or {WGMMA!r}, got {asked!r}")
         return Choice(asked, f"named by {_VARIABLE}")
-    if _capability(device) != (9, 0):
+    capability = _capability(device)
+    if capability != (9, 0):
         return Choice(MMA_SYNC, "compute capability is not 9.0")
+    if capability not in WGMMA_CONFIRMED:
+        return Choice(MMA_SYNC, f"wgmma is not confirmed on a device yet; {_VARIABLE}={WGMMA} selects it")
     if (device, multiply) not in _compared:
-        if _is_capturing(device):
+        if _device.is_capturing(device):
             return Choice(MMA_SYNC, "nothing can be compared while a graph is captured")
         _compared[device, multiply] = _compare(device, multiply)
     return _compared[device, multiply]
 
 
-#: What comparisons have shown.
+#: Results of comparisons.
 _compared: dict[tuple[torch.device, Multiply], Choice] = {}
-
-
-def _is_capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _compare(device: torch.device, multiply: Multiply) -> Choice:
@@ -87,7 +119,7 @@ def _compare(device: torch.device, multiply: Multiply) -> Choice:
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    # The simulator has both.
+    # The simulator has both instructions.
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 

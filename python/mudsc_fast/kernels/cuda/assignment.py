@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mudsc_fast.kernels._assignment import Solution
+from mudsc_fast.kernels._assignment import OPTIMAL, Solution
 from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import _device
 
-#: Up to so many columns a problem is one block's work, whatever the batch.
-MOST_COLUMNS_OF_A_BLOCK = 512
-#: The auction of a large problem ends when so small a share of the rows is left, and after so many rounds.
+#: Up to this many columns, one block solves a problem.
+MAX_COLUMNS_OF_A_BLOCK = 512
+#: With fewer problems of that size, too few multiprocessors are busy: copying the matrices to the host and solving them
+#: there takes less time. An estimate, not measured on a device yet.
+MIN_BATCH = 64
+#: The auction of a large problem ends when at most this share of the rows is left, or after so many rounds.
 SHARE_LEFT = 1 / 64
-MOST_ROUNDS = 1000
-#: It also ends after so many bids for each row, on average.
-MOST_BIDS = 32
+MAX_ROUNDS = 1000
+#: It also ends after this many bids per row, on average.
+MAX_BIDS = 32
 #: What a bid adds to the distance between best and second best, as a share of that distance's median.
 EPSILON_SHARE = 0.2
-#: Least number of entries of a row's list.
+#: Smallest number of entries in a row's list.
 WANTED = 32
-#: Longer lists, which a block collects in shared memory, are whole rows instead.
+#: A block collects a list in shared memory. Where a longer list is needed, the whole row is taken instead.
 LONGEST_LIST = 8192
 #: Entries of lists that are on the device, and copied to the host, at a time: 8 bytes each.
 LISTED_AT_ONCE = 2**27
-#: Magnitudes that sums in float32 can hold, as for the kernels on the CPU.
+#: Magnitudes whose sums float32 can hold, as for the kernels on the CPU.
 LARGEST, SMALLEST = 1e35, 1e-28
+#: Largest gap, and violation of a dual, of a result that counts as proven, relative to the magnitude of the duals.
+#: Rounding leaves about 1e-7 for float32.
+_PROOF_TOLERANCE = 1e-5
+
+_warned = False
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
-    """Solve [..., n, m] problems with 0 < n <= m, exactly whatever the tolerance.
+    """Solve [..., n, m] problems with 0 < n <= m, exactly for any tolerance.
 
-    Large problems in float64, those with entries that are not finite and those of extreme magnitude are solved on
-    the CPU.
+    The CPU solves few small problems, large problems in float64, and those with entries that are not finite or of
+    extreme magnitude. It also solves again, with a warning, whatever the device solved without a valid proof.
     """
     *batch, rows, columns = similarity.shape
     values = similarity.detach().reshape(-1, rows, columns).contiguous()
@@ -45,16 +55,51 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: 
 
 
 def _solve_all(values: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
-    rows, columns = values.shape[1:]
+    batch, rows, columns = values.shape
     with _device.launching_on(values.device) as launch:
-        if columns <= MOST_COLUMNS_OF_A_BLOCK and _device.extension().assignment_batch_fits(rows, columns, *launch):
-            return _solve_batch(values, maximize, prices, launch)
+        if columns <= MAX_COLUMNS_OF_A_BLOCK:
+            if batch < MIN_BATCH or not _device.extension().assignment_batch_fits(rows, columns, *launch):
+                return cpu.solve(values, maximize, prices, tolerance)
+            solution = _solve_batch(values, maximize, prices, launch)
+            if not _is_proven(values, solution, maximize):
+                return _solve_again(values, maximize, prices)
+            return replace(solution, status=torch.zeros(batch, dtype=torch.int32, device="cpu"))
         solved = [
             _solve_large(problem, maximize, None if prices is None else prices[index], launch)
             or cpu.solve(problem[None], maximize, None if prices is None else prices[index, None], tolerance)
             for index, problem in enumerate(values)
         ]
     return Solution(**{name: torch.cat([getattr(one, name) for one in solved]) for name in vars(solved[0])})
+
+
+def _is_proven(values: Tensor, solution: Solution, maximize: bool) -> bool:
+    """Return whether all solutions are assignments that their duals prove to be optimal; waits for the device once."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    least = wide - solution.column_duals[:, None, :].to(wide.dtype)
+    least = least.amax(-1) if maximize else least.amin(-1)
+    violation = (least - solution.row_duals) * (1.0 if maximize else -1.0)
+    magnitude = solution.row_duals.abs().amax(-1) + solution.column_duals.abs().amax(-1)
+    valid = solution.columns.sort(-1).values
+    each_once = (valid[:, 0] >= 0) & (valid[:, -1] < values.shape[2]) & (valid.diff(dim=-1) > 0).all(-1)
+    fits = violation.amax(-1) <= _PROOF_TOLERANCE * magnitude
+    closes = solution.gap.abs() <= _PROOF_TOLERANCE * magnitude * values.shape[1]
+    return bool((each_once & fits & closes & (solution.status.to(values.device) == OPTIMAL)).all())
+
+
+def _solve_again(values: Tensor, maximize: bool, prices: Tensor | None) -> Solution:
+    """Solve on the CPU what has no valid proof; warn if it was not the problem's fault."""
+    solution = cpu.solve(values, maximize, prices, 0.0)
+    global _warned
+    if not _warned and not bool(solution.status.any()):
+        _warned = True
+        name = torch.cuda.get_device_name(values.device) if values.is_cuda else str(values.device)
+        warnings.warn(
+            f"the CUDA kernel for assignments returned a wrong result for {list(values.shape)} {values.dtype} on "
+            f"{name}, which was noticed and solved again on the CPU. Please report this with the matrices, if you can, "
+            "and the output of `mudsc-fast info`",
+            stacklevel=2,
+        )
+    return solution
 
 
 def _solve_batch(values: Tensor, maximize: bool, prices: Tensor | None, launch: _device.Launch) -> Solution:
@@ -88,7 +133,7 @@ def _solve_batch(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
 
 
 def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: _device.Launch) -> Solution | None:
-    """Solve one problem; None if that is the CPU's work."""
+    """Solve one problem; None if the CPU is to solve it."""
     if values.dtype == torch.float64:
         return None
     problem = _LargeProblem(values, maximize, launch)
@@ -106,13 +151,18 @@ def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
         column_of_row, duals = problem.find_paths(start)
     least, paired = problem.certify(duals, column_of_row)
     slack = paired - duals[column_of_row] - least
+    # `certify` computes `least` from the duals and the matrix, so that these are valid: what remains is the gap.
+    magnitude = paired.abs().sum() + duals.abs().sum()
+    each_once = torch.bincount(column_of_row, minlength=problem.columns).amax() == 1
+    if not bool(each_once & (slack.sum().abs() <= _PROOF_TOLERANCE * magnitude)):
+        return _solve_again(values[None], maximize, None if prices is None else prices[None])
     return Solution(
         columns=column_of_row[None],
         row_duals=sign * least[None],
         column_duals=sign * duals[None] + 0.0,
         objective=sign * paired.sum()[None],
         gap=slack.sum()[None],
-        status=torch.zeros(1, dtype=torch.int32, device=values.device),
+        status=torch.zeros(1, dtype=torch.int32, device="cpu"),
     )
 
 
@@ -170,8 +220,8 @@ class _LargeProblem:
             self.matrix,
             epsilon=epsilon.data_ptr(),
             stop=int(self.rows * SHARE_LEFT),
-            most_rounds=MOST_ROUNDS,
-            most_bids=MOST_BIDS * self.rows,
+            most_rounds=MAX_ROUNDS,
+            most_bids=MAX_BIDS * self.rows,
             class_of_row=self.class_of_row.data_ptr(),
             prices=prices.data_ptr(),
             column_of_row=column_of_row.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,15 +11,14 @@ from torch import Tensor
 from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cuda import _device, _tensor_cores
 
-#: Element types that are multiplied on tensor cores; others take the reference.
+#: Element types that are multiplied on tensor cores.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: Samples of one float32 sum. Beyond them sums are added in float64.
+#: Samples of one float32 sum. The sums of several parts are added in float64.
 _PART_SAMPLES = 8192
-#: Blocks that fill a large device twice. Where a product has fewer tiles, samples are shared out among more blocks.
+#: Blocks that fill a large device twice. If a product has fewer tiles, its samples are divided among more blocks.
 _BLOCKS = 264
-_MOST_PARTS = 16
-_LARGEST = torch.finfo(torch.float32).max
+_MAX_PARTS = 16
 
 
 class Product(NamedTuple):
@@ -29,17 +29,17 @@ class Product(NamedTuple):
 
 
 class Samples:
-    """Samples of several models, and their sums as far as products have been taken.
+    """Samples of several models, with their products and sums.
 
     Parameters
     ----------
     features
-        One [outer, C, inner] tensor per model, all of one shape, dtype of `DTYPES` and device, any strides. NaN counts
-        as 0.
+        One [outer, C, inner] tensor per model, all of one shape, dtype of `DTYPES` and device, with any strides. NaN
+        counts as 0.
     outer_index
-        For each model None, or [outer] int32: which places of the features' outer axis to take; of all models as many.
+        For each model None, or [outer] int32: which places of the outer axis to take, the same number for all models.
     instructions
-        What multiplies, a name of `_tensor_cores`; None for what the device is known to do rightly.
+        The instructions that multiply, a name of `_tensor_cores`; None for what is used on the device by default.
     """
 
     def __init__(
@@ -59,62 +59,152 @@ class Samples:
         self.count = self._outer * self._inner
         self._device = features[0].device
         self._instructions = instructions or tensor_cores(self._device).instructions
+        self._parts, self._samples_per_part = _parts(self._units, self.count)
         self._shifts = torch.empty(len(features), self._units, dtype=torch.float32, device=self._device)
-        self._sums: list[Tensor | None] = [None] * len(features)
+        #: [models, parts, 2, C]: each unit's sum about its shift, and that of squares; of models in `_summed`.
+        self._sums = torch.empty(len(features), self._parts, 2, self._units, dtype=torch.float64, device=self._device)
+        self._summed: set[int] = set()
         with _device.launching_on(self._device) as launch:
-            for feature, index, shift in zip(features, self._index, self._shifts, strict=True):
-                _device.extension().correlation_shift(
-                    dtype=SCALAR_TYPES[feature.dtype],
-                    features=feature.data_ptr(),
-                    strides=self._strides(feature),
-                    index=0 if index is None else index.data_ptr(),
-                    outer=self._outer,
-                    units=self._units,
-                    inner=self._inner,
-                    shift=shift.data_ptr(),
-                    device=launch.device,
-                    stream=launch.stream,
-                )
+            _device.extension().correlation_shift(
+                dtype=SCALAR_TYPES[features[0].dtype],
+                features=[
+                    (one.data_ptr(), _strides(one), _address(index))
+                    for one, index in zip(features, self._index, strict=True)
+                ],
+                outer=self._outer,
+                units=self._units,
+                inner=self._inner,
+                shifts=self._shifts.data_ptr(),
+                device=launch.device,
+                stream=launch.stream,
+            )
+
+    def add_to(
+        self,
+        mean: Tensor,
+        squares: Tensor,
+        comoments: Tensor,
+        pairs: Sequence[tuple[int, int]],
+        num_samples: int,
+        in_range: Tensor | None,
+    ) -> Tensor:
+        """Add these samples to moments of `num_samples` others, in place, and return whether all were in range.
+
+        In "cross" and "full" every model is part of a pair, so that its sums are taken beside a product.
+
+        Parameters
+        ----------
+        mean, squares
+            [N, C] float64: each unit's mean and sum of squared deviations.
+        comoments
+            [P, C, C] float64: the co-moments of the `pairs` of models.
+        in_range
+            Whether the features so far were in range: a bool on the device, or None for yes.
+        """
+        weight = num_samples * (self.count / (num_samples + self.count))
+        in_range, _ = self._accumulate(mean, squares, comoments, pairs, num_samples, in_range, weight, 1.0)
+        return in_range
+
+    def exchange_in(
+        self,
+        mean: Tensor,
+        squares: Tensor,
+        comoments: Tensor,
+        pairs: Sequence[tuple[int, int]],
+        stays: Sequence[bool],
+        sign: int,
+        in_range: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add (`sign` 1) or subtract (-1) these samples in co-moments about a mean that does not move.
+
+        Pairs of models that both stay are skipped.
+
+        Returns
+        -------
+        in_range
+            As of :meth:`add_to`.
+        batch
+            [N, 3, C] float64: each unit's sum about its shift; the mean of these samples minus `mean`; the sum of
+            squares about the mean of these samples. Not of models that stay.
+        """
+        changed = [number for number, (i, j) in enumerate(pairs) if not (stays[i] and stays[j])]
+        return self._accumulate(
+            mean,
+            squares,
+            [comoments[number] for number in changed],
+            [pairs[number] for number in changed],
+            None,
+            in_range,
+            self.count,
+            float(sign),
+        )
+
+    def _accumulate(
+        self,
+        mean: Tensor,
+        squares: Tensor,
+        comoments: Sequence[Tensor] | Tensor,
+        pairs: Sequence[tuple[int, int]],
+        num_samples: int | None,
+        in_range: Tensor | None,
+        shift_weight: float,
+        weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Add products to co-moments, pair by pair; update `mean` and `squares` if `num_samples` is given."""
+        in_range = torch.ones((), dtype=torch.bool, device=self._device) if in_range is None else in_range
+        batch = torch.empty(len(mean), 3, self._units, dtype=torch.float64, device=self._device)
+        # Pairs of two models first: the moments of both then take one launch.
+        for (i, j), own in sorted(zip(pairs, comoments, strict=True), key=lambda one: one[0][0] == one[0][1]):
+            known = set(self._summed)
+            product = self.product(i, j)
+            for models in _runs(self._summed - known):
+                self._moments(mean[models], squares[models], batch[models], models, num_samples, in_range)
+            _join(
+                own,
+                product.parts,
+                symmetric=product.symmetric,
+                sums=(batch[i, 0], batch[j, 0]),
+                count=self.count,
+                shifts=(batch[i, 1], batch[j, 1]),
+                shift_weight=shift_weight,
+                weight=weight,
+            )
+        return in_range, batch
 
     def product(self, i: int, j: int) -> Product:
         """Return the products of models i and j.
 
-        The sums of a model are taken beside its first product; its diagonal one or, with i = 0, any serves.
+        The sums of a model are taken beside its first product.
         """
-        parts, samples_per_part = _parts(self._units, self.count)
         units, symmetric = self._units, i == j
-        products = torch.empty(parts, units, units, dtype=torch.float32, device=self._device)
-        sums = [torch.empty(parts, 2, units, dtype=torch.float64, device=self._device) for _ in range(2)]
-        takes_rows = self._sums[i] is None
-        takes_columns = not symmetric and self._sums[j] is None
+        products = torch.empty(self._parts, units, units, dtype=torch.float32, device=self._device)
+        takes_rows = i not in self._summed
+        takes_columns = not symmetric and j not in self._summed
         with _device.launching_on(self._device) as launch:
             _device.extension().correlation_product(
                 dtype=SCALAR_TYPES[self._features[i].dtype],
                 rows=self._features[i].data_ptr(),
-                row_strides=self._strides(self._features[i]),
-                row_index=self._index_address(i),
+                row_strides=_strides(self._features[i]),
+                row_index=_address(self._index[i]),
                 row_shift=self._shifts[i].data_ptr(),
                 columns=self._features[j].data_ptr(),
-                column_strides=self._strides(self._features[j]),
-                column_index=self._index_address(j),
+                column_strides=_strides(self._features[j]),
+                column_index=_address(self._index[j]),
                 column_shift=self._shifts[j].data_ptr(),
                 outer=self._outer,
                 units=units,
                 inner=self._inner,
                 symmetric=symmetric,
-                parts=parts,
-                samples_per_part=samples_per_part,
+                parts=self._parts,
+                samples_per_part=self._samples_per_part,
                 products=products.data_ptr(),
-                row_sums=sums[0].data_ptr() if takes_rows else 0,
-                column_sums=sums[1].data_ptr() if takes_columns else 0,
+                row_sums=self._sums[i].data_ptr() if takes_rows else 0,
+                column_sums=self._sums[j].data_ptr() if takes_columns else 0,
                 warpgroups=self._instructions == _tensor_cores.WGMMA,
                 device=launch.device,
                 stream=launch.stream,
             )
-        if takes_rows:
-            self._sums[i] = sums[0].sum(0)
-        if takes_columns:
-            self._sums[j] = sums[1].sum(0)
+        self._summed |= {i, j}
         return Product(products, symmetric)
 
     def sum(self, model: int) -> Tensor:
@@ -131,23 +221,36 @@ class Samples:
         about_mean: Tensor = squares - total * total / self.count
         return about_mean.clamp_min(0)
 
-    def are_in_range(self, model: int) -> Tensor:
-        """Return whether all values are finite and their squares' sums float32: a bool on the device."""
-        in_range: Tensor = (self._sums_of(model)[1] <= _LARGEST).all()
-        return in_range
-
     def _sums_of(self, model: int) -> Tensor:
-        sums = self._sums[model]
-        assert sums is not None, "sums are taken beside products"
-        return sums
+        assert model in self._summed, "sums are taken beside products"
+        return self._sums[model].sum(0)
 
-    def _index_address(self, model: int) -> int:
-        index = self._index[model]
-        return 0 if index is None else index.data_ptr()
+    def _moments(
+        self, mean: Tensor, squares: Tensor, batch: Tensor, models: slice, num_samples: int | None, in_range: Tensor
+    ) -> None:
+        """Write to `batch` what joins the samples of some models; `mean` and the next two are those of these models."""
+        with _device.launching_on(self._device) as launch:
+            _device.extension().correlation_moments(
+                sums=self._sums[models].data_ptr(),
+                shifts=self._shifts[models].data_ptr(),
+                models=len(mean),
+                parts=self._parts,
+                units=self._units,
+                count=self.count,
+                num_samples=num_samples or 0,
+                mean=mean.data_ptr(),
+                squares=squares.data_ptr(),
+                updates=num_samples is not None,
+                batch=batch.data_ptr(),
+                in_range=in_range.data_ptr(),
+                device=launch.device,
+                stream=launch.stream,
+            )
 
-    def _strides(self, feature: Tensor) -> tuple[int, int, int]:
-        outer, unit, inner = feature.stride()
-        return outer, unit, outer if feature.shape[2] == 1 else inner
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether features of a dtype are multiplied by the kernels here; other features are centered first."""
+    return dtype in DTYPES and _tensor_cores.serves(device, dtype)
 
 
 def tensor_cores(device: torch.device) -> _tensor_cores.Choice:
@@ -169,26 +272,7 @@ def chunk_samples(units: int) -> int:
 
 def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
     """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C] float64; all contiguous."""
-    none = torch.zeros_like(row_shift)
-    _join(comoment, product[None], False, torch.stack([row_shift, none]), torch.stack([column_shift, none]))
-
-
-def join(
-    comoment: Tensor,
-    product: Product,
-    samples: Samples,
-    i: int,
-    j: int,
-    row_shift: Tensor,
-    column_shift: Tensor,
-    weight: float = 1.0,
-) -> None:
-    """Add the co-moment of samples about their mean, and outer(row_shift, column_shift), to `comoment`.
-
-    `weight` is 1, or -1 to take both away.
-    """
-    rows = torch.stack([samples.sum(i) / -samples.count, row_shift])
-    _join(comoment, product.parts, product.symmetric, rows, torch.stack([samples.sum(j), column_shift]), weight)
+    _join(comoment, product[None], shifts=(row_shift, column_shift))
 
 
 def correlate(
@@ -202,7 +286,7 @@ def correlate(
     other: Tensor | None,
     balance: float,
 ) -> None:
-    """Do what the function of this name in `kernels.reference` does, bit for bit where nothing is blended."""
+    """Do what the function of this name in `kernels.reference` does; the same bit for bit if nothing is blended."""
     with _device.launching_on(out.device) as launch:
         _device.extension().correlation_blend(
             comoment=comoment.data_ptr(),
@@ -224,8 +308,17 @@ def correlate(
 
 
 def _join(
-    comoment: Tensor, products: Tensor, symmetric: bool, rows: Tensor, columns: Tensor, weight: float = 1.0
+    comoment: Tensor,
+    products: Tensor,
+    *,
+    shifts: tuple[Tensor, Tensor],
+    shift_weight: float = 1.0,
+    sums: tuple[Tensor, Tensor] | None = None,
+    count: int = 1,
+    symmetric: bool = False,
+    weight: float = 1.0,
 ) -> None:
+    """Add the parts of a product, corrected by sums and shifts of rows and columns, to `comoment` [C, C] float64."""
     with _device.launching_on(comoment.device) as launch:
         _device.extension().correlation_join(
             product_dtype=SCALAR_TYPES[products.dtype],
@@ -233,8 +326,12 @@ def _join(
             parts=products.shape[0],
             units=comoment.shape[0],
             symmetric=symmetric,
-            rows=rows.data_ptr(),
-            columns=columns.data_ptr(),
+            row_sums=0 if sums is None else sums[0].data_ptr(),
+            column_sums=0 if sums is None else sums[1].data_ptr(),
+            count=count,
+            row_shifts=shifts[0].data_ptr(),
+            column_shifts=shifts[1].data_ptr(),
+            shift_weight=shift_weight,
             weight=weight,
             comoment=comoment.data_ptr(),
             device=launch.device,
@@ -242,19 +339,39 @@ def _join(
         )
 
 
+def _runs(numbers: set[int]) -> list[slice]:
+    """Return sets of adjacent numbers as slices."""
+    runs: list[slice] = []
+    for number in sorted(numbers):
+        if runs and runs[-1].stop == number:
+            runs[-1] = slice(runs[-1].start, number + 1)
+        else:
+            runs.append(slice(number, number + 1))
+    return runs
+
+
+def _strides(feature: Tensor) -> tuple[int, int, int]:
+    outer, unit, inner = feature.stride()
+    return outer, unit, outer if feature.shape[2] == 1 else inner
+
+
+def _address(index: Tensor | None) -> int:
+    return 0 if index is None else index.data_ptr()
+
+
 def _is_one_run(feature: Tensor) -> bool:
-    """Return whether all samples lie at one distance."""
+    """Return whether the distance between samples is the same everywhere."""
     _, _, inner = feature.shape
     return inner == 1 or feature.stride(0) == inner * feature.stride(2)
 
 
 def _wanted_parts(units: int) -> int:
     tile: int = _device.extension().correlation_tile()
-    return max(1, min(_MOST_PARTS, _BLOCKS // (-(-units // tile)) ** 2))
+    return max(1, min(_MAX_PARTS, _BLOCKS // (-(-units // tile)) ** 2))
 
 
 def _parts(units: int, count: int) -> tuple[int, int]:
-    """Return how many parts samples are summed in, and the samples of each but the last, a multiple of 64."""
+    """Return in how many parts samples are summed, and the samples of each part but the last, a multiple of 64."""
     wanted = max(_wanted_parts(units), -(-count // _PART_SAMPLES))
     samples_per_part = -(-count // (64 * wanted)) * 64
     return -(-count // samples_per_part), samples_per_part
