@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,3 +59,14 @@ def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
         BasicBlock(out_channels, out_channels, 1),
         BasicBlock(out_channels, out_channels, 1),
     )
+
+
+class MnistMlp(nn.Sequential):
+    """784-1024-1024-1024-512 without biases, with a ReLU after every layer, the last one too."""
+
+    def __init__(self, width: int = 1024, outputs: int = 512) -> None:
+        super().__init__()
+        sizes = [784, width, width, width, outputs]
+        for index, (inputs, units) in enumerate(pairwise(sizes), start=1):
+            self.add_module(f"fc{index}", nn.Linear(inputs, units, bias=False))
+            self.add_module(f"relu{index}", nn.ReLU())

@@ -1,0 +1,89 @@
+"""Outcomes as CSV, as a Markdown table with means and deviations over pairs, and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mudsc_fast._files import atomic_write
+from paper.methods import Outcome
+
+COLUMNS = ("pair", "method", "joint", "mean", "task 1", "task 2", "balance", "seconds")
+Row = dict[str, str]
+
+
+def row_of(pair: int, outcome: Outcome) -> Row:
+    """Return a line of the CSV file."""
+    numbers = {name: f"{value:.2f}" for name, value in outcome.scores.items()}
+    balance = "" if outcome.balance is None else f"{outcome.balance:g}"
+    return {
+        "pair": str(pair),
+        "method": outcome.method,
+        **numbers,
+        "balance": balance,
+        "seconds": f"{outcome.seconds:.2f}",
+    }
+
+
+def read(path: Path) -> list[Row]:
+    """Return the lines of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write the CSV file, replacing an older one once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(title: str, notes: Sequence[str], rows: Sequence[Row], published: Mapping[str, float]) -> str:
+    """Return a Markdown section: one line per method, mean and standard deviation over the pairs in percent."""
+    by_method: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_method[row["method"]].append(row)
+    shown = [name for name in COLUMNS[2:6] if any(row.get(name) for row in rows)]
+    lines = [f"## {title}", "", *(f"- {note}" for note in notes), ""]
+    lines.append("| method | pairs | " + " | ".join(f"{name}, %" for name in shown) + " | published, % |")
+    lines.append("| --- " * (len(shown) + 3) + "|")
+    for method, found in by_method.items():
+        cells = [method, str(len(found))]
+        for name in shown:
+            values = [float(row[name]) for row in found if row.get(name)]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+        cells.append(f"{published[method]:.2f}" if method in published else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Save bars of the accuracy by method: joint where there is one, else the mean over the tasks."""
+    from matplotlib.figure import Figure
+
+    by_method: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_method[row["method"]].append(float(row.get("joint") or row["mean"]))
+    joint = any(row.get("joint") for row in rows)
+    methods = [method for method in by_method if not joint or method != "parents"]
+    means = [statistics.mean(by_method[method]) for method in methods]
+    spreads = [statistics.stdev(by_method[m]) if len(by_method[m]) > 1 else 0.0 for m in methods]
+    figure = Figure(figsize=(7, 0.32 * len(methods) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colors = ["#1a73e8" if "refit" in m else "#669df6" if "dual" in m else "#9aa0a6" for m in methods]
+    bars = axes.barh(methods, means, xerr=spreads, color=colors)
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.set_xlabel("joint accuracy, %" if joint else "mean accuracy of the tasks, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))

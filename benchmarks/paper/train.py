@@ -1,0 +1,129 @@
+"""Training of the experiments' networks, cached and continued where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from mudsc_fast._files import atomic_write
+from paper.data import Batches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with momentum on the cross entropy of scaled cosines between outputs and class vectors.
+
+    ``schedule``: ``"cosine"`` from the learning rate to 0 by epochs, or ``"triangle"``, linearly up over the warm-up
+    epochs and linearly down to 0, by steps.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    schedule: Literal["cosine", "triangle"]
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warm_up: int = 0
+    scale: float = 100.0
+    keep_best: bool = False
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of a step."""
+        if self.schedule == "cosine":
+            progress = torch.tensor(torch.pi * (step // steps_per_epoch) / self.epochs)
+            return self.learning_rate * 0.5 * (1 + float(progress.cos()))
+        warm, total = self.warm_up * steps_per_epoch, self.epochs * steps_per_epoch
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * (total - step) / (total - warm)
+
+
+def trained(
+    network: nn.Module,
+    recipe: Recipe,
+    train: Batches,
+    test: Batches,
+    class_vectors: Tensor,
+    path: Path,
+    *,
+    bfloat16: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Return the network with trained weights, from the file if it is there, else trained and written to it.
+
+    Labels of the batches index the class vectors [K, D]. A run that is stopped continues after its last whole epoch.
+    """
+    if path.exists():
+        network.load_state_dict(load_file(path))
+        return network.eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device(train.device)
+    network.to(device)
+    directions = functional.normalize(class_vectors.to(device), dim=1)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    partial = path.with_suffix(".partial.pt")
+    first_epoch, best, best_accuracy = 0, None, -1.0
+    if partial.exists():
+        state = torch.load(partial, map_location=device, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_epoch, best, best_accuracy = state["epoch"], state["best"], state["best_accuracy"]
+    for epoch in tqdm(
+        range(first_epoch, recipe.epochs),
+        desc=path.stem,
+        unit="epoch",
+        initial=first_epoch,
+        total=recipe.epochs,
+        disable=None if progress is None else not progress,
+    ):
+        network.train()
+        for index, (inputs, labels) in enumerate(train.of_epoch(epoch)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch * len(train) + index, len(train))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                outputs = network(inputs)
+            logits = recipe.scale * functional.normalize(outputs.float(), dim=1) @ directions.T
+            loss = functional.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        if recipe.keep_best or epoch == recipe.epochs - 1:
+            accuracy = _accuracy(network, test, directions)
+            if accuracy > best_accuracy or not recipe.keep_best:
+                best_accuracy = accuracy
+                best = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        with atomic_write(partial) as temporary:
+            torch.save(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "epoch": epoch + 1,
+                    "best": best,
+                    "best_accuracy": best_accuracy,
+                },
+                temporary,
+            )
+    assert best is not None  # there was a last epoch
+    network.load_state_dict(best)
+    metadata = {"accuracy": f"{best_accuracy:.4f}", "recipe": json.dumps(asdict(recipe))}
+    with atomic_write(path) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in best.items()}, temporary, metadata)
+    partial.unlink(missing_ok=True)
+    return network.eval()
+
+
+def _accuracy(network: nn.Module, test: Batches, directions: Tensor) -> float:
+    network.eval()
+    with torch.no_grad():
+        right = [(network(inputs) @ directions.T).argmax(1) == labels for inputs, labels in test]
+    return float(torch.cat(right).double().mean())
