@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeGuard, cast, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -24,8 +25,6 @@ __all__ = ["Assignment", "linear_assignment", "linear_sum_assignment"]
 
 #: Numbers of rows or columns, one for each problem of a padded batch.
 Counts = Sequence[int] | Tensor
-
-_NUMPY_DTYPES = (torch.float32, torch.float64)
 
 #: Duals to start from that exceed the entries by this factor are not used: differences would lose the entries' digits.
 _LARGEST_DUAL = 64.0
@@ -167,7 +166,7 @@ def linear_assignment(
     is_single = warm_start is None and rows is None and columns is None
     if not traced and is_single and tolerance == 0 and _dispatch.requested() is None:
         # Fast path for small matrices.
-        array = similarity.numpy() if _is_plain(similarity) else similarity
+        array = _as_array(similarity) if type(similarity) is Tensor else similarity
         solved = _core.solve_array(array, maximize, threshold, Assignment if return_duals else None)
         if solved is not None:
             return solved if isinstance(solved, Assignment) else torch.from_numpy(solved)
@@ -223,8 +222,8 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
         indices = _core.assign_array(cost_matrix, maximize)
         if indices is not None:
             return indices
-        if _is_plain(cost_matrix):
-            indices = _core.assign_array(cost_matrix.numpy(), maximize)
+        if type(cost_matrix) is Tensor:
+            indices = _core.assign_array(_as_array(cost_matrix), maximize)
             if indices is not None:
                 return torch.from_numpy(indices[0]), torch.from_numpy(indices[1])
     return _assign_any(cost_matrix, maximize)
@@ -461,11 +460,14 @@ def _check_counts(argument: str, counts: Counts | None, batch: int, size: int) -
     return [int(count) for count in given]
 
 
-def _is_plain(value: Any) -> TypeGuard[Tensor]:
-    """Return whether the value is a tensor that numpy sees without a copy."""
-    if type(value) is not Tensor or not value.is_cpu or value.dtype not in _NUMPY_DTYPES:
-        return False
-    return value.layout == torch.strided and not value.requires_grad and not value.is_neg()
+def _as_array(value: Tensor) -> NDArray[Any] | None:
+    """Return the tensor as NumPy sees it without a copy, or None if it does not."""
+    if not value.is_cpu:
+        return None
+    try:
+        return value.numpy()
+    except (RuntimeError, TypeError):  # a gradient is required, entries are negated in a view, or NumPy lacks the type
+        return None
 
 
 def _as_matrix(argument: str, value: object) -> Tensor:
