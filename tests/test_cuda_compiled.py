@@ -25,7 +25,7 @@ ARCHITECTURES = ("80", "90a", "100")
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 #: Registers that leave room for as many blocks on a multiprocessor as planned, of 65,536 by kernel.
-MOST_REGISTERS = {
+MAX_REGISTERS = {
     "correlation_shift_kernel": 40,
     "correlation_product_kernel": 255,  # 1 block of 256: two accumulators of 64 numbers in each thread
     "correlation_wgmma_kernel": 255,  # the same
@@ -115,10 +115,10 @@ def test_registers_and_spills(source: str, architecture: str) -> None:
     )
     assert kernels
     for mangled, stack, spilled, registers in kernels:
-        named = [name for name in MOST_REGISTERS if re.search(rf"\d{name}I?", mangled)]
+        named = [name for name in MAX_REGISTERS if re.search(rf"\d{name}I?", mangled)]
         assert len(named) == 1, f"no plan for {mangled}"
         assert int(stack) == int(spilled) == 0, mangled
-        assert int(registers) <= MOST_REGISTERS[named[0]], mangled
+        assert int(registers) <= MAX_REGISTERS[named[0]], mangled
 
 
 def disassembler() -> str | None:

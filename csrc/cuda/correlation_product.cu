@@ -2,15 +2,15 @@
 //
 // For two models, the product of all their units over the samples and, in blocks chosen for it, each unit's sum and sum
 // of squares from the same tiles. A block has a tile of 128 x 128 pairs and a range of samples; features pass through
-// shared memory in slabs of 128 bytes a unit, in their own layout, two or three under way by cp.async.
+// shared memory in slabs of 128 bytes a unit, in their own layout, two or three in flight by cp.async.
 //   float32: operands are split in registers into two TF32 numbers, a = big + small, and the product is
-//     big big + big small + small big. What is left out is 2^-22 of a product: as good as float32.
-//   halves, of units whose mean is small against their deviation: straight into the tensor core, at its full rate.
-//   halves, of units far from zero: as float32, since the shifted value needs more digits. Both kernels are launched
+//     big big + big small + small big. What is left out is 2^-22 of a product: as accurate as float32.
+//   half formats, units whose mean is small relative to their deviation: directly into the tensor core, at full rate.
+//   half formats, units far from zero: as float32, since the shifted value needs more digits. Both kernels are launched
 //     and each tile is computed by the one that its units' shifts call for, so that the host need not know.
 // Tensor cores round sums towards zero. So they sum one slab from zero, and slabs are added with rounding to nearest.
 // Floor for C units, T samples: 2 T C^2 operations, for float32 three times that in TF32; from memory 2 T C numbers,
-// from L2 2 T C^2 / 128. Bound by tensor cores from a few hundred units on. Of pairs (i, i) tiles below the diagonal
+// from L2 2 T C^2 / 128. Bound by tensor cores from a few hundred units on. For pairs (i, i), tiles below the diagonal
 // are left out. A block of 8 warps fills a multiprocessor's registers: two accumulators of 64 numbers a thread.
 //
 // No atomics: results do not depend on the order of blocks.
@@ -27,7 +27,7 @@ static_assert(kTile == kRowWarps * kRowFragments * kFragmentRows, "tiles are squ
 static_assert(kTile == kColumnWarps * kColumnFragments * kFragmentColumns, "tiles are square");
 constexpr int kThreads = kWarp * kRowWarps * kColumnWarps;
 // Slabs in shared memory: three where a block can have so much (a data-centre device), else two.
-constexpr int kMostStages = 3, kLeastStages = 2;
+constexpr int kMaxStages = 3, kMinStages = 2;
 
 struct Products {
   Accumulator of[kRowFragments][kColumnFragments];
@@ -123,10 +123,10 @@ class ProductTile {
     const int slabs = (all + Place::kSamples - 1) / Place::kSamples;
     for (int slab = 0; slab < ahead; ++slab) fetch(row_feed, column_feed, copies, slab < slabs, slab);
     for (int slab = 0, stage = 0; slab < slabs; ++slab, stage = after(stage)) {
-      if (problem_.stages == kMostStages) {
-        copies.wait<kMostStages - 2>();
+      if (problem_.stages == kMaxStages) {
+        copies.wait<kMaxStages - 2>();
       } else {
-        copies.wait<kLeastStages - 2>();
+        copies.wait<kMinStages - 2>();
       }
       row_feed.repair(row_tile(stage), all - slab * Place::kSamples);
       column_feed.repair(column_tile(stage), all - slab * Place::kSamples);
@@ -209,8 +209,8 @@ struct MmaSync {
   static void launch(Product product, const ProductProblem& problem, Stream stream) {
     using Place = PaddedLayout<Stored, kUnitsAdjacent, kTile>;
     constexpr std::size_t kStageBytes = 2 * sizeof(Stored) * Place::kNumbers;
-    const bool most = kMostStages * kStageBytes + kReservedShared <= shared_memory_limit("correlation_product", stream);
-    product.stages = most ? kMostStages : kLeastStages;
+    const bool fits = kMaxStages * kStageBytes + kReservedShared <= shared_memory_limit("correlation_product", stream);
+    product.stages = fits ? kMaxStages : kMinStages;
     cuda::launch("correlation_product", correlation_product_kernel<Source, Stored, kUnitsAdjacent>,
                  {grid_of(problem, kTile), dim3(kThreads), static_cast<std::size_t>(product.stages) * kStageBytes},
                  stream, product);

@@ -1,14 +1,18 @@
 // The product of a correlation by wgmma, for devices of compute capability 9.0 (code for 9.0a).
 //
-// What is computed, and how it is rounded, is as in correlation_product.cu. A block of two warpgroups has a tile of
-// 128 x 128 pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its
-// threads go on: a slab is multiplied while the next one is made ready and two further ones are copied.
-//   float32 (and halves that are shifted): TF32 operands must lie along the samples. Threads read what was copied, in
-//     its own layout, repair it, split it, and store both parts swizzled; two pairs of such tiles take turns.
-//   halves: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs take turns.
-// Two accumulators of 64 numbers a thread and one block a multiprocessor, as there.
-// Shared memory a slab of float32: 32 kB arrive, 32 kB are read, 64 kB stored and 144 kB read by wgmma in 1536 cycles
-// of tensor cores at their nominal rate; of halves 32 kB arrive, are read and stored, and 48 kB are read, in 512.
+// It computes what correlation_product.cu computes, and rounds alike. A block of two warpgroups has a tile of 128 x 128
+// pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go on: a
+// slab is multiplied while the next one is prepared and two more are copied.
+//   float32 (and half formats that are shifted): TF32 operands must be contiguous along the samples. Threads read what
+//     was copied, in its own layout, repair it, split it, and store both parts swizzled; two pairs of such tiles
+//     alternate.
+//   half formats: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs alternate.
+// Two accumulators of 64 numbers a thread and one block a multiprocessor, as in correlation_product.cu. A tile of
+// 128 x 256 is out of reach: its two accumulators would be all registers of a multiprocessor.
+//
+// Shared memory traffic of a float32 slab: 32 kB arrive, 32 kB are read, 64 kB stored and 144 kB read by wgmma, in 1536
+// cycles of tensor cores at their nominal rate; of a slab of halves 32 kB arrive and are read, and 48 kB are read by
+// wgmma, in 512. Instructions issued: docs/correlation.md.
 #include "correlation_product.hpp"
 
 namespace mudsc::cuda {
@@ -17,7 +21,7 @@ namespace {
 constexpr int kUnits = 128, kThreads = 256;
 static_assert(kUnits % kTile == 0,
               "entries of a symmetric product that correlation_join reads are in tiles that are written");
-// Slabs under way by cp.async.
+// Slabs in flight by cp.async.
 constexpr int kAhead = 2;
 
 // What both kinds of stages have: the work, and shared memory from where the swizzled pattern begins.

@@ -30,7 +30,7 @@
   type* const name = static_cast<type*>(::mudsc::cuda_sim::shared_array(&name##_key, sizeof(type) * (count)))
 #endif
 
-// Before a loop: four independent loads under way at once; or all turns, so that arrays stay in registers.
+// Before a loop: four independent loads in flight at once; or all turns, so that arrays stay in registers.
 #if defined(__CUDACC__)
 #define MUDSC_UNROLL _Pragma("unroll")
 #define MUDSC_UNROLL_4 _Pragma("unroll 4")

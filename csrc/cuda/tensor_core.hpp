@@ -1,8 +1,8 @@
 // Tensor cores, matrix loads and asynchronous copies: PTX on the device, the same arithmetic in C++ in the simulator.
 //
 // The products of a step are exact and their sum is rounded towards zero, as tensor cores do; operands in TF32 lose the
-// low 13 bits. Asynchronous work is done when it is waited for, as late as a device may do it; copies, with some seeds
-// of the simulator, at once.
+// low 13 bits. Asynchronous work happens when it is waited for, as late as a device may do it; copies happen at once
+// with some seeds of the simulator.
 #pragma once
 
 #include <type_traits>
@@ -57,7 +57,7 @@ struct SwizzledLayout {
   __device__ static __forceinline__ std::uint64_t operand(const T* tile, int first_unit);
 };
 
-// A warpgroup's share of 64 x 128 sums of products, and those under way. Warp w of the group has rows 16 w and on; in
+// A warpgroup's share of 64 x 128 sums of products, and those in flight. Warp w of the group has rows 16 w and on; in
 // each eight columns a thread's numbers are an Accumulator of those rows.
 template <class T, bool kUnitsAdjacent>
 class WarpgroupSums {
@@ -76,10 +76,10 @@ class WarpgroupSums {
 
   // Before the first product after `values` were touched.
   __device__ __forceinline__ void begin();
-  // Adds a b, or begins anew with it, some time until `wait`: `kDepth` samples of the descriptors' operands.
+  // Adds a b, or starts from it, some time before `wait`: `kDepth` samples of the descriptors' operands.
   __device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, bool from_zero);
   __device__ __forceinline__ void close_group();
-  // Until no product is under way.
+  // Waits until no product is in flight.
   __device__ __forceinline__ void wait();
 
   float values[kNumbers] = {};
@@ -92,10 +92,10 @@ class WarpgroupSums {
     std::uint64_t a, b;
     bool from_zero;
   };
-  static constexpr int kMostPending = 16;
+  static constexpr int kMaxPending = 16;
   void execute(const Pending& product);
 
-  Pending pending_[kMostPending];
+  Pending pending_[kMaxPending];
   int issued_ = 0, closed_ = 0;
   bool begun_ = false;
 #endif
@@ -123,7 +123,7 @@ class AsyncCopies {
     }
   }
   __device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // Until all groups but the last kLeft are there, for this thread to see.
+  // Waits until all groups but the last kLeft have arrived, for this thread to see.
   template <int kLeft>
   __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
@@ -247,13 +247,13 @@ class AsyncCopies {
     }
     const Copy one{to, from, inside ? kBytes : 0, kBytes};
     if (cuda_sim::copies_at_once()) return make(one);
-    copies_[copied_++ % kMost] = one;
+    copies_[copied_++ % kMaxCopies] = one;
   }
-  void close_group() { ends_[groups_++ % kMost] = copied_; }
+  void close_group() { ends_[groups_++ % kMaxCopies] = copied_; }
   template <int kLeft>
   void wait() {
-    const int end = groups_ > kLeft ? ends_[(groups_ - 1 - kLeft) % kMost] : 0;
-    for (; done_ < end; ++done_) make(copies_[done_ % kMost]);
+    const int end = groups_ > kLeft ? ends_[(groups_ - 1 - kLeft) % kMaxCopies] : 0;
+    for (; done_ < end; ++done_) make(copies_[done_ % kMaxCopies]);
   }
 
  private:
@@ -267,9 +267,9 @@ class AsyncCopies {
     if (one.read > 0) std::memcpy(one.to, one.from, static_cast<std::size_t>(one.read));
     note_write(one.to, static_cast<std::size_t>(one.written));
   }
-  static constexpr int kMost = 128;
-  Copy copies_[kMost];
-  int ends_[kMost];
+  static constexpr int kMaxCopies = 128;
+  Copy copies_[kMaxCopies];
+  int ends_[kMaxCopies];
   int copied_ = 0, groups_ = 0, done_ = 0;
 };
 
@@ -398,7 +398,7 @@ void WarpgroupSums<T, kUnitsAdjacent>::multiply(std::uint64_t a, std::uint64_t b
   const std::uint64_t* const all = cuda_sim::exchange(kWholeWarp, a * 31 + b);
   if (all[0] != all[cuda_sim::position().lane]) cuda_sim::fail("lanes disagree about the operands of a wgmma");
   if (!begun_) cuda_sim::fail("a wgmma without a wgmma.fence since its registers were touched");
-  if (issued_ == kMostPending) cuda_sim::fail("more products under way than the simulator keeps");
+  if (issued_ == kMaxPending) cuda_sim::fail("more products in flight than the simulator keeps");
   pending_[issued_++] = {a, b, from_zero};
 }
 template <class T, bool kUnitsAdjacent>

@@ -40,7 +40,7 @@ namespace {
 
 constexpr std::size_t kStackBytes = 64 * 1024;
 constexpr unsigned kLanes = 32;
-constexpr unsigned kMostThreads = 1024;
+constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned char kPoison = 0xcd;
 constexpr std::size_t kLargestSharedMemory = 227 * 1024;
 constexpr std::uint32_t kDynamicSharedBegin = 1040;  // on a device, behind what is static
@@ -415,7 +415,7 @@ void set_shared_memory_limit(std::size_t bytes) { shared_limit = std::min(bytes,
 void launch(const char* name, dim3 blocks, dim3 threads, std::size_t shared_bytes, bool cooperative,
             const std::function<void()>& body) {
   const unsigned count = threads.x * threads.y * threads.z;
-  if (count == 0 || count > kMostThreads || blocks.x * blocks.y * blocks.z == 0) {
+  if (count == 0 || count > kMaxThreads || blocks.x * blocks.y * blocks.z == 0) {
     throw cuda::LaunchError(name, "invalid configuration argument");
   }
   if (shared_bytes > kLargestSharedMemory) throw cuda::LaunchError(name, "too much shared memory");
