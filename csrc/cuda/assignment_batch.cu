@@ -208,8 +208,8 @@ class BatchSolver {
     return combined(nearest, Nearest(), Candidate{infinity<double>, 0});
   }
 
-  // Recomputes row duals from the column duals over every entry, a warp a row; then objective and gap, summed in the order of
-  // the rows.
+  // Recomputes row duals from the column duals over every entry, a warp a row; then objective and gap, summed in the
+  // order of the rows.
   __device__ void certify() {
     for (std::int32_t i = thread_ / kWarp; i < rows_; i += kThreads / kWarp) {
       double least = infinity<double>;

@@ -171,8 +171,8 @@ struct NanFinder<Half> {
 #endif
 };
 
-// Brings slabs of one side into shared memory, one after another. A thread repairs the numbers that it copied itself, so
-// that this needs no barrier: NaN becomes 0, shifts are subtracted, and what lies outside is 0.
+// Brings slabs of one side into shared memory, one after another. A thread repairs the numbers that it copied itself,
+// so that this needs no barrier: NaN becomes 0, shifts are subtracted, and what lies outside is 0.
 template <class Source, class Place, int kThreads>
 class Feeder {
  public:

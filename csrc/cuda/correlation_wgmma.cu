@@ -1,12 +1,13 @@
 // The product of a correlation by wgmma, for devices of compute capability 9.0 (code for 9.0a).
 //
 // It computes what correlation_product.cu computes, and rounds alike. A block of two warpgroups has a tile of 128 x 128
-// pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go on: a
-// slab is multiplied while the next one is prepared and two more are copied.
+// pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go on:
+// a slab is multiplied while the next one is prepared and two more are copied.
 //   float32 (and half formats that are shifted): TF32 operands must be contiguous along the samples. Threads read what
 //     was copied, in its own layout, repair it, split it, and store both parts swizzled; two pairs of such tiles
 //     alternate.
-//   half formats: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs alternate.
+//   half formats: copied to where wgmma reads them, units adjacent or samples, and repaired there; four slabs
+//     alternate.
 // Two accumulators of 64 numbers a thread and one block a multiprocessor, as in correlation_product.cu. A tile of
 // 128 x 256 is out of reach: its two accumulators would be all registers of a multiprocessor.
 //

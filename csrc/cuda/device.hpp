@@ -101,8 +101,8 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
 // blocks than keep the memory busy make each round slower.
 constexpr int kMaxCooperativeBlocks = 2;
 
-// Launches as many blocks as are on the device at the same time, so that they may wait for each other; kernels loop over
-// their work by gridDim.x. Other processes can hold a part of the device (MPS): then fewer blocks are tried.
+// Launches as many blocks as are on the device at the same time, so that they may wait for each other; kernels loop
+// over their work by gridDim.x. Other processes can hold a part of the device (MPS): then fewer blocks are tried.
 template <class... Parameters>
 void launch_cooperative(const char* name, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes,
                         Stream stream, typename Exactly<Parameters>::type... parameters) {

@@ -51,8 +51,8 @@ struct SwizzledLayout {
     return memory + (0u - shared_address(memory)) % kPatternBytes;
   }
   // The matrix descriptor of 32 bytes of samples, the tile's first, of units from `first_unit` on (a multiple of 64);
-  // that of the next 32 bytes is kOperandStep more. Swizzling is applied to the address, so that a step along a row is an
-  // addition; a step down the rows is 32 bytes of samples in as many rows.
+  // that of the next 32 bytes is kOperandStep more. Swizzling is applied to the address, so that a step along a row is
+  // an addition; a step down the rows is 32 bytes of samples in as many rows.
   static constexpr std::uint64_t kOperandStep = (kUnitsAdjacent ? 32 / sizeof(T) * kRowBytes : 32) / 16;
   __device__ static __forceinline__ std::uint64_t operand(const T* tile, int first_unit);
 };
