@@ -260,11 +260,10 @@ reason = _cuda.unavailable_reason()
 print(reason)
 if reason:
     try:
-        _cuda.zip_units(similarity=0, dtype=2, row_stride=2, units=2, num_models=1, remaining=1, budget=0, shrink=0.5,
-                        cluster_of_unit=0, values=0, workspace=0, merges=0, device=0, stream=0)
+        _cuda.assignment_check_classes((2, 0, 2, 2, True), class_of_row=0, device=0, stream=0)
     except RuntimeError as error:
-        assert "CUDA kernel zip_load could not be launched: " in str(error), error
-        assert reason in str(error), error
+        assert "CUDA kernel assignment_check_classes could not be launched: " in str(error), error
+        assert str(error).partition(" could not be launched: ")[2] in reason, error
     else:
         raise AssertionError("a launch without a device went unnoticed")
 """

@@ -10,6 +10,36 @@
 namespace mudsc::bindings {
 namespace {
 
+void assignment_batch(py::handle values, bool maximize, py::handle prices, py::handle column_of_row,
+                      py::handle row_duals, py::handle column_duals, py::handle objective, py::handle gap,
+                      py::handle status, int device, std::uintptr_t handle) {
+  static_assert(sizeof(AssignmentStatus) == sizeof(std::int32_t), "a status is written as an int32");
+  const cuda::Stream stream = stream_of(device, handle);
+  const TensorView matrices(values, "values", memory_of(stream));
+  matrices.expect_float();
+  matrices.expect_shape({-1, -1, -1});
+  matrices.expect_contiguous();
+  const std::int64_t batch = matrices.shape[0], rows = matrices.shape[1], columns = matrices.shape[2];
+  const AssignmentProblem problem{
+      matrices.data,
+      matrices.scalar_type(),
+      batch,
+      rows,
+      columns,
+      maximize,
+      0.0,
+      1,
+      optional_entries_of<const double>(prices, "prices", {batch, columns}, stream),
+      entries_of<std::int64_t>(column_of_row, "column_of_row", {batch, rows}, stream),
+      entries_of<double>(row_duals, "row_duals", {batch, rows}, stream),
+      entries_of<double>(column_duals, "column_duals", {batch, columns}, stream),
+      entries_of<double>(objective, "objective", {batch}, stream),
+      entries_of<double>(gap, "gap", {batch}, stream),
+      reinterpret_cast<AssignmentStatus*>(entries_of<std::int32_t>(status, "status", {batch}, stream))};
+  const py::gil_scoped_release released;
+  cuda::assignment_batch(problem, stream);
+}
+
 void register_batch(py::module_& module) {
   module.def(
       "assignment_batch_fits",
@@ -20,32 +50,9 @@ void register_batch(py::module_& module) {
         return cuda::assignment_batch_fits(problem, stream_of(device, stream));
       },
       py::arg("rows"), py::arg("columns"), py::arg("device"), py::arg("stream"));
-  module.def(
-      "assignment_batch",
-      [](int dtype, std::uintptr_t values, std::int64_t batch, std::int64_t rows, std::int64_t columns, bool maximize,
-         std::uintptr_t prices, std::uintptr_t column_of_row, std::uintptr_t row_duals, std::uintptr_t column_duals,
-         std::uintptr_t objective, std::uintptr_t gap, std::uintptr_t status, int device, std::uintptr_t stream) {
-        const AssignmentProblem problem{pointer<const void>(values),
-                                        static_cast<ScalarType>(dtype),
-                                        batch,
-                                        rows,
-                                        columns,
-                                        maximize,
-                                        0.0,
-                                        1,
-                                        pointer<const double>(prices),
-                                        pointer<std::int64_t>(column_of_row),
-                                        pointer<double>(row_duals),
-                                        pointer<double>(column_duals),
-                                        pointer<double>(objective),
-                                        pointer<double>(gap),
-                                        pointer<AssignmentStatus>(status)};
-        const py::gil_scoped_release released;
-        cuda::assignment_batch(problem, stream_of(device, stream));
-      },
-      py::kw_only(), py::arg("dtype"), py::arg("values"), py::arg("batch"), py::arg("rows"), py::arg("columns"),
-      py::arg("maximize"), py::arg("prices"), py::arg("column_of_row"), py::arg("row_duals"), py::arg("column_duals"),
-      py::arg("objective"), py::arg("gap"), py::arg("status"), py::arg("device"), py::arg("stream"));
+  module.def("assignment_batch", &assignment_batch, py::kw_only(), py::arg("values"), py::arg("maximize"),
+             py::arg("prices"), py::arg("column_of_row"), py::arg("row_duals"), py::arg("column_duals"),
+             py::arg("objective"), py::arg("gap"), py::arg("status"), py::arg("device"), py::arg("stream"));
 }
 
 // dtype, values, rows, columns, maximize

@@ -5,7 +5,7 @@
 namespace mudsc::bindings {
 namespace {
 
-constexpr std::int32_t kHost = 1;
+constexpr std::int32_t kHost = 1, kCuda = 2;  // DLPack's types of devices
 constexpr const char* kTypeNames[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64", "other"};
 
 bool by_attributes = false;
@@ -42,6 +42,11 @@ EntryType type_of(const DlpackTensor& tensor) {
   return EntryType::other;
 }
 
+[[noreturn]] void fail_elsewhere(const char* name, int device) {
+  throw py::value_error(std::string(name) + " must be " +
+                        (device == kHostMemory ? "in host memory" : "on CUDA device " + std::to_string(device)));
+}
+
 std::string shape_text(const std::int64_t* lengths, std::size_t count) {
   std::string text = "[";
   for (std::size_t axis = 0; axis < count; ++axis) {
@@ -76,7 +81,7 @@ bool TensorView::try_read(const DlpackFunctions& functions, PyObject* object, Te
   return true;
 }
 
-TensorView::TensorView(py::handle object, const char* name) : name_(name) {
+TensorView::TensorView(py::handle object, const char* name, int device) : name_(name) {
   const Torch& known = torch();
   if (!py::isinstance(object, known.tensor_type)) {
     throw py::type_error(std::string(name) + " must be a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
@@ -84,10 +89,12 @@ TensorView::TensorView(py::handle object, const char* name) : name_(name) {
   if (known.functions != nullptr && !by_attributes) {
     DlpackTensor tensor;
     if (known.functions->read(object.ptr(), &tensor) != 0) throw py::error_already_set();
-    if (tensor.device_type != kHost) throw py::value_error(std::string(name) + " must be in host memory");
+    const bool is_there =
+        device == kHostMemory ? tensor.device_type == kHost : tensor.device_type == kCuda && tensor.device_id == device;
+    if (!is_there) fail_elsewhere(name, device);
     read_dlpack(tensor);
   } else {
-    read_attributes(object);
+    read_attributes(object, device);
   }
 }
 
@@ -99,9 +106,12 @@ void TensorView::read_dlpack(const DlpackTensor& tensor) {
   strides = tensor.strides;
 }
 
-void TensorView::read_attributes(py::handle object) {
+void TensorView::read_attributes(py::handle object, int device) {
   const Torch& known = torch();
-  if (!object.attr("is_cpu").cast<bool>()) throw py::value_error(std::string(name_) + " must be in host memory");
+  const bool is_there = device == kHostMemory
+                            ? object.attr("is_cpu").cast<bool>()
+                            : object.attr("is_cuda").cast<bool>() && object.attr("get_device")().cast<int>() == device;
+  if (!is_there) fail_elsewhere(name_, device);
   data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<std::uintptr_t>());
   const py::object dtype = object.attr("dtype");
   for (int known_type = 0; known_type < 6; ++known_type) {

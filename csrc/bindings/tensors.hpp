@@ -58,11 +58,15 @@ inline constexpr EntryType kEntryType<std::int32_t> = EntryType::int32;
 template <>
 inline constexpr EntryType kEntryType<std::int64_t> = EntryType::int64;
 
-// A dense tensor in host memory. Valid as long as the object it was read from.
+// Instead of the index of a CUDA device.
+constexpr int kHostMemory = -1;
+
+// A dense tensor in host memory or on a CUDA device. Valid as long as the object it was read from.
 class TensorView {
  public:
-  // `name` is what errors call the argument. Raises TypeError if the object is not such a tensor.
-  TensorView(py::handle object, const char* name);
+  // `name` is what errors call the argument. Raises TypeError if the object is not a tensor, and ValueError if it is
+  // elsewhere than in host memory or on the device of that index.
+  TensorView(py::handle object, const char* name, int device = kHostMemory);
   // The same without an exception: false if the object is not such a tensor. For fast paths.
   static bool try_read(const DlpackFunctions& functions, PyObject* object, TensorView& view);
   TensorView() = default;
@@ -103,7 +107,7 @@ class TensorView {
 
  private:
   void read_dlpack(const DlpackTensor& tensor);
-  void read_attributes(py::handle object);
+  void read_attributes(py::handle object, int device);
   [[noreturn]] void fail(const std::string& expected) const;
 
   const char* name_ = "";

@@ -106,7 +106,7 @@ def test_few_small_problems_are_solved_by_the_cpu(simulator: Any, monkeypatch: p
     launch = simulator.assignment_batch
 
     def noting(**given: Any) -> None:
-        launched.append(given["batch"])
+        launched.append(len(given["values"]))
         launch(**given)
 
     monkeypatch.setattr(simulator, "assignment_batch", noting)

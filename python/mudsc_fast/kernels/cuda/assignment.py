@@ -114,19 +114,15 @@ def _solve_batch(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
         status=values.new_empty(batch, dtype=torch.int32),
     )
     _device.extension().assignment_batch(
-        dtype=SCALAR_TYPES[values.dtype],
-        values=values.data_ptr(),
-        batch=batch,
-        rows=rows,
-        columns=columns,
+        values=values,
         maximize=maximize,
-        prices=0 if start is None else start.data_ptr(),
-        column_of_row=solution.columns.data_ptr(),
-        row_duals=solution.row_duals.data_ptr(),
-        column_duals=solution.column_duals.data_ptr(),
-        objective=solution.objective.data_ptr(),
-        gap=solution.gap.data_ptr(),
-        status=solution.status.data_ptr(),
+        prices=start,
+        column_of_row=solution.columns,
+        row_duals=solution.row_duals,
+        column_duals=solution.column_duals,
+        objective=solution.objective,
+        gap=solution.gap,
+        status=solution.status,
         **launch._asdict(),
     )
     return solution

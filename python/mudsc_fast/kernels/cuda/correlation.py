@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cuda import _device, _tensor_cores
 
 #: Element types that are multiplied on tensor cores.
@@ -66,15 +65,10 @@ class Samples:
         self._summed: set[int] = set()
         with _device.launching_on(self._device) as launch:
             _device.extension().correlation_shift(
-                dtype=SCALAR_TYPES[features[0].dtype],
-                features=[
-                    (one.data_ptr(), _strides(one), _address(index))
-                    for one, index in zip(features, self._index, strict=True)
-                ],
+                features=list(zip(features, self._index, strict=True)),
                 outer=self._outer,
-                units=self._units,
                 inner=self._inner,
-                shifts=self._shifts.data_ptr(),
+                shifts=self._shifts,
                 device=launch.device,
                 stream=launch.stream,
             )
@@ -182,24 +176,17 @@ class Samples:
         takes_columns = not symmetric and j not in self._summed
         with _device.launching_on(self._device) as launch:
             _device.extension().correlation_product(
-                dtype=SCALAR_TYPES[self._features[i].dtype],
-                rows=self._features[i].data_ptr(),
-                row_strides=_strides(self._features[i]),
-                row_index=_address(self._index[i]),
-                row_shift=self._shifts[i].data_ptr(),
-                columns=self._features[j].data_ptr(),
-                column_strides=_strides(self._features[j]),
-                column_index=_address(self._index[j]),
-                column_shift=self._shifts[j].data_ptr(),
+                rows=(self._features[i], self._index[i]),
+                row_shift=self._shifts[i],
+                columns=(self._features[j], self._index[j]),
+                column_shift=self._shifts[j],
                 outer=self._outer,
-                units=units,
                 inner=self._inner,
                 symmetric=symmetric,
-                parts=self._parts,
                 samples_per_part=self._samples_per_part,
-                products=products.data_ptr(),
-                row_sums=self._sums[i].data_ptr() if takes_rows else 0,
-                column_sums=self._sums[j].data_ptr() if takes_columns else 0,
+                products=products,
+                row_sums=self._sums[i] if takes_rows else None,
+                column_sums=self._sums[j] if takes_columns else None,
                 warpgroups=self._instructions == _tensor_cores.WGMMA,
                 device=launch.device,
                 stream=launch.stream,
@@ -231,18 +218,15 @@ class Samples:
         """Write to `batch` what joins the samples of some models; `mean` and the next two are those of these models."""
         with _device.launching_on(self._device) as launch:
             _device.extension().correlation_moments(
-                sums=self._sums[models].data_ptr(),
-                shifts=self._shifts[models].data_ptr(),
-                models=len(mean),
-                parts=self._parts,
-                units=self._units,
+                sums=self._sums[models],
+                shifts=self._shifts[models],
                 count=self.count,
                 num_samples=num_samples or 0,
-                mean=mean.data_ptr(),
-                squares=squares.data_ptr(),
+                mean=mean,
+                squares=squares,
                 updates=num_samples is not None,
-                batch=batch.data_ptr(),
-                in_range=in_range.data_ptr(),
+                batch=batch,
+                in_range=in_range,
                 device=launch.device,
                 stream=launch.stream,
             )
@@ -289,18 +273,14 @@ def correlate(
     """Do what the function of this name in `kernels.reference` does; the same bit for bit if nothing is blended."""
     with _device.launching_on(out.device) as launch:
         _device.extension().correlation_blend(
-            comoment=comoment.data_ptr(),
-            row_deviation=row_deviation.data_ptr(),
-            column_deviation=column_deviation.data_ptr(),
-            units=comoment.shape[0],
+            comoment=comoment,
+            row_deviation=row_deviation,
+            column_deviation=column_deviation,
             count=count,
             eps=eps,
-            dtype=SCALAR_TYPES[out.dtype],
-            out=out.data_ptr(),
-            mirror=0 if mirror is None else mirror.data_ptr(),
-            row_stride=out.stride(0),
-            other=0 if other is None else other.data_ptr(),
-            other_stride=0 if other is None else other.stride(0),
+            out=out,
+            mirror=mirror,
+            other=other,
             balance=balance,
             device=launch.device,
             stream=launch.stream,
@@ -321,19 +301,16 @@ def _join(
     """Add the parts of a product, corrected by sums and shifts of rows and columns, to `comoment` [C, C] float64."""
     with _device.launching_on(comoment.device) as launch:
         _device.extension().correlation_join(
-            product_dtype=SCALAR_TYPES[products.dtype],
-            products=products.data_ptr(),
-            parts=products.shape[0],
-            units=comoment.shape[0],
+            products=products,
             symmetric=symmetric,
-            row_sums=0 if sums is None else sums[0].data_ptr(),
-            column_sums=0 if sums is None else sums[1].data_ptr(),
+            row_sums=None if sums is None else sums[0],
+            column_sums=None if sums is None else sums[1],
             count=count,
-            row_shifts=shifts[0].data_ptr(),
-            column_shifts=shifts[1].data_ptr(),
+            row_shifts=shifts[0],
+            column_shifts=shifts[1],
             shift_weight=shift_weight,
             weight=weight,
-            comoment=comoment.data_ptr(),
+            comoment=comoment,
             device=launch.device,
             stream=launch.stream,
         )
@@ -348,15 +325,6 @@ def _runs(numbers: set[int]) -> list[slice]:
         else:
             runs.append(slice(number, number + 1))
     return runs
-
-
-def _strides(feature: Tensor) -> tuple[int, int, int]:
-    outer, unit, inner = feature.stride()
-    return outer, unit, outer if feature.shape[2] == 1 else inner
-
-
-def _address(index: Tensor | None) -> int:
-    return 0 if index is None else index.data_ptr()
 
 
 def _is_one_run(feature: Tensor) -> bool:

@@ -24,22 +24,19 @@ def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, 
         return cluster_of_unit, values
     merges = torch.empty(1, dtype=torch.int64, device=device)
     cuda = _device.extension()
-    dtype = SCALAR_TYPES[source.dtype]
-    workspace = _device.workspace(cuda.zip_workspace_bytes(dtype, units, num_models), device)
+    size = cuda.zip_workspace_bytes(SCALAR_TYPES[source.dtype], units, num_models)
+    workspace = _device.workspace(size, device)
     with _device.launching_on(device) as launch:
         cuda.zip_units(
-            similarity=source.data_ptr(),
-            dtype=dtype,
-            row_stride=source.stride(0),
-            units=units,
+            similarity=source,
             num_models=num_models,
             remaining=remaining,
             budget=budget,
             shrink=shrink,
-            cluster_of_unit=cluster_of_unit.data_ptr(),
-            values=values.data_ptr(),
-            workspace=workspace.data_ptr(),
-            merges=merges.data_ptr(),
+            cluster_of_unit=cluster_of_unit,
+            values=values,
+            workspace=workspace,
+            merges=merges,
             device=launch.device,
             stream=launch.stream,
         )
