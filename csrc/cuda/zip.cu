@@ -165,12 +165,19 @@ class Merger {
     __syncthreads();
   }
 
-  // Each thread joins its entries of the two rows, and then those rows' entries in the two columns: nothing that one
-  // thread writes is read by another before the end.
   __device__ void merge(std::int32_t kept, std::int32_t gone) {
+    const Entry<Real> best = zip_.severs ? join_rows<true>(kept, gone) : join_rows<false>(kept, gone);
+    set_best(kept, best);
+    const std::uint32_t model = zip_.model_of(kept);
+    if (zip_.is_of_model(gone, model)) spend(model);
+  }
+
+  // Each thread joins its entries of the two rows, and then those rows' entries in the two columns: nothing that one
+  // thread writes is read by another before the end. Returns the largest of its entries in the kept row.
+  template <bool kSevers>
+  __device__ Entry<Real> join_rows(std::int32_t kept, std::int32_t gone) {
     Real* const entries = zip_.row(kept);
     const Real* const others = zip_.row(gone);
-    const std::uint32_t kept_model = zip_.model_of(kept), gone_model = zip_.model_of(gone);
     Entry<Real> best{-infinity<Real>, 0};
     __syncthreads();  // all threads have read the bounds that led here
     for (std::int64_t k = threadIdx.x; k < zip_.units; k += kMergeThreads) {
@@ -181,24 +188,25 @@ class Merger {
         zip_.parent[k] = kept;
         continue;
       }
-      const bool severed = zip_.severs && (zip_.is_of_model(k, kept_model) || zip_.is_of_model(k, gone_model));
-      const Real across = join(entries[k], others[k], severed);
+      const bool severed =
+          kSevers && (zip_.is_of_model(k, zip_.model_of(kept)) || zip_.is_of_model(k, zip_.model_of(gone)));
+      const Real across = join<kSevers>(entries[k], others[k], severed);
       Real* const column = zip_.row(k);
       if (k != kept) {
-        const Real down = symmetric_ ? across : join(column[kept], column[gone], severed);
+        const Real down = symmetric_ ? across : join<kSevers>(column[kept], column[gone], severed);
         column[kept] = down;
         note_entry(static_cast<std::int32_t>(k), kept, gone, down);
       }
       entries[k] = across;
       if (across > best.value) best = {across, static_cast<std::int32_t>(k)};
     }
-    set_best(kept, best);
-    if (kept_model == gone_model) spend(kept_model);
+    return best;
   }
 
+  template <bool kSevers>
   __device__ Real join(Real a, Real b, bool severed) const {
     const Real smaller = a < b ? a : b;
-    if (zip_.severs) return severed ? -infinity<Real> : smaller;
+    if constexpr (kSevers) return severed ? -infinity<Real> : smaller;
     return smaller * zip_.shrink;
   }
 
