@@ -390,14 +390,17 @@ def store_head(path: Path, head: Tensor | None) -> None:
     safetensors.torch.save_file(state, path / "model.safetensors", {"format": "pt"})
 
 
-def test_an_output_layer_tied_in_one_network_alone(tmp_path: Path) -> None:
+def test_an_output_layer_tied_in_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models: dict[str, Any] = {}
     for name, tied in (("tied", True), ("free", False)):
         models[name] = network(llama_model(tie_word_embeddings=tied), len(models))
         models[name].save_pretrained(tmp_path / name)
     for first, second in (("tied", "free"), ("free", "tied")):
         output = tmp_path / f"{first} first"
-        run("merge", tmp_path / first, tmp_path / second, "--output", output, "--quiet")
+        capsys.readouterr()
+        run("merge", tmp_path / first, tmp_path / second, "--output", output)
+        told = "'lm_head.weight' is tied to another tensor in" in capsys.readouterr().err
+        assert told == (first == "tied")
         states = [models[name].state_dict() for name in (first, second)]
         expected = mudsc_fast.merge(states, spec=mudsc_fast.spec.llama(2, 4, 2, 8)).state_dict
         merged = load(output)

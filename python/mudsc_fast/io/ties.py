@@ -7,6 +7,7 @@ is not followed.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ from mudsc_fast.io.compatibility import TABLES
 _HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|proj_out|output_projection|output|predictions\.decoder|vocab_projector)\.weight$"
 )
+
+_LOGGER = logging.getLogger(__name__)
 
 _FLAG = "tie_word_embeddings"
 
@@ -92,6 +95,12 @@ def with_common_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
                 for checkpoint, there in zip(result, stored, strict=True)
             ]
         if free:
+            if not stored[0]:
+                _LOGGER.warning(
+                    "%r is tied to another tensor in %s, but not in all networks: the output has both",
+                    name,
+                    checkpoints[0].path,
+                )
             result = [_untied(checkpoint) for checkpoint in result]
     return result
 
