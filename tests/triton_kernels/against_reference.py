@@ -5,18 +5,21 @@ Which of them says TRITON_INTERPRET. On a device every case compiles a kernel: t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mudsc_fast.kernels._samples import SampleOrder
+from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.reference import correlation as reference_correlation
 from mudsc_fast.kernels.reference import permute as reference
 from mudsc_fast.kernels.triton import center, correlation, permute
@@ -156,6 +159,56 @@ def test_group(dtype: torch.dtype) -> None:
     for result, tensors, by_axis in zip(permute.permute_merge_group(groups, maps, weights), groups, maps, strict=True):
         expected = reference.permute_merge(tensors, by_axis, weights, None)
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
+
+
+def test_group_of_a_layer_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors as in a layer of LLaMA, small: aligned vectors and matrices, re-indexed by heads, rows and columns."""
+    torch.manual_seed(3)
+    hidden, heads, width, middle = 64, 4, 16, 96
+    residual, order, units = (random_map("permutation", 2, count) for count in (hidden, heads, middle))
+    cases: list[tuple[tuple[int, ...], dict[int, UnitMap]]] = [
+        *[((heads, width, hidden), {0: order, 2: residual})] * 3,
+        ((hidden, heads, width), {0: residual, 1: order}),
+        *[((middle, hidden), {0: units, 1: residual})] * 2,
+        ((hidden, middle), {0: residual, 1: units}),
+        *[((hidden,), {0: residual})] * 2,
+    ]
+    groups = [[randn(shape).bfloat16() for _ in range(2)] for shape, _ in cases]
+    launched = []
+
+    class Noting:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.append(grid)
+            return kernel[grid]
+
+    kernel = permute.merge_group_kernel
+    monkeypatch.setattr(permute, "merge_group_kernel", Noting())
+    results = permute.permute_merge_group(groups, [by_axis for _, by_axis in cases], [0.5, 0.5])
+    assert len(launched) == 1
+    for result, tensors, (_, by_axis) in zip(results, groups, cases, strict=True):
+        expected = reference.permute_merge(tensors, by_axis, [0.5, 0.5], None)
+        torch.testing.assert_close(result, expected, rtol=TOLERANCE[torch.bfloat16], atol=TOLERANCE[torch.bfloat16])
+
+
+def test_group_of_one_model_is_copied_bit_for_bit() -> None:
+    bits = [torch.arange(-30, 30, dtype=torch.int16, device=DEVICE).view(shape) for shape in ((60,), (6, 10))]
+    groups = [[(one * 1091).view(torch.bfloat16)] for one in bits]
+    maps = [{0: random_map("permutation", 1, one[0].shape[0])} for one in groups]
+    for result, tensors, by_axis in zip(permute.permute_merge_group(groups, maps, [1.0]), groups, maps, strict=True):
+        expected = tensors[0].index_select(0, by_axis[0].index[0])
+        assert torch.equal(result.view(torch.int16), expected.view(torch.int16))
+
+
+def test_groups_are_launched_one_by_one_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a grouped launch would be copied from the host."""
+    monkeypatch.setattr(_device, "is_capturing", lambda _: True)
+    monkeypatch.setattr(permute, "merge_group_kernel", None)
+    tensors, by_axis = [randn(9, 7) for _ in range(2)], {0: random_map("permutation", 2, 9)}
+    result = permute.permute_merge_group([tensors], [by_axis], [0.5, 0.5])[0]
+    torch.testing.assert_close(result, reference.permute_merge(tensors, by_axis, [0.5, 0.5], None))
+    elsewhere = dataclasses.replace(by_axis[0], index=by_axis[0].index.to("meta"))
+    with pytest.raises(RuntimeError, match="a UnitMap on meta cannot be used while a CUDA graph is captured"):
+        permute.permute_merge_group([tensors], [{0: elsewhere}], [0.5, 0.5])
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference() -> None:

@@ -104,12 +104,19 @@ def test_copy_and_convolution(architecture: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_group(architecture: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("copies", [False, True])
+def test_group(architecture: int, copies: bool, tmp_path: Path) -> None:
+    """Rows of whole tensors are read and written by vectors, whatever else the launch does."""
+    dtype, num_models = ("i16", 1) if copies else ("bf16", 2)
     arguments = {
-        "table": "*i64", "program_problem": "*i64", "program_tile": "*i64", "like": "*bf16", "weights": "*fp32",
-        "NUM_MODELS": 2, "FIELDS": 16, "BLOCK_LINES": 4, "BLOCK_ITEMS": 128,
+        "table": "*i64", "like": f"*{dtype}", "weights": ("fp32",) * num_models,
+        "NUM_MODELS": num_models, "FIELDS": permute.GROUP_FIELDS.value + num_models, "PROBLEMS": 16, "COPY": copies,
+        "VECTOR": 8, "BLOCK_LINES": 4, "BLOCK_ITEMS": 1024, "MOVED_ITEMS": 2048,
     }  # fmt: skip
-    Compiled(permute.merge_group_kernel, architecture, arguments, tmp_path).assert_fits(168)  # 3 programs
+    compiled = Compiled(permute.merge_group_kernel, architecture, arguments, tmp_path)
+    compiled.assert_fits(168)  # 3 programs
+    assert compiled.accesses("ld").count(128) >= 4 * num_models
+    assert compiled.accesses("st").count(128) >= 6
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,8 +1,8 @@
 """The ops: public functions that check their input and call the kernel that `_dispatch` chooses.
 
-Where an op reads a tensor it takes a NumPy array as well, and anything with ``__dlpack__`` or ``__array__`` (arrays of
-JAX and CuPy). Results are tensors on the device of the input, whose memory every library reads by ``__dlpack__``; only
-:func:`linear_sum_assignment` answers arrays with NumPy arrays, as the function of scipy that it stands for.
+Where an op takes a tensor, it also takes a NumPy array and anything with ``__dlpack__`` or ``__array__`` (arrays of JAX
+and CuPy). Results are tensors on the device of the input, which other libraries read through ``__dlpack__``. Only
+:func:`linear_sum_assignment` returns NumPy arrays for arrays, like the function of scipy that it replaces.
 """
 
 from mudsc_fast.ops._dispatch import backends, use_backend

@@ -10,12 +10,12 @@ from mudsc_fast.kernels.cuda import _device
 
 
 def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
-    """Cluster units as the function of this name in `kernels.reference` does, with the same result bit for bit.
+    """Cluster units like the function of this name in `kernels.reference`, with the same result bit for bit.
 
     The host waits once, at the end, for the number of merges.
     """
     source = similarity.detach()
-    if source.stride(1) != 1:  # rows may lie apart, but the entries of one must be adjacent
+    if source.stride(1) != 1:  # rows may have any distance, but the entries of a row must be adjacent
         source = source.contiguous()
     units, device = len(source), source.device
     cluster_of_unit = torch.empty(units, dtype=torch.int64, device=device)

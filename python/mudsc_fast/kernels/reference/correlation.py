@@ -1,4 +1,4 @@
-"""The passes around the matrix product of a correlation, in torch operations."""
+"""The passes before and after the matrix product of a correlation, in torch operations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mudsc_fast.kernels._samples import Centered, SampleOrder
 def center(
     features: Tensor, memory: Tensor, outer_order: SampleOrder | None = None, inner_order: SampleOrder | None = None
 ) -> Centered:
-    """Return features [outer, C, inner] less their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
+    """Return features [outer, C, inner] minus their mean, as [C, samples] in `memory` [C * samples], with NaN as 0.
 
-    The orders say which samples to take along the outer and the inner axis, and to sum; all as they are if None.
+    The orders say which samples to take, or to sum, along the outer and the inner axis; None takes all of them.
     """
     for axis, order in ((0, outer_order), (2, inner_order)):
         if order is not None:
@@ -58,8 +58,8 @@ def correlate(
 ) -> None:
     """Write comoment / count / max(row_deviation * column_deviation, eps) to `out`, transposed to `mirror`.
 
-    With another similarity, what is written is ``balance`` times the quotient and ``1 - balance`` times `other`, as by
-    torch.lerp. If `mirror` is `out`, the upper triangle is mirrored into the lower one.
+    With another similarity, the result is ``balance`` times the quotient plus ``1 - balance`` times `other`, as
+    torch.lerp computes it. If `mirror` is `out`, the upper triangle is mirrored into the lower one.
     """
     deviations = torch.outer(row_deviation, column_deviation)
     quotient = (comoment / (count * deviations.clamp_min(eps))).to(out.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mudsc_fast.unit_map import UnitMap
 
-#: Memory that a permutation in place takes.
+#: Scratch memory of a permutation in place.
 _SCRATCH_BYTES = 64 << 20
 
 
@@ -30,9 +30,9 @@ def permute_merge(
 
 
 def permute_(tensor: Tensor, maps: Mapping[int, UnitMap]) -> None:
-    """Re-index a tensor in place along each axis of `maps`, permutations all.
+    """Re-index a tensor in place along each axis of `maps`, which are all permutations.
 
-    One axis after the other, in slabs across another axis, each by way of a scratch of at most _SCRATCH_BYTES.
+    One axis after the other, in slabs across another axis, each through a scratch of at most _SCRATCH_BYTES.
     """
     target = tensor.detach()
     for axis, unit_map in maps.items():

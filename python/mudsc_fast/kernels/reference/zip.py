@@ -1,4 +1,4 @@
-"""Greedy zip in PyTorch: the published procedure, literally."""
+"""Greedy zip in PyTorch: the published procedure, step by step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def zip_units(similarity: Tensor, num_models: int, remaining: int, budget: int, shrink: float) -> tuple[Tensor, Tensor]:
-    """Merge the most similar pair of clusters until `remaining` are left or no legal pair is.
+    """Merge the most similar pair of clusters until `remaining` are left, or no legal pair is left.
 
     Parameters
     ----------

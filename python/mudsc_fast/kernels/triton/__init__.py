@@ -1,1 +1,1 @@
-"""Triton kernels, for CUDA tensors where triton can be imported."""
+"""Triton kernels, for CUDA tensors where Triton can be used (kernels/_triton.py)."""

@@ -1,17 +1,17 @@
-"""What the matrix product of a correlation reads: features less a shift near each unit's mean, with the units' sums.
+"""Center features for the matrix product of a correlation, and sum them: features minus a shift near the mean.
 
-Features are seen as [outer, C, inner] of any strides and read through the order of their samples: as they are,
-gathered, or summed over clusters. Nothing is copied, transposed or re-indexed first.
+Features are viewed as [outer, C, inner] with any strides and read through the order of their samples: in their own
+order, gathered, or summed over clusters. Nothing is copied, transposed or re-indexed first.
 
-Memory traffic: one read of the features, one write of what is multiplied. To subtract the mean itself would take a
-second read: the shift is the mean of a few hundred of the samples, and what is left of the mean, a small part of a
-deviation, is taken out of the product afterwards (`Centered.rest`). Each program writes its units' sums, and torch adds
-those of the programs: no atomics, so results do not depend on the order in which programs run.
+Memory traffic: one read of the features, one write of the result. Subtracting the mean itself would take a second read.
+The shift is the mean of a few hundred samples instead, and the rest of the mean, a small part of a deviation, is
+subtracted from the product afterwards (`Centered.rest`). Each program writes the sums of its units, and torch adds up
+those of all programs. There are no atomics, so that results do not depend on the order in which programs run.
 
-Parallel shape: a program takes BLOCK_UNITS x BLOCK_SAMPLES at a time and goes along the samples. Where a unit's samples
-are adjacent, or gathered from one line, it has few units and goes through the whole line, whose sectors, read in any
-order, are then found in the first-level cache; where units are adjacent it has a row of them. Samples are shared out
-among several programs where units are too few to fill a GPU.
+Parallel shape: a program takes BLOCK_UNITS x BLOCK_SAMPLES at a time and goes along the samples. If the samples of a
+unit are adjacent, or gathered from one line, it has few units and goes through the whole line, whose sectors, read in
+any order, are then found in the first-level cache. If units are adjacent, it has a row of them. If there are too few
+units to fill a GPU, samples are divided among several programs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 from mudsc_fast.kernels._samples import Centered, SampleOrder
 from mudsc_fast.kernels.triton.permute import CLUSTERS, GATHER, IDENTITY
 
-#: Numbers of a tile, 16 for each thread, or 4 where each thread also keeps where its clusters are; and its units where
-#: these are adjacent, 64 bytes of halves, 128 of float32.
+#: Numbers of a tile: 16 per thread, or 4 if each thread also tracks the places of its clusters; and its units if these
+#: are adjacent, 64 bytes in a half format, 128 in float32.
 _TILE, _CLUSTERS_TILE, _ADJACENT_UNITS = 2048, 512, 32
 _WARPS = 4
-#: Samples that a shift is estimated from: at least so many, if there are, and less than twice as many.
+#: A shift is estimated from at least this many samples, if there are as many, and from less than twice as many.
 _SHIFT_SAMPLES = 256
 #: Programs that fill a large device twice.
 _PROGRAMS = 264
@@ -64,7 +64,7 @@ def _read(
             s += 1
         if SCALED:
             values *= tl.load(scale + at, mask=sample_mask, other=0.0)[None, :]
-        # As features that hold the sums.
+        # Rounded like features that hold the sums.
         values = values.to(features.dtype.element_ty).to(number)
     else:
         if OUTER_KIND == GATHER:
@@ -89,7 +89,7 @@ def shift_kernel(
     unit_mask = unit < units
     sums = tl.zeros([BLOCK_UNITS], tl.float64)
     first = 0
-    while first < samples:  # not for: the interpreter of triton 3.6 counts on what numpy 2.4 no longer does
+    while first < samples:  # not for: triton 3.6's interpreter relies on what numpy 2.4 removed
         sample = first + tl.arange(0, BLOCK_SAMPLES) * step
         values = _read(
             features, outer_members, inner_members, starts, scale, unit, sample, unit_mask, sample < samples,
@@ -107,7 +107,7 @@ def center_kernel(
     OUTER_KIND: tl.constexpr, INNER_KIND: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_UNITS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Write a few units' samples less their shift, and their sums and those of squares to `sums` [parts, 2, units]."""
+    """Write a few units' samples minus their shift, and their sums and sums of squares to `sums` [parts, 2, units]."""
     unit = tl.program_id(0) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
     unit_mask = unit < units
     part = tl.program_id(1)
@@ -138,10 +138,10 @@ def center_kernel(
 def center(
     features: Tensor, memory: Tensor, outer_order: SampleOrder | None = None, inner_order: SampleOrder | None = None
 ) -> Centered:
-    """Return features [outer, C, inner] less a shift near their mean, as [C, samples] in `memory` [C * samples].
+    """Return features [outer, C, inner] minus a shift near their mean, as [C, samples] in `memory` [C * samples].
 
-    NaN counts as 0. The orders say which samples to take along the outer and the inner axis, all as they are if None.
-    Where one sums samples, which it does as features of their dtype would hold the sums, the other is None.
+    NaN counts as 0. The orders say which samples to take along the outer and the inner axis; None takes all of them. If
+    one of them sums samples, rounding the sums to the dtype of the features, the other must be None.
     """
     units = features.shape[1]
     outer = features.shape[0] if outer_order is None else len(outer_order)
@@ -178,7 +178,7 @@ def center(
 
 
 def launch_of(units: int, samples: int, unit_major: bool, clusters: bool = False) -> tuple[int, int, int, int]:
-    """Return the units and samples of a tile, in how many parts samples are summed, and the samples of a part."""
+    """Return the units and samples of a tile, the number of parts of the samples, and the samples of a part."""
     tile = _CLUSTERS_TILE if clusters and unit_major else _TILE
     block_units = tile // min(tile, max(128, triton.next_power_of_2(samples))) if unit_major else _ADJACENT_UNITS
     block_samples = tile // block_units

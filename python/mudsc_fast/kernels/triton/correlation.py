@@ -1,8 +1,9 @@
 """The last pass of a correlation: quotients of float64 co-moments, blended with another similarity, and their mirror.
 
 Memory traffic: one read of the co-moments and of the other similarity, one write of the result; the mirror image is
-written from the same tile. A program takes one tile of 32 x 32; of a symmetric block, tiles below the diagonal end at
-once. The quotient is in float64, the blend in float32 (float64 for float64), as in csrc/cpu/correlation.cpp.
+written from the same tile. A program takes one tile of 32 x 32; in a symmetric block, programs of tiles below the
+diagonal end at once. The quotient is in float64, the blend in float32 (float64 for float64), as in
+csrc/cpu/correlation.cpp.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def correlate_kernel(
     comoment, row_deviation, column_deviation, out, mirror, other, units, count, row_stride, other_stride, balance,
     EPS: tl.constexpr, MIRRORED: tl.constexpr, SYMMETRIC: tl.constexpr, BLENDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile. Numbers but EPS come as float32 or integers; EPS is compiled in, with all its digits."""
+    """Write one tile. EPS is compiled in, with all its digits; Triton passes other numbers as float32 or integers."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK
     first_column = tl.program_id(1).to(tl.int64) * BLOCK
     if SYMMETRIC:  # noqa: SIM102 - compiled away where it is false
@@ -39,7 +40,7 @@ def correlate_kernel(
     values = sums / (tl.where(deviations > least, deviations, least) * count)
     if out.dtype.element_ty != tl.float64:
         values = values.to(tl.float32)
-    # Rounded to the result's type first, as if it were blended afterwards.
+    # Rounded to the type of the result first, as if it were blended afterwards.
     values = values.to(out.dtype.element_ty).to(values.dtype)
     if BLENDED:
         beside = tl.load(other + row[:, None] * other_stride + column[None, :], mask=mask, other=0.0).to(values.dtype)
@@ -66,7 +67,7 @@ def correlate(
 ) -> None:
     """Write comoment / count / max(row_deviation * column_deviation, eps) to `out`, transposed to `mirror`.
 
-    With another similarity, what is written is ``balance`` times the quotient and ``1 - balance`` times `other`. If
+    With another similarity, the result is ``balance`` times the quotient plus ``1 - balance`` times `other`. If
     `mirror` is `out`, the upper triangle is mirrored into the lower one.
     """
     units = comoment.shape[0]
