@@ -132,6 +132,11 @@ def test_modules_that_load_by_version() -> None:
     aligned = result.matching.permute(other.state_dict(), 1)
     loaded.load_state_dict(aligned)
     torch.testing.assert_close(loaded(inputs), model(inputs))
+    data = [torch.randn(20, 4)]
+    repaired = mudsc_fast.repair(result, [model, other], data)
+    loaded.load_state_dict(repaired.state_dict)
+    assert repaired.model is not None
+    torch.testing.assert_close(loaded(inputs), repaired.model(inputs))
     task_states = mudsc_fast.merge([model, other], spec=spec, task_heads="fc2").task_state_dicts
     loaded.load_state_dict(task_states[1])
     torch.testing.assert_close(loaded(inputs), model(inputs))

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import Tensor, nn
 
 import mudsc_fast
 from mudsc_fast import Matching, Mode, PermutationSpec
 from networks import MLP_SPEC, make_mlp, random_permutations
+
+transformers.utils.logging.set_verbosity_error()
 
 MODES: tuple[Mode, ...] = ("align", "zip")
 
@@ -300,3 +303,27 @@ def test_models_in_files(tmp_path: Path) -> None:
         mudsc_fast.merge(paths, batches(), spec=MLP_SPEC)
     with pytest.raises(ValueError, match="no such file or directory"):
         mudsc_fast.merge([paths[0], tmp_path / "c.safetensors"])
+
+
+def bert(seed: int) -> Any:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(**shape, vocab_size=20, max_position_embeddings=8, num_labels=3)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_models_and_directories_of_hugging_face(tmp_path: Path) -> None:
+    models = [bert(0), bert(1)]
+    tokens = torch.randint(20, (4, 6))
+    expected = mudsc_fast.merge(models, [{"input_ids": tokens}])
+    assert expected.spec == mudsc_fast.spec.bert(1, 2)
+    for name, model in zip("ab", models, strict=True):
+        model.save_pretrained(tmp_path / name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    result = mudsc_fast.merge(paths, [{"input_ids": tokens}])
+    assert isinstance(result.model, transformers.BertForSequenceClassification)
+    assert_same(result, expected)
+    aligned = expected.matching.permute(models[1], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(tokens).logits, models[1](tokens).logits, rtol=1e-4, atol=1e-5)
+    assert_same(mudsc_fast.merge(paths), mudsc_fast.merge(models))

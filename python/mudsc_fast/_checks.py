@@ -1,4 +1,4 @@
-"""Checks of input that several functions share. Each names the argument, what was expected and what came."""
+"""Argument checks. Each error names the argument, what was expected, and what was given."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def check_finite(argument: str, value: Tensor) -> None:
     raise ValueError(f"{argument} must be finite, got {value[index].item()} at {index}")
 
 
-def check_int(argument: str, value: object, least: int) -> int:
-    """Return `value` as an int if it is an integer (of Python, NumPy or a 0-d tensor) of at least `least`."""
+def check_int(argument: str, value: object, minimum: int) -> int:
+    """Return `value` as an int if it is an integer (of Python, NumPy or a 0-d tensor) of at least `minimum`."""
     number = _scalar(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Integral):
         raise TypeError(f"{argument} must be an int, got {type(value).__name__}")
-    if number < least:
-        raise ValueError(f"{argument} must be at least {least}, got {number}")
+    if number < minimum:
+        raise ValueError(f"{argument} must be at least {minimum}, got {number}")
     return int(number)
 
 

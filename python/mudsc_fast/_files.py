@@ -1,4 +1,4 @@
-"""Files that are complete, or as they were before."""
+"""Atomic file replacement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path in the same folder to write to; it takes the place of `path` if the enclosed code succeeds."""
+    """Yield a path in the same folder to write to; the file replaces `path` if the enclosed code succeeds."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

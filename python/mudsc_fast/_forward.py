@@ -43,12 +43,12 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
 
 
 def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
-    """Return what of a batch the model is called with: its only argument, or keyword arguments.
+    """Return the part of a batch that the model is called with: its only argument, or keyword arguments.
 
     Raises
     ------
     TypeError
-        If it is neither a tensor nor a dict, and no tuple or list that begins with one.
+        If the batch is neither a tensor nor a dict nor a tuple or list that begins with one.
     """
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(inputs, (Mapping, Tensor)):
@@ -62,7 +62,7 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
 
 
 class Rewindable(Iterable[Any]):
-    """Batches of which the first can be looked at before, during and after reading them, even if only once."""
+    """Batches whose first can be looked at without losing it, even if they can be iterated over only once."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -101,7 +101,7 @@ class Rewindable(Iterable[Any]):
 
 @contextmanager
 def preserve_training_mode(model: nn.Module) -> Iterator[None]:
-    """Give every submodule its own mode, training or evaluation, back after the enclosed code."""
+    """Restore the mode of every submodule, training or evaluation, after the enclosed code."""
     training = {module: module.training for module in model.modules()}
     try:
         yield

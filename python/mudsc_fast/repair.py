@@ -1,8 +1,8 @@
-"""Statistics of the units of a merged network, brought back to those of the networks it was made of.
+"""REPAIR: restores the statistics of a merged network's units.
 
-Averaged units vary less than the units they were averaged of, layer by layer, until activations collapse. REPAIR
-(Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023) gives every
-unit's pre-activation the average mean and the average deviation of the aligned units it stands for.
+Averaged units vary less than the units they are averages of. The loss adds up over the layers until activations
+collapse. REPAIR (Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023) gives
+the pre-activation of every merged unit the mean and the standard deviation that its units have on average.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mudsc_fast._checks import check_choice, check_finite
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast._progress import progress_bar
+from mudsc_fast._tensors import with_metadata
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import effective_weights
 from mudsc_fast.ops.permute import UnitMap
@@ -29,7 +30,7 @@ from mudsc_fast.spec.axes import Axis, Segment
 
 MissingBias = Literal["error", "add", "skip"]
 
-#: A unit that varies less than this share of what it should is taken for constant: no factor brings it there.
+#: A unit with less than this share of its target deviation counts as constant: scaling it would amplify noise.
 _CONSTANT = 1e-6
 
 
@@ -42,16 +43,16 @@ def repair(
     forward: Forward | None = None,
     progress: bool | None = None,
 ) -> MergeResult:
-    """Rescale the units of a merged network so that they vary as those of the networks it was made of.
+    """Rescale the units of a merged network to the statistics of the networks that it was made of.
 
-    What each merged layer (linear or convolution, with a weight that produces units of a node) puts out is shifted and
-    scaled, unit by unit, to the mean and the standard deviation that the layers of the given models have there on
-    average: ``(deviation / its own) * (output - its own mean) + mean``, folded into the layer's weight and bias. The
-    network keeps its architecture. Networks with BatchNorm are served better by :func:`mudsc_fast.reset_batch_norm`.
+    The outputs of each merged layer (linear or convolution, with a weight that produces units of a node) are shifted
+    and scaled, unit by unit, to the mean and the standard deviation that the models' layers have on average:
+    ``(deviation / its own) * (output - its own mean) + mean``, folded into the layer's weight and bias. The
+    architecture does not change. For networks with BatchNorm use :func:`mudsc_fast.reset_batch_norm` instead.
 
-    The averages are those of the merge: over the models with their shares, in the order of the merged units. A cluster
-    of a zip gets the mean over its members' means and deviations. One pass over the data is enough: while
-    batches run, each layer's outputs are corrected by the batch's own statistics before the next layer sees them.
+    The averages are weighted like the merge and in the order of the merged units. A cluster of a zip gets the mean of
+    its members' means and deviations. One pass over the data is enough: each layer's outputs are corrected by the
+    statistics of the current batch before the next layer reads them.
 
     Parameters
     ----------
@@ -60,11 +61,11 @@ def repair(
     models
         The networks that were merged. Not modified.
     data
-        Batches, as for :func:`mudsc_fast.collect_statistics`; some thousand samples are enough. With several
-        batches statistics are met the closer the larger these are, with one batch they are met exactly.
+        Batches, as for :func:`mudsc_fast.collect_statistics`; a few thousand samples are enough. One batch matches the
+        statistics exactly; of several batches, larger ones match better.
     missing_bias
-        What becomes of layers without a bias, for which a mean cannot be set: ``"error"``, ``"add"`` (the layer gets
-        one: a new tensor in the state dict), or ``"skip"`` (the layer stays as it is).
+        How to treat layers without a bias, whose mean cannot be set: ``"error"``, ``"add"`` (the layer gets a bias, a
+        new tensor in the state dict), or ``"skip"`` (the layer stays as it is).
     forward
         Runs a model on a batch where that is not what the model needs.
     progress
@@ -73,18 +74,18 @@ def repair(
     Returns
     -------
     MergeResult
-        With new tensors and modules; ``repaired_layers`` names the layers that were rescaled. Of a partial merge these
-        are layers of the trunk. Layers that the model does not call as modules, as the projections inside
-        ``torch.nn.MultiheadAttention``, and those whose weight is also another layer's, stay as they are.
+        With new tensors and modules; ``repaired_layers`` names the layers that were rescaled. In a partial merge these
+        are layers of the trunk. Layers that the model does not call as modules, such as the projections inside
+        ``torch.nn.MultiheadAttention``, and layers that share their weight stay as they are.
 
     Raises
     ------
     ValueError
-        If the data yields nothing, the models are not as many as were merged, there is no layer to rescale, or one
-        without a bias and `missing_bias` is ``"error"``; if a layer's outputs are not finite, or the networks do not
-        call it equally often.
+        If the data yields nothing, the number of models is not that of the merge, there is no layer to rescale, a layer
+        has no bias and `missing_bias` is ``"error"``, a layer's outputs are not finite, or the networks call it
+        different numbers of times.
     TypeError
-        If the merge was one of state dicts.
+        If state dicts were merged instead of modules.
     """
     check_choice("missing_bias", missing_bias, get_args(MissingBias))
     if not result.task_models:
@@ -126,16 +127,16 @@ def repair(
     return dataclasses.replace(
         result,
         model=None if result.model is None else task_models[0],
-        state_dict={**result.state_dict, **changed},
+        state_dict=with_metadata({**result.state_dict, **changed}, result.state_dict),
         task_models=task_models,
-        task_state_dicts=tuple({**tensors, **changed} for tensors in result.task_state_dicts),
+        task_state_dicts=tuple(with_metadata({**own, **changed}, own) for own in result.task_state_dicts),
         repaired_layers=tuple(observer.of_merged),
     )
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer to rescale: the axes of its weight and its output that hold its units, and what these are."""
+    """A layer to rescale: the axes of its weight and its output that hold its units, and their segments."""
 
     weight_axis: int
     output_axis: int
@@ -206,12 +207,12 @@ def _unit_axes(module: nn.Module) -> tuple[int, int] | None:
     return (1, -1) if type(module).__name__ == "Conv1D" else None
 
 
-#: Returns the moments that a merged layer should have, given its name and those in the models.
+#: Returns the target moments of a merged layer, given its name and its moments in the models.
 TargetOfLayer = Callable[[str, Sequence[_Moments]], _Moments]
 
 
 class _Observer:
-    """Runs the models and, corrected by what they put out, the merged network, and keeps the moments of all layers."""
+    """Runs the models, then the merged network corrected by their outputs, and keeps the moments of all layers."""
 
     def __init__(self, merged: nn.Module, models: Sequence[nn.Module], layers: Mapping[str, _Layer]) -> None:
         self._merged, self._models, self._layers = merged, models, layers
@@ -220,7 +221,7 @@ class _Observer:
         self.of_models: dict[str, list[_Moments]] = {}
 
     def run(self, batch: Any, target_of: TargetOfLayer, forward: Forward | None) -> None:
-        """Run all networks on a batch; the merged one's layers are given the batch's moments of the models'."""
+        """Run all networks on a batch; the merged network's layers get the models' moments of that batch."""
         calls: list[dict[str, list[_Moments]]] = []
         for model in self._models:
             calls.append({name: [] for name in self._layers})
@@ -257,7 +258,7 @@ class _Observer:
     def _run_hooked(
         self, model: nn.Module, hook: Callable[[str, Tensor], Tensor | None], batch: Any, forward: Forward | None
     ) -> None:
-        """Run a model on a batch; a layer's output becomes what the hook returns for it, if anything."""
+        """Run a model on a batch; what the hook returns for a layer replaces its output."""
         device = next(iter(model.state_dict().values())).device
         with ExitStack() as stack:
             for name in self._layers:
@@ -269,7 +270,7 @@ class _Observer:
 
 
 def _target(layer: _Layer, moments: Sequence[_Moments], result: MergeResult, device: torch.device) -> _Moments:
-    """Return the moments that a merged layer should have: the models' ones, merged as a bias is."""
+    """Return the target moments of a merged layer: those of the models, merged like a bias."""
     weights = effective_weights(result.weights, result.matching)
 
     def map_of(axis: Axis) -> UnitMap | None:
@@ -283,7 +284,7 @@ def _target(layer: _Layer, moments: Sequence[_Moments], result: MergeResult, dev
 
 
 def _affine(moments: _Moments, target: _Moments) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift that bring outputs with these moments to the target's."""
+    """Return the scale and the shift that give outputs with these moments the target moments."""
     constant = moments.deviation <= _CONSTANT * target.deviation
     scale = torch.where(constant, 1.0, target.deviation / torch.where(constant, 1.0, moments.deviation))
     return scale, target.mean - scale * moments.mean

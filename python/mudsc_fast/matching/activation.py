@@ -1,8 +1,8 @@
 """Similarity of units in activation space.
 
-All models run over the same batches; a node's features are what the specification's observation sees, every position
-of every sample being one observation of all units. The similarity of two units is the Pearson correlation of their
-features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, section 3).
+All models run on the same batches. A node's features are the values at the places that the spec observes; every
+position of every sample is one observation of all units. The similarity of two units is the Pearson correlation of
+their features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, section 3).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _SECOND_AXIS_MODULES = (
 
 
 class MatchingStatistics:
-    """What the activations of several models say of their units: running sums for every node of a specification.
+    """Running sums of the activations of several models, from which the similarity of their units is computed.
 
-    Made by :func:`collect_statistics`; passed to :func:`mudsc_fast.merge` as its ``data`` they serve any number of
-    merges of the same models, in all modes and at any balance.
+    Made by :func:`collect_statistics`. Passed to :func:`mudsc_fast.merge` or :func:`mudsc_fast.match` as `data`, they
+    serve any number of merges of the same models, in all modes and at any balance.
 
     Parameters
     ----------
@@ -82,20 +82,20 @@ class MatchingStatistics:
         self._similarities: dict[str, Tensor] = {}
 
     def update(self, node: str, *features: Tensor, channel_axis: int = 1) -> None:
-        """Add what was seen of a node: as :meth:`mudsc_fast.ops.CorrelationAccumulator.update`."""
+        """Add features of a node, as :meth:`mudsc_fast.ops.CorrelationAccumulator.update`."""
         self._similarities.pop(node, None)
         self._sums[node].update(*features, channel_axis=channel_axis)
 
     @contextmanager
     def computing_in(self, workspace: Workspace) -> Iterator[None]:
-        """Let all updates of the enclosed code compute in the same memory."""
+        """Let all updates in the enclosed code share one workspace."""
         with ExitStack() as stack:
             for sums in self._sums.values():
                 stack.enter_context(sums.computing_in(workspace))
             yield
 
     def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
-        """Return a node's similarity; computed once, and kept until there are more samples. Not to be modified.
+        """Return a node's similarity. It is computed once and kept until there are more samples; do not modify it.
 
         Parameters
         ----------
@@ -118,7 +118,7 @@ class MatchingStatistics:
         return with_first(similarity, self.num_models) if blocks == "cross" and self.blocks == "full" else similarity
 
     def merge(self, other: MatchingStatistics) -> None:
-        """Add the samples of others, of the same models on other data.
+        """Add the samples of other statistics, of the same models on other data.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class MatchingStatistics:
             sums.merge(other._sums[node])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics to a file, which is complete or, if this fails, as it was before.
+        """Write the statistics to a file (atomic file replacement).
 
         Raises
         ------
@@ -202,9 +202,9 @@ def collect_statistics(
     precision: Precision = "float32",
     progress: bool | None = None,
 ) -> MatchingStatistics:
-    """Run all models over the data and gather what the correlation of their units needs, node by node.
+    """Run all models on the data and collect the statistics from which the correlation of their units is computed.
 
-    Nothing of the data's size is kept: features of one batch are folded into running sums. The models run in
+    Memory does not grow with the data: the features of each batch are added to running sums. The models run in
     evaluation mode without gradients and are left as they were.
 
     Parameters
@@ -213,18 +213,18 @@ def collect_statistics(
         Two or more modules of one architecture.
     data
         Batches: a tensor (the model's only argument), a dict (its keyword arguments), or a tuple or list as data
-        loaders yield them (the first entry, itself a tensor or dict, is the input; targets behind it are not used).
-        Tensors are moved to each model's device.
+        loaders yield them (the first entry, a tensor or dict, is the input; targets after it are ignored). Tensors are
+        moved to each model's device.
     spec
         The spec of the models, which says where each node is observed; or how to choose it, as for
         :func:`mudsc_fast.merge`.
     blocks
-        ``"full"`` for zip and align, ``"cross"`` for align alone at less work.
+        ``"full"`` for zip and align, ``"cross"`` for align alone, which is faster.
     forward
         Runs a model on a batch where that is not what the model needs.
     autocast
-        Run the models under ``torch.autocast`` in this dtype, e.g. ``torch.bfloat16``. Where features are then of that
-        dtype, they are still centred and summed in float32 and float64.
+        Run the models under ``torch.autocast`` in this dtype, e.g. ``torch.bfloat16``. Features of that dtype are still
+        centered and summed in float32 and float64.
     precision
         Of the products of features, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     progress
@@ -235,7 +235,7 @@ def collect_statistics(
     ValueError
         If the data yields nothing, no node has a place where it is observed, or what is observed does not fit.
     TypeError
-        If `autocast` is no dtype of 16 bits.
+        If `autocast` is not a 16-bit dtype, or a model is a compiled ScriptModule.
     """
     if autocast not in (None, torch.float16, torch.bfloat16):
         raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
@@ -294,7 +294,7 @@ def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequen
 
 @dataclass(frozen=True)
 class _Feature:
-    """A node's units as seen by one call of a module."""
+    """A node's units in one call of a module."""
 
     values: Tensor
     axis: int
@@ -344,7 +344,7 @@ class _Observer:
             yield
 
     def run(self, batch: Any, forward: Forward | None) -> dict[str, list[_Feature]]:
-        """Run the model on a batch and return what was seen at each node."""
+        """Run the model on a batch and return the features of each node."""
         features_of_node: dict[str, list[_Feature]] = {node: [] for node in self._observations}
         self._features = features_of_node
         try:
@@ -404,7 +404,7 @@ def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) ->
 
 
 def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any], start: int) -> Tensor:
-    """Return the queries, keys and values that attention computes of the input which it takes those at `start` from."""
+    """Return the queries, keys and values projected from the input that the entries at `start` are computed from."""
     width = attention.embed_dim
     place = start // width
     read = args[place] if place < len(args) else kwargs[("query", "key", "value")[place]]

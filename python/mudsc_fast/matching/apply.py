@@ -107,10 +107,10 @@ def task_tensors(
     shared: Iterable[str],
     names: Iterable[str],
 ) -> dict[str, Tensor]:
-    """Return tensors of one model, fitted to the merged tensors that they stand behind or beside.
+    """Return tensors that one model keeps, re-indexed to fit the merged tensors.
 
-    Their axes follow the matching of the nodes that the tensors `shared` have; those of other nodes keep their order,
-    except that groups which are tied to groups of a merged node are ordered as these.
+    Axes of nodes that the tensors `shared` have follow the matching. Axes of other nodes keep their order, except that
+    groups tied to the groups of a merged node follow these.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def task_tensors(
 def permute_state_dict(
     state_dict: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a network's tensors with the units of some nodes re-ordered; the network's function stays the same.
+    """Return a network's tensors with the units of some nodes in another order; its outputs stay the same.
 
     Parameters
     ----------
@@ -162,13 +162,13 @@ def permute_state_dict(
     spec
         The axes map of the network.
     permutations
-        For each node to re-order a permutation [units] int64: unit k of the result is unit ``permutation[k]``.
+        For each node to reorder a permutation [units] int64: unit k of the result is unit ``permutation[k]``.
 
     Raises
     ------
     ValueError
-        If a node is unknown, the specification does not fit, an entry is no permutation of the node's units, takes a
-        group of units apart, or orders groups otherwise than a node they are tied to.
+        If a node is unknown, the spec does not fit, or an entry is not a permutation of the node's units, splits a
+        group of units, or orders groups differently than a node that they are tied to.
     """
     units = spec.units(state_dict)
     for node, permutation in permutations.items():
@@ -237,7 +237,7 @@ def reindex(
 
 @dataclass(frozen=True)
 class Split:
-    """A tensor's shape with each re-indexed axis as (outer, units, inner): its maps, and in how many each axis is."""
+    """A tensor's shape with each re-indexed axis split into (outer, units, inner), the maps, and factors per axis."""
 
     shape: list[int]
     maps: dict[int, UnitMap]
@@ -245,7 +245,7 @@ class Split:
 
 
 def split_axes(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of: MapOfAxis) -> Split:
-    """Return how a tensor is seen so that the axes which `map_of` re-indexes are axes of units alone."""
+    """Return the view of a tensor in which the axes that `map_of` re-indexes hold nothing but units."""
     split = Split([], {}, [])
     for position, length in enumerate(shape):
         axis = layout[position][0].axis if position < len(layout) else None

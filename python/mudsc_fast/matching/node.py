@@ -1,4 +1,4 @@
-"""Matching the units of one node, and what comes of it."""
+"""Matching the units of one node."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mudsc_fast.spec.axes import Role
 
 Mode = Literal["align", "zip"]
 
-#: Solutions for so many units are worth keeping for the next visit. Smaller ones are found in milliseconds, and kept
-#: among the workspaces of a heap they would cost more memory than their own.
+#: With at least so many units, a solution is kept to warm-start the next visit. Smaller problems are solved in
+#: milliseconds, and their solutions would fragment the heap.
 _MIN_UNITS_TO_KEEP = 2048
 
 #: A weight that stands for 0: below the rounding of float64 beside 1, and far from the end of float32's range.
@@ -70,14 +70,14 @@ class NodeMatching:
         return None if self.mode == "zip" else torch.argsort(self.cluster_of_unit, dim=1)
 
     def same_clusters(self, other: NodeMatching) -> bool:
-        """Return whether both say the same of every unit."""
+        """Return whether both matchings assign every unit to the same cluster."""
         return self.num_clusters == other.num_clusters and torch.equal(self.cluster_of_unit, other.cluster_of_unit)
 
     def unit_map(self, role: Role, model_weights: Sequence[float], model: int | None = None) -> UnitMap:
         """Return how an axis is re-indexed: for all models together, or for one of them.
 
-        Where units are produced a cluster is the weighted mean of its members, where they are consumed their sum;
-        merged with weights w_i, a consumer then sees what it saw before. For equal weights the scale is
+        A cluster is the weighted mean of its members where units are produced, and their sum where they are consumed:
+        a consumer merged with weights w_i then computes what it computed before. For equal weights the scale is
         models / members, the published merge matrix without the 1e-5 in its denominator.
         """
         chosen = slice(None) if model is None else slice(model, model + 1)
@@ -93,11 +93,11 @@ class NodeMatching:
         return UnitMap.clusters(self.cluster_of_unit[chosen], self.num_clusters, scale)
 
     def task_map(self, role: Role, model: int) -> UnitMap:
-        """Return how one model's own tensor is re-indexed to stand behind or beside merged tensors.
+        """Return how one model's own tensor is re-indexed to fit merged tensors.
 
-        Where it consumes the units, each of the model's units reads the cluster that it became part of. Where it
-        produces them, a cluster gets the mean of the model's own members, and 0 where it has none, which no tensor of
-        this model reads.
+        Where it consumes the units, each unit of the model reads the cluster that it belongs to. Where it produces
+        them, a cluster gets the mean of the model's own members. A cluster without any gets 0; no tensor of this model
+        reads it.
         """
         permutations = self.permutations
         if permutations is not None:
@@ -109,7 +109,7 @@ class NodeMatching:
         return UnitMap.clusters(own, self.num_clusters, scale)
 
     def group_order(self, groups: int, model: int) -> Tensor:
-        """Return [groups] int64: which group of a model becomes each group of the result."""
+        """Return [groups] int64: the group of a model that becomes each group of the result."""
         units = self.cluster_of_unit.shape[1]
         return torch.argsort(self.cluster_of_unit[model, :: units // groups] // (self.num_clusters // groups))
 
@@ -138,10 +138,10 @@ Matcher = Callable[[Mapping[str, Tensor], int], dict[str, NodeMatching]]
 def align_units(
     blocks: Mapping[str, Tensor], groups: int = 1, *, earlier: dict[str, Assignment] | None = None
 ) -> dict[str, NodeMatching]:
-    """Give every model but the first the permutation that maximises its summed similarity with the first.
+    """Give every model except the first the permutation that maximizes its summed similarity with the first.
 
-    Where the units of a node come in groups, a permutation of groups is found first: by the mean similarity of their
-    units, each pair of groups matched at its best. Several nodes share one permutation of groups.
+    If the units of a node form groups, a permutation of the groups is found first, by the mean similarity of their
+    units under the best matching of each pair of groups. Several nodes share one permutation of groups.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def align_units(
     groups
         Number of groups, of consecutive units, that each node's units form.
     earlier
-        The solutions for similarities alike, by node: where the search begins. Replaced by those found.
+        Solutions for similar problems, by node, which warm-start the search. Replaced by the new solutions.
     """
     pairs, inner, gaps = _pair_groups(blocks, groups, earlier)
     matching = {}
@@ -174,10 +174,10 @@ def align_units(
 def zip_all_units(
     similarities: Mapping[str, Tensor], num_models: int, groups: int = 1, *, shrink: float = 0.5, budget: float = 1.0
 ) -> dict[str, NodeMatching]:
-    """Cluster the units of all models greedily, down to the number of units that each model has.
+    """Cluster the units of all models greedily, down to the number of units of one model.
 
-    Where the units of a node come in groups, the groups of all models are first paired with those of the first model,
-    as by :func:`align_units`; the units of each set of paired groups are then clustered by themselves.
+    If the units of a node form groups, the groups of all models are first paired with those of the first model, as in
+    :func:`align_units`. The units of each set of paired groups are then clustered separately.
 
     Parameters
     ----------

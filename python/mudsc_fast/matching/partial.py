@@ -1,4 +1,4 @@
-"""Which tensors the merged networks share, and which stay with the task of each."""
+"""Partial merges: which tensors the tasks share, and which each task keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Division:
     shared
         Names of the tensors that are merged into one trunk, in the order of the state dict.
     per_task
-        Names of the tensors of which every task keeps its own.
+        Names of the tensors that each task keeps for itself.
     """
 
     task_heads: frozenset[str]
@@ -48,10 +48,10 @@ def divide(
     spec
         The axes map.
     stop_at
-        Nodes, or tensors by their name or its beginning up to a dot: the last that are merged. Of the tensors that
-        nodes link to a stop, in the order of the axes map, those up to it are shared. Where no stop is given, and in
-        parts that no node links to one, all are. A tensor without a node goes with the one before it, one under several
-        names with the first of them that is shared.
+        The last layers to merge: nodes, or tensors by their name or its beginning up to a dot. Of the tensors that
+        nodes link to a stop, those up to it in the order of the spec are shared. Without a stop, and in parts that no
+        node links to one, all tensors are shared. A tensor without a node goes with the one before it. A tensor with
+        several names is shared if one of them is.
     task_heads
         Tensors to keep per task, by their name or its beginning up to a dot.
 
@@ -86,7 +86,7 @@ def divide(
 
 
 def _unequal_heads(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> set[str]:
-    """Return the tensors whose shapes differ only in what the network puts out, with those of the same module."""
+    """Return the output layers whose sizes differ between the models: all tensors of their modules."""
     heads = set()
     for name, tensor in state_dicts[0].items():
         shapes = [state_dict[name].shape for state_dict in state_dicts]
@@ -111,7 +111,7 @@ def _produces_nothing(spec: PermutationSpec, name: str) -> bool:
 
 
 def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
-    """Return for each tensor with a node whether it comes up to the stop of its part of the network."""
+    """Return for each tensor with a node whether it lies before the stop of its part of the network, or at it."""
     order = {name: position for position, name in enumerate(spec.layouts)}
     part_of = _linked_parts(spec)
     last_of_part: dict[str, int] = {}
@@ -129,18 +129,18 @@ def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
 
 
 def _stop_tensors(spec: PermutationSpec, entry: str) -> list[str]:
-    """Return the tensors that one stop names: all of a name's beginning, or of the layers that produce a node."""
+    """Return the tensors that one stop names: by the beginning of their names, or of the layers that produce a node."""
     if entry not in spec.nodes:
         return [name for name in spec.layouts if _begins(name, entry)]
     uses = [use for use in spec.uses(entry) if use.axis.role == "produce" and use.axis.compared]
-    # The running statistics of a norm come behind its weights and belong to it.
+    # The running statistics of a norm follow its weights and belong to it.
     modules = {use.tensor.rpartition(".")[0] for use in uses} - {""}
     tensors = {use.tensor for use in uses}
     return [name for name in spec.layouts if name in tensors or name.rpartition(".")[0] in modules]
 
 
 def _linked_parts(spec: PermutationSpec) -> dict[str, str]:
-    """Return for each tensor with a node the first tensor of its part: tensors that nodes link to one another."""
+    """Return for each tensor with a node the first tensor of its part, the tensors that nodes link to one another."""
     part_of: dict[str, str] = {}
     for node in spec.nodes:
         tensors = [use.tensor for use in spec.uses(node)]

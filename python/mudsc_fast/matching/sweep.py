@@ -1,4 +1,4 @@
-"""Sweeps over the nodes: each is matched again under the current matching of the others, until nothing improves."""
+"""Sweeps over the nodes: each node is matched given the current matching of the others, until nothing improves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SimilarityOfNode = Callable[[str, Mapping[str, NodeMatching]], Tensor]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The best matching found, and the objective (mean similarity over the nodes) after every sweep."""
+    """The best matching found, and the objective (mean similarity of the nodes) after each sweep."""
 
     matching: dict[str, NodeMatching]
     objectives: list[float]
@@ -35,14 +35,14 @@ def sweep(
     patience: int = 5,
     progress: bool | None = False,
 ) -> SweepResult:
-    """Match every node again and again, in random order, and keep the best.
+    """Match all nodes repeatedly, in random order, and return the best matching.
 
-    Nodes are visited in the order of ``torch.randperm`` from one generator seeded with `random_state`. After a sweep
-    that did not raise the mean of the nodes' similarities above the best so far, the best matching is restored; after
-    `patience` such sweeps in a row, or `max_sweeps` in all, the search ends.
+    Each sweep visits the nodes in the order of ``torch.randperm``, from one generator seeded with `random_state`. If a
+    sweep does not raise the mean similarity of the nodes above the best so far, the best matching is restored. The
+    search stops after `patience` such sweeps in a row, or `max_sweeps` sweeps.
 
-    Nodes with tied groups are visited together. A node keeps its last result while no neighbour's matching has changed
-    since: its similarity would be the same.
+    Nodes with tied groups are visited together. A node is skipped if none of its neighbours' matchings has changed
+    since its last visit: its similarity would be the same.
     """
     generator = torch.Generator().manual_seed(random_state)
     current = dict(start)
@@ -75,7 +75,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Visit:
-    """The latest result for a bundle of nodes and the neighbours' matchings it was computed under."""
+    """The latest result for a bundle of nodes, and the neighbours' matchings that it was computed with."""
 
     neighbours: Mapping[str, NodeMatching]
     result: Mapping[str, NodeMatching]

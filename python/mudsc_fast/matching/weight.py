@@ -22,17 +22,17 @@ from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, Role, Segment
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: Vectors shorter than this (of biases and norms) are joined before they are multiplied.
-_SHORT = 512
-#: Sums that are kept from visit to visit take at most so many times the memory of the largest node's.
-_MOST_KEPT = 4
+#: Slices with fewer samples (of biases and norms) are concatenated before they are multiplied.
+_MIN_SAMPLES = 512
+#: Sums kept between visits use at most this multiple of the memory of the largest node's sums.
+_MAX_KEPT = 4
 
 
 class WeightSimilarity:
     """Computes the weight similarity of a node under the current matching of its neighbours.
 
-    The sums of a node are kept where memory allows. At the next visit only what has changed is exchanged in them: the
-    slices of the neighbours' units whose matching is another than before.
+    The sums of a node are kept where memory allows. The next visit updates them incrementally: only the slices of those
+    neighbouring units whose matching has changed are replaced.
 
     Parameters
     ----------
@@ -66,10 +66,12 @@ class WeightSimilarity:
         self._precision: Precision = precision
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
-        self._parts = {node: list(_parts(spec, self._units, state_dicts[0], node)) for node in spec.nodes}
+        self._tensor_slices = {
+            node: list(_tensor_slices(spec, self._units, state_dicts[0], node)) for node in spec.nodes
+        }
         self._kept: dict[str, _Kept] = {}
         # Co-moments in units of one pair of models: their sum over nodes bounds what is kept.
-        self._room = _MOST_KEPT * max(count**2 for count in self._units.values()) if keep else 0
+        self._room = _MAX_KEPT * max(count**2 for count in self._units.values()) if keep else 0
 
     def __call__(
         self, node: str, matching: Mapping[str, NodeMatching], other: Tensor | None = None, balance: float = 1.0
@@ -88,14 +90,14 @@ class WeightSimilarity:
         return kept.sums.finalize(other=other, balance=balance)
 
     def _computed(self, node: str, around: Mapping[str, NodeMatching | None]) -> CorrelationAccumulator:
-        device = self._state_dicts[0][self._parts[node][0].tensor].device
+        device = self._state_dicts[0][self._tensor_slices[node][0].tensor].device
         sums = CorrelationAccumulator(
             len(self._state_dicts), self._units[node], blocks=self._blocks, device=device, precision=self._precision
         )
         short: list[list[Tensor]] = []
         with sums.computing_in(Workspace()):
-            for part in self._parts[node]:
-                if part.samples >= _SHORT:
+            for part in self._tensor_slices[node]:
+                if part.samples >= _MIN_SAMPLES:
                     self._add(sums, part, around)
                 else:
                     features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
@@ -104,7 +106,7 @@ class WeightSimilarity:
                 sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
         return sums
 
-    def _add(self, sums: CorrelationAccumulator, part: _Part, around: Mapping[str, NodeMatching | None]) -> None:
+    def _add(self, sums: CorrelationAccumulator, part: _TensorSlice, around: Mapping[str, NodeMatching | None]) -> None:
         """Add what a part holds of the node: the features of :meth:`_slices`, re-indexed where they are summed."""
         maps = {axis: self._whole_map(axis, around[axis.node]) for axis in part.layout if axis is not None}
         windows = [self._window(model, part) for model in range(len(self._state_dicts))]
@@ -114,7 +116,7 @@ class WeightSimilarity:
         by_axis = {axis if axis < at else axis + 2: unit_map for axis, unit_map in split.maps.items()}
         sums.update(*(window.reshape(shape) for window in windows), channel_axis=at + 1, maps=by_axis)
 
-    def _window(self, model: int, part: _Part) -> Tensor:
+    def _window(self, model: int, part: _TensorSlice) -> Tensor:
         """Return the part of a model's tensor that is meant."""
         tensor = self._state_dicts[model][part.tensor].detach()
         if tensor.is_complex():
@@ -124,14 +126,14 @@ class WeightSimilarity:
         return tensor
 
     def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
-        """Bring a node's sums up to date with its neighbours; return False if starting anew is as cheap."""
+        """Update a node's sums incrementally; return False if recomputing them is as cheap."""
         changes = {}
         for other, now in around.items():
             change = _change(other, kept.around[other], now, len(self._state_dicts), self._units[other])
             if change is not None:
                 changes[other] = change
         work, exchanged = 0.0, []
-        for part in self._parts[node]:
+        for part in self._tensor_slices[node]:
             changed = [other for other in part.others if other in changes]
             if len(changed) > 1:
                 return False
@@ -139,7 +141,7 @@ class WeightSimilarity:
                 change = changes[changed[0]]
                 exchanged.append((part, change))
                 work += part.samples * change.share * (1 if change.reordered else 2)
-        if work >= sum(part.samples for part in self._parts[node]):
+        if work >= sum(part.samples for part in self._tensor_slices[node]):
             return False
         with kept.sums.computing_in(Workspace()):
             for part, change in exchanged:
@@ -154,15 +156,15 @@ class WeightSimilarity:
     def _slices(
         self,
         model: int,
-        part: _Part,
+        part: _TensorSlice,
         around: Mapping[str, NodeMatching | None],
         only: _Selection | None = None,
     ) -> Tensor:
-        """Return what one model's tensor holds of a node, all other axes in the order of the merged network.
+        """Return one model's slices of a node, with all other axes in the order of the merged network.
 
-        What the tensor consumes is averaged over a cluster's members and what it produces is summed: the published
-        vectors use the two matrices of a cluster in the opposite way to the merge itself. With `only`, of one
-        neighbour no more than the merged units selected.
+        Axes that the tensor consumes are averaged over a cluster's members, and axes that it produces are summed: the
+        published vectors use the two matrices of a cluster the other way round than the merge does. `only` restricts
+        one neighbour to the merged units that it selects.
         """
         tensor = self._window(model, part)
         if only is not None and only.cluster_of_member is not None:
@@ -191,15 +193,15 @@ class WeightSimilarity:
 
 @dataclass
 class _Kept:
-    """A node's sums and the neighbours' matchings they were made under."""
+    """A node's sums, and the matchings of its neighbours that they were computed with."""
 
     sums: CorrelationAccumulator
     around: Mapping[str, NodeMatching | None]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a tensor holds of a node: a window in which every axis belongs to one node at most.
+class _TensorSlice:
+    """A node's entries in one tensor: a window in which every axis belongs to at most one node.
 
     Attributes
     ----------
@@ -212,7 +214,7 @@ class _Part:
     layout
         The node of every axis; None for the node's own and for those that keep their order.
     samples
-        Numbers that the part adds to each unit's vector.
+        Number of entries that the window adds to each unit's vector.
     """
 
     tensor: str
@@ -227,9 +229,9 @@ class _Part:
         return [axis.node for axis in self.layout if axis is not None]
 
 
-def _parts(
+def _tensor_slices(
     spec: PermutationSpec, units: Mapping[str, int], state_dict: Mapping[str, Tensor], node: str
-) -> Iterator[_Part]:
+) -> Iterator[_TensorSlice]:
     for use in spec.uses(node):
         if not use.axis.compared:
             continue
@@ -239,7 +241,7 @@ def _parts(
         for segments in itertools.product(*choices):
             windows = tuple((at, s.start, s.width) for at, s in enumerate(segments) if s.width is not None)
             widths = {at: width for at, _, width in windows}
-            yield _Part(
+            yield _TensorSlice(
                 tensor=use.tensor,
                 position=use.position,
                 split=(use.axis.outer, units[node], use.axis.inner),
@@ -251,7 +253,7 @@ def _parts(
 
 @dataclass(frozen=True)
 class _Selection:
-    """Some of a node's merged units, and the units of each model that they are made of.
+    """Some merged units of a node, and the units of each model that they consist of.
 
     Attributes
     ----------
@@ -288,14 +290,14 @@ class _Selection:
 
 @dataclass(frozen=True)
 class _Change:
-    """The merged units of a node that are others than before, as they were and as they are.
+    """The merged units of a node that changed, before and after.
 
     Attributes
     ----------
     share
-        Their share of all.
+        Their share of all merged units.
     reordered
-        Whether each model's units are the same in another order, those of the first model in the same order.
+        Whether each model has the same units in another order, and the first model in the same order.
     """
 
     old: _Selection
@@ -307,7 +309,7 @@ class _Change:
 def _change(
     node: str, old: NodeMatching | None, new: NodeMatching | None, num_models: int, units: int
 ) -> _Change | None:
-    """Return what has changed between two matchings of a node, None where nothing has."""
+    """Return what changed between two matchings of a node, None if nothing did."""
     if old is new:
         return None
     modes = {matching.mode for matching in (old, new) if matching is not None}
@@ -329,13 +331,13 @@ def _change(
 
 
 def _order(matching: NodeMatching | None, num_models: int, units: int) -> Tensor:
-    """Return [models, units]: the unit of each model that each merged unit is made of."""
+    """Return [models, units]: the unit of each model that each merged unit consists of."""
     permutations = None if matching is None else matching.permutations
     return torch.arange(units, device="cpu").expand(num_models, units) if permutations is None else permutations
 
 
 def _changed_clusters(old: NodeMatching, new: NodeMatching) -> list[Tensor]:
-    """Return the clusters of either matching that the other does not have, whatever their numbers."""
+    """Return the clusters of each matching that the other one lacks, regardless of how they are numbered."""
     first, size = zip(*(_first_and_size(matching) for matching in (old, new)), strict=True)
     # A cluster whose members all share their first member and their number in the other matching is a cluster there.
     moved = (first[0] != first[1]) | (size[0] != size[1])
@@ -348,7 +350,7 @@ def _changed_clusters(old: NodeMatching, new: NodeMatching) -> list[Tensor]:
 
 
 def _first_and_size(matching: NodeMatching) -> tuple[Tensor, Tensor]:
-    """Return for every unit of all models the first unit of its cluster, and how many units that has."""
+    """Return for every unit of all models the first unit of its cluster, and the cluster's size."""
     clusters = matching.cluster_of_unit.flatten()
     units = torch.arange(len(clusters), device=clusters.device)
     first = units.new_full((matching.num_clusters,), len(clusters)).scatter_reduce_(0, clusters, units, "amin")

@@ -189,7 +189,7 @@ def _check_shape(similarity: Tensor, num_models: int) -> int:
     """Return the number of units of all models together."""
     _checks.check_tensor("similarity", similarity)
     _checks.check_float("similarity", similarity)
-    _checks.check_int("num_models", num_models, least=1)
+    _checks.check_int("num_models", num_models, minimum=1)
     shape = list(similarity.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"similarity must be square, [N * C, N * C], got shape {shape}")

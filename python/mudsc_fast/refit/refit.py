@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mudsc_fast._checks import check_choice, check_int, check_number, check_share
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
+from mudsc_fast._tensors import with_metadata
 from mudsc_fast.refit.fit import Fitter, Outputs, Settings
 from mudsc_fast.refit.graph import Layer, Skipped, output_entries
 from mudsc_fast.refit.tape import Network, Tape
@@ -416,17 +417,18 @@ def _with_tensors(
 ) -> MergeResult:
     def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         own = model.state_dict()
-        return {name: own[name].detach().clone() for name in names}
+        return {name: own[name].clone() if isinstance(own[name], Tensor) else own[name] for name in names}
 
     shared = tensors_of(task_models[0], result.state_dict)
     tasks = []
     for model, tensors in zip(task_models, result.task_state_dicts, strict=True):
         own = tensors_of(model, [name for name in tensors if name not in shared])
-        tasks.append({name: shared[name] if name in shared else own[name] for name in tensors})
+        whole = {name: shared[name] if name in shared else own[name] for name in tensors}
+        tasks.append(with_metadata(whole, tensors))
     return dataclasses.replace(
         result,
         model=None if result.model is None else task_models[0],
-        state_dict=shared,
+        state_dict=with_metadata(shared, result.state_dict),
         task_models=task_models,
         task_state_dicts=tuple(tasks),
         refit_layers=tuple(layers),

@@ -57,8 +57,8 @@ def build_family(name: str, numbers: Mapping[str, int], tensors: Tensors, config
     try:
         spec = _FAMILIES[name](tensors, options)
         options.check_all_used()
-    except _OptionError:
-        raise
+    except _OptionError as error:
+        raise ValueError(str(error)) from None
     except (ValueError, KeyError, IndexError) as error:
         raise ValueError(f"the tensors are not those of the family {name}: {error}") from error
     problems = spec.problems(tensors)
