@@ -149,7 +149,7 @@ def test_merge_with_permuted_copies_stays_exact(factory: type[nn.Module], mode: 
     batches = batches_for(factory)
     model = make_models(factory, 1)[0]
     spec = make_spec(model, batches)
-    copies = 2 if mode == "align" else 1  # the greedy zip of three copies mixes units that differ
+    copies = 2
     models = [model, *(permuted(model, spec, seed) for seed in range(copies))]
     result = mudsc_fast.merge(models, batches, spec=spec, mode=mode)
     refitted = mudsc_fast.refit(result, models, batches)
@@ -170,7 +170,7 @@ def test_outputs_come_closer_to_the_mean_of_the_models(factory: type[nn.Module],
     refitted = mudsc_fast.refit(result, models, batches)
     ensemble = sum(w * outputs(model, batches) for w, model in zip(weights, models, strict=True))
     error = [(outputs(one.model, batches) - ensemble).square().mean() for one in (result, refitted)]
-    assert error[1] < 0.5 * error[0]
+    assert error[1] < 0.7 * error[0]
     for layer in refitted.refit_layers:
         assert layer.error_after <= layer.error_before * (1 + 1e-6) + 1e-12
     assert all(torch.equal(result.state_dict[name], tensor) for name, tensor in before.items())
