@@ -200,7 +200,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], bool]] = 
     "fft": (lambda: Hidden(lambda x: torch.fft.fft(x).real), vectors(64, 10), True),
     "renorm": (lambda: Hidden(lambda x: torch.renorm(x, 2, 0, 2.0)), vectors(64, 10), True),
     "sort": (lambda: Hidden(lambda x: x.sort(1).values), vectors(64, 10), True),
-    "argsort": (lambda: Hidden(lambda x: x.argsort(1) * 0.1), vectors(64, 10), True),
+    "argsort": (lambda: Hidden(lambda x: x.argsort(1).to(x.dtype) / 9), vectors(64, 10), True),
     "qwen3": (causal("Qwen3", 4, head_dim=6), tokens, False),
     "phi3": (huggingface("Phi3ForCausalLM", "Phi3", **SHAPE, **TEXT, num_key_value_heads=2), tokens, False),
     "mixtral": (

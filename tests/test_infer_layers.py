@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -570,3 +571,31 @@ def test_compiled_and_transformed_code_is_refused() -> None:
         torch.vmap(lambda values: PermutationSpec.from_model(model, values))(sample(2, 3, 6))
     with pytest.raises(RuntimeError, match=r"while torch.jit or torch.compile traces"):
         torch.jit.trace(lambda values: PermutationSpec.from_model(model, values), sample(3, 6))
+
+
+def test_specification_of_an_untied_model_is_refused_for_a_tied_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.table, self.hidden = nn.Embedding(20, 12), nn.Linear(12, 12)
+            self.head = nn.Linear(12, 20, bias=False)
+            if tied:
+                self.head.weight = self.table.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            result: Tensor = self.head(torch.tanh(self.hidden(self.table(tokens))))
+            return result
+
+    tokens = torch.arange(60).reshape(20, 3) % 20
+    tied, free = (randomize(Tied(tied), seed=1) for tied in (True, False))
+    of_tied, of_free = (PermutationSpec.from_model(model, tokens) for model in (tied, free))
+    assert of_tied.units(tied.state_dict()) == {"table": 12}
+    assert of_free.units(free.state_dict()) == {"table": 12, "hidden": 12}
+    for model in (tied, free):  # what is tied moves alike, so this fits both
+        copied = copy.deepcopy(model)
+        permutations = random_group_permutations(of_tied, of_tied.units(model.state_dict()), seed=2)
+        copied.load_state_dict(mudsc_fast.permute_state_dict(model.state_dict(), of_tied, permutations))
+        torch.testing.assert_close(copied(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+    permutations = random_group_permutations(of_free, of_free.units(tied.state_dict()), seed=2)
+    with pytest.raises(ValueError, match=r"'table.weight' and 'head.weight' are one tensor .* axes differently"):
+        mudsc_fast.permute_state_dict(tied.state_dict(), of_free, permutations)

@@ -167,10 +167,12 @@ def permute_state_dict(
     Raises
     ------
     ValueError
-        If a node is unknown, the spec does not fit, or an entry is not a permutation of the node's units, splits a
-        group of units, or orders groups differently than a node that they are tied to.
+        If a node is unknown, the spec does not fit, an entry is not a permutation of the node's units, splits a group
+        of units, or orders groups differently than a node that they are tied to, or the state dict has one tensor
+        under two names whose axes the spec permutes differently.
     """
     units = spec.units(state_dict)
+    _main_names([state_dict], spec, list(state_dict))  # raises if tied tensors would come apart
     for node, permutation in permutations.items():
         if node not in units:
             raise ValueError(f"permutations names the node {node!r}, which spec does not have")
