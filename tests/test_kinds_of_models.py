@@ -401,3 +401,12 @@ def test_scripted_models_and_vmap() -> None:
 
     with pytest.raises(ValueError, match=r"node 'fc1' is observed at 'fc2', which runs inside torch.vmap"):
         mudsc_fast.match(models, batches(), spec=MLP_SPEC, forward=vectorized)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        compiled = [torch.jit.trace(model, batches()[0]) for model in models]
+    with pytest.raises(
+        TypeError, match=r"models\[0\] must be a module whose submodules can be observed, got a TopLevel"
+    ):
+        mudsc_fast.match(compiled, batches(), spec=MLP_SPEC)
+    by_weights = mudsc_fast.match(compiled, spec=MLP_SPEC)
+    assert by_weights["fc1"].same_clusters(mudsc_fast.match(models, spec=MLP_SPEC)["fc1"])
