@@ -92,6 +92,13 @@ void copy_entries(const MatrixView& matrix, To* to, const Copy& copy) {
   }
 }
 
+// Entries of two vectors, chosen by constant numbers: clang and gcc before 12 have one of these each.
+#if defined(__clang__)
+#define MUDSC_SHUFFLE(order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MUDSC_SHUFFLE(order, a, b, ...) __builtin_shuffle(a, b, order{__VA_ARGS__})
+#endif
+
 // Vectors of 16 bytes, which every processor has that this is compiled for; memory need not be aligned.
 template <class Value>
 struct Quad;
@@ -118,20 +125,21 @@ inline void transpose_square(const float* from, std::int64_t from_stride, float*
     *reinterpret_cast<Q::Memory*>(to + row * to_stride) = values;
   };
   const Q::Type a = read(0), b = read(1), c = read(2), d = read(3);
-  const Q::Order low{0, 4, 1, 5}, high{2, 6, 3, 7}, first{0, 1, 4, 5}, second{2, 3, 6, 7};
-  const Q::Type ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
-  const Q::Type cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
-  write(0, __builtin_shuffle(ab_low, cd_low, first));
-  write(1, __builtin_shuffle(ab_low, cd_low, second));
-  write(2, __builtin_shuffle(ab_high, cd_high, first));
-  write(3, __builtin_shuffle(ab_high, cd_high, second));
+  const Q::Type ab_low = MUDSC_SHUFFLE(Q::Order, a, b, 0, 4, 1, 5);
+  const Q::Type ab_high = MUDSC_SHUFFLE(Q::Order, a, b, 2, 6, 3, 7);
+  const Q::Type cd_low = MUDSC_SHUFFLE(Q::Order, c, d, 0, 4, 1, 5);
+  const Q::Type cd_high = MUDSC_SHUFFLE(Q::Order, c, d, 2, 6, 3, 7);
+  write(0, MUDSC_SHUFFLE(Q::Order, ab_low, cd_low, 0, 1, 4, 5));
+  write(1, MUDSC_SHUFFLE(Q::Order, ab_low, cd_low, 2, 3, 6, 7));
+  write(2, MUDSC_SHUFFLE(Q::Order, ab_high, cd_high, 0, 1, 4, 5));
+  write(3, MUDSC_SHUFFLE(Q::Order, ab_high, cd_high, 2, 3, 6, 7));
 }
 inline void transpose_square(const double* from, std::int64_t from_stride, double* to, std::int64_t to_stride) {
   using Q = Quad<double>;
   const Q::Type a = *reinterpret_cast<const Q::Memory*>(from);
   const Q::Type b = *reinterpret_cast<const Q::Memory*>(from + from_stride);
-  *reinterpret_cast<Q::Memory*>(to) = __builtin_shuffle(a, b, Q::Order{0, 2});
-  *reinterpret_cast<Q::Memory*>(to + to_stride) = __builtin_shuffle(a, b, Q::Order{1, 3});
+  *reinterpret_cast<Q::Memory*>(to) = MUDSC_SHUFFLE(Q::Order, a, b, 0, 2);
+  *reinterpret_cast<Q::Memory*>(to + to_stride) = MUDSC_SHUFFLE(Q::Order, a, b, 1, 3);
 }
 
 // Copies a matrix with row_stride == 1 into contiguous rows, three times as fast as entry by entry.

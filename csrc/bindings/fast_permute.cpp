@@ -233,9 +233,14 @@ py::object fast_permute_merge(const py::object& torch_module, const py::object& 
   const py::object tensor_type = torch_module.attr("Tensor");
   const DlpackFunctions* const functions = dlpack_functions(tensor_type);
   if (functions == nullptr) return py::none();
-  auto torch = std::make_unique<Torch>(Torch{
-      functions, tensor_type, torch_module.attr("nn").attr("Parameter"), map_type, torch_module.attr("empty_like"),
-      torch_module.attr("get_num_threads"), torch_module.attr("is_grad_enabled")});
+  auto torch = std::make_unique<Torch>();
+  torch->functions = functions;
+  torch->tensor_type = tensor_type;
+  torch->parameter_type = torch_module.attr("nn").attr("Parameter");
+  torch->map_type = map_type;
+  torch->empty_like = torch_module.attr("empty_like");
+  torch->num_threads = torch_module.attr("get_num_threads");
+  torch->records_gradients = torch_module.attr("is_grad_enabled");
   const py::capsule self(torch.get(), [](void* data) { delete static_cast<Torch*>(data); });
   torch.release();
   return plain_function<merge_fast>("permute_merge", self);

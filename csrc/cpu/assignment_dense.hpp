@@ -81,11 +81,17 @@ inline Lanes greater(const Lanes& a, const Lanes& b) {
 
 // The least lane, in every lane.
 inline Lanes spread_least(Lanes values) {
-  typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
-  Order order;
-  for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
   for (std::int64_t step = kLanes / 2; step > 0; step /= 2) {
-    values = lesser(values, __builtin_shuffle(values, order ^ step));
+#if defined(__clang__)
+    Lanes other;
+    for (std::int64_t k = 0; k < kLanes; ++k) other[k] = values[k ^ step];
+#else
+    typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
+    Order order;
+    for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
+    const Lanes other = __builtin_shuffle(values, order ^ step);
+#endif
+    values = lesser(values, other);
   }
   return values;
 }
