@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mudsc_fast.unit_map import UnitMap
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 __version__: Final[str]
 compiler: Final[str]
@@ -18,8 +18,8 @@ cuda_problem: Final[str]
 
 def assign_array(cost_matrix: object, maximize: object, /) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None: ...
 def solve_array(
-    similarity: object, maximize: object, threshold: object, result_type: type[Result] | None, /
-) -> Result | NDArray[np.int64] | None: ...
+    similarity: object, maximize: object, threshold: object, result_type: type[_Result] | None, /
+) -> _Result | NDArray[np.int64] | None: ...
 def assign_both_ways(
     cost_matrix: object, threshold: object, need_square: object, /
 ) -> tuple[float, NDArray[np.int32], NDArray[np.int32]] | None: ...
