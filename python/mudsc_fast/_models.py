@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mudsc_fast._copy import copy_module
@@ -20,6 +22,9 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 #: Modules, state dicts, or paths: all of one kind.
 Models = Sequence[nn.Module] | Sequence[Mapping[str, Tensor]] | Sequence[str | os.PathLike[str]]
 Model = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+
+#: Entries of a parameter that its checksum reads.
+_CHECKED_ENTRIES = 16
 
 _KINDS: dict[str, Any] = {"modules": nn.Module, "state dicts": Mapping, "paths": (str, os.PathLike)}
 
@@ -244,3 +249,14 @@ def _is_extra(name: str, value: object) -> bool:
 
 def _described(value: object) -> str:
     return f"a quantized tensor ({value.dtype})" if isinstance(value, Tensor) else type(value).__name__
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Return a checksum of some entries of all parameters of a model."""
+    checksum = 0
+    for parameter in model.parameters():
+        tensor = parameter.detach()
+        values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+        chosen = values[:: max(1, len(values) // _CHECKED_ENTRIES)]
+        checksum = zlib.crc32(chosen.to("cpu", torch.float64).numpy().tobytes(), checksum)
+    return checksum

