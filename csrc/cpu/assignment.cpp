@@ -7,11 +7,46 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
+// Whether most pairs have the same cost, the highest of their row, as where one large cost stands for all forbidden
+// pairs, or boxes mostly do not overlap. Looks at a few rows that are not constant.
+template <class T>
+bool has_background(const AssignmentProblem& problem, std::int64_t index) {
+  constexpr std::int64_t kRows = 8, kMinShare = 2;
+  const std::int64_t columns = problem.columns, step = problem.rows / kRows + 1;
+  const T* const values = static_cast<const T*>(problem.values) + index * problem.rows * columns;
+  const auto sign = static_cast<typename ArithmeticOf<T>::type>(problem.maximize ? -1 : 1);
+  std::int64_t varied = 0, with_background = 0;
+  for (std::int64_t i = 0; i < problem.rows; i += step) {
+    const T* const row = values + i * columns;
+    auto highest = sign * widen(row[0]), lowest = highest;
+    for (std::int64_t j = 1; j < columns; ++j) {
+      const auto cost = sign * widen(row[j]);
+      highest = cost > highest ? cost : highest;
+      lowest = cost < lowest ? cost : lowest;
+    }
+    if (!(lowest < highest)) continue;
+    std::int64_t equal = 0;
+    for (std::int64_t j = 0; j < columns; ++j) equal += sign * widen(row[j]) == highest;
+    ++varied;
+    with_background += kMinShare * equal > columns;
+  }
+  return varied > 0 && with_background == varied;
+}
+
+// From so many columns on lists are the faster way where there is a background.
+constexpr std::int64_t kMinColumnsWithBackground = 224;
+
 template <class T>
 void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads) {
   if (problem.columns < SparseSolver<T>::kLeastColumns) {
     DenseSolver<T> dense(problem);
-    for (std::int64_t index = begin; index < end; ++index) dense.solve(problem, index);
+    for (std::int64_t index = begin; index < end; ++index) {
+      const bool background = problem.columns > DenseSolver<T>::kMostInOrder && has_background<T>(problem, index);
+      const bool on_lists = background && problem.columns >= kMinColumnsWithBackground;
+      if (!on_lists || !SparseSolver<T>(problem).solve(problem, index, threads)) {
+        dense.solve(problem, index, background);
+      }
+    }
     return;
   }
   SparseSolver<T> sparse(problem);

@@ -131,6 +131,9 @@ class DenseSolver {
   typedef std::int64_t Indices __attribute__((vector_size(kLanes * sizeof(std::int64_t)), may_alias));
 
  public:
+  // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.
+  static constexpr std::int64_t kMostInOrder = 128;
+
   explicit DenseSolver(const AssignmentProblem& problem)
       : rows_(problem.rows),
         columns_(problem.columns),
@@ -157,8 +160,10 @@ class DenseSolver {
   DenseSolver(const DenseSolver&) = delete;
   DenseSolver& operator=(const DenseSolver&) = delete;
 
-  void solve(const AssignmentProblem& problem, std::int64_t index) {
+  // `background`: whether most costs are the highest of their row. Column minima are then far from any good duals.
+  void solve(const AssignmentProblem& problem, std::int64_t index, bool background = false) {
     begin(problem, index);
+    background_ = background;
     problem.status[index] = AssignmentStatus::invalid;
     if (!copy_costs()) return;
     problem.status[index] = AssignmentStatus::infeasible;
@@ -203,8 +208,6 @@ class DenseSolver {
 
   // Rows are padded to whole vectors of costs.
   static constexpr std::int64_t kPad = 64 / static_cast<std::int64_t>(sizeof(Number));
-  // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.
-  static constexpr std::int64_t kMostInOrder = 128;
   // Up to this many columns his order of search is the fastest too.
   static constexpr std::int64_t kAlwaysInOrder = 12;
   // Up to this many columns costs are copied: 16 MB at most.
@@ -368,7 +371,8 @@ class DenseSolver {
       bad_count += static_cast<double>(bad[k]);
     }
     note_zeros(minima);
-    const bool start_at_minima = rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder && !has_zeros_;
+    const bool start_at_minima =
+        rows_ == columns_ && given_ == nullptr && columns_ > kAlwaysInOrder && !has_zeros_ && !background_;
     for (std::int64_t j = width_; j-- > 0;) {
       const double least = static_cast<double>(minima[j]);
       v_[j] = start_at_minima && least < kInfinity ? least : 0.0;
@@ -872,6 +876,7 @@ class DenseSolver {
   std::int64_t rows_, columns_, width_;
   std::int64_t table_size_;  // a power of 2, at least twice the rows
   bool copied_;
+  bool background_ = false;
   bool has_zeros_ = false;  // several rows or columns of nothing else
   Number sign_;
   const T* values_ = nullptr;

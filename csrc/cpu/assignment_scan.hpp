@@ -296,8 +296,9 @@ class RowScanner {
     if (rank.passed >= wanted) return rank;
     rank = Rank{most, least, count_at_most(items, count, most)};
     for (int step = 0; step < kBisections && rank.passed > wanted + wanted / 2; ++step) {
-      // Halves of the range tell items apart soon, unless they tie: then the next item is the bound.
-      const bool halve = step < kHalvings;
+      // Halving the range tells items apart soon, unless they tie: then the next item is the bound. If it is not, items
+      // differ by orders of magnitude, and more halvings are needed.
+      const bool halve = step % (kHalvings + 1) != kHalvings;
       const Number middle = halve ? rank.below + (rank.bound - rank.below) / 2 : least_above(items, count, rank.below);
       if (!(middle > rank.below && middle <= rank.bound)) break;
       const std::int64_t passed = count_at_most(items, count, middle);
@@ -362,16 +363,16 @@ class RowScanner {
     return unseen < floor ? unseen : floor;
   }
 
-  // Bisections by halves, and in all: what is left then passes, which is never wrong.
+  // Halvings before the next item is tried, and steps in all: what is left then passes, which is never wrong.
   static constexpr int kHalvings = 8;
-  static constexpr int kBisections = 32;
+  static constexpr int kBisections = 54;
 
   std::int64_t columns_ = 0, run_ = 1, group_count_ = 0;
   const char* upcoming_ = nullptr;
   const Number* values_ = nullptr;
   const Number* prices_ = nullptr;
   Number sign_ = 1;
-  Bits largest_[kVectorsPerBlock];
+  Bits largest_[kVectorsPerBlock] = {};
   Buffer<Number> minima_, keys_;
   Buffer<std::int32_t> hits_, blocks_;
   Buffer<std::uint32_t> bits_;

@@ -76,7 +76,7 @@ class SparseSolver : private AssignmentState<T> {
         lists_(rows_),
         first_columns_(rows_ * kFirstCapacity),
         first_costs_(rows_ * kFirstCapacity),
-        scan_v_(columns_, Scan(0)),
+        scan_v_(sizeof(Scan) < sizeof(double) ? columns_ : 0, Scan(0)),
         row_hashes_(rows_),
         class_of_row_(rows_),
         class_size_(rows_),
@@ -90,6 +90,7 @@ class SparseSolver : private AssignmentState<T> {
         row_distance_(rows_),
         tree_rows_(rows_),
         tree_columns_(columns_),
+        free_column_(columns_),
         heap_(4 * columns_),
         team_(nullptr),
         bids_(rows_),
@@ -110,24 +111,34 @@ class SparseSolver : private AssignmentState<T> {
     Team team(threads < most ? threads : static_cast<int>(most));
     team_ = &team;
     for (int member = 0; member < team.size(); ++member) scratches_[member] = Scratch(columns_);
-    for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
     const bool warm = problem.prices != nullptr;
+    copy_duals();
     if (!list_all_rows(warm ? kWantedOfWarm : kWanted)) return false;
     std::int64_t free_count = match_tight();
     if (free_count == 0) return conclude_at_once(problem, index);
     find_classes();
+    AuctionResult bids = AuctionResult::skipped;
     if (rows_ == columns_ && free_count > rows_ / (warm ? kFewFreeOfWarm : kFewFree)) {
-      if (auction() && within(problem.tolerance)) {
+      bids = auction();
+      if (bids == AuctionResult::complete && within(problem.tolerance)) {
         certify(problem, index);
         problem.status[index] = AssignmentStatus::optimal;
         return true;
       }
       free_count = match_tight();
     }
-    for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
+    free_count = reduce_rows_in_passes(free_count);
+    if (bids != AuctionResult::skipped && free_count > rows_ / kManyLeft) {
+      // The auction did harm, as where rows outbid one another up to the cost of a forbidden pair: start over without.
+      State::begin(problem, index);
+      copy_duals();
+      list_all_rows(warm ? kWantedOfWarm : kWanted);
+      free_count = reduce_rows_in_passes(match_tight());
+    }
     stamp_ = 0;
     reached_.fill(Reached{0.0, -1, 0});
     class_seen_.fill(0);
+    list_free_columns();
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
     order_classes();
     State::order_equal_columns();
@@ -154,6 +165,10 @@ class SparseSolver : private AssignmentState<T> {
   // soon, small enough that most rows then are where they belong.
   static constexpr double kEpsilonShare = 0.2;
   static constexpr std::int64_t kBidsPerRow = 100;
+  // Listed entries equal to the floor that show that a row has many more.
+  static constexpr std::int64_t kTiedEntries = 4;
+  // After an auction, row reduction leaves no more than one in so many rows, but for one in hundreds, unless it failed.
+  static constexpr std::int64_t kManyLeft = 32;
   static constexpr int kReductionPasses = 2;
   static constexpr std::int64_t kStepsPerRow = 4;
   // Rows whose bids are found together, at the same duals. One bid in a hundred is then stale when its turn comes.
@@ -162,6 +177,8 @@ class SparseSolver : private AssignmentState<T> {
   static constexpr std::int64_t kLargeClass = 16;
   static constexpr std::int64_t kClassSteps = 64;
   static constexpr std::int64_t kWasOfClass = -2;  // in place of a column's row; -1 for none comes after it
+  // Free columns that a path search looks at before it lists a row again.
+  static constexpr std::int64_t kProbes = 8;
   static constexpr int kMostThreads = 64;
   // Rows that a thread takes at a time, to list them all, and to look into their lists.
   static constexpr std::int64_t kListGrain = 32;
@@ -189,6 +206,9 @@ class SparseSolver : private AssignmentState<T> {
     double price;  // the column's dual when this was found
   };
 
+  // How an auction ended: with a column for every row, or with rows left, or it was no use.
+  enum class AuctionResult { skipped, partial, complete };
+
   // What must be known of a row: its least reduced cost, or the second one too.
   enum class Known { first, both };
 
@@ -209,16 +229,42 @@ class SparseSolver : private AssignmentState<T> {
   struct Scratch {
     Scratch() = default;
     explicit Scratch(std::int64_t columns) : widened(sizeof(T) == sizeof(Scan) ? 0 : columns), scanner(columns) {}
+    void widen(std::int64_t columns) {
+      wide_costs = Buffer<double>(columns);
+      wide_scanner = RowScanner<double>(columns);
+    }
     Buffer<Scan> widened;
     RowScanner<Scan> scanner;
+    // Made where a row must be listed in double first.
+    Buffer<double> wide_costs;
+    RowScanner<double> wide_scanner;
   };
 
-  // Scans price a column a little too high, so that no reduced cost is less than they find, whatever they round.
+  // Scans use column duals that are rounded up, so that rounding never makes a reduced cost too large.
   void set_v(std::int64_t column, double value) {
     v_[column] = value;
-    const Scan rounded = static_cast<Scan>(value);
-    const Scan magnitude = rounded < 0 ? -rounded : rounded;
-    scan_v_[column] = value == 0.0 ? Scan(0) : rounded + kRounding * (2 * magnitude + largest_);
+    all_v_are_zero_ &= value == 0.0;
+    if constexpr (sizeof(Scan) < sizeof(double)) {
+      const Scan rounded = static_cast<Scan>(value);
+      const Scan magnitude = rounded < 0 ? -rounded : rounded;
+      scan_v_[column] = static_cast<double>(rounded) < value ? rounded + kRounding * magnitude : rounded;
+    }
+  }
+
+  // The column duals that rows are scanned with.
+  const Scan* scan_duals() const {
+    if constexpr (sizeof(Scan) < sizeof(double)) {
+      return scan_v_.data();
+    } else {
+      return v_.data();
+    }
+  }
+
+  // A bound below every reduced cost in double that a scan found to be at least `found`.
+  double floor_of(Scan found) const {
+    const double floor = static_cast<double>(found);
+    if (sizeof(Scan) == sizeof(double) || all_v_are_zero_) return floor;  // computed alike
+    return floor - (floor < 0.0 ? -floor : floor) * static_cast<double>(kRounding);
   }
 
   void release_lists() {
@@ -255,9 +301,14 @@ class SparseSolver : private AssignmentState<T> {
     if (out_of_memory) throw OutOfMemory{};
   }
 
+  // Column duals as scans take them.
+  void copy_duals() {
+    all_v_are_zero_ = true;
+    for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
+  }
+
   bool list_all_rows(std::int64_t wanted) {
     release_lists();
-    largest_ = 0;
     bool finite = true;
     Scan largest = 0;
     in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
@@ -274,26 +325,16 @@ class SparseSolver : private AssignmentState<T> {
       raise(largest, most);
       row_hashes_[i] = most == 0 ? State::kHashOfZeros : hash_listed(i);
     });
-    largest_ = largest;
-    // The slack of given duals was set before the size of the costs was known: the floors lack as much.
-    double most_v = 0.0;
-    for (std::int64_t j = 0; j < columns_; ++j) {
-      set_v(j, v_[j]);
-      const double magnitude = v_[j] < 0 ? -v_[j] : v_[j];
-      most_v = magnitude > most_v ? magnitude : most_v;
-    }
-    if (most_v > 0.0) {
-      for (std::int64_t i = 0; i < rows_; ++i) lists_[i].floor -= static_cast<double>(kRounding) * largest_;
-    }
     return finite && (largest > kSmallest || largest == 0);
   }
 
   // A row's sampled hash and its least reduced cost as it was just listed, which equal rows share.
   std::uint64_t hash_listed(std::int64_t row) const {
     const List& list = lists_[row];
-    Scan least = list.size > 0 ? list.costs[0] - scan_v_[list.columns[0]] : Scan(0);
+    const Scan* const duals = scan_duals();
+    Scan least = list.size > 0 ? list.costs[0] - duals[list.columns[0]] : Scan(0);
     for (std::int64_t k = 1; k < list.size; ++k) {
-      const Scan cost = list.costs[k] - scan_v_[list.columns[k]];
+      const Scan cost = list.costs[k] - duals[list.columns[k]];
       least = cost < least ? cost : least;
     }
     std::uint64_t hash = State::sampled_hash(row);
@@ -316,7 +357,7 @@ class SparseSolver : private AssignmentState<T> {
   Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kGroupsPerEntry * wanted,
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kGroupsPerEntry * wanted,
                          values_ + upcoming * columns_);
     list.size = 0;
     list.floor = kInfinity;
@@ -325,12 +366,33 @@ class SparseSolver : private AssignmentState<T> {
     const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
-      return largest;
+    } else {
+      list.floor = floor_of(scratch.scanner.list_least(wanted, list.capacity, start_of(row), add));
     }
-    // Rows begin at different places, so that rows full of ties do not all list the same columns.
-    const double start = static_cast<double>(row) / static_cast<double>(rows_);
-    list.floor = static_cast<double>(scratch.scanner.list_least(wanted, list.capacity, start, add));
     return largest;
+  }
+
+  // Rows begin at different places, so that rows full of ties do not all list the same columns.
+  double start_of(std::int64_t row) const { return static_cast<double>(row) / static_cast<double>(rows_); }
+
+  // Lists a row again in double: where entries tie, or nearly, scans in float cannot tell which ones are the least.
+  void relist_in_double(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
+    if (sizeof(Scan) == sizeof(double)) return relist(row, wanted, scratch, row);
+    List& list = lists_[row];
+    make_room(list, wanted);
+    if (scratch.wide_costs.size() == 0) scratch.widen(columns_);
+    const T* const values = values_ + row * columns_;
+    double* const costs = scratch.wide_costs.data();
+    for (std::int64_t j = 0; j < columns_; ++j) costs[j] = sign_ * static_cast<double>(widen(values[j]));
+    scratch.wide_scanner.read(costs, 1.0, v_.data(), kGroupsPerEntry * wanted, costs);
+    list.size = 0;
+    list.floor = kInfinity;
+    const auto add = [&](std::int64_t column) { append(list, column, widen(values[column])); };
+    if (list.capacity >= columns_) {
+      for (std::int64_t j = 0; j < columns_; ++j) add(j);
+    } else {
+      list.floor = scratch.wide_scanner.list_least(wanted, list.capacity, start_of(row), add);
+    }
   }
 
   // Whether every row is one finite number, over and over: a look at the first row unless it is.
@@ -389,7 +451,7 @@ class SparseSolver : private AssignmentState<T> {
     }
     if (least <= list.floor || list.size == columns_) return least;
     const Scan* const values = scan_values(row, scratch);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_v_.data(), kCertificateGroups, values);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
     // Not less than `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
     const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kSmallest * kRounding;
@@ -406,22 +468,24 @@ class SparseSolver : private AssignmentState<T> {
     list.costs[list.size++] = static_cast<Scan>(sign_) * value;
   }
 
+  void make_room(List& list, std::int64_t wanted) const {
+    const std::int64_t room = 4 * wanted >= columns_ ? columns_ : 2 * wanted;
+    if (room <= list.capacity) return;
+    // Costs lie behind the columns, an even number of these so that costs are aligned.
+    const std::int64_t aligned_room = room + (room & 1);
+    void* const block = std::malloc(static_cast<std::size_t>(aligned_room) * (sizeof(std::int32_t) + sizeof(Scan)));
+    if (block == nullptr) throw OutOfMemory{};
+    if (list.own_block) std::free(list.columns);
+    list.columns = static_cast<std::int32_t*>(block);
+    list.costs = reinterpret_cast<Scan*>(list.columns + aligned_room);
+    list.capacity = room;
+    list.own_block = true;
+  }
+
   // Lists a row again at the duals of now, with room for `wanted` entries at least, while the row `upcoming` is
   // fetched.
   void relist(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
-    List& list = lists_[row];
-    const std::int64_t room = 4 * wanted >= columns_ ? columns_ : 2 * wanted;
-    if (room > list.capacity) {
-      // Costs lie behind the columns, an even number of these so that costs are aligned.
-      const std::int64_t aligned_room = room + (room & 1);
-      void* const block = std::malloc(static_cast<std::size_t>(aligned_room) * (sizeof(std::int32_t) + sizeof(Scan)));
-      if (block == nullptr) throw OutOfMemory{};
-      if (list.own_block) std::free(list.columns);
-      list.columns = static_cast<std::int32_t*>(block);
-      list.costs = reinterpret_cast<Scan*>(list.columns + aligned_room);
-      list.capacity = room;
-      list.own_block = true;
-    }
+    make_room(lists_[row], wanted);
     list_row(row, wanted, scratch, upcoming);
   }
 
@@ -454,13 +518,20 @@ class SparseSolver : private AssignmentState<T> {
     return (known == Known::both ? best.second : best.first) <= list.floor || list.size == columns_;
   }
 
-  // The same, listing the row again until they are known.
+  // The same, listing the row again if they are not known.
   BestTwo best_two(std::int64_t row, Known known, Scratch& scratch, std::int64_t upcoming) {
     BestTwo best;
-    for (std::int64_t wanted = kWanted; !look_up(row, known, best); wanted *= 4) {
-      relist(row, wanted, scratch, upcoming);
+    if (look_up(row, known, best)) return best;
+    relist(row, kWanted, scratch, upcoming);
+    if (look_up(row, known, best)) return best;
+    for (std::int64_t wanted = kWanted;; wanted *= 4) {
+      relist_in_double(row, wanted, scratch);
+      if (look_up(row, known, best)) return best;
+      const double floor = lists_[row].floor;
+      if (best.first > floor) continue;                         // there were more ties than could be listed
+      best.second = best.second < floor ? best.second : floor;  // which an unlisted entry attains
+      return best;
     }
-    return best;
   }
 
   // Finds the bids of several rows at the duals of now. Rows whose lists do not tell are listed again together, by all
@@ -508,8 +579,12 @@ class SparseSolver : private AssignmentState<T> {
   // unless its dual has moved; that the second best may have become worse makes a bid a lower one than it could be,
   // which matters to none but ties. Returns false if the list does not tell.
   bool renew(std::int64_t row, BestTwo& bid) const {
-    if (v_[bid.column] == bid.price && bid.first < bid.second) return true;
-    return look_up(row, Known::both, bid);
+    const bool same_price = v_[bid.column] == bid.price;
+    if (same_price && bid.first < bid.second) return true;
+    const BestTwo before = bid;
+    if (look_up(row, Known::both, bid)) return true;
+    if (same_price) bid = before;
+    return same_price;
   }
 
   // A listed free column of a row at this reduced cost; -1 if there is none.
@@ -579,29 +654,50 @@ class SparseSolver : private AssignmentState<T> {
     return free_count;
   }
 
+  // Whether a row ends in a class of entries that many pairs share, so far as its list shows, as where one large cost
+  // stands for all forbidden pairs: entries tie at the floor, or lie farther below it than from each other. Bids would
+  // raise the prices of good columns up to it.
+  bool has_background(std::int64_t row, double least) const {
+    const List& list = lists_[row];
+    std::int64_t tied = 0;
+    double below = least;
+    for (std::int64_t k = 0; k < list.size; ++k) {
+      const double reduced = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
+      tied += reduced == list.floor;
+      below = reduced < list.floor && reduced > below ? reduced : below;
+    }
+    return tied >= kTiedEntries || list.floor - below > below - least;
+  }
+
   // One phase of Bertsekas' auction: a free row bids its best column's dual down until the second best is better by
   // epsilon. Of equal rows only the first takes part: they would outbid one another without end, and a path search
-  // finds columns for all of them at once. Where most rows tie there is little to spread. Returns whether all rows then
-  // have columns.
-  bool auction() {
+  // finds columns for all of them at once. Where most rows tie there is little to spread.
+  AuctionResult auction() {
     std::int64_t free_count = 0;
     for (std::int64_t i = rows_; i-- > 0;) {
       if (class_of_row_[i] < 0 || class_of_row_[i] == i) stack_[free_count++] = i;
     }
     find_bids(stack_.data(), free_count, Known::both);
-    std::int64_t count = 0;
+    std::int64_t count = 0, background = 0;
     for (std::int64_t k = 0; k < free_count; ++k) {
-      if (bids_[k].second > bids_[k].first) gaps_[count++] = bids_[k].second - bids_[k].first;
+      const double floor = lists_[stack_[k]].floor;
+      if (bids_[k].second > bids_[k].first && bids_[k].second < floor)
+        gaps_[count++] = bids_[k].second - bids_[k].first;
+      background += has_background(stack_[k], bids_[k].first);
     }
-    if (count <= free_count / 2) return false;
+    if (count <= free_count / 2 || background > free_count / 4) return AuctionResult::skipped;
     const double epsilon = kEpsilonShare * select_rank(gaps_.data(), count, count / 2);
     row_of_column_.fill(-1);
     for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
-    const bool all_bid = free_count == rows_;
+    bool all_bid = free_count == rows_;
     // The first bid of a block is never stale: every block makes one.
     for (std::int64_t bids = kBidsPerRow * rows_; free_count > 0 && bids > 0;) {
       take_bids(free_count, [&](std::int64_t row, const BestTwo& best) {
         --bids;
+        if (best.first >= lists_[row].floor) {
+          all_bid = false;  // it would take one of many columns that are as good
+          return;
+        }
         set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon);
         const std::int64_t displaced = row_of_column_[best.column];
         State::assign(row, best.column);
@@ -611,7 +707,7 @@ class SparseSolver : private AssignmentState<T> {
         }
       });
     }
-    return all_bid && free_count == 0;
+    return all_bid && free_count == 0 ? AuctionResult::complete : AuctionResult::partial;
   }
 
   // Whether the pairs of now lack no more to the dual bound than this share of their sum. Never for a share of 0.
@@ -675,6 +771,11 @@ class SparseSolver : private AssignmentState<T> {
     for (std::int64_t j = 0; j < columns_; ++j) {
       if (row_of_column_[j] == kWasOfClass) row_of_column_[j] = -1;
     }
+  }
+
+  std::int64_t reduce_rows_in_passes(std::int64_t free_count) {
+    for (int pass = 0; pass < kReductionPasses && free_count > 0; ++pass) free_count = reduce_rows(free_count);
+    return free_count;
   }
 
   // As in the dense solver, on lists. Rows that are left are again listed in stack_.
@@ -783,6 +884,37 @@ class SparseSolver : private AssignmentState<T> {
     }
   }
 
+  // Lists the columns without a row, those with the highest duals first.
+  void list_free_columns() {
+    free_columns_ = 0;
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      if (row_of_column_[j] < 0) free_column_[free_columns_++] = j;
+    }
+    sort(free_column_.data(), free_columns_,
+         [this](std::int64_t a, std::int64_t b) { return v_[a] != v_[b] ? v_[a] > v_[b] : a < b; });
+  }
+
+  // Where a row's entries tie at its floor, as where most pairs are forbidden by one large cost, a free column is
+  // likely to be among them, and ends the search without listing the row again.
+  void probe_free_columns(std::int64_t row) {
+    const std::int64_t count = free_columns_ < kProbes ? free_columns_ : kProbes;
+    for (std::int64_t k = 0; k < count; ++k) {
+      const std::int64_t column = free_column_[k];
+      double distance = row_distance_[row] + ((State::cost(row, column) - v_[column]) - u_[row]);
+      if (distance < row_distance_[row]) distance = row_distance_[row];
+      if (distance >= sink_distance_) continue;
+      reached_[column] = Reached{distance, static_cast<std::int32_t>(row), static_cast<std::int32_t>(2 * stamp_)};
+      sink_distance_ = distance;
+      sink_ = column;
+    }
+  }
+
+  void take_free_column(std::int64_t column) {
+    std::int64_t at = 0;
+    while (free_column_[at] != column) ++at;
+    for (--free_columns_; at < free_columns_; ++at) free_column_[at] = free_column_[at + 1];
+  }
+
   // Matches `root` along a shortest path in reduced costs (Dijkstra) and moves the duals along.
   void augment(std::int64_t root) {
     ++stamp_;
@@ -800,6 +932,8 @@ class SparseSolver : private AssignmentState<T> {
       if (event.what >= columns_) {
         const std::int64_t row = event.what - columns_;
         if (relist_distance(row) > event.distance) continue;  // has been listed again since
+        probe_free_columns(row);
+        if (sink_distance_ <= event.distance) break;
         // Listing a row twice in one search must show more of it.
         const std::int64_t listed = list_of(row);
         const List& list = lists_[listed];
@@ -823,6 +957,7 @@ class SparseSolver : private AssignmentState<T> {
       const std::int64_t column = tree_columns_[k];
       set_v(column, v_[column] - (sink_distance_ - reached_[column].distance));
     }
+    take_free_column(sink_);
     for (std::int64_t column = sink_;;) {
       const std::int64_t row = reached_[column].parent, next = column_of_row_[row];
       State::assign(row, column);
@@ -835,8 +970,8 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<List> lists_;
   Buffer<std::int32_t> first_columns_;
   Buffer<Scan> first_costs_;
-  Buffer<Scan> scan_v_;  // v as scans take it
-  Scan largest_ = 0;     // largest magnitude of a cost
+  Buffer<Scan> scan_v_;  // v as scans in float take it
+  bool all_v_are_zero_ = true;
   Buffer<std::uint64_t> row_hashes_;
   // A class by its first row: how many there are, and each row's successor in it, -1 for the last.
   Buffer<std::int64_t> class_of_row_, class_size_, class_next_, stack_;
@@ -850,7 +985,8 @@ class SparseSolver : private AssignmentState<T> {
   Buffer<Reached> reached_;
   Buffer<std::int64_t> class_seen_;
   Buffer<double> row_distance_;
-  Buffer<std::int64_t> tree_rows_, tree_columns_;
+  Buffer<std::int64_t> tree_rows_, tree_columns_, free_column_;
+  std::int64_t free_columns_ = 0;
   Buffer<Event> heap_;
   std::int64_t heap_size_ = 0;
   std::int64_t sink_ = -1;

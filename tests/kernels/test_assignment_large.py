@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -137,6 +138,53 @@ def test_lists_prove_the_duals(dtype: torch.dtype, scale: float) -> None:
     """Costs close to each other and far from 0, where the rounding of scans is as large as their differences."""
     similarity = (scale * (1 + 1e-3 * random_matrix(780))).to(dtype)
     check(similarity, linear_assignment(similarity))
+
+
+def forbidden_pairs(size: int, share: float, cost: float) -> Tensor:
+    """Return costs below 1 for a share of the pairs, and one large cost for all others."""
+    random = torch.Generator().manual_seed(size)
+    allowed = torch.rand(size, size, generator=random) < share
+    return torch.where(allowed, torch.rand(size, size, generator=random), cost)
+
+
+def box_distances(size: int) -> Tensor:
+    """Return 1 minus the overlap of boxes, most of which do not overlap."""
+    random = torch.Generator().manual_seed(size)
+    low = torch.rand(2, size, 2, generator=random) * size
+    high = low + 10 + 20 * torch.rand(2, size, 2, generator=random)
+    shared = torch.minimum(high[0, :, None], high[1]) - torch.maximum(low[0, :, None], low[1])
+    intersection = shared.clamp(min=0).prod(-1)
+    area = (high - low).prod(-1)
+    return 1 - intersection / (area[0, :, None] + area[1] - intersection)
+
+
+def levels(size: int) -> Tensor:
+    """Return costs whose sizes are a dozen orders of magnitude apart."""
+    random = torch.Generator().manual_seed(size)
+    level = torch.rand(size, size, generator=random)
+    costs = 1e-3 * torch.rand(size, size, generator=random)
+    for share, cost in ((0.995, 1e3), (0.98, 1e6), (0.9, 1e9)):
+        costs = torch.where(level < share, cost, costs)
+    return costs
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [200, 300, 800])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: forbidden_pairs(size, 1 / size, 1e5),
+        lambda size: forbidden_pairs(size, 4 / size, 1e9),
+        box_distances,
+        levels,
+    ],
+    ids=["most rows forced", "few rows forced", "boxes", "levels"],
+)
+def test_large_costs_of_forbidden_pairs(make: Callable[[int], Tensor], size: int, dtype: torch.dtype) -> None:
+    """Most pairs have one large cost, which many rows must take."""
+    costs = make(size).to(dtype)
+    check(costs, linear_assignment(costs, maximize=False), maximize=False)
 
 
 @pytest.mark.parametrize("kind", ["low rank", "dead units", "integers"])
