@@ -11,6 +11,11 @@
 // negative similarities grow by a shrink below one. A row is scanned only when its bound is the largest of all and its
 // column is unknown: rows that never come up are never scanned again. The first row with the largest bound, once its
 // column is known, is the first largest entry of the matrix.
+// A scan reads little of the row: for every 64 columns an upper bound is kept from when they were last read, 0 at
+// least. It stays one, as an entry only becomes the smaller of two, times a shrink of at most one, which is no larger
+// unless it is negative, and never positive then. The group with the largest bound is read until a bound turns out to
+// be attained. The largest of all rows' bounds is found by maxima of blocks of rows, of which only those are renewed
+// that changed.
 //
 // Memory: one working copy of the matrix, on huge pages where the system has them. A merge streams rows i and j and
 // touches one cache line in every remaining row, or two if the matrix is not symmetric: a symmetric one stays so, and
@@ -76,6 +81,23 @@ Entry<Real> first_largest(const Real* values, const Real* limit, std::int64_t co
   return best;
 }
 
+// Largest of some numbers and the first place where it stands; count is a multiple of the vector width.
+template <class Real>
+Entry<Real> first_largest(const Real* values, std::int64_t count) {
+  using Vector = typename Lanes<Real>::Vector;
+  Vector largest = Vector{} - infinity<Real>;
+  for (std::int64_t k = 0; k < count; k += Lanes<Real>::count) {
+    const Vector value = *reinterpret_cast<const Vector*>(values + k);
+    largest = value > largest ? value : largest;
+  }
+  Entry<Real> best{-infinity<Real>, 0};
+  for (std::int64_t lane = 0; lane < Lanes<Real>::count; ++lane) {
+    if (largest[lane] > best.value) best.value = largest[lane];
+  }
+  while (values[best.index] != best.value) ++best.index;
+  return best;
+}
+
 template <class Real>
 class Zip {
  public:
@@ -84,12 +106,17 @@ class Zip {
         model_units_(problem.units / problem.num_models),
         stride_(padded_stride<Real>(problem.units)),
         severs_(problem.shrink <= 0.0),
+        shrinks_(problem.shrink <= 1.0),
         shrink_(static_cast<Real>(problem.shrink)),
         clusters_(problem.units),
         similarity_(problem.units * stride_),
         limit_(stride_, -infinity<Real>),
         bound_(stride_, -infinity<Real>),
         best_(problem.units),
+        groups_(padded((stride_ + kGroup - 1) / kGroup)),
+        group_bound_(shrinks_ ? problem.units * groups_ : 0, -infinity<Real>),
+        block_bound_(padded((problem.units + kBlock - 1) / kBlock), -infinity<Real>),
+        is_stale_(block_bound_.size(), true),
         rows_(problem.units),
         parent_(problem.units),
         budget_(problem.num_models, problem.budget) {
@@ -105,10 +132,10 @@ class Zip {
     }
     std::int64_t merges = 0;
     while (clusters_ > problem.remaining) {
-      const Entry<Real> top = first_largest(bound_.data(), limit_.data(), stride_);
+      const Entry<Real> top = largest_bound();
       if (top.value == -infinity<Real>) break;
       if (best_[top.index] == unknown) {
-        scan(top.index);
+        scan_again(top.index);
         continue;
       }
       problem.values[merges++] = static_cast<double>(top.value);
@@ -156,14 +183,95 @@ class Zip {
     return true;
   }
 
+  // Columns whose upper bound is kept together, and rows whose bounds have one maximum.
+  static constexpr std::int64_t kGroup = 64;
+  static constexpr std::int64_t kBlock = 256;
+
+  static std::int64_t padded(std::int64_t count) {
+    return (count + Lanes<Real>::count - 1) / Lanes<Real>::count * Lanes<Real>::count;
+  }
+
+  std::int64_t columns_of(std::int64_t group) const {
+    return stride_ - group * kGroup < kGroup ? stride_ - group * kGroup : kGroup;
+  }
+
+  Real largest_of_group(std::int64_t unit, std::int64_t group) {
+    using Vector = typename Lanes<Real>::Vector;
+    constexpr std::int64_t lanes = Lanes<Real>::count;
+    const std::int64_t begin = group * kGroup, end = begin + columns_of(group);
+    const Real* const entries = row(unit);
+    Vector largest = Vector{} - infinity<Real>;
+    for (std::int64_t k = begin; k < end; k += lanes) {
+      const Vector value = *reinterpret_cast<const Vector*>(entries + k);
+      const Vector most = *reinterpret_cast<const Vector*>(limit_.data() + k);
+      const Vector masked = value < most ? value : most;
+      largest = masked > largest ? masked : largest;
+    }
+    Real parts[lanes];
+    std::memcpy(parts, &largest, sizeof parts);
+    for (std::int64_t step = lanes / 2; step > 0; step /= 2) {
+      for (std::int64_t k = 0; k < step; ++k) parts[k] = parts[k + step] > parts[k] ? parts[k + step] : parts[k];
+    }
+    return parts[0];
+  }
+
+  // Sets a row's best entry to the first largest of a group.
+  void set_best_of_group(std::int64_t unit, std::int64_t group) {
+    const std::int64_t begin = group * kGroup;
+    const Entry<Real> largest = first_largest(row(unit) + begin, limit_.data() + begin, columns_of(group));
+    set_best(unit, {largest.value, begin + largest.index});
+  }
+
+  void set_best(std::int64_t unit, const Entry<Real>& best) {
+    bound_[unit] = best.value;
+    best_[unit] = best.index;
+    is_stale_[unit / kBlock] = true;
+  }
+
+  // Finds a row's first largest entry by reading all of it.
   void scan(std::int64_t unit) {
-    const Entry<Real> largest = first_largest(row(unit), limit_.data(), stride_);
-    bound_[unit] = largest.value;
-    best_[unit] = largest.index;
+    if (!shrinks_) return set_best(unit, first_largest(row(unit), limit_.data(), stride_));
+    Real* const bounds = group_bound_.data() + unit * groups_;
+    Entry<Real> best{-infinity<Real>, 0};
+    for (std::int64_t group = 0; group * kGroup < stride_; ++group) {
+      const Real largest = largest_of_group(unit, group);
+      bounds[group] = largest > 0 ? largest : 0;
+      if (largest > best.value) best = {largest, group};
+    }
+    set_best_of_group(unit, best.index);
+  }
+
+  // The same by reading groups that may hold it: the largest bound, once it is attained, is the largest entry.
+  void scan_again(std::int64_t unit) {
+    if (!shrinks_) return scan(unit);
+    Real* const bounds = group_bound_.data() + unit * groups_;
+    for (;;) {
+      const Entry<Real> top = first_largest(bounds, groups_);
+      if (!(top.value > 0)) return scan(unit);
+      const Real largest = largest_of_group(unit, top.index);
+      if (largest == top.value) return set_best_of_group(unit, top.index);
+      bounds[top.index] = largest > 0 ? largest : 0;
+    }
+  }
+
+  // The largest bound of a row that is left, and the first row that has it.
+  Entry<Real> largest_bound() {
+    const auto of_block = [&](std::int64_t block) {
+      const std::int64_t begin = block * kBlock, count = stride_ - begin < kBlock ? stride_ - begin : kBlock;
+      return first_largest(bound_.data() + begin, limit_.data() + begin, count);
+    };
+    for (std::int64_t block = 0; block * kBlock < units_; ++block) {
+      if (!is_stale_[block]) continue;
+      block_bound_[block] = of_block(block).value;
+      is_stale_[block] = false;
+    }
+    const Entry<Real> top = first_largest(block_bound_.data(), block_bound_.size());
+    return {top.value, top.index * kBlock + of_block(top.index).index};
   }
 
   void merge(std::int64_t kept, std::int64_t gone) {
     limit_[gone] = -infinity<Real>;
+    is_stale_[gone / kBlock] = true;
     parent_[gone] = kept;
     --clusters_;
     join_rows(kept, gone);
@@ -218,8 +326,7 @@ class Zip {
   // Row `unit` lost its entry in column `gone` and got a new one in column `kept`, kept < gone.
   void note_entry(std::int64_t unit, std::int64_t kept, std::int64_t gone, Real value) {
     if (value > bound_[unit]) {
-      bound_[unit] = value;
-      best_[unit] = kept;
+      set_best(unit, {value, kept});
     } else if (best_[unit] == kept || best_[unit] == gone) {
       best_[unit] = value == bound_[unit] ? kept : unknown;
     } else if (value == bound_[unit] && kept < best_[unit]) {
@@ -252,7 +359,8 @@ class Zip {
   std::int64_t units_;
   std::int64_t model_units_;
   std::int64_t stride_;
-  bool severs_;  // instead of shrinking
+  bool severs_;   // instead of shrinking
+  bool shrinks_;  // so that upper bounds of groups stay valid
   bool symmetric_ = false;
   Real shrink_;
   std::int64_t clusters_;        // left
@@ -260,6 +368,10 @@ class Zip {
   Buffer<Real> limit_;           // [stride]: inf where a cluster is left, -inf elsewhere
   Buffer<Real> bound_;           // [stride]: no entry of the row exceeds it
   Buffer<std::int64_t> best_;    // [units]: first column whose entry equals the bound, or unknown
+  std::int64_t groups_;          // of columns, padded to whole vectors
+  Buffer<Real> group_bound_;     // [units, groups]: no entry of these columns exceeds it
+  Buffer<Real> block_bound_;     // largest bound of each block of rows
+  Buffer<bool> is_stale_;        // whether it must be found anew
   Buffer<std::int64_t> rows_;    // [units]: the clusters left, ascending, by first unit
   Buffer<std::int64_t> parent_;  // [units]: the unit that this one was joined to, or itself
   Buffer<std::int64_t> budget_;  // [models]: merges left inside each model
