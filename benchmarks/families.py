@@ -108,7 +108,8 @@ def identity(n: int, random: Generator) -> Matrix:
 def gated(n: int, random: Generator) -> Matrix:
     """Return minus the costs of a tracker: one large cost for nearly all pairs, which a tenth of the rows must take."""
     allowed = random.random((n, n)) < 2 / n
-    return -np.where(allowed, random.random((n, n)), 1e5).astype(np.float32)
+    similarity: Matrix = -np.where(allowed, random.random((n, n)), 1e5).astype(np.float32)
+    return similarity
 
 
 def iou(n: int, random: Generator) -> Matrix:
@@ -126,7 +127,8 @@ def _points(n: int, dimensions: int, random: Generator) -> Matrix:
     points = random.random((2, n, dimensions))
     squares = (points**2).sum(-1)
     squared = squares[0, :, None] + squares[1] - 2 * points[0] @ points[1].T
-    return -np.sqrt(squared.clip(min=0)).astype(np.float32)
+    similarity: Matrix = -np.sqrt(squared.clip(min=0)).astype(np.float32)
+    return similarity
 
 
 def points_2d(n: int, random: Generator) -> Matrix:
