@@ -38,10 +38,10 @@ constexpr std::int64_t kMinColumnsWithBackground = 224;
 
 template <class T>
 void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads) {
-  if (problem.columns < SparseSolver<T>::kLeastColumns) {
+  if (problem.columns < SparseSolver<T>::kMinColumns) {
     DenseSolver<T> dense(problem);
     for (std::int64_t index = begin; index < end; ++index) {
-      const bool background = problem.columns > DenseSolver<T>::kMostInOrder && has_background<T>(problem, index);
+      const bool background = problem.columns > DenseSolver<T>::kMaxInOrder && has_background<T>(problem, index);
       const bool on_lists = background && problem.columns >= kMinColumnsWithBackground;
       if (!on_lists || !SparseSolver<T>(problem).solve(problem, index, threads)) {
         dense.solve(problem, index, background);

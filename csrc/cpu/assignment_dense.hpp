@@ -18,93 +18,10 @@
 
 #include "assignment_scan.hpp"
 #include "assignment_state.hpp"
+#include "assignment_vectors.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
-
-// As many costs as there are lanes of doubles. Written out because compilers take the conversion apart.
-inline Lanes widened(const double* costs) { return *reinterpret_cast<const Lanes*>(costs); }
-inline Lanes widened(const float* costs) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(_mm512_maskz_cvtps_pd(0xff, _mm256_load_ps(costs)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Lanes>(_mm256_cvtps_pd(_mm_load_ps(costs)));
-#elif defined(__SSE2__)
-  const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(costs));
-  return reinterpret_cast<Lanes>(_mm_cvtps_pd(_mm_castsi128_ps(narrow)));
-#else
-  typedef float Narrow __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(costs), Lanes);
-#endif
-}
-
-// Bit k is set if lane k is at most `bound`.
-inline std::uint64_t lanes_at_most(const Lanes& values, double bound) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(values), _mm512_set1_pd(bound), _CMP_LE_OQ);
-#elif defined(__AVX2__)
-  const __m256d passed = _mm256_cmp_pd(reinterpret_cast<__m256d>(values), _mm256_set1_pd(bound), _CMP_LE_OQ);
-  return static_cast<std::uint64_t>(_mm256_movemask_pd(passed));
-#elif defined(__SSE2__)
-  const __m128d passed = _mm_cmple_pd(reinterpret_cast<__m128d>(values), _mm_set1_pd(bound));
-  return static_cast<std::uint64_t>(_mm_movemask_pd(passed));
-#else
-  std::uint64_t bits = 0;
-  for (std::int64_t k = 0; k < kLanes; ++k) bits |= static_cast<std::uint64_t>(values[k] <= bound) << k;
-  return bits;
-#endif
-}
-
-// The lesser of each lane. Written out because a comparison and a choice take compilers three instructions in a row.
-inline Lanes lesser(const Lanes& a, const Lanes& b) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(_mm512_maskz_min_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Lanes>(_mm256_min_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<Lanes>(_mm_min_pd(reinterpret_cast<__m128d>(a), reinterpret_cast<__m128d>(b)));
-#else
-  return a < b ? a : b;
-#endif
-}
-inline Lanes greater(const Lanes& a, const Lanes& b) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(_mm512_maskz_max_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Lanes>(_mm256_max_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<Lanes>(_mm_max_pd(reinterpret_cast<__m128d>(a), reinterpret_cast<__m128d>(b)));
-#else
-  return a > b ? a : b;
-#endif
-}
-
-// The least lane, in every lane.
-inline Lanes spread_least(Lanes values) {
-  for (std::int64_t step = kLanes / 2; step > 0; step /= 2) {
-#if defined(__clang__)
-    Lanes other;
-    for (std::int64_t k = 0; k < kLanes; ++k) other[k] = values[k ^ step];
-#else
-    typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
-    Order order;
-    for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
-    const Lanes other = __builtin_shuffle(values, order ^ step);
-#endif
-    values = lesser(values, other);
-  }
-  return values;
-}
-
-// Writes one entry of an array of whole vectors. A vector is written, because the next read of it would wait for a
-// part.
-inline void set_entry(double* array, std::int64_t index, double value) {
-  typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
-  Order order;
-  for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
-  Lanes& lanes = *reinterpret_cast<Lanes*>(array + index / kLanes * kLanes);
-  lanes = order == index % kLanes ? value - Lanes{} : lanes;
-}
 
 // Gives equal rows and equal columns an order of their own; needed only where a problem has several optima.
 template <class T>
@@ -132,14 +49,14 @@ class DenseSolver {
 
  public:
   // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.
-  static constexpr std::int64_t kMostInOrder = 128;
+  static constexpr std::int64_t kMaxInOrder = 128;
 
   explicit DenseSolver(const AssignmentProblem& problem)
       : rows_(problem.rows),
         columns_(problem.columns),
         width_((problem.columns + kPad - 1) / kPad * kPad),
         table_size_(std::int64_t{1} << (65 - __builtin_clzll(static_cast<std::uint64_t>(problem.rows)))),
-        copied_(problem.columns <= kMostCopied),
+        copied_(problem.columns <= kMaxCopied),
         sign_(problem.maximize ? Number(-1) : Number(1)) {
     // Counted first, then taken from one block: small problems are solved sooner than a dozen arrays are allocated.
     std::int64_t bytes = 0;
@@ -167,13 +84,13 @@ class DenseSolver {
     problem.status[index] = AssignmentStatus::invalid;
     if (!copy_costs()) return;
     problem.status[index] = AssignmentStatus::infeasible;
-    if (columns_ > kMostInOrder && rows_are_constant()) {
+    if (columns_ > kMaxInOrder && rows_are_constant()) {
       take_diagonal(problem, index);
-    } else if (columns_ <= kAlwaysInOrder || (columns_ <= kMostInOrder && has_zeros_) || !search()) {
+    } else if (columns_ <= kAlwaysInOrder || (columns_ <= kMaxInOrder && has_zeros_) || !search()) {
       // Whether there is no assignment, too, is left to Crouse's order, which rounds like scipy.
       if (!solve_in_order(problem, index)) return;
     } else if (!certify(problem, index)) {
-      if (columns_ > kMostInOrder) {
+      if (columns_ > kMaxInOrder) {
         order_equals(problem, index);
       } else if (!solve_in_order(problem, index)) {
         return;
@@ -211,14 +128,14 @@ class DenseSolver {
   // Up to this many columns his order of search is the fastest too.
   static constexpr std::int64_t kAlwaysInOrder = 12;
   // Up to this many columns costs are copied: 16 MB at most.
-  static constexpr std::int64_t kMostCopied = 1448;
+  static constexpr std::int64_t kMaxCopied = 1448;
   // Steps of row reduction, per row; path searches take the rows that are left. More steps leave fewer, but gain ever
   // less.
   static constexpr std::int64_t kStepsPerRow = 2;
   // Rows whose best columns are looked for together, as registers allow.
   static constexpr std::int64_t kAtOnce = kLanes < 8 ? 2 : 4;
   // Pairs that are as good as chosen ones, per row, beyond which an optimum is taken not to be the only one.
-  static constexpr std::int64_t kMostTiesPerRow = 4;
+  static constexpr std::int64_t kMaxTiesPerRow = 4;
   // How far rounding can move the cost of an exchange, relative to the largest cost: far more than sums over 128 rows
   // lose in double, far less than what float32 costs differ by.
   static constexpr double kRounding = 1.5e-11;
@@ -237,7 +154,7 @@ class DenseSolver {
     bound_column_duals();
     double* const row_duals = problem.row_duals + index * rows_;
     for (std::int64_t i = 0; i < rows_; ++i) row_duals[i] = least_reduced_cost(row_costs(i));
-    if (columns_ > kMostInOrder) order_equals(problem, index);
+    if (columns_ > kMaxInOrder) order_equals(problem, index);
     return true;
   }
 
@@ -263,7 +180,7 @@ class DenseSolver {
     take(moved_, (width_ + kWord - 1) / kWord);
     take(open_, columns_);
     take(places_, columns_);
-    take(ties_, (kMostTiesPerRow + 1) * rows_ + 1);
+    take(ties_, (kMaxTiesPerRow + 1) * rows_ + 1);
     take(tie_begin_, rows_ + 2);
     take(tied_into_, rows_ + 1);
     take(sums_, rows_);
@@ -457,7 +374,7 @@ class DenseSolver {
     for (std::int64_t i = 0; i < rows_; ++i) {
       if (column_of_row_[i] < 0) free_rows_[free_count++] = i;
     }
-    if (free_count > 0 && find_classes() > 0 && columns_ <= kMostInOrder) return false;
+    if (free_count > 0 && find_classes() > 0 && columns_ <= kMaxInOrder) return false;
     for (std::int64_t k = 0; k < free_count; ++k) {
       if (!augment(free_rows_[k])) return false;
     }
@@ -516,7 +433,7 @@ class DenseSolver {
   // another turn. False once so many rows had several best columns that there will be a choice to make in Crouse's
   // order.
   bool reduce_rows() {
-    std::int64_t ties_left = columns_ <= kMostInOrder ? rows_ / 4 : kStepsPerRow * rows_;
+    std::int64_t ties_left = columns_ <= kMaxInOrder ? rows_ / 4 : kStepsPerRow * rows_;
     std::int64_t waiting = rows_, front = 0;
     for (std::int64_t i = 0; i < rows_; ++i) free_rows_[i] = i;
     for (std::int64_t step = 0; step < kStepsPerRow * rows_ && waiting > 0;) {
@@ -825,7 +742,7 @@ class DenseSolver {
       for (; bits != 0 && fits; bits &= bits - 1) {
         const std::int64_t column = begin + __builtin_ctzll(bits);
         if (column == matched) continue;
-        fits = count < kMostTiesPerRow * rows_;
+        fits = count < kMaxTiesPerRow * rows_;
         if (!fits) break;
         const double reduced = static_cast<double>(costs[column]) - v_[column];
         least = reduced < least ? reduced : least;
@@ -846,7 +763,7 @@ class DenseSolver {
     for (std::int64_t i = 0; i <= rows_; ++i) tied_into_[i] = 0;
     std::int32_t count = tie_begin_[rows_];
     if (rows_ < columns_) {
-      for (std::int64_t j = 0; j < columns_ && count < (kMostTiesPerRow + 1) * rows_; ++j) {
+      for (std::int64_t j = 0; j < columns_ && count < (kMaxTiesPerRow + 1) * rows_; ++j) {
         if (!is_free(j) && v_[j] >= -rounding_) ties_[count++] = static_cast<std::int32_t>(row_of_column_[j]);
       }
     }

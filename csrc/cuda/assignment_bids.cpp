@@ -15,7 +15,7 @@ constexpr std::int64_t kStepsPerRow = 4;
 constexpr std::int64_t kLargeClass = 16;
 constexpr std::int64_t kClassSteps = 64;
 // Requests of the auction, and of row reduction. Path searches find what is left.
-constexpr std::int64_t kMostRequests = 8;
+constexpr std::int64_t kMaxRequests = 8;
 constexpr std::int32_t kWasOfClass = -2;  // in place of a column's row
 
 }  // namespace
@@ -24,7 +24,7 @@ ListAuction::ListAuction(Matching& matching, const std::int32_t* column_of_row, 
     : matching_(matching),
       epsilon_(epsilon),
       bids_left_(epsilon > 0.0 ? kBidsPerRow * matching.rows : 0),
-      requests_left_(kMostRequests) {
+      requests_left_(kMaxRequests) {
   for (std::int32_t i = 0; i < matching_.rows; ++i) {
     if (column_of_row[i] >= 0) {
       matching_.assign(i, column_of_row[i]);
@@ -63,7 +63,7 @@ bool ListAuction::run() {
 RowReduction::RowReduction(Matching& matching)
     : matching_(matching),
       passes_left_(kReductionPasses),
-      requests_left_(kMostRequests),
+      requests_left_(kMaxRequests),
       class_is_free_(matching.rows, 0) {}
 
 bool RowReduction::run() {

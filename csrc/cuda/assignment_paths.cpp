@@ -1,7 +1,7 @@
 // The end of a large assignment, on the host: shortest augmenting paths on the lists that the device made.
 //
 // What few rows are left by bids (assignment_bids.cpp) are matched one after another, by searches that depend on each
-// other and look at a few thousand entries. The method is that of csrc/cpu/assignment_sparse.hpp, but that a search
+// other and look at a few thousand entries. The method is that of csrc/cpu/assignment_paths.hpp, but that a search
 // which reaches a row's floor, where an unlisted entry could matter, is put off until the device has listed anew all
 // rows that such searches met. Searches that were put off change nothing, so that nothing is missed.
 #include <algorithm>
