@@ -1,4 +1,4 @@
-// The passes around the matrix product of a correlation; the product itself is torch's.
+// The passes before and after the matrix product of a correlation. The product itself is torch's.
 //
 // center_features: x - mean(x) in float32 (float64 where asked for), NaN as 0, with the sums in double. The features
 // are read in their own layout and dtype, in the order that indices of the samples give, so that a gathered copy never
@@ -22,12 +22,12 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// Units that are read together: neighbours share cache lines where a unit's runs are short.
+// Number of units that are read together: neighbors share cache lines if a unit's runs are short.
 constexpr std::int64_t kUnitTile = 16;
-// Partial sums of one unit: independent, so that additions overlap and vectorise.
+// Number of independent partial sums per unit, so that additions overlap and vectorize.
 constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kTile = 32;
-// Elements per thread that outweigh starting it.
+// Minimum number of elements that is worth starting a thread for.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
 
 // NaN as 0.
@@ -42,7 +42,7 @@ inline double or_zero(double value) {
   std::memcpy(&value, &bits, sizeof bits);
   return value;
 }
-// As the type that is computed in: float64 of a float32 is exact.
+// Converts to the type in which the sums are computed: float32 to float64 is exact.
 template <class Out, class T>
 Out number_of(T value) {
   return static_cast<Out>(or_zero(widen(value)));
@@ -114,7 +114,7 @@ inline std::int64_t place(const SampleOrder& order, std::int64_t at) {
 template <class T>
 using SumOf = typename ArithmeticOf<T>::type;
 
-// A sum as features of its type hold it.
+// A sum, rounded to the type of the features.
 template <class Out, class T>
 Out number_of_sum(SumOf<T> sum) {
   T rounded;
@@ -200,7 +200,7 @@ class Clusters {
   Buffer<Extra> extras_;
 };
 
-// Those of the axis that has any.
+// The sums of the axis that has clusters.
 template <class T>
 struct Sums {
   explicit Sums(const CenterProblem& p) {

@@ -21,7 +21,7 @@
 
 namespace mudsc::MUDSC_ISA {
 
-// Of the widest vectors that the level has.
+// Size of the widest vectors of the instruction level.
 #if defined(__AVX512F__)
 constexpr std::int64_t kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -33,9 +33,9 @@ constexpr std::int64_t kVectorBytes = 16;
 // Thrown by Buffer; bindings turn it into MemoryError.
 using mudsc::OutOfMemory;
 
-// To be called before the first use of a large array that is read out of order or written at once: address translation,
-// or the faults of the first touch, which are most of the cost, cover more on huge pages. Without effect where the
-// system has none.
+// Call this before the first use of a large array that is read out of order or written all at once. Most of the cost is
+// address translation or page faults, and huge pages need fewer of both. No effect where the system has no huge
+// pages.
 inline void prefer_huge_pages(void* data, std::int64_t bytes) {
 #if defined(__linux__)
   constexpr std::uintptr_t page = 4096;

@@ -16,9 +16,9 @@
 namespace mudsc {
 namespace {
 
-// Waiting begins with a few hundred of these, some ten microseconds, before the processor is offered to others.
+// A waiting worker first spins this many times (about ten microseconds), then starts to yield the processor.
 constexpr int kPauses = 300;
-// How often a worker then offers the processor before it sleeps.
+// Number of yields before a worker sleeps.
 constexpr int kYields = 100;
 
 inline void wait_a_little(int turn) {
@@ -43,7 +43,7 @@ void parallel_ranges(int threads, std::int64_t count, std::int64_t grain,
   try {
     for (; started < parts; ++started) workers.emplace_back(body, context, bound(started), bound(started + 1));
   } catch (const std::system_error&) {
-    // The system refuses more threads: the caller does what is left.
+    // The system refuses more threads: the caller does the remaining work.
   }
   body(context, 0, bound(1));
   if (started < parts) body(context, bound(started), count);
@@ -116,7 +116,7 @@ Team::Team(int threads) : state_(nullptr) {
       state->workers.emplace_back([shared = state.get(), member] { shared->serve(member); });
     }
   } catch (const std::system_error&) {
-    // The system refuses more threads: those that there are do the work.
+    // The system refuses more threads: the existing ones do the work.
   }
   state_ = state.release();
 }

@@ -1,4 +1,4 @@
-// Linear assignment: pairs rows with columns at the least total cost, with dual values that prove it.
+// Linear assignment: pairs rows with columns at minimum total cost, with dual values that prove the optimum.
 #pragma once
 
 #include <cstdint>

@@ -22,10 +22,10 @@ inline void parallel_for(int threads, std::int64_t count, std::int64_t grain, Bo
       [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
-// Threads that are kept for the duration of one piece of work with many short parallel phases, each of some
-// microseconds: they spin for a moment between phases, then sleep, and are joined at the end.
+// A team of threads for work that consists of many short parallel phases of a few microseconds each. Between phases
+// the threads spin for a moment, then sleep. They are joined at the end.
 //
-// What is run must not depend on which member runs it: items are shared out as members come for them.
+// The work must not depend on which member runs it: members take items as they become free.
 class Team {
  public:
   // At most `threads` members, the caller's thread among them; fewer if the system refuses more.
