@@ -199,7 +199,7 @@ def merge_all(
 def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
     """Return the rows as text."""
     lines = [
-        f"{'method':<17} {'balance':>7} "
+        f"{'method':<19} {'balance':>7} "
         + " ".join(f"{task.name:>7}" for task in tasks)
         + f" {'mean %':>7}   "
         + "  ".join(f"{phase} s" for phase in PHASES)
@@ -212,7 +212,7 @@ def table(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
             for phase in PHASES
         )
         lines.append(
-            f"{row.method:<17} {balance:>7} "
+            f"{row.method:<19} {balance:>7} "
             + " ".join(f"{100 * value:>7.1f}" for value in accuracies)
             + f"   {seconds}".rstrip()
         )

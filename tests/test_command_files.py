@@ -373,7 +373,7 @@ def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: 
         ({"model_type": "t5", "architectures": ["T6"]}, "transformers has no T6, which config.json names"),
         (
             {"model_type": "whisper"},
-            "there is no batch to derive the spec of WhisperModel with",
+            "WhisperModel has no .model.embed_tokens.weight.",
         ),
         ({"model_type": "phi"}, "PhiModel has no 'model.embed_tokens.weight', as 21 of the 21 tensors in files"),
         ({"model_type": "llama"}, "do not tell num_heads of the family llama"),

@@ -45,6 +45,7 @@ done
 """
 
 PLAN = """
+cmake_minimum_required(VERSION 3.24...3.31)
 include("{root}/cmake/cuda.cmake")
 mudsc_plan_cuda("{wanted}" {only_present} nvcc architectures problem)
 message("nvcc=${{nvcc}}\\narchitectures=${{architectures}}\\nproblem=${{problem}}")

@@ -18,7 +18,7 @@ def run_demo(arguments: list[str]) -> int:
 def mean_accuracies(shown: str) -> dict[str, float]:
     """Return the last accuracy of each row of the table, in percent."""
     rows = [line for line in shown.splitlines() if line.startswith(("average", "weight", "activation", "dual"))]
-    return {row[:17].strip(): float(row[17:49].split()[-1]) for row in rows}
+    return {row[:19].strip(): float(row[19:51].split()[-1]) for row in rows}
 
 
 def test_demo_shows_what_matching_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,11 +218,12 @@ void take_threshold(const Value* clipped, std::int64_t rows, std::int64_t column
   const double sign = options.maximize ? -1.0 : 1.0, threshold = sign * options.threshold;
   double* const u = result.row_duals;
   double* const v = result.column_duals;
-  double shift = sign * v[0];
-  for (std::int64_t j = 1; j < columns; ++j) shift = sign * v[j] > shift ? sign * v[j] : shift;
+  // With more columns than rows some have no row and dual 0, which is the maximum but for rounding.
+  double shift = rows < columns ? 0.0 : sign * v[0];
+  for (std::int64_t j = 1; j < columns && rows == columns; ++j) shift = sign * v[j] > shift ? sign * v[j] : shift;
   for (std::int64_t j = 0; j < columns; ++j) {
     const double dual = sign * v[j] - shift;
-    v[j] = sign * dual + 0.0;
+    v[j] = sign * (dual < 0.0 ? dual : 0.0) + 0.0;
   }
   double objective = 0.0, gap = 0.0;
   for (std::int64_t i = 0; i < rows; ++i) {

@@ -78,10 +78,12 @@ def _take_threshold(solution: Solution, clipped: Tensor, maximize: bool, thresho
     cost = sign * clipped.gather(-1, columns[..., None]).squeeze(-1).double()
     paired = cost < limit
     u, v = sign * solution.row_duals, sign * solution.column_duals
-    shift = v.amax(-1, keepdim=True)
+    # With more columns than rows some have no row and dual 0, which is the maximum but for rounding.
+    square = clipped.shape[-2] == clipped.shape[-1]
+    shift = v.amax(-1, keepdim=True) if square else torch.zeros_like(v[..., :1])
     u = torch.where(paired, (u - limit + shift).clamp(max=0.0), 0.0)
     at_limit = torch.zeros_like(v, dtype=torch.bool).scatter(-1, columns, ~paired)
-    v = torch.where(at_limit, 0.0, v - shift)
+    v = torch.where(at_limit, 0.0, (v - shift).clamp(max=0.0))
     slack = cost - limit - u - v.gather(-1, columns)
     return Solution(
         columns=torch.where(paired, columns, -1),
