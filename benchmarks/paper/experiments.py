@@ -132,14 +132,24 @@ def _halves(num_classes: int) -> Callable[[int], list[Pair]]:
     return pairs
 
 
-def _resnet20_spec() -> mudsc_fast.PermutationSpec:
-    return mudsc_fast.spec.resnet([3, 3, 3], names="cifar")
+def _cifar(title: str, vectors_key: str, num_classes: int, published_dual_zip: float) -> Experiment:
+    return Experiment(
+        title=title,
+        network=ResNet20,
+        full_width=8,
+        published_epochs=200,
+        recipe=Recipe(epochs=200, learning_rate=0.4, batch_size=500, schedule="triangle", warm_up=5),
+        transform=Transform(
+            mean=(125.307, 122.961, 113.8575), deviation=(51.5865, 50.847, 51.255), crop_padding=4, flip=True
+        ),
+        spec=lambda: mudsc_fast.spec.resnet([3, 3, 3], names="cifar"),
+        pairs=_halves(num_classes),
+        vectors_key=vectors_key,
+        num_vectors=num_classes,
+        joint=True,
+        published={"dual zip": published_dual_zip},
+    )
 
-
-_CIFAR_TRANSFORM = Transform(
-    mean=(125.307, 122.961, 113.8575), deviation=(51.5865, 50.847, 51.255), crop_padding=4, flip=True
-)
-_CIFAR_RECIPE = Recipe(epochs=200, learning_rate=0.4, batch_size=500, schedule="triangle", warm_up=5)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "mnist": Experiment(
@@ -157,32 +167,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         flatten=True,
         published={"dual zip": 94.62},
     ),
-    "cifar10": Experiment(
-        title="CIFAR-10, 5 + 5 classes, ResNet20",
-        network=ResNet20,
-        full_width=8,
-        published_epochs=200,
-        recipe=_CIFAR_RECIPE,
-        transform=_CIFAR_TRANSFORM,
-        spec=_resnet20_spec,
-        pairs=_halves(10),
-        vectors_key="cifar10",
-        num_vectors=10,
-        joint=True,
-        published={"dual zip": 83.09},
-    ),
-    "cifar100": Experiment(
-        title="CIFAR-100, 50 + 50 classes, ResNet20",
-        network=ResNet20,
-        full_width=8,
-        published_epochs=200,
-        recipe=_CIFAR_RECIPE,
-        transform=_CIFAR_TRANSFORM,
-        spec=_resnet20_spec,
-        pairs=_halves(100),
-        vectors_key="cifar100",
-        num_vectors=100,
-        joint=True,
-        published={"dual zip": 74.71},
-    ),
+    "cifar10": _cifar("CIFAR-10, 5 + 5 classes, ResNet20", "cifar10", 10, 83.09),
+    "cifar100": _cifar("CIFAR-100, 50 + 50 classes, ResNet20", "cifar100", 100, 74.71),
 }
