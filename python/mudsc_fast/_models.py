@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import config_of
 from mudsc_fast._tensors import same_values, tied_tensors, with_metadata
+from mudsc_fast.matching.verify import keeps_outputs
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
@@ -145,8 +146,12 @@ class Networks:
             config=self.config,
             model=(lambda: self.modules[0]) if self.modules else None,
             batch=None if batches is None else batches.first,
+            verify=None if batches is None or not self.modules else self._verifier(batches),
         )
         return chosen, data
+
+    def _verifier(self, batches: Rewindable) -> Callable[[PermutationSpec], bool]:
+        return lambda spec: keeps_outputs(self.modules[0], spec, batches.first())
 
 
 def network_of(model: Model) -> Networks:

@@ -26,6 +26,7 @@ def choose_spec(
     config: Mapping[str, Any] | None = None,
     model: Callable[[], nn.Module] | None = None,
     batch: Callable[[], Any] | None = None,
+    verify: Callable[[PermutationSpec], bool] | None = None,
 ) -> PermutationSpec:
     """Return the spec of a network.
 
@@ -44,6 +45,9 @@ def choose_spec(
         Returns the model, to derive a spec from. Not needed where `config` names a class of transformers.
     batch
         Returns a batch that the model can run on. Not needed for models of Hugging Face that take tokens or pixels.
+    verify
+        Returns whether a spec fits what the model computes. Asked where a family is recognized by the tensors' names
+        alone; if it does not fit, the spec is derived.
 
     Raises
     ------
@@ -62,7 +66,7 @@ def choose_spec(
         )
     if isinstance(spec, os.PathLike) or (spec is not None and spec.endswith(".json")):
         return _load(Path(spec), tensors)
-    source = _Source(tensors, config or {}, model, batch)
+    source = _Source(tensors, config or {}, model, batch, verify)
     if spec == "derive":
         return source.derive()
     if spec is not None:
@@ -80,8 +84,9 @@ class _Source:
         config: Mapping[str, Any],
         model: Callable[[], nn.Module] | None,
         batch: Callable[[], Any] | None,
+        verify: Callable[[PermutationSpec], bool] | None = None,
     ) -> None:
-        self.tensors, self.config, self.model, self.batch = tensors, config, model, batch
+        self.tensors, self.config, self.model, self.batch, self.verify = tensors, config, model, batch, verify
 
     @property
     def can_derive(self) -> bool:
@@ -118,7 +123,11 @@ def _recognize(source: _Source) -> PermutationSpec:
             f"a .json file, or a family: {family_names()}. Or pass modules and data: the spec is then derived"
         )
     try:
-        return build_family(family, {}, source.tensors, source.config)
+        chosen = build_family(family, {}, source.tensors, source.config)
+        # Names and shapes fit, but they do not show how the layers are connected.
+        if source.config or source.verify is None or not source.can_derive or source.verify(chosen):
+            return chosen
+        raise ValueError(f"the tensors have the names of the family {family!r}, but the model computes something else")
     except ValueError as error:
         if not source.can_derive:
             raise
