@@ -62,12 +62,19 @@ inline void write_proof(const AssignmentProblem& problem, std::int64_t index, do
   const std::int64_t* const column_of_row = problem.column_of_row + index * problem.rows;
   double* const row_duals = problem.row_duals + index * problem.rows;
   double* const column_duals = problem.column_duals + index * problem.columns;
+  // Summed in blocks, so that rounding does not add up over thousands of rows.
+  constexpr std::int64_t kSummedAtOnce = 64;
   double objective = 0.0, slack = 0.0;
-  for (std::int64_t i = 0; i < problem.rows; ++i) {
-    const double matched = cost(i, column_of_row[i]);
-    objective += matched;
-    slack += matched - v[column_of_row[i]] - row_duals[i];
-    row_duals[i] *= sign;
+  for (std::int64_t begin = 0; begin < problem.rows; begin += kSummedAtOnce) {
+    const std::int64_t end = begin + kSummedAtOnce < problem.rows ? begin + kSummedAtOnce : problem.rows;
+    double sum = 0.0;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const double matched = cost(i, column_of_row[i]);
+      sum += matched;
+      slack += matched - v[column_of_row[i]] - row_duals[i];
+      row_duals[i] *= sign;
+    }
+    objective += sum;
   }
   for (std::int64_t j = 0; j < problem.columns; ++j) column_duals[j] = sign * v[j] + 0.0;
   problem.objective[index] = sign * objective;
