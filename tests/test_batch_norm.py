@@ -105,3 +105,10 @@ def test_instance_norms_that_track_statistics() -> None:
     torch.testing.assert_close(model[1].running_var, variance)
     assert mudsc_fast.reset_batch_norm(model, [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 3, 3)]) == 1
     assert model[1].momentum == 0.1
+
+
+def test_a_result_in_place_of_its_model_is_named() -> None:
+    models = [nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(2)]
+    result = mudsc_fast.merge(models)
+    with pytest.raises(TypeError, match=r"got MergeResult: pass result\.model"):
+        mudsc_fast.reset_batch_norm(result, [torch.randn(2, 4)])  # type: ignore[arg-type]

@@ -434,3 +434,10 @@ def test_accuracy_of_partial_merges(digits: dict[str, Any]) -> None:
     # The less is shared the better; one standard deviation of an accuracy of 95 % on 1,000 images is 0.007.
     assert all(means[i] >= means[i + 1] - 0.007 for i in range(3))
     assert means[0] > means[3] + 0.05
+
+
+def test_models_in_another_order_are_refused() -> None:
+    models = [nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(2)]
+    result = mudsc_fast.merge(models)
+    with pytest.raises(ValueError, match="pass the models in the order of the merge"):
+        mudsc_fast.repair(result, models[::-1], [torch.randn(8, 4)])

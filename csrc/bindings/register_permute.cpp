@@ -19,7 +19,7 @@ struct Maps {
 };
 
 void read_maps(const py::dict& maps, const TensorView& tensor, std::int64_t num_models, Maps& read) {
-  static const UnitMapNames* const names = new UnitMapNames;  // kept: Python may be gone when statics are destroyed
+  static const UnitMapNames* const names = new UnitMapNames;  // kept: Python may be gone at exit
   if (maps.size() > kMaxMapped) throw py::value_error("maps must have at most two axes");
   for (const auto& [axis_object, unit_map] : maps) {
     const int axis = axis_object.cast<int>();

@@ -51,6 +51,10 @@ def reset_batch_norm(
         If the data yields nothing, or a layer saw batches with one value for each unit alone. After this and any other
         error the statistics are what they were.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: pass result.model for the result of a merge"
+        )
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -227,6 +227,10 @@ def _scored_batches(
     progress: bool | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scores [B, K] and labels [B] of every batch, on the CPU."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: pass result.model for the result of a merge"
+        )
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     directions = None if vectors is None else functional.normalize(vectors.to(device), dim=1)
     empty = True

@@ -25,7 +25,7 @@ from mudsc_fast._tensors import with_metadata
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import effective_weights
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.results import MergeResult
+from mudsc_fast.results import MergeResult, check_merged_models
 from mudsc_fast.spec.axes import Axis, Segment
 
 MissingBias = Literal["error", "add", "skip"]
@@ -81,17 +81,14 @@ def repair(
     Raises
     ------
     ValueError
-        If the data yields nothing, the number of models is not that of the merge, there is no layer to rescale, a layer
-        has no bias and `missing_bias` is ``"error"``, a layer's outputs are not finite, or the networks call it
+        If the data yields nothing, the models are not those of the merge in its order, there is no layer to rescale, a
+        layer has no bias and `missing_bias` is ``"error"``, a layer's outputs are not finite, or the networks call it
         different numbers of times.
     TypeError
         If state dicts were merged instead of modules.
     """
     check_choice("missing_bias", missing_bias, get_args(MissingBias))
-    if not result.task_models:
-        raise TypeError("result must be a merge of modules, got one of state dicts: outputs must be observed")
-    if len(models) != len(result.weights):
-        raise ValueError(f"models must be the {len(result.weights)} models that were merged, got {len(models)}")
+    check_merged_models(result, models, "outputs must be observed")
     repaired = {id(model): copy_module(model) for model in result.task_models}
     task_models = tuple(repaired[id(model)] for model in result.task_models)
     layers = _layers(task_models[0], result, missing_bias)

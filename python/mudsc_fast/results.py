@@ -573,3 +573,34 @@ def _task_models(
 def _num_shared_names(model: nn.Module) -> int:
     """Return how many names of parameters are further names of one."""
     return sum(1 for _ in model.named_parameters(remove_duplicate=False)) - sum(1 for _ in model.parameters())
+
+
+def check_merged_models(result: object, models: object, reason: str) -> None:
+    """Raise unless `models` are the modules that were merged, in the order of the merge.
+
+    `reason` says why tensors alone are not enough.
+    """
+    if not isinstance(result, MergeResult):
+        raise TypeError(f"result must be a MergeResult, got {type(result).__name__}")
+    if not result.task_models:
+        raise TypeError(f"result must be a merge of modules, got one of state dicts: {reason}")
+    if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
+        raise TypeError("models must be the sequence of modules that were merged")
+    if len(models) != len(result.weights):
+        raise ValueError(f"models must be the {len(result.weights)} models that were merged, got {len(models)}")
+    for index, (model, tensors) in enumerate(zip(models, result.task_state_dicts, strict=True)):
+        own = model.state_dict()
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                continue  # what a module keeps besides its tensors
+            if name not in own or (own[name].shape != tensor.shape):
+                found = tuple(own[name].shape) if name in own else "none"
+                raise ValueError(
+                    f"models[{index}] must be the model that was merged: {name!r} has shape {found}, "
+                    f"expected {tuple(tensor.shape)}"
+                )
+        if result.fingerprints and fingerprint(model) != result.fingerprints[index]:
+            raise ValueError(
+                f"models[{index}] must be the model that was merged, but its parameters differ: pass the models in the "
+                "order of the merge, or merge them again"
+            )

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from mudsc_fast._checks import check_choice, check_int, check_number, check_share
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
-from mudsc_fast._models import fingerprint
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.refit.fit import Fitter, Outputs, Settings
 from mudsc_fast.refit.graph import Layer, Skipped, output_entries
 from mudsc_fast.refit.tape import Network, Tape
 from mudsc_fast.refit.targets import UnitTargets, shared_entries, task_entries
-from mudsc_fast.results import MergeResult, RefitLayer
+from mudsc_fast.results import MergeResult, RefitLayer, check_merged_models
 
 #: What :func:`refit` chooses each layer's ridge from.
 DEFAULT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -128,7 +127,7 @@ def refit(
         progress,
     )
     check_share("own_share", own_share)
-    _check_models(result, models)
+    check_merged_models(result, models, "refit runs the networks")
     refitted = {id(model): copy_module(model) for model in result.task_models}
     task_models = tuple(refitted[id(model)] for model in result.task_models)
     limit = None if max_samples is None else check_int("max_samples", max_samples, 1)
@@ -297,33 +296,6 @@ def _checked_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:
     if min(checked) <= 0:
         raise ValueError(f"ridge must be positive, got {min(checked)}")
     return checked
-
-
-def _check_models(result: MergeResult, models: Sequence[nn.Module]) -> None:
-    if not isinstance(result, MergeResult):
-        raise TypeError(f"result must be a MergeResult, got {type(result).__name__}")
-    if not result.task_models:
-        raise TypeError("result must be a merge of modules, got one of state dicts: refit runs the networks")
-    if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
-        raise TypeError("models must be the sequence of modules that were merged")
-    if len(models) != len(result.weights):
-        raise ValueError(f"models must be the {len(result.weights)} models that were merged, got {len(models)}")
-    for index, (model, tensors) in enumerate(zip(models, result.task_state_dicts, strict=True)):
-        own = model.state_dict()
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                continue  # what a module keeps besides its tensors
-            if name not in own or (own[name].shape != tensor.shape):
-                found = tuple(own[name].shape) if name in own else "none"
-                raise ValueError(
-                    f"models[{index}] must be the model that was merged: {name!r} has shape {found}, "
-                    f"expected {tuple(tensor.shape)}"
-                )
-        if result.fingerprints and fingerprint(model) != result.fingerprints[index]:
-            raise ValueError(
-                f"models[{index}] must be the model that was merged, but its parameters differ: pass the models in the "
-                "order of the merge, or merge them again"
-            )
 
 
 def _read(
