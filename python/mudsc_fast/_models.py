@@ -6,7 +6,7 @@ import copy
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import config_of
-from mudsc_fast._tensors import same_values, tied_tensors, with_metadata
+from mudsc_fast._tensors import Padded, same_values, tied_tensors, with_metadata
 from mudsc_fast.matching.verify import keeps_outputs
+from mudsc_fast.spec.axes import entry_of
 from mudsc_fast.spec.choose import SpecLike, choose_spec
+from mudsc_fast.spec.join import join_specs
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 #: Modules, state dicts, or paths: all of one kind.
@@ -32,33 +34,37 @@ _KINDS: dict[str, Any] = {"modules": nn.Module, "state dicts": Mapping, "paths":
 
 @dataclass(frozen=True)
 class Networks:
-    """Two or more networks with the same tensors.
+    """Two or more networks with the same tensors, but for task heads.
 
     Attributes
     ----------
     modules
         The networks as modules; empty where only their tensors are known.
     state_dicts
-        The tensors of each. Those of files are read each time that they are asked for.
+        The tensors of each. Those of files are read each time that they are asked for. Task heads that a network does
+        not have are those of another network, so that all have the same names.
     given
         The state dicts as they were given.
     extras
         Their entries that are no tensors: ``_extra_state`` of modules.
-    config
-        The entries of the first network's configuration, if it is a model of Hugging Face.
+    configs
+        The entries of each network's configuration, None for what is no model of Hugging Face.
+    lacking
+        For each network the names in its `state_dicts` that it does not have itself.
     """
 
     modules: tuple[nn.Module, ...]
     state_dicts: tuple[Mapping[str, Tensor], ...]
     given: tuple[Mapping[str, Any], ...]
     extras: tuple[Mapping[str, Any], ...]
-    config: Mapping[str, Any] | None = None
+    configs: tuple[Mapping[str, Any] | None, ...]
+    lacking: tuple[frozenset[str], ...]
 
     def __len__(self) -> int:
         return len(self.state_dicts)
 
     @classmethod
-    def of(cls, models: Models, *, run: bool = False) -> Networks:
+    def of(cls, models: Models, *, run: bool = False, task_heads: Sequence[str] = ()) -> Networks:
         """Check what a user passed as `models`.
 
         Parameters
@@ -67,6 +73,8 @@ class Networks:
             Modules, state dicts or paths.
         run
             Whether the networks are to be run: directories of Hugging Face are then loaded as modules.
+        task_heads
+            Tensors that not all networks need to have, by their name or its beginning up to a dot.
 
         Raises
         ------
@@ -88,27 +96,33 @@ class Networks:
                 f"models must be all of one kind ({', '.join(_KINDS)}), got "
                 + ", ".join(type(model).__name__ for model in models)
             )
-        networks = cls._opened(models, run)
+        networks = cls._opened(models, run)._padded(task_heads)
         for index, other in enumerate(networks.state_dicts[1:], start=1):
-            _check_same_tensors(networks.state_dicts[0], other, index)
+            _check_same_types(networks.state_dicts[0], other, index)
         return networks
 
     @classmethod
     def of_modules(cls, models: Sequence[nn.Module]) -> Networks:
         """Return modules as they are."""
-        return cls._of_state_dicts([model.state_dict() for model in models], tuple(models), config_of(models[0]))
+        return cls._of_state_dicts(
+            [model.state_dict() for model in models], tuple(models), [config_of(model) for model in models]
+        )
 
     @classmethod
-    def of_tensors(cls, tensors: Sequence[Mapping[str, Tensor]], config: Mapping[str, Any] | None = None) -> Networks:
+    def of_tensors(
+        cls, tensors: Sequence[Mapping[str, Tensor]], configs: Sequence[Mapping[str, Any] | None] | None = None
+    ) -> Networks:
         """Return networks of which only the tensors are known, all entries being tensors."""
-        return cls((), tuple(tensors), tuple(tensors), ({},) * len(tensors), config)
+        count = len(tensors)
+        known = (None,) * count if configs is None else tuple(configs)
+        return cls((), tuple(tensors), tuple(tensors), ({},) * count, known, (frozenset(),) * count)
 
     @classmethod
     def _of_state_dicts(
         cls,
         state_dicts: Sequence[Mapping[str, Any]],
         modules: tuple[nn.Module, ...] = (),
-        config: Mapping[str, Any] | None = None,
+        configs: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> Networks:
         extras = tuple(
             {name: value for name, value in state_dict.items() if _is_extra(name, value)} for state_dict in state_dicts
@@ -117,7 +131,9 @@ class Networks:
             {name: value for name, value in state_dict.items() if name not in extra} if extra else state_dict
             for state_dict, extra in zip(state_dicts, extras, strict=True)
         )
-        return cls(modules, tensors, tuple(state_dicts), extras, config)
+        count = len(state_dicts)
+        known = (None,) * count if configs is None else tuple(configs)
+        return cls(modules, tensors, tuple(state_dicts), extras, known, (frozenset(),) * count)
 
     @classmethod
     def _opened(cls, models: Sequence[Any], run: bool) -> Networks:
@@ -132,7 +148,18 @@ class Networks:
             from mudsc_fast.io.models import load_model
 
             return cls.of_modules([load_model(checkpoint, None) for checkpoint in checkpoints])
-        return cls.of_tensors([checkpoint.tensors for checkpoint in checkpoints], checkpoints[0].config)
+        return cls.of_tensors([item.tensors for item in checkpoints], [item.config for item in checkpoints])
+
+    def _padded(self, task_heads: Sequence[str]) -> Networks:
+        """Return the networks with the same names; `task_heads` must name all that some of them lack."""
+        own = self.state_dicts
+        for index, other in enumerate(own[1:], start=1):
+            _check_same_names(own[0], other, index, task_heads)
+        names = dict.fromkeys(name for tensors in own for name in tensors)
+        lacking = tuple(frozenset(name for name in names if name not in tensors) for tensors in own)
+        if not any(lacking):
+            return self
+        return replace(self, state_dicts=tuple(Padded(tensors, own) for tensors in own), lacking=lacking)
 
     def choose_spec(self, spec: SpecLike, data: Iterable[Any] | None) -> tuple[PermutationSpec, Iterable[Any] | None]:
         """Return the spec of the networks, and `data` of which the first batch may have been looked at."""
@@ -140,18 +167,63 @@ class Networks:
             batches = None
         else:
             data = batches = Rewindable(data)
-        chosen = choose_spec(
-            spec,
-            self.state_dicts[0],
-            config=self.config,
-            model=(lambda: self.modules[0]) if self.modules else None,
-            batch=None if batches is None else batches.first,
-            verify=None if batches is None or not self.modules else self._verifier(batches),
-        )
-        return chosen, data
+        batch = None if batches is None else batches.first
+        if not any(self.lacking):
+            return self._choose_spec_of(0, self.state_dicts[0], spec, batch), data
+        if isinstance(spec, (PermutationSpec, os.PathLike)) or str(spec).endswith(".json"):
+            chosen = self._choose_spec_of(0, self.state_dicts[0], spec, batch)
+        else:
+            own = [
+                {name: tensors[name] for name in tensors if name not in lacking}
+                for tensors, lacking in zip(self.state_dicts, self.lacking, strict=True)
+            ]
+            chosen = join_specs(
+                [self._choose_spec_of(index, tensors, spec, batch) for index, tensors in enumerate(own)]
+            )
+        self._check_names_heads(chosen)
+        return (self._observed_in_all(chosen) if self.modules else chosen), data
 
-    def _verifier(self, batches: Rewindable) -> Callable[[PermutationSpec], bool]:
-        return lambda spec: keeps_outputs(self.modules[0], spec, batches.first())
+    def _observed_in_all(self, spec: PermutationSpec) -> PermutationSpec:
+        """Return a spec without the observations in modules that some networks lack, such as the input of a head."""
+        modules = set.intersection(*(set(dict(model.named_modules(remove_duplicate=False))) for model in self.modules))
+        return PermutationSpec(
+            {name: [entry_of(segments) for segments in layout] for name, layout in spec.layouts.items()},
+            {node: [where for where in spec.observations(node) if where.module in modules] for node in spec.nodes},
+            {node: spec.groups(node) for node in spec.nodes},
+        )
+
+    def _choose_spec_of(
+        self, index: int, tensors: Mapping[str, Tensor], spec: SpecLike, batch: Callable[[], Any] | None
+    ) -> PermutationSpec:
+        model = (lambda: self.modules[index]) if self.modules else None
+        verify = None
+        if model is not None and batch is not None:
+            network, first = self.modules[index], batch
+
+            def verify(found: PermutationSpec) -> bool:
+                return keeps_outputs(network, found, first())
+
+        return choose_spec(spec, tensors, config=self.configs[index], model=model, batch=batch, verify=verify)
+
+    def _check_names_heads(self, spec: PermutationSpec) -> None:
+        """Raise a ValueError if heads that some networks lack are not in the spec.
+
+        They would not follow the units of the trunk, and their tasks would compute something else without a word.
+        """
+        tensors = self.state_dicts[0]
+        unknown = [
+            name
+            for name in tensors
+            if any(name in lacking for lacking in self.lacking)
+            and name not in spec.layouts
+            and tensors[name].ndim > 1
+            and (tensors[name].is_floating_point() or tensors[name].is_complex())
+        ]
+        if unknown:
+            raise ValueError(
+                f"spec must name the tensors of task heads that only some models have, so that they follow the units "
+                f"of the trunk, but it lacks {unknown[:5]} ({len(unknown)} in all)"
+            )
 
 
 def network_of(model: Model) -> Networks:
@@ -224,14 +296,23 @@ def _untie(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         config.tie_word_embeddings = False  # else they are tied again when the model is saved and loaded
 
 
-def _check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor], index: int) -> None:
-    missing = [name for name in first if name not in other]
-    unexpected = [name for name in other if name not in first]
+def _check_same_names(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], index: int, task_heads: Sequence[str]
+) -> None:
+    def is_head(name: str) -> bool:
+        return any(name == head or name.startswith(head + ".") for head in task_heads)
+
+    missing = [name for name in first if name not in other and not is_head(name)]
+    unexpected = [name for name in other if name not in first and not is_head(name)]
     if missing or unexpected:
         raise ValueError(
             f"models[{index}] must have the tensors of models[0]: missing {missing[:5]}, unexpected {unexpected[:5]} "
-            f"({len(missing)} and {len(unexpected)} in all)"
+            f"({len(missing)} and {len(unexpected)} in all). Where they belong to the models' heads, name these in "
+            "task_heads to keep them per task"
         )
+
+
+def _check_same_types(first: Mapping[str, Tensor], other: Mapping[str, Tensor], index: int) -> None:
     for name, tensor in first.items():
         found = other[name]
         for value in (tensor, found):

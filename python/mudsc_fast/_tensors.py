@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _INT_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Padded(Mapping[str, Tensor]):
+    """The tensors of one network, and those of others under names that it does not have."""
+
+    def __init__(self, own: Mapping[str, Tensor], networks: Sequence[Mapping[str, Tensor]]) -> None:
+        self._own = own
+        self._all = list(networks)
+        self._names = dict.fromkeys(name for tensors in self._all for name in tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        for tensors in (self._own, *self._all):
+            if name in tensors:
+                return tensors[name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def with_metadata(tensors: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def match(
         precision=precision,
         progress=progress,
     )
-    networks = Networks.of(models, run=options.space != "weight")
+    networks = Networks.of(models, run=options.space != "weight", task_heads=names("task_heads", task_heads))
     chosen, data = choose_spec_and_data(networks, spec, data)
     return PreparedMatching(networks, chosen, data, options, weights, task_heads).at(options.balance)
 

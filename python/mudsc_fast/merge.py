@@ -93,7 +93,8 @@ def merge(
         table that is the output layer too) is merged if one of them is. Matching is that of the whole network.
     task_heads
         Tensors to keep per task besides, by their name or its beginning up to a dot. They do not count in the
-        similarity. Output layers that differ in size between the models are found without being named.
+        similarity. Output layers that differ in size between the models are found without being named. Heads of another
+        structure, which only some of the models have, must be named: each task keeps those that its model has.
     random_state
         Seed of the order in which sweeps visit the nodes. The result depends on nothing else that is random.
     max_sweeps, patience
@@ -135,10 +136,11 @@ def merge(
         precision=precision,
         progress=progress,
     )
-    networks = Networks.of(models, run=options.space != "weight" or refit)
+    heads = names("task_heads", task_heads)
+    networks = Networks.of(models, run=options.space != "weight" or refit, task_heads=heads)
     batches = _refit_batches(networks, data) if refit else None
     chosen, data = choose_spec_and_data(networks, spec, data)
-    division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), names("task_heads", task_heads))
+    division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), heads)
     matching = PreparedMatching(networks, chosen, data, options, weights, task_heads).at(options.balance)
     result = merge_matched(networks, matching, division, weights)
     if batches is None:
@@ -225,7 +227,7 @@ def search_balance(
         precision=precision,
         progress=progress,
     )
-    networks = Networks.of(models, run=True)
+    networks = Networks.of(models, run=True, task_heads=names("task_heads", task_heads))
     chosen, batches = choose_spec_and_data(networks, spec, data)
     division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), names("task_heads", task_heads))
     prepared = PreparedMatching(networks, chosen, batches, options, weights, task_heads)

@@ -122,7 +122,8 @@ class Matching(Mapping[str, NodeMatching]):
         TypeError
             If an argument is of the wrong type.
         """
-        networks = Networks.of(models)
+        heads = self.task_heads if task_heads is None else names("task_heads", task_heads)
+        networks = Networks.of(models, task_heads=heads)
         if len(networks) != self.num_models:
             raise ValueError(f"models must be the {self.num_models} models that were matched, got {len(networks)}")
         for index, state_dict in enumerate(networks.state_dicts):
@@ -131,7 +132,7 @@ class Matching(Mapping[str, NodeMatching]):
             networks.state_dicts,
             self.spec,
             names("stop_at", stop_at),
-            self.task_heads if task_heads is None else names("task_heads", task_heads),
+            heads,
         )
         unmatched = [node for node in division.comparable.nodes if node not in self.nodes]
         if unmatched:
@@ -180,7 +181,9 @@ class Matching(Mapping[str, NodeMatching]):
             permutations = matched.permutations
             assert permutations is not None  # of an alignment
             orders[node] = permutations[index]
-        permuted = like(permute_state_dict(tensors, self.spec, orders), network, 0)
+        lacking = {name for name in self.spec.layouts if name not in tensors}  # heads of other tasks
+        spec = self.spec.without(lacking) if lacking else self.spec
+        permuted = like(permute_state_dict(tensors, spec, orders), network, 0)
         return with_state(model, permuted) if isinstance(model, nn.Module) else permuted
 
     def without_matching(self) -> Matching:
@@ -550,11 +553,13 @@ def _task_state_dicts(
     division: Division,
     merged: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], ...]:
-    """Return for each model all tensors, merged or its own, in the order of the first model."""
+    """Return for each model all tensors, merged or its own, in the order of the first model; none that it lacks."""
     tasks = []
-    for index, state_dict in enumerate(networks.state_dicts):
-        own = task_tensors(state_dict, index, spec, matching, division.shared, division.per_task)
-        whole = {name: merged[name] if name in merged else own[name] for name in networks.state_dicts[0]}
+    for index, (state_dict, lacking) in enumerate(zip(networks.state_dicts, networks.lacking, strict=True)):
+        kept = [name for name in division.per_task if name not in lacking]
+        own = task_tensors(state_dict, index, spec, matching, division.shared, kept)
+        held = [name for name in networks.state_dicts[0] if name not in lacking]
+        whole = {name: merged[name] if name in merged else own[name] for name in held}
         tasks.append(like(whole, networks, index))
     return tuple(tasks)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import build_without_weights
+from mudsc_fast._tensors import Padded
 from mudsc_fast.io.checkpoint import Checkpoint, RenamedTensors, open_checkpoint
 from mudsc_fast.io.compatibility import (
     AUTO,
@@ -62,7 +63,8 @@ class NetworkFiles:
         """The tensors of the networks under the names of all; where a network lacks one there is another's."""
         if not self.kept:
             return [checkpoint.tensors for checkpoint in self.checkpoints]
-        return [_Padded(checkpoint.tensors, self.checkpoints) for checkpoint in self.checkpoints]
+        tensors = [checkpoint.tensors for checkpoint in self.checkpoints]
+        return [Padded(checkpoint.tensors, tensors) for checkpoint in self.checkpoints]
 
     @property
     def kept_names(self) -> list[str]:
@@ -78,27 +80,6 @@ class NetworkFiles:
             for name, tensor in self.checkpoints[0].tensors.items()
             if (tensor.is_floating_point() or tensor.is_complex()) and name not in self.spec.layouts
         )
-
-
-class _Padded(Mapping[str, Tensor]):
-    """The tensors of one network, and those of others under names that it does not have."""
-
-    def __init__(self, own: Mapping[str, Tensor], checkpoints: Sequence[Checkpoint]) -> None:
-        self._own = own
-        self._all = [checkpoint.tensors for checkpoint in checkpoints]
-        self._names = dict.fromkeys(name for tensors in self._all for name in tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return next(tensors for tensors in (self._own, *self._all) if name in tensors)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def open_networks(paths: Sequence[PathLike], *, dequantize: bool = False) -> list[Checkpoint]:

@@ -1,0 +1,121 @@
+"""Merges of networks with a common backbone and heads of another structure."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mudsc_fast
+from mudsc_fast import PermutationSpec
+
+HEADS = ["classifier", "decoder"]
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, 12, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.deep(torch.relu(self.norm(self.stem(images)))))
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        self.classifier = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.backbone(images).mean((2, 3)))
+
+
+class Segmenter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        self.decoder = nn.Sequential(nn.Conv2d(12, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(self.backbone(images))
+
+
+def batches() -> list[Tensor]:
+    return list(torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+
+def permuted_pair() -> tuple[Classifier, Segmenter]:
+    """Return a classifier, and a segmenter on the same backbone with its units in another order."""
+    torch.manual_seed(0)
+    classifier, segmenter = Classifier().eval(), Segmenter().eval()
+    for norm_entry in ("weight", "bias", "running_mean", "running_var"):
+        with torch.no_grad():
+            getattr(classifier.backbone.norm, norm_entry).uniform_(0.5, 1.5)
+    segmenter.backbone.load_state_dict(classifier.backbone.state_dict())
+    spec = PermutationSpec.from_model(segmenter, batches()[0])
+    state = segmenter.state_dict()
+    orders = {node: torch.randperm(count) for node, count in spec.units(state).items()}
+    permuted = copy.deepcopy(segmenter)
+    permuted.load_state_dict(mudsc_fast.permute_state_dict(state, spec, orders))
+    return classifier, permuted
+
+
+def assert_exact(result: mudsc_fast.MergeResult, models: tuple[nn.Module, ...]) -> None:
+    trunk = {name: value for name, value in models[0].state_dict().items() if name.startswith("backbone.")}
+    assert set(result.state_dict) == set(trunk)
+    for name, value in trunk.items():
+        torch.testing.assert_close(result.state_dict[name], value, rtol=1e-5, atol=1e-5)
+    assert result.model is None
+    images = torch.randn(2, 3, 8, 8)
+    for model, merged, tensors in zip(models, result.task_models, result.task_state_dicts, strict=True):
+        assert type(merged) is type(model)
+        assert set(tensors) == set(model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(merged.eval()(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["weight", "activation", "dual"])
+def test_classifier_and_segmenter_share_a_merged_backbone(space: Any) -> None:
+    models = permuted_pair()
+    assert_exact(mudsc_fast.merge(models, batches(), space=space, task_heads=HEADS), models)
+    assert_exact(mudsc_fast.merge(models[::-1], batches(), space=space, task_heads=HEADS), models[::-1])
+
+
+def test_state_dicts_are_merged_with_a_spec_that_names_all_heads() -> None:
+    models = permuted_pair()
+    matching = mudsc_fast.match(models, batches(), task_heads=HEADS)
+    result = mudsc_fast.merge([model.state_dict() for model in models], spec=matching.spec, task_heads=HEADS)
+    for model, tensors in zip(models, result.task_state_dicts, strict=True):
+        merged = copy.deepcopy(model)
+        merged.load_state_dict(tensors)
+        with torch.no_grad():
+            torch.testing.assert_close(merged(batches()[0]), model(batches()[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_matching_merges_and_permutes_each_model() -> None:
+    models = permuted_pair()
+    matching = mudsc_fast.match(models, batches(), task_heads=HEADS)
+    assert_exact(matching.merge(models), models)
+    aligned = matching.permute(models[1], 1)
+    torch.testing.assert_close(aligned.backbone.state_dict(), models[0].backbone.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(batches()[0]), models[1](batches()[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "named"), [([], "classifier.weight"), (["classifier"], "decoder.0.weight")])
+def test_tensors_that_only_some_models_have_must_be_task_heads(heads: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"models\[1\] must have the tensors of models\[0\].*{named}.*task_heads"):
+        mudsc_fast.merge(permuted_pair(), batches(), task_heads=heads)
+
+
+def test_a_spec_without_the_heads_is_refused() -> None:
+    models = permuted_pair()
+    spec = PermutationSpec.from_model(models[0], batches()[0])
+    with pytest.raises(ValueError, match=r"spec must name the tensors of task heads.*decoder\.0\.weight"):
+        mudsc_fast.merge(models, spec=spec, task_heads=HEADS)
