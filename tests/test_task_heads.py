@@ -33,7 +33,8 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(12, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.backbone(images).mean((2, 3)))
+        logits: Tensor = self.classifier(self.backbone(images).mean((2, 3)))
+        return logits
 
 
 class Segmenter(nn.Module):
@@ -43,7 +44,8 @@ class Segmenter(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(12, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(self.backbone(images))
+        masks: Tensor = self.decoder(self.backbone(images))
+        return masks
 
 
 def batches() -> list[Tensor]:
