@@ -29,10 +29,11 @@ def keeps_outputs(model: nn.Module, spec: PermutationSpec, batch: Any) -> bool:
     connection has no tensor. True if it cannot be found out, because the model does not run on the batch as it is.
     """
     state_dict = model.state_dict()
-    device = next((tensor.device for tensor in state_dict.values() if isinstance(tensor, Tensor)), torch.device("cpu"))
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     other = copy_module(model)
-    orders = _random_orders(spec, state_dict)
-    other.load_state_dict(with_metadata(permute_state_dict(state_dict, spec, orders), state_dict))
+    permuted = permute_state_dict(tensors, spec, _random_orders(spec, tensors))
+    other.load_state_dict(with_metadata({**state_dict, **permuted}, state_dict))
     try:
         before, after = (_outputs(network, to_device(batch, device)) for network in (model, other))
     except Exception as error:
