@@ -77,7 +77,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches ``(inputs, labels)``; every pass draws anew from the generator's seed, so passes are equal.
+    """Batches ``(inputs, labels)``; every pass starts from the same seed, so passes are equal.
 
     Attributes
     ----------

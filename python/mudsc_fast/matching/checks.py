@@ -43,7 +43,7 @@ def check_networks(state_dicts: Sequence[Mapping[str, Tensor]], spec: Permutatio
         _logger.warning(
             "%d tensors look like copies of weights (moving averages?) that the spec does not name: %s. They are "
             "averaged in their own order and fall out of sync with the weights: name them in the spec like the "
-            "weights, or compute them anew after the merge",
+            "weights, or recompute them after the merge",
             len(copies),
             ", ".join(f"{name!r} of {weight!r}" for name, weight in list(copies.items())[:5]),
         )

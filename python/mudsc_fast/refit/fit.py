@@ -225,7 +225,7 @@ class Fitter:
         matrix = matrix * scale.view(*matrix.shape[:2], 1) + solution.weight
         shift = shift + solution.bias.flatten()
         # The norm keeps the statistics of its new input and undoes them, so that it is the identity but for the shift,
-        # and stays close to it when its statistics are computed anew.
+        # and stays close to it when its statistics are recomputed.
         size = moments.inputs
         gram = moments.products[:, :size, :size] / moments.count
         variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
