@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from mudsc_fast import compat, evaluate, ops, spec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mudsc_fast import evaluate, ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
-from mudsc_fast.compat import patch
 from mudsc_fast.match import match
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
@@ -28,6 +30,10 @@ from mudsc_fast.refit import refit
 from mudsc_fast.repair import repair
 from mudsc_fast.results import Matching, MergeResult
 from mudsc_fast.spec import Observation, PermutationSpec
+
+if TYPE_CHECKING:
+    from mudsc_fast import compat
+    from mudsc_fast.compat import patch
 
 __version__ = "0.1.0"
 
@@ -66,3 +72,16 @@ __all__ = [
     "use_backend",
     "zip_units",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The interfaces of other libraries are loaded at first use, so that they do not slow down the import.
+    if name == "compat":
+        return import_module("mudsc_fast.compat")
+    if name == "patch":
+        return import_module("mudsc_fast.compat").patch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -208,6 +208,9 @@ def test_scipy_may_be_imported_after_the_patch() -> None:
 import sys
 import mudsc_fast
 assert not {name.partition(".")[0] for name in sys.modules} & {"scipy", "rebasin", "torchview", "networkx", "sklearn"}
+# What only some programs use is loaded at first use.
+assert not [name for name in sys.modules if name.startswith("mudsc_fast.compat")]
+assert {"compat", "patch"} <= set(dir(mudsc_fast))
 with mudsc_fast.patch() as patched:
     assert "scipy" not in sys.modules
     import scipy.optimize
