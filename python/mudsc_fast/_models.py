@@ -141,11 +141,11 @@ class Networks:
             return cls.of_modules(models)
         if isinstance(models[0], Mapping):
             return cls._of_state_dicts(models)
-        from mudsc_fast.io.checkpoint import open_checkpoint  # only users of files pay for the import
+        from mudsc_fast.checkpoints.checkpoint import open_checkpoint  # only users of files pay for the import
 
         checkpoints = [open_checkpoint(path) for path in models]
         if run and all(checkpoint.config is not None for checkpoint in checkpoints):
-            from mudsc_fast.io.models import load_model
+            from mudsc_fast.checkpoints.models import load_model
 
             return cls.of_modules([load_model(checkpoint, None) for checkpoint in checkpoints])
         return cls.of_tensors([item.tensors for item in checkpoints], [item.config for item in checkpoints])

@@ -60,8 +60,8 @@ def inspect(given: argparse.Namespace) -> str:
 
 def _data_and_model(given: argparse.Namespace) -> tuple[Any, Any]:
     """Return the batches of ``--data`` and the function of ``--model``."""
+    from mudsc_fast.checkpoints.models import import_function, users_code
     from mudsc_fast.io import CheckpointError
-    from mudsc_fast.io.models import import_function, users_code
 
     data = None
     if given.data is not None:

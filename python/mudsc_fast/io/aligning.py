@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
-from mudsc_fast.io import models as loading
-from mudsc_fast.io.checkpoint import Checkpoint, open_checkpoint
-from mudsc_fast.io.compatibility import AUTO
-from mudsc_fast.io.directory import Format
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints import models as loading
+from mudsc_fast.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mudsc_fast.checkpoints.compatibility import AUTO
+from mudsc_fast.checkpoints.directory import Format
+from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.checkpoints.networks import PathLike, open_networks, prepare_networks
 from mudsc_fast.io.matching import match_networks
 from mudsc_fast.io.merging import patterns
-from mudsc_fast.io.networks import PathLike, open_networks, prepare_networks
 from mudsc_fast.io.output import Output
 from mudsc_fast.io.result import WriteResult
 from mudsc_fast.io.writing import atomic_path

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable, inputs_of
 from mudsc_fast._huggingface import random_inputs
-from mudsc_fast.io.checkpoint import Checkpoint, open_checkpoint
-from mudsc_fast.io.models import built, quiet_transformers
-from mudsc_fast.io.networks import model_of, spec_of_checkpoint
-from mudsc_fast.io.quantized import quantized_names
+from mudsc_fast.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mudsc_fast.checkpoints.models import built, quiet_transformers
+from mudsc_fast.checkpoints.networks import model_of, spec_of_checkpoint
+from mudsc_fast.checkpoints.quantized import quantized_names
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.infer import derive
 from mudsc_fast.spec.permutation_spec import PermutationSpec

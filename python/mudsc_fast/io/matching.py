@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._models import Networks
-from mudsc_fast.io import models as loading
-from mudsc_fast.io.errors import CheckpointError
-from mudsc_fast.io.networks import NetworkFiles
+from mudsc_fast.checkpoints import models as loading
+from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.checkpoints.networks import NetworkFiles
 from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import merge_state_dicts, reindex, task_tensors

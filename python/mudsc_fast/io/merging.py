@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
-from mudsc_fast.io.directory import Format
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.directory import Format
+from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.checkpoints.networks import PathLike, open_networks, prepare_networks
 from mudsc_fast.io.matching import MatchedNetworks, match_networks
 from mudsc_fast.io.model_card import write_model_card
-from mudsc_fast.io.networks import PathLike, open_networks, prepare_networks
 from mudsc_fast.io.output import Output
 from mudsc_fast.io.result import WriteResult
 from mudsc_fast.io.writing import Written, atomic_path

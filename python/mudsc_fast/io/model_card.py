@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import mudsc_fast
-from mudsc_fast.io.checkpoint import read_json
-from mudsc_fast.io.networks import PathLike
+from mudsc_fast.checkpoints.checkpoint import read_json
+from mudsc_fast.checkpoints.networks import PathLike
 from mudsc_fast.io.result import WriteResult
 from mudsc_fast.matching.node import Mode
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mudsc_fast.io.checkpoint import Checkpoint
-from mudsc_fast.io.directory import FORMAT_OF_SUFFIX, Format
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.checkpoint import Checkpoint
+from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, Format
+from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.io.writing import (
     TensorSize,
     Written,

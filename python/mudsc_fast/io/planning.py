@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
-from mudsc_fast.io.directory import Format
+from mudsc_fast.checkpoints.directory import Format
+from mudsc_fast.checkpoints.networks import NetworkFiles, PathLike, open_networks, prepare_networks
 from mudsc_fast.io.merging import patterns
-from mudsc_fast.io.networks import NetworkFiles, PathLike, open_networks, prepare_networks
 from mudsc_fast.io.output import Output
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.options import Space

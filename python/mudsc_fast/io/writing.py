@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from mudsc_fast._files import atomic_write
-from mudsc_fast.io.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
+from mudsc_fast.checkpoints.errors import CheckpointError
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",

@@ -17,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast.io.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format, Weights, find_weights, resolve_hub_cache
-from mudsc_fast.io.errors import CheckpointError
-from mudsc_fast.io.names import plain_names
-from mudsc_fast.io.safetensors_file import SafetensorsFile
-from mudsc_fast.io.torch_file import open_torch_file
+from mudsc_fast.checkpoints.directory import (
+    FORMAT_OF_SUFFIX,
+    WEIGHTS_NAME,
+    Format,
+    Weights,
+    find_weights,
+    resolve_hub_cache,
+)
+from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.checkpoints.names import plain_names
+from mudsc_fast.checkpoints.safetensors_file import SafetensorsFile
+from mudsc_fast.checkpoints.torch_file import open_torch_file
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -170,7 +177,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         a training checkpoint (loaded with ``weights_only=True``; files from before PyTorch 1.6 cannot be mapped and
         are read into memory); or a directory with one such file, or with shards and their index. Of several sets of
         weights in a directory the one is read that ``from_pretrained`` of transformers reads; a warning of the
-        logger ``mudsc_fast.io`` names another one that differs.
+        logger ``mudsc_fast.checkpoints`` names another one that differs.
 
     Raises
     ------

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.errors import CheckpointError
 
 
 class SafetensorsFile(Mapping[str, Tensor]):

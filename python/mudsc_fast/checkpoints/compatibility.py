@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mudsc_fast.io.checkpoint import Checkpoint, read_json
-from mudsc_fast.io.errors import CheckpointError
-from mudsc_fast.io.names import is_derived, matches
+from mudsc_fast.checkpoints.checkpoint import Checkpoint, read_json
+from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.checkpoints.names import is_derived, matches
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 _MAX_LISTED = 20

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import build_without_weights
 from mudsc_fast._tensors import Padded
-from mudsc_fast.io.checkpoint import Checkpoint, RenamedTensors, open_checkpoint
-from mudsc_fast.io.compatibility import (
+from mudsc_fast.checkpoints.checkpoint import Checkpoint, RenamedTensors, open_checkpoint
+from mudsc_fast.checkpoints.compatibility import (
     AUTO,
     check_configs,
     check_integers,
@@ -25,12 +25,12 @@ from mudsc_fast.io.compatibility import (
     kept_tensors,
     label_heads,
 )
-from mudsc_fast.io.conversion import as_loaded
-from mudsc_fast.io.errors import CheckpointError
-from mudsc_fast.io.models import built, quiet_transformers
-from mudsc_fast.io.names import is_derived
-from mudsc_fast.io.quantized import check_not_quantized, dequantized
-from mudsc_fast.io.ties import with_common_ties
+from mudsc_fast.checkpoints.conversion import as_loaded
+from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.checkpoints.models import built, quiet_transformers
+from mudsc_fast.checkpoints.names import is_derived
+from mudsc_fast.checkpoints.quantized import check_not_quantized, dequantized
+from mudsc_fast.checkpoints.ties import with_common_ties
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.spec.join import join_specs
 from mudsc_fast.spec.permutation_spec import PermutationSpec

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mudsc_fast.io.checkpoint import Checkpoint, Piece
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.checkpoint import Checkpoint, Piece
+from mudsc_fast.checkpoints.errors import CheckpointError
 
 
 class AssembledTensors(Mapping[str, Tensor]):

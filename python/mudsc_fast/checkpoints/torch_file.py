@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.errors import CheckpointError
 
 _LOGGER = logging.getLogger(__name__)
 

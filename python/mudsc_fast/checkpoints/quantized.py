@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast.io.checkpoint import Checkpoint
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.checkpoint import Checkpoint
+from mudsc_fast.checkpoints.errors import CheckpointError
 
 FLOAT8_DTYPES = tuple(
     getattr(torch, name)
@@ -100,7 +100,7 @@ def quantized_names(checkpoint: Checkpoint) -> list[str]:
 def check_not_quantized(checkpoint: Checkpoint) -> None:
     """Raise a CheckpointError that names a quantized weight, if there is one.
 
-    Integers of 8 bits without a scale may be masks; :func:`mudsc_fast.io.compatibility.check_tensors` compares them.
+    Integers of 8 bits without a scale may be masks: ``check_integers`` compares those of the networks.
     """
     packed = next((name for name in checkpoint.tensors if _PACKED.search(name)), None)
     if packed is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mudsc_fast.io.errors import CheckpointError
+from mudsc_fast.checkpoints.errors import CheckpointError
 
 Format = Literal["safetensors", "torch"]
 
