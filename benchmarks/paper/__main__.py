@@ -49,11 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for task, seed in zip(pair.tasks, pair.seeds, strict=True):
             torch.manual_seed(seed)
             own_train, own_test = (
-                _batches(_of_task(images, task), experiment, recipe.batch_size, device) for images in (train, test)
+                _batches(_of_task(images, task, own=True), experiment, recipe.batch_size, device)
+                for images in (train, test)
             )
             own_train = replace(own_train, seed=seed)
             path = options.networks / f"{name}_{task.name}_{seed}.safetensors"
-            networks.append(trained(experiment.network(width), recipe, own_train, own_test, vectors, path).to(device))
+            own_vectors = vectors[task.classes]
+            network = trained(experiment.network(width), recipe, own_train, own_test, own_vectors, path)
+            networks.append(network.to(device))
         done = [row["method"] for row in rows if row["pair"] == str(index)]
         setting = _setting(experiment, pair, train, test, vectors, options, device)
         for outcome in outcomes(networks, setting, done):
@@ -83,10 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _of_task(images: Images, task: Task) -> Images:
-    """Return the images of a task, with labels that index the class vectors."""
+def _of_task(images: Images, task: Task, own: bool = False) -> Images:
+    """Return the images of a task, with labels that index all class vectors, or those of the task alone."""
     labels = task.class_of_label[images.labels]
-    return Images(images.pixels[labels >= 0], labels[labels >= 0])
+    pixels, labels = images.pixels[labels >= 0], labels[labels >= 0]
+    return Images(pixels, torch.searchsorted(torch.tensor(task.classes), labels) if own else labels)
 
 
 def _batches(images: Images, experiment: Experiment, size: int, device: torch.device) -> Batches:
