@@ -43,27 +43,28 @@ struct AssignmentResult {
   double gap;
 };
 
-// Uninitialised memory: on the stack up to `kNear` items.
-template <class T, std::int64_t kNear>
+// Uninitialised memory: on the stack up to `kInlineItems` items.
+template <class T, std::int64_t kInlineItems>
 class Scratch {
  public:
-  explicit Scratch(std::int64_t count) : far_(count > kNear ? new T[static_cast<std::size_t>(count)] : nullptr) {
+  explicit Scratch(std::int64_t count)
+      : heap_block_(count > kInlineItems ? new T[static_cast<std::size_t>(count)] : nullptr) {
 #if defined(__linux__)
     // The first touch of a large array costs more than filling it; huge pages are touched 512 times less often.
     constexpr std::uintptr_t kPage = 4096, kLarge = 1 << 22;
     const std::uintptr_t bytes = static_cast<std::uintptr_t>(count) * sizeof(T);
     if (bytes >= kLarge) {
-      const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(far_.get()) + kPage - 1) / kPage * kPage;
-      const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(far_.get()) + bytes) / kPage * kPage;
+      const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(heap_block_.get()) + kPage - 1) / kPage * kPage;
+      const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(heap_block_.get()) + bytes) / kPage * kPage;
       madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
     }
 #endif
   }
-  T* data() { return far_ ? far_.get() : near_; }
+  T* data() { return heap_block_ ? heap_block_.get() : inline_block_; }
 
  private:
-  std::unique_ptr<T[]> far_;
-  T near_[kNear];
+  std::unique_ptr<T[]> heap_block_;
+  T inline_block_[kInlineItems];
 };
 
 // Copies a matrix into contiguous rows: copy(value) of each entry.

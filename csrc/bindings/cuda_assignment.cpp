@@ -87,13 +87,13 @@ void register_large(py::module_& module) {
              [](const MatrixArguments& matrix) { return cuda::assignment_bid_workspace_bytes(large_problem(matrix)); });
   module.def(
       "assignment_bid",
-      [](const MatrixArguments& matrix, std::uintptr_t epsilon, std::int64_t stop, std::int64_t most_rounds,
-         std::int64_t most_bids, std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row,
+      [](const MatrixArguments& matrix, std::uintptr_t epsilon, std::int64_t stop, std::int64_t max_rounds,
+         std::int64_t max_bids, std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row,
          std::uintptr_t counts, std::uintptr_t workspace, int device, std::uintptr_t stream) {
         const cuda::Auction auction{pointer<const float>(epsilon),
                                     stop,
-                                    most_rounds,
-                                    most_bids,
+                                    max_rounds,
+                                    max_bids,
                                     pointer<const std::int32_t>(class_of_row),
                                     pointer<float>(prices),
                                     pointer<std::int32_t>(column_of_row),
@@ -101,9 +101,9 @@ void register_large(py::module_& module) {
         const py::gil_scoped_release released;
         cuda::assignment_bid(large_problem(matrix), auction, pointer<void>(workspace), stream_of(device, stream));
       },
-      py::arg("matrix"), py::kw_only(), py::arg("epsilon"), py::arg("stop"), py::arg("most_rounds"),
-      py::arg("most_bids"), py::arg("class_of_row"), py::arg("prices"), py::arg("column_of_row"), py::arg("counts"),
-      py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("matrix"), py::kw_only(), py::arg("epsilon"), py::arg("stop"), py::arg("max_rounds"), py::arg("max_bids"),
+      py::arg("class_of_row"), py::arg("prices"), py::arg("column_of_row"), py::arg("counts"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
   module.def(
       "assignment_list",
       [](const MatrixArguments& matrix, std::uintptr_t rows, std::int64_t count, std::uintptr_t duals,

@@ -20,11 +20,11 @@ void register_simulator(py::module_& module) {
   module.def("set_seed", &cuda_sim::set_seed, py::arg("seed"));
   module.def("set_shared_memory_limit", &cuda_sim::set_shared_memory_limit, py::arg("bytes"));
   module.def("auction_rounds", [](std::uintptr_t values, std::int64_t n, bool maximize, float epsilon,
-                                  std::int64_t stop, std::int64_t most_rounds, std::int64_t most_bids,
+                                  std::int64_t stop, std::int64_t max_rounds, std::int64_t max_bids,
                                   std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row) {
     const py::gil_scoped_release released;
     const cuda_sim::RoundCounts counts = cuda_sim::auction_rounds(
-        pointer<const float>(values), n, maximize, epsilon, stop, most_rounds, most_bids,
+        pointer<const float>(values), n, maximize, epsilon, stop, max_rounds, max_bids,
         pointer<const std::int32_t>(class_of_row), pointer<float>(prices), pointer<std::int32_t>(column_of_row));
     return std::make_tuple(counts.rounds, counts.bids, counts.small_rounds);
   });

@@ -1,4 +1,4 @@
-// Linear assignment: chooses a solver for the problems of a batch and shares them out to threads.
+// Linear assignment: chooses a solver for each problem of a batch and distributes the problems over threads.
 #include "mudsc/assignment.hpp"
 
 #include "assignment_dense.hpp"
@@ -7,8 +7,8 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// Whether most pairs have the same cost, the highest of their row, as where one large cost stands for all forbidden
-// pairs, or boxes mostly do not overlap. Looks at a few rows that are not constant.
+// Whether most pairs share one cost, the highest of their row: forbidden pairs with one large cost, or boxes that mostly
+// do not overlap. Samples a few rows that are not constant.
 template <class T>
 bool has_background(const AssignmentProblem& problem, std::int64_t index) {
   constexpr std::int64_t kRows = 8, kMinShare = 2;
@@ -33,7 +33,7 @@ bool has_background(const AssignmentProblem& problem, std::int64_t index) {
   return varied > 0 && with_background == varied;
 }
 
-// From so many columns on lists are the faster way where there is a background.
+// With a background, lists are faster from this many columns on.
 constexpr std::int64_t kMinColumnsWithBackground = 224;
 
 template <class T>
@@ -57,7 +57,7 @@ void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int6
 
 template <class T>
 void solve_batch(const AssignmentProblem& problem) {
-  // One problem is shared by the threads where that helps; of several, each thread solves some.
+  // The threads share a single problem; of several problems, each thread solves some.
   if (problem.batch == 1) return solve_range<T>(problem, 0, 1, problem.threads);
   bool out_of_memory = false;
   auto body = [&](std::int64_t begin, std::int64_t end) {
@@ -67,7 +67,7 @@ void solve_batch(const AssignmentProblem& problem) {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
     }
   };
-  // A thread is worth starting for about a million entries.
+  // Starting a thread pays off for about a million entries.
   const std::int64_t entries = problem.rows * problem.columns;
   parallel_for(problem.threads, problem.batch, (1 << 20) / (entries + 1) + 1, body);
   if (out_of_memory) throw OutOfMemory{};

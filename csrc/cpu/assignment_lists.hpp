@@ -40,8 +40,8 @@ class RowLists : protected AssignmentState<T> {
   static constexpr std::int64_t kLookGrain = 8;
   // How far rounding can move a reduced cost of type Scan, relative to the numbers it is made of: two roundings.
   static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
-  static constexpr Scan kLargest = sizeof(Scan) == 4 ? Scan(1e35) : Scan(1e300);
-  static constexpr Scan kSmallest = sizeof(Scan) == 4 ? Scan(1e-28) : Scan(1e-280);
+  static constexpr Scan kMaxMagnitude = sizeof(Scan) == 4 ? Scan(1e35) : Scan(1e300);
+  static constexpr Scan kMinMagnitude = sizeof(Scan) == 4 ? Scan(1e-28) : Scan(1e-280);
 
   struct List {
     std::int32_t* columns;
@@ -175,11 +175,11 @@ class RowLists : protected AssignmentState<T> {
                        0,
                        false};
       const Scan most = list_row(i, wanted, scratch, i + 1 < rows_ ? i + 1 : i);
-      if (!(most < kLargest)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
-      raise(largest, most);
+      if (!(most < kMaxMagnitude)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
+      atomic_max(largest, most);
       row_hashes_[i] = most == 0 ? State::kHashOfZeros : hash_listed(i);
     });
-    return finite && (largest > kSmallest || largest == 0);
+    return finite && (largest > kMinMagnitude || largest == 0);
   }
 
   // A row's sampled hash and its least reduced cost as it was just listed, which equal rows share.
@@ -197,7 +197,7 @@ class RowLists : protected AssignmentState<T> {
   }
 
   // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.
-  static void raise(Scan& value, Scan candidate) {
+  static void atomic_max(Scan& value, Scan candidate) {
     Scan known;
     __atomic_load(&value, &known, __ATOMIC_RELAXED);
     while (candidate > known &&
@@ -206,22 +206,22 @@ class RowLists : protected AssignmentState<T> {
   }
 
   // Lists about the `wanted` least reduced costs of a row, as many as the list has room for, while the row `upcoming`
-  // is fetched. Returns the row's largest magnitude, or something not less than kLargest, with nothing listed, if the
+  // is fetched. Returns the row's largest magnitude, or something not less than kMaxMagnitude, with nothing listed, if the
   // row cannot be.
-  Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
+  Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kGroupsPerEntry * wanted,
-                         values_ + upcoming * columns_);
+                         values_ + next_row * columns_);
     list.size = 0;
     list.floor = kInfinity;
     const Scan largest = scratch.scanner.largest_magnitude();
-    if (!(largest < kLargest)) return largest;
+    if (!(largest < kMaxMagnitude)) return largest;
     const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
     } else {
-      list.floor = floor_of(scratch.scanner.list_least(wanted, list.capacity, start_of(row), add));
+      list.floor = floor_of(scratch.scanner.list_smallest(wanted, list.capacity, start_of(row), add));
     }
     return largest;
   }
@@ -245,13 +245,13 @@ class RowLists : protected AssignmentState<T> {
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
     } else {
-      list.floor = scratch.wide_scanner.list_least(wanted, list.capacity, start_of(row), add);
+      list.floor = scratch.wide_scanner.list_smallest(wanted, list.capacity, start_of(row), add);
     }
   }
 
   // A scan finds no entry dearer than it is: only groups in which it finds one as good as the best that is known can
   // hold a better one, and these few entries are priced in double.
-  double least_reduced_cost(std::int64_t row, Scratch& scratch) const {
+  double min_reduced_cost(std::int64_t row, Scratch& scratch) const {
     const List& list = lists_[row];
     double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
     for (std::int64_t k = 0; k < list.size; ++k) {
@@ -263,7 +263,7 @@ class RowLists : protected AssignmentState<T> {
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
     // Not less than `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
-    const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kSmallest * kRounding;
+    const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kMinMagnitude * kRounding;
     scratch.scanner.visit(bound, 0.0, [&](std::int64_t column) {
       const double cost = sign_ * static_cast<double>(values[column]) - v_[column];
       least = cost < least ? cost : least;
@@ -293,9 +293,9 @@ class RowLists : protected AssignmentState<T> {
 
   // Lists a row again at the duals of now, with room for `wanted` entries at least, while the row `upcoming` is
   // fetched.
-  void relist(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t upcoming) {
+  void relist(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
     make_room(lists_[row], wanted);
-    list_row(row, wanted, scratch, upcoming);
+    list_row(row, wanted, scratch, next_row);
   }
 
   // Fetches a list that will soon be looked into, the place of which is known or comes fast.
@@ -328,10 +328,10 @@ class RowLists : protected AssignmentState<T> {
   }
 
   // The same, listing the row again if they are not known.
-  BestTwo best_two(std::int64_t row, Known known, Scratch& scratch, std::int64_t upcoming) {
+  BestTwo best_two(std::int64_t row, Known known, Scratch& scratch, std::int64_t next_row) {
     BestTwo best;
     if (look_up(row, known, best)) return best;
-    relist(row, kWanted, scratch, upcoming);
+    relist(row, kWanted, scratch, next_row);
     if (look_up(row, known, best)) return best;
     for (std::int64_t wanted = kWanted;; wanted *= 4) {
       relist_in_double(row, wanted, scratch);

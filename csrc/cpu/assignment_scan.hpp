@@ -1,10 +1,10 @@
-// Finds the least few entries of `cost - price` in a row, reading the row once.
+// Finds the smallest entries of `cost - price` in a row, reading the row once.
 //
-// The entries are divided into groups, a lane's entries in a run of blocks, so that a group's least entry is found
-// without mixing lanes and nothing but these minima is stored. A bound that is passed by as many minima as entries are
-// wanted is found by bisection, and only runs in which a minimum passes it are looked at again, in vectors.
-// Memory traffic: the row, and the prices, which stay in cache. Blocks are 64 bytes at every instruction level, in as
-// many vectors as the level needs, so that all levels list the same entries.
+// The entries are divided into groups. A group holds one lane's entries in a run of blocks, so its minimum needs no
+// shuffles, and only these minima are stored. Bisection finds a bound that as many minima pass as entries are wanted,
+// and only runs with a minimum below the bound are read again, in vectors.
+// Memory traffic: the row, and the prices, which stay in cache. Blocks are 64 bytes at every instruction level, so that
+// all levels list the same entries.
 #pragma once
 
 #if defined(__SSE2__)
@@ -16,10 +16,10 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// Vectors wider than the processor's would be taken apart lane by lane, so blocks are arrays of what it has.
+// Compilers split vectors wider than the processor's into lanes, so a block is an array of native vectors.
 constexpr std::int64_t kVectorsPerBlock = 64 / kVectorBytes;
 
-// In memory vectors lie where entries may lie.
+// Unaligned: vectors in memory have only the alignment of their entries.
 template <class Number>
 struct VectorOf;
 template <>
@@ -99,11 +99,11 @@ class RowScanner {
         blocks_(columns / kBlock + 1),
         bits_(columns / kBlock + 1) {}
 
-  // Reads a row: cost = sign * value. There are about `groups` groups, one per entry at most. `upcoming` is the row to
-  // be read next, or any memory as long: it comes while this one is worked on.
-  void read(const Number* values, Number sign, const Number* prices, std::int64_t groups, const void* upcoming) {
+  // Reads a row: cost = sign * value. There are about `groups` groups, at most one per entry. `next_row` is prefetched:
+  // the row to be read next, or any readable memory of that length.
+  void read(const Number* values, Number sign, const Number* prices, std::int64_t groups, const void* next_row) {
     values_ = values;
-    upcoming_ = static_cast<const char*>(upcoming);
+    next_row_ = static_cast<const char*>(next_row);
     sign_ = sign;
     prices_ = prices;
     const std::int64_t blocks = columns_ / kBlock;
@@ -111,7 +111,7 @@ class RowScanner {
     group_count_ = 0;
     for (Bits& part : largest_) part = Bits{};
     for (std::int64_t begin = 0; begin < blocks; begin += run_) {
-      least_of_run(begin, begin + run_ < blocks ? begin + run_ : blocks);
+      read_run(begin, begin + run_ < blocks ? begin + run_ : blocks);
       group_count_ += kBlock;
     }
     if (columns_ % kBlock != 0) {
@@ -123,9 +123,9 @@ class RowScanner {
     }
   }
 
-  // Largest magnitude in the row; infinite or NaN if an entry is.
+  // The largest magnitude in the row; infinite or NaN if an entry is.
   Number largest_magnitude() const {
-    auto largest = largest_[0][0];  // bit patterns of magnitudes are in the order of these, NaN last
+    auto largest = largest_[0][0];  // bit patterns order like the magnitudes, NaN last
     for (const Bits& part : largest_) {
       for (std::int64_t k = 0; k < kVectorLanes; ++k) largest = part[k] > largest ? part[k] : largest;
     }
@@ -138,16 +138,16 @@ class RowScanner {
     return result;
   }
 
-  // Lists about `wanted` of the row's least entries, `room` at most, by calling list(column). Returns a number that no
-  // unlisted entry is less than. Of entries that tie for the last place any may be listed: the search begins at
-  // `start`, a share of the row.
+  // Lists about `wanted` of the row's smallest entries, at most `room`, by calling list(column). Returns a lower bound
+  // of all unlisted entries. Of entries that tie for the last place any may be listed: the search begins at `start`,
+  // given as a fraction of the row.
   template <class List>
-  Number list_least(std::int64_t wanted, std::int64_t room, double start, const List& list) {
+  Number list_smallest(std::int64_t wanted, std::int64_t room, double start, const List& list) {
     const Rank rank = find_rank(minima_.data(), group_count_, wanted);
     if (rank.passed > 2 * room) {
-      return list_tied(rank, room, start, least_above(minima_.data(), group_count_, rank.bound), list);
+      return list_tied(rank, room, start, min_above(minima_.data(), group_count_, rank.bound), list);
     }
-    // Nothing else is at most the bound.
+    // No entry outside these groups is at most the bound.
     Number floor = rank.bound;
     const std::int64_t hit_count = collect(rank.bound, start);
     Number cut = rank.bound;
@@ -168,7 +168,7 @@ class RowScanner {
     return floor;
   }
 
-  // Calls visit(column) for the entries of the groups whose least entry is at most `bound`, until it returns false.
+  // Calls visit(column) for the entries of groups whose minimum is at most `bound`, until it returns false.
   template <class Visit>
   void visit(Number bound, double start, const Visit& visit) const {
     const std::int64_t body = columns_ / kBlock * kBlock, run = run_ * kBlock, runs = group_count_ / kBlock;
@@ -176,7 +176,7 @@ class RowScanner {
     for (std::int64_t turn = 0; turn < runs; ++turn) {
       const std::int64_t at = first + turn < runs ? first + turn : first + turn - runs;
       std::uint32_t bits = at_most(minima_.data() + at * kBlock, bound);
-      // The last run is the rest of the columns, less than a block, if there is one.
+      // The last run may be a remainder of less than a block.
       const std::int64_t begin = at * run < body ? at * run : body;
       const std::int64_t end = begin == body ? columns_ : begin + run < body ? begin + run : body;
       for (; bits != 0; bits &= bits - 1) {
@@ -188,11 +188,11 @@ class RowScanner {
   }
 
  private:
-  // Writes the entries that are at most `bound` to keys_ and hits_ and returns how many they are.
+  // Writes the entries that are at most `bound` to keys_ and hits_ and returns their number.
   std::int64_t collect(Number bound, double start) {
     const std::int64_t blocks = columns_ / kBlock, runs = (blocks + run_ - 1) / run_;
     const std::int64_t first = static_cast<std::int64_t>(start * static_cast<double>(runs));
-    // Blocks with hits are noted first, without a branch: which they are cannot be foretold.
+    // First collects the blocks with hits, without a branch, which would be unpredictable.
     std::int64_t noted = 0;
     for (std::int64_t turn = 0; turn < runs; ++turn) {
       const std::int64_t at = first + turn < runs ? first + turn : first + turn - runs;
@@ -239,11 +239,11 @@ class RowScanner {
 
   Number key(std::int64_t column) const { return sign_ * values_[column] - prices_[column]; }
 
-  void least_of_run(std::int64_t begin, std::int64_t end) {
+  void read_run(std::int64_t begin, std::int64_t end) {
     Vector least[kVectorsPerBlock];
     for (Vector& part : least) part = kInfinite - Vector{};
     for (std::int64_t block = begin; block < end; ++block) {
-      __builtin_prefetch(upcoming_ + block * 64, 0, 2);  // the first level has no room for two rows
+      __builtin_prefetch(next_row_ + block * 64, 0, 2);  // into L2: L1 has no room for two rows
       for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
         const std::int64_t j = block * kBlock + part * kVectorLanes;
         const Vector values = *reinterpret_cast<const Unaligned*>(values_ + j);
@@ -264,15 +264,15 @@ class RowScanner {
     return passed;
   }
 
-  // A bound that at least `wanted` of some items pass, and a number below it that fewer pass.
+  // A bound that at least `wanted` items pass, and a lower one that fewer pass.
   struct Rank {
     Number bound;
     Number below;
     std::int64_t passed;
   };
 
-  // The bound lets through half as many again as are wanted, or more if they tie. `count` is a multiple of kBlock;
-  // infinite items do not count.
+  // At most 1.5 times `wanted` items pass the bound, unless they tie. `count` is a multiple of kBlock; infinite items
+  // are ignored.
   static Rank find_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
     Vector lows[kVectorsPerBlock], highs[kVectorsPerBlock];
     for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
@@ -287,7 +287,7 @@ class RowScanner {
         highs[part] = finite > highs[part] ? finite : highs[part];
       }
     }
-    const Number least = least_of(lows);
+    const Number least = min_of(lows);
     Number most = -kInfinite;
     for (const Vector& part : highs) {
       for (std::int64_t k = 0; k < kVectorLanes; ++k) most = part[k] > most ? part[k] : most;
@@ -296,10 +296,10 @@ class RowScanner {
     if (rank.passed >= wanted) return rank;
     rank = Rank{most, least, count_at_most(items, count, most)};
     for (int step = 0; step < kBisections && rank.passed > wanted + wanted / 2; ++step) {
-      // Halving the range tells items apart soon, unless they tie: then the next item is the bound. If it is not, items
-      // differ by orders of magnitude, and more halvings are needed.
+      // Halving the range soon separates items unless they tie; then the next item is the bound. If that is not enough,
+      // items differ by orders of magnitude, and more halvings follow.
       const bool halve = step % (kHalvings + 1) != kHalvings;
-      const Number middle = halve ? rank.below + (rank.bound - rank.below) / 2 : least_above(items, count, rank.below);
+      const Number middle = halve ? rank.below + (rank.bound - rank.below) / 2 : min_above(items, count, rank.below);
       if (!(middle > rank.below && middle <= rank.bound)) break;
       const std::int64_t passed = count_at_most(items, count, middle);
       if (passed < wanted) {
@@ -314,7 +314,7 @@ class RowScanner {
   }
 
   // `count` is a multiple of kBlock.
-  static Number least_above(const Number* items, std::int64_t count, Number bound) {
+  static Number min_above(const Number* items, std::int64_t count, Number bound) {
     Vector lows[kVectorsPerBlock];
     for (Vector& part : lows) part = kInfinite - Vector{};
     for (std::int64_t k = 0; k < count; k += kBlock) {
@@ -324,10 +324,10 @@ class RowScanner {
         lows[part] = above < lows[part] ? above : lows[part];
       }
     }
-    return least_of(lows);
+    return min_of(lows);
   }
 
-  static Number least_of(const Vector (&lows)[kVectorsPerBlock]) {
+  static Number min_of(const Vector (&lows)[kVectorsPerBlock]) {
     Number least = kInfinite;
     for (const Vector& part : lows) {
       for (std::int64_t k = 0; k < kVectorLanes; ++k) least = part[k] < least ? part[k] : least;
@@ -335,8 +335,8 @@ class RowScanner {
     return least;
   }
 
-  // As list_least, where many entries tie for the last places: does not look at all of them. `floor` is the least of
-  // the groups that do not pass.
+  // list_smallest where many entries tie for the last places; does not look at all of them. `floor` is the smallest
+  // minimum of the groups that do not pass.
   template <class List>
   Number list_tied(const Rank& rank, std::int64_t room, double start, Number floor, const List& list) {
     std::int64_t listed = 0;
@@ -358,17 +358,17 @@ class RowScanner {
       list_between(rank.below, rank.bound, column);
       return listed < room;
     });
-    // Whatever was not looked at is above rank.below, and in its group's minimum or greater.
-    const Number unseen = least_above(minima_.data(), group_count_, rank.below);
+    // Entries not looked at are above rank.below and at least their group's minimum.
+    const Number unseen = min_above(minima_.data(), group_count_, rank.below);
     return unseen < floor ? unseen : floor;
   }
 
-  // Halvings before the next item is tried, and steps in all: what is left then passes, which is never wrong.
+  // Halvings before the next item is tried, and total steps; stopping early only lets more items pass.
   static constexpr int kHalvings = 8;
   static constexpr int kBisections = 54;
 
   std::int64_t columns_ = 0, run_ = 1, group_count_ = 0;
-  const char* upcoming_ = nullptr;
+  const char* next_row_ = nullptr;
   const Number* values_ = nullptr;
   const Number* prices_ = nullptr;
   Number sign_ = 1;

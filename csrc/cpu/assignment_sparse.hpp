@@ -39,10 +39,10 @@ class SparseSolver : private ListPaths<T> {
   using Paths::kListGrain;
   using Paths::kMaxThreads;
   using Paths::kWanted;
-  using Paths::least_reduced_cost;
   using Paths::list_all_rows;
   using Paths::list_of;
   using Paths::match_tight;
+  using Paths::min_reduced_cost;
   using Paths::order_classes;
   using Paths::reduce_rows_in_passes;
   using Paths::row_hashes_;
@@ -66,7 +66,7 @@ class SparseSolver : private ListPaths<T> {
   // scanning type could leave its range: that is the dense solver's work.
   bool solve(const AssignmentProblem& problem, std::int64_t index, int threads) {
     State::begin(problem, index);
-    if (rows_are_constant()) return conclude_diagonal(problem, index);
+    if (rows_are_constant()) return solve_constant_rows(problem, index);
     const std::int64_t worth = rows_ * columns_ / State::kEntriesPerThread;
     const std::int64_t most = worth < kMaxThreads ? worth : kMaxThreads;
     Team team(threads < most ? threads : static_cast<int>(most));
@@ -76,7 +76,7 @@ class SparseSolver : private ListPaths<T> {
     copy_duals();
     if (!list_all_rows(warm ? kWantedOfWarm : kWanted)) return false;
     std::int64_t free_count = match_tight();
-    if (free_count == 0) return conclude_at_once(problem, index);
+    if (free_count == 0) return accept_tight_matching(problem, index);
     find_classes();
     AuctionResult bids = AuctionResult::skipped;
     if (rows_ == columns_ && free_count > rows_ / (warm ? kFewFreeOfWarm : kFewFree)) {
@@ -125,25 +125,25 @@ class SparseSolver : private ListPaths<T> {
   }
 
   // All assignments are equally good.
-  bool conclude_diagonal(const AssignmentProblem& problem, std::int64_t index) {
+  bool solve_constant_rows(const AssignmentProblem& problem, std::int64_t index) {
     v_.fill(0.0);
     for (std::int64_t i = 0; i < rows_; ++i) {
       State::assign(i, i);
       problem.row_duals[index * rows_ + i] = State::cost(i, 0);
     }
-    State::conclude(problem, index);
+    State::write_result(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
   }
 
   // Every row has a best column of its own: the lists hold each row's least reduced cost, which proves it.
-  bool conclude_at_once(const AssignmentProblem& problem, std::int64_t index) {
+  bool accept_tight_matching(const AssignmentProblem& problem, std::int64_t index) {
     if (any_tie_) {
       State::order_equal_rows(row_hashes_);
       State::order_equal_columns();
     }
     for (std::int64_t i = 0; i < rows_; ++i) problem.row_duals[index * rows_ + i] = u_[i];
-    State::conclude(problem, index);
+    State::write_result(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
   }
@@ -151,12 +151,12 @@ class SparseSolver : private ListPaths<T> {
   // The certificate of AssignmentState. Where a row's listed entries hold one that is not above the floor, no unlisted
   // one is less: floors are bounds at duals that have only fallen since. Other rows are read again.
   void certify(const AssignmentProblem& problem, std::int64_t index) {
-    double* const least_costs = problem.row_duals + index * rows_;
+    double* const min_costs = problem.row_duals + index * rows_;
     in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
-      if (list_of(i) == i) least_costs[i] = least_reduced_cost(i, scratch);
+      if (list_of(i) == i) min_costs[i] = min_reduced_cost(i, scratch);
     });
-    for (std::int64_t i = 0; i < rows_; ++i) least_costs[i] = least_costs[list_of(i)];
-    State::conclude(problem, index);
+    for (std::int64_t i = 0; i < rows_; ++i) min_costs[i] = min_costs[list_of(i)];
+    State::write_result(problem, index);
   }
 };
 

@@ -1,5 +1,5 @@
-// What the dense and the sparse assignment solver share: the state of one problem, an order among equal rows and
-// columns, and the certificate.
+// Shared by the dense and the list solver: the state of one problem, the order among equal rows and columns, and the
+// certificate.
 #pragma once
 
 #include "assignment_scan.hpp"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(double));
-// Buffers of doubles are padded alike at every instruction level.
+// Buffers of doubles are padded repeated at every instruction level.
 constexpr std::int64_t kPadding = 64 / static_cast<std::int64_t>(sizeof(double));
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), may_alias));
 
@@ -54,8 +54,8 @@ inline void mix(std::uint64_t& hash, double value) {
   hash ^= hash >> 29;
 }
 
-// Writes duals, objective and gap of a problem solved as `sign` times its values, minimised: from its pairs, its column
-// duals `v`, and least reduced costs in place of its row duals. What the pairs lack to equality is the gap.
+// Writes the duals, objective and gap of a problem solved as the minimization of `sign` times its values. Expects the
+// smallest reduced costs in `problem.row_duals`. The gap is the total slack of the pairs.
 template <class Cost>
 inline void write_proof(const AssignmentProblem& problem, std::int64_t index, double sign, const double* v,
                         const Cost& cost) {
@@ -81,8 +81,8 @@ inline void write_proof(const AssignmentProblem& problem, std::int64_t index, do
   problem.gap[index] = slack;
 }
 
-// One problem at a time, minimised: cost = value, or -value to maximise. At the end u_i + v_j <= cost_ij with equality
-// for pairs and, where there are more columns than rows, v_j <= 0 and v_j = 0 for columns without a row.
+// One problem at a time, minimized: cost = value, or -value to maximize. At the end u_i + v_j <= cost_ij with equality
+// for pairs. If there are more columns than rows, v_j <= 0, and v_j = 0 for columns without a row.
 template <class T>
 class AssignmentState {
  protected:
@@ -98,7 +98,7 @@ class AssignmentState {
         order_(columns_),
         members_(columns_) {}
 
-  // Points at problem `index` of the batch, nothing matched, column duals as given or 0.
+  // Selects problem `index` of the batch: nothing matched, column duals as given or 0.
   void begin(const AssignmentProblem& problem, std::int64_t index) {
     values_ = static_cast<const T*>(problem.values) + index * rows_ * columns_;
     column_of_row_ = problem.column_of_row + index * rows_;
@@ -120,10 +120,10 @@ class AssignmentState {
     row_of_column_[column] = row;
   }
 
-  // The hash of rows that are known to be zero in every entry; no other has it.
+  // The hash of rows that are zero in every entry; other rows never have it.
   static constexpr std::uint64_t kHashOfZeros = 0;
 
-  // Hash of a few entries of a row, to tell most rows apart.
+  // Hash of a sample of the entries of a row, enough to tell most rows apart.
   std::uint64_t sampled_hash(std::int64_t row) const {
     std::uint64_t hash = 0;
     for (std::int64_t j = 0; j < columns_; j += columns_ / kSamples + 1) {
@@ -133,8 +133,8 @@ class AssignmentState {
   }
 
   // Calls visit(members, count) for groups of rows that are equal in every entry, members ascending. `hashes` are the
-  // rows' sampled hashes, or kHashOfZeros, which spares reading them; groups of like hashes for which skip(members,
-  // count) holds are left out unread.
+  // rows' sampled hashes, or kHashOfZeros for rows that need not be read. Groups of equal hashes are skipped without
+  // reading them if skip(members, count) returns true.
   template <class Skip, class Visit>
   void for_equal_rows(const Buffer<std::uint64_t>& hashes, const Skip& skip, const Visit& visit) {
     const auto refine = [this](const std::int64_t* rows, std::int64_t count) {
@@ -150,7 +150,7 @@ class AssignmentState {
       const T* const first = values_ + rows[0] * columns_;
       for (std::int64_t k = 1; k < count; ++k) {
         const T* const other = values_ + rows[k] * columns_;
-        // Rows that are equal to the bit are the most frequent, and told soon; 0 and -0 are equal too.
+        // Most equal rows are equal bit by bit, which memcmp finds fast; 0 and -0 are equal too.
         bool equal = true;
         if (std::memcmp(first, other, static_cast<std::size_t>(columns_) * sizeof(T)) != 0) {
           for (std::int64_t j = 0; j < columns_ && equal; ++j) equal = widen(first[j]) == widen(other[j]);
@@ -162,8 +162,8 @@ class AssignmentState {
     for_equal_groups(rows_, hashes, skip, refine, keep_equal, visit);
   }
 
-  // Rows that are equal in every entry may exchange their columns: they take them in ascending order, so that ties
-  // between them do not depend on the way of the search, and equal problems keep their order.
+  // Rows that are equal in every entry can exchange their columns. They get them in ascending order, so that the result
+  // does not depend on the search.
   void order_equal_rows(const Buffer<std::uint64_t>& hashes) {
     const auto in_order = [this](const std::int64_t* rows, std::int64_t count) {
       for (std::int64_t k = 1; k < count; ++k) {
@@ -178,8 +178,8 @@ class AssignmentState {
     });
   }
 
-  // The same for columns: of columns that are equal in every entry the first ones get a row, in ascending order.
-  // Equal columns have equal duals where both have rows, and 0 where one has none.
+  // The same for columns: of columns that are equal in every entry, the first ones get a row, in ascending order. Equal
+  // columns have equal duals if both have rows, and 0 if one has none.
   void order_equal_columns() {
     hashes_.fill(0);
     for (std::int64_t i = 0; i < rows_; i += rows_ / kSamples + 1) {
@@ -197,7 +197,7 @@ class AssignmentState {
     };
     bool refined = false;
     const auto refine = [&](const std::int64_t*, std::int64_t) {
-      if (refined) return;  // all columns at once: a column alone is a cache line an entry
+      if (refined) return;  // all columns at once: a single column would read a cache line per entry
       refined = true;
       for (std::int64_t j = 0; j < columns_; ++j) refined_[j] = 0;
       for (std::int64_t i = 0; i < rows_; ++i) {
@@ -231,14 +231,14 @@ class AssignmentState {
                      });
   }
 
-  // Writes duals, objective and gap, from least reduced costs in place of the row duals.
-  void conclude(const AssignmentProblem& problem, std::int64_t index) const {
+  // Writes duals, objective and gap; expects the smallest reduced costs in the row duals.
+  void write_result(const AssignmentProblem& problem, std::int64_t index) const {
     write_proof(problem, index, sign_, v_.data(), [this](std::int64_t i, std::int64_t j) { return cost(i, j); });
   }
 
-  // Entries that are worth a thread of their own.
+  // Entries per thread from which another thread pays off.
   static constexpr std::int64_t kEntriesPerThread = 1 << 20;
-  // Entries of a row or column that its hash samples.
+  // Number of entries that the hash of a row or column samples.
   static constexpr std::int64_t kSamples = 32;
 
   std::int64_t rows_, columns_;
@@ -249,7 +249,7 @@ class AssignmentState {
   Buffer<std::int64_t> row_of_column_;
 
  private:
-  // An odd number that is another one for every position.
+  // An odd number that differs for every position.
   static std::uint32_t weight(std::int64_t position) {
     const std::uint32_t mixed = (static_cast<std::uint32_t>(position) + 1u) * 0x9e3779b9u;
     return (mixed ^ (mixed >> 15)) | 1u;
@@ -267,33 +267,33 @@ class AssignmentState {
     }
   }
 
-  // Lists the items of [0, count) whose hash another one has too, and few others, in order_; returns how many they are.
-  // Most items of most problems have hashes of their own, and sorting all took an eighth of a search.
-  std::int64_t list_alike(std::int64_t count, const Buffer<std::uint64_t>& hashes) {
-    // How often a place is met, up to twice; there are eight places to an item, so that few meet by chance.
-    std::uint8_t* const met = reinterpret_cast<std::uint8_t*>(members_.data());
-    const std::uint64_t places = 8 * static_cast<std::uint64_t>(count);
-    const auto place_of = [&](std::int64_t k) { return ((hashes[k] * 0x9e3779b97f4a7c15u) >> 40) * places >> 24; };
-    std::memset(met, 0, places);
+  // Writes the items of [0, count) whose hash occurs more than once, and a few others, to order_; returns their number.
+  // In most problems most hashes are unique, and sorting all of them took an eighth of a search.
+  std::int64_t list_repeated_hashes(std::int64_t count, const Buffer<std::uint64_t>& hashes) {
+    // Counts how often each bucket occurs, up to 2. Eight buckets per item keep collisions rare.
+    std::uint8_t* const counts = reinterpret_cast<std::uint8_t*>(members_.data());
+    const std::uint64_t buckets = 8 * static_cast<std::uint64_t>(count);
+    const auto bucket_of = [&](std::int64_t k) { return ((hashes[k] * 0x9e3779b97f4a7c15u) >> 40) * buckets >> 24; };
+    std::memset(counts, 0, buckets);
     for (std::int64_t k = 0; k < count; ++k) {
-      std::uint8_t& times = met[place_of(k)];
-      times = times == 0 ? 1 : 2;
+      std::uint8_t& seen = counts[bucket_of(k)];
+      seen = seen == 0 ? 1 : 2;
     }
-    std::int64_t alike = 0;
+    std::int64_t repeated = 0;
     for (std::int64_t k = 0; k < count; ++k) {
-      order_[alike] = k;
-      alike += met[place_of(k)] == 2;
+      order_[repeated] = k;
+      repeated += counts[bucket_of(k)] == 2;
     }
-    return alike;
+    return repeated;
   }
 
-  // Visits groups of equal items in [0, count). `hashes` are compared first; refine(members, count) then writes
-  // refined_ for a group, and keep_equal(members, count) leaves those that equal the first at the front.
+  // Visits groups of equal items in [0, count). Compares `hashes` first; then refine(members, count) writes refined_
+  // for a group, and keep_equal(members, count) moves those that equal the first to the front.
   template <class Skip, class Refine, class KeepEqual, class Visit>
   void for_equal_groups(std::int64_t count, const Buffer<std::uint64_t>& hashes, const Skip& skip, const Refine& refine,
                         const KeepEqual& keep_equal, const Visit& visit) {
     std::int64_t* const order = order_.data();
-    count = list_alike(count, hashes);
+    count = list_repeated_hashes(count, hashes);
     sort(order, count,
          [&](std::int64_t a, std::int64_t b) { return hashes[a] != hashes[b] ? hashes[a] < hashes[b] : a < b; });
     for (std::int64_t begin = 0, end; begin < count; begin = end) {

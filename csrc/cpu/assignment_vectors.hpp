@@ -1,4 +1,4 @@
-// Vectors of doubles, as wide as the instruction level has them, for the dense solver.
+// Vectors of doubles of the width of the instruction level, for the dense solver.
 #pragma once
 
 #include "assignment_state.hpp"
@@ -6,7 +6,7 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// As many costs as there are lanes of doubles. Written out because compilers take the conversion apart.
+// One vector of costs as doubles. Intrinsics, because compilers split the conversion into lanes.
 inline Lanes widened(const double* costs) { return *reinterpret_cast<const Lanes*>(costs); }
 inline Lanes widened(const float* costs) {
 #if defined(__AVX512F__)
@@ -39,8 +39,8 @@ inline std::uint64_t lanes_at_most(const Lanes& values, double bound) {
 #endif
 }
 
-// The lesser of each lane. Written out because a comparison and a choice take compilers three instructions in a row.
-inline Lanes lesser(const Lanes& a, const Lanes& b) {
+// Minimum of each lane. Intrinsics, because compilers make three dependent instructions of compare and select.
+inline Lanes minimum(const Lanes& a, const Lanes& b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(_mm512_maskz_min_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
 #elif defined(__AVX2__)
@@ -51,7 +51,7 @@ inline Lanes lesser(const Lanes& a, const Lanes& b) {
   return a < b ? a : b;
 #endif
 }
-inline Lanes greater(const Lanes& a, const Lanes& b) {
+inline Lanes maximum(const Lanes& a, const Lanes& b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(_mm512_maskz_max_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
 #elif defined(__AVX2__)
@@ -63,8 +63,8 @@ inline Lanes greater(const Lanes& a, const Lanes& b) {
 #endif
 }
 
-// The least lane, in every lane.
-inline Lanes spread_least(Lanes values) {
+// The minimum over all lanes, in every lane.
+inline Lanes broadcast_min(Lanes values) {
   for (std::int64_t step = kLanes / 2; step > 0; step /= 2) {
 #if defined(__clang__)
     Lanes other;
@@ -75,13 +75,13 @@ inline Lanes spread_least(Lanes values) {
     for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
     const Lanes other = __builtin_shuffle(values, order ^ step);
 #endif
-    values = lesser(values, other);
+    values = minimum(values, other);
   }
   return values;
 }
 
-// Writes one entry of an array of whole vectors. A vector is written, because the next read of it would wait for a
-// part.
+// Writes one entry of an array of whole vectors. Stores a whole vector, because a vector load after a scalar store
+// would stall.
 inline void set_entry(double* array, std::int64_t index, double value) {
   typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
   Order order;

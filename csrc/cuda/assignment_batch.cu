@@ -41,7 +41,7 @@ struct SearchArrays {
   std::int32_t *column_of_row, *tree_row, *tree_column;  // [rows]
 
   // Returns where the memory behind the arrays begins.
-  __device__ __host__ unsigned char* lay_out(unsigned char* memory, std::int64_t rows, std::int64_t columns) {
+  __device__ __host__ unsigned char* assign_memory(unsigned char* memory, std::int64_t rows, std::int64_t columns) {
     v = reinterpret_cast<double*>(memory);
     distance = v + columns;
     u = distance + columns;
@@ -74,7 +74,7 @@ class BatchSolver {
         sign_(problem.maximize ? -1.0 : 1.0),
         index_(blockIdx.x),
         values_(static_cast<const T*>(problem.values) + index_ * problem.rows * problem.columns) {
-    unsigned char* const behind = s_.lay_out(dynamic_shared(), rows_, columns_);
+    unsigned char* const behind = s_.assign_memory(dynamic_shared(), rows_, columns_);
     if (!in_shared_memory) return;
     // Rows and columns take whole words, so that the matrix lies at a multiple of four bytes, and at one of eight here.
     T* const copy = reinterpret_cast<T*>(dynamic_shared() + (behind - dynamic_shared() + 7) / 8 * 8);
@@ -213,8 +213,8 @@ class BatchSolver {
   __device__ void certify() {
     for (std::int32_t i = thread_ / kWarp; i < rows_; i += kThreads / kWarp) {
       double least = infinity<double>;
-      for (std::int32_t j = thread_ % kWarp; j < columns_; j += kWarp) least = Least()(cost(i, j) - s_.v[j], least);
-      least = warp_combine(least, Least());
+      for (std::int32_t j = thread_ % kWarp; j < columns_; j += kWarp) least = Minimum()(cost(i, j) - s_.v[j], least);
+      least = warp_combine(least, Minimum());
       if (thread_ % kWarp == 0) s_.u[i] = least;
     }
     barrier();

@@ -75,7 +75,7 @@ __device__ __forceinline__ unsigned long long mixed(unsigned long long number) {
   return number ^ number >> 31;
 }
 
-struct Largest {
+struct Maximum {
   __device__ __forceinline__ float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) inspect_rows(const Rows<T> matrix, c
     hash += mixed(static_cast<unsigned long long>(j) << 32 | __float_as_uint(value));
     largest = magnitude <= largest ? largest : magnitude < infinity<float> ? magnitude : infinity<float>;  // NaN too
   }
-  largest = block_combine(largest, Largest(), 0.0f);
+  largest = block_combine(largest, Maximum(), 0.0f);
   hash = block_combine(hash, Sum(), 0ull);
   const BestTwo best = best_two(matrix, row, inspection.prices);
   if (threadIdx.x == 0) {
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, 4) bid_in_rounds(const Rows<T> matri
     }
   }
   grid_barrier();
-  for (std::int64_t round = 0; round < state.auction.most_rounds; ++round) {
+  for (std::int64_t round = 0; round < state.auction.max_rounds; ++round) {
     const std::int32_t count = state.active_count[round % 3];
-    if (count <= state.auction.stop || state.auction.counts[1] >= state.auction.most_bids) return;
+    if (count <= state.auction.stop || state.auction.counts[1] >= state.auction.max_bids) return;
     make_offers(matrix, state, round, count);
     grid_barrier();
     award(matrix, state, round, count);
@@ -227,7 +227,7 @@ class RowLister {
     const std::int32_t wanted = static_cast<std::int32_t>(request_.wanted);
     unsigned long long bound = 0;
     if (wanted <= kThreads / 2) {  // of all threads the last is far behind: many entries would pass it
-      bound = rank_of_least(wanted);
+      bound = bound_of_threads(wanted);
       const std::int32_t found = collect(bound);
       if (found <= capacity_) return write(found, bound);
     }
@@ -244,12 +244,12 @@ class RowLister {
   }
 
   // The one of rank `wanted` among the threads' least keys; as many entries at least do not exceed it.
-  __device__ unsigned long long rank_of_least(std::int32_t wanted) const {
+  __device__ unsigned long long bound_of_threads(std::int32_t wanted) const {
     MUDSC_SHARED(unsigned long long, of_thread, kThreads);
     MUDSC_SHARED(unsigned long long, chosen, 1);
     unsigned long long least = ~0ull;
     MUDSC_UNROLL_4
-    for (std::int64_t j = threadIdx.x; j < matrix_.columns; j += kThreads) least = Least()(key(j), least);
+    for (std::int64_t j = threadIdx.x; j < matrix_.columns; j += kThreads) least = Minimum()(key(j), least);
     of_thread[threadIdx.x] = least;
     __syncthreads();
     std::int32_t rank = 0;
@@ -371,9 +371,9 @@ __global__ void __launch_bounds__(kThreads)
   double smallest = infinity<double>;
   MUDSC_UNROLL_4
   for (std::int64_t j = threadIdx.x; j < matrix.columns; j += kThreads) {
-    smallest = Least()(static_cast<double>(matrix.sign * widen(values[j])) - duals[j], smallest);
+    smallest = Minimum()(static_cast<double>(matrix.sign * widen(values[j])) - duals[j], smallest);
   }
-  smallest = block_combine(smallest, Least(), infinity<double>);
+  smallest = block_combine(smallest, Minimum(), infinity<double>);
   if (threadIdx.x == 0) {
     least[row] = smallest;
     paired[row] = static_cast<double>(matrix.sign * widen(values[column_of_row[row]]));

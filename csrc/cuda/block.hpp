@@ -36,7 +36,7 @@ struct Sum {
     return a + b;
   }
 };
-struct Least {
+struct Minimum {
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {
     return a < b ? a : b;

@@ -47,7 +47,7 @@ BestTwo best_two(const float* values, const float* prices, std::int64_t columns,
 }  // namespace
 
 RoundCounts auction_rounds(const float* values, std::int64_t n, bool maximize, float epsilon, std::int64_t stop,
-                           std::int64_t most_rounds, std::int64_t most_bids, const std::int32_t* class_of_row,
+                           std::int64_t max_rounds, std::int64_t max_bids, const std::int32_t* class_of_row,
                            float* prices, std::int32_t* column_of_row) {
   const float sign = maximize ? 1.0f : -1.0f;
   std::vector<std::int64_t> active, row_of_column(n, -1);
@@ -58,7 +58,7 @@ RoundCounts auction_rounds(const float* values, std::int64_t n, bool maximize, f
   std::vector<Offer> offers(n);
   RoundCounts counts{0, 0, 0};
   const auto left = [&] { return static_cast<std::int64_t>(active.size()); };
-  for (; epsilon > 0.0f && left() > stop && counts.rounds < most_rounds && counts.bids < most_bids; ++counts.rounds) {
+  for (; epsilon > 0.0f && left() > stop && counts.rounds < max_rounds && counts.bids < max_bids; ++counts.rounds) {
     std::vector<std::int64_t> offered, next;
     for (Offer& offer : offers) offer.row = -1;
     for (const std::int64_t row : active) {
