@@ -13,7 +13,7 @@ from torch import Tensor
 from mudsc_fast._files import atomic_write
 from paper import report
 from paper.data import Batches, Images, load_images, packaged_mnist
-from paper.experiments import EXPERIMENTS, Experiment, Pair, Task
+from paper.experiments import CLIP_COSINE, EXPERIMENTS, Experiment, Pair, Task
 from paper.methods import Setting, outcomes
 from paper.train import trained
 
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Width {width} (published: {experiment.full_width}), {epochs} epochs (published: "
         f"{experiment.published_epochs}), batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}.",
         f"{len(train)} training and {len(test)} test images; {options.samples} training images for merging.",
-        "Class vectors are those of the paper." if real else "Class vectors are fixed random unit vectors.",
+        "Class vectors are those of the paper."
+        if real
+        else f"Class vectors are random unit vectors with a mean cosine of {CLIP_COSINE}, as CLIP's have.",
     ]
     if (width, epochs) != (experiment.full_width, experiment.published_epochs) or options.data is None:
         notes.insert(0, "**Reduced**: not the size of the paper's experiment.")
