@@ -7,15 +7,21 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// Whether most pairs share one cost, the highest of their row: forbidden pairs with one large cost, or boxes that mostly
-// do not overlap. Samples a few rows that are not constant.
+// What a sample of rows shows of a problem in which nearly all pairs share one cost, the highest of their row: forbidden
+// pairs with one large cost, or boxes that mostly do not overlap.
+struct Background {
+  bool found = false;       // in all rows that are not constant
+  bool two_valued = false;  // and the other pairs, several in some row, share another cost
+};
+
 template <class T>
-bool has_background(const AssignmentProblem& problem, std::int64_t index) {
-  constexpr std::int64_t kRows = 8, kMinShare = 2;
+Background find_background(const AssignmentProblem& problem, std::int64_t index) {
+  constexpr std::int64_t kRows = 8, kMaxOthersShare = 16;
   const std::int64_t columns = problem.columns, step = problem.rows / kRows + 1;
   const T* const values = static_cast<const T*>(problem.values) + index * problem.rows * columns;
   const auto sign = static_cast<typename ArithmeticOf<T>::type>(problem.maximize ? -1 : 1);
-  std::int64_t varied = 0, with_background = 0;
+  Background background;
+  bool two_valued = true, several = false;
   for (std::int64_t i = 0; i < problem.rows; i += step) {
     const T* const row = values + i * columns;
     auto highest = sign * widen(row[0]), lowest = highest;
@@ -25,26 +31,33 @@ bool has_background(const AssignmentProblem& problem, std::int64_t index) {
       lowest = cost < lowest ? cost : lowest;
     }
     if (!(lowest < highest)) continue;
-    std::int64_t equal = 0;
-    for (std::int64_t j = 0; j < columns; ++j) equal += sign * widen(row[j]) == highest;
-    ++varied;
-    with_background += kMinShare * equal > columns;
+    std::int64_t at_highest = 0, at_lowest = 0;
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const auto cost = sign * widen(row[j]);
+      at_highest += cost == highest;
+      at_lowest += cost == lowest;
+    }
+    if (kMaxOthersShare * (columns - at_highest) > columns) return Background{};
+    two_valued &= at_highest + at_lowest == columns;
+    several |= at_lowest > 1;
+    background = Background{true, two_valued && several};
   }
-  return varied > 0 && with_background == varied;
+  return background;
 }
 
-// With a background, lists are faster from this many columns on.
-constexpr std::int64_t kMinColumnsWithBackground = 224;
+// From this many columns on, lists solve problems of two values faster where nearly all pairs have the higher one.
+constexpr std::int64_t kMinColumnsOfTwoValues = 384;
 
 template <class T>
 void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads) {
   if (problem.columns < SparseSolver<T>::kMinColumns) {
     DenseSolver<T> dense(problem);
     for (std::int64_t index = begin; index < end; ++index) {
-      const bool background = problem.columns > DenseSolver<T>::kMaxInOrder && has_background<T>(problem, index);
-      const bool on_lists = background && problem.columns >= kMinColumnsWithBackground;
+      const bool sampled = problem.columns > DenseSolver<T>::kMaxInOrder;
+      const Background background = sampled ? find_background<T>(problem, index) : Background{};
+      const bool on_lists = background.two_valued && problem.columns >= kMinColumnsOfTwoValues;
       if (!on_lists || !SparseSolver<T>(problem).solve(problem, index, threads)) {
-        dense.solve(problem, index, background);
+        dense.solve(problem, index, background.found);
       }
     }
     return;

@@ -33,8 +33,10 @@ class ListPaths : protected ListBids<T> {
   using typename Bids::Known;
   using typename Bids::List;
 
-  // Free columns that a path search looks at before it lists a row again.
+  // Free columns that a path search looks at before it lists a row again, and how many in vain, all searches together,
+  // since one was found: each is a cache miss.
   static constexpr std::int64_t kProbes = 64;
+  static constexpr std::int64_t kMaxProbesInVain = 192;
 
   struct Event {
     double distance;
@@ -65,6 +67,7 @@ class ListPaths : protected ListBids<T> {
     reached_.fill(Reached{0.0, -1, 0});
     class_seen_.fill(0);
     list_free_columns();
+    probes_in_vain_ = 0;
     for (std::int64_t k = 0; k < free_count; ++k) augment(stack_[k]);
   }
 
@@ -151,7 +154,9 @@ class ListPaths : protected ListBids<T> {
   // Where a row's entries tie at its floor, as where most pairs are forbidden by one large cost, a free column is
   // likely to be among them, and ends the search without listing the row again.
   void probe_free_columns(std::int64_t row) {
+    if (probes_in_vain_ >= kMaxProbesInVain) return;
     const std::int64_t count = free_columns_ < kProbes ? free_columns_ : kProbes;
+    probes_in_vain_ += count;
     for (std::int64_t k = 0; k < count; ++k) {
       const std::int64_t column = free_column_[k];
       double distance = row_distance_[row] + ((State::cost(row, column) - v_[column]) - u_[row]);
@@ -160,6 +165,7 @@ class ListPaths : protected ListBids<T> {
       reached_[column] = Reached{distance, static_cast<std::int32_t>(row), static_cast<std::int32_t>(2 * stamp_)};
       sink_distance_ = distance;
       sink_ = column;
+      probes_in_vain_ = 0;
     }
   }
 
@@ -227,7 +233,7 @@ class ListPaths : protected ListBids<T> {
   Buffer<std::int64_t> class_seen_;
   Buffer<double> row_distance_;
   Buffer<std::int64_t> tree_rows_, tree_columns_, free_column_;
-  std::int64_t free_columns_ = 0;
+  std::int64_t free_columns_ = 0, probes_in_vain_ = 0;
   Buffer<Event> heap_;
   std::int64_t heap_size_ = 0;
   std::int64_t sink_ = -1;
