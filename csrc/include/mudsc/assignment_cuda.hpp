@@ -46,8 +46,8 @@ void assignment_check_classes(const LargeProblem& problem, std::int32_t* class_o
 struct Auction {
   const float* epsilon;              // [1] on the device; nobody bids unless it is positive
   std::int64_t stop;                 // ends when so few rows are left
-  std::int64_t max_rounds;          // or after so many rounds
-  std::int64_t max_bids;            // or bids
+  std::int64_t max_rounds;           // or after so many rounds
+  std::int64_t max_bids;             // or bids
   const std::int32_t* class_of_row;  // [rows]: the first row that equals this one; of equal rows only the first bids
   float* prices;                     // [columns]: where they start, and where they end
   std::int32_t* column_of_row;       // [rows]: -1 for a row that is left
