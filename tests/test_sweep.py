@@ -8,7 +8,7 @@ from torch import Tensor
 
 from architectures import VisionTransformer, randomize
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Matcher, Mode, NodeMatching, align_units, zip_all_units
-from mudsc_fast.matching.sweep import sweep
+from mudsc_fast.matching.sweep import one_by_one, sweep
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.spec import PermutationSpec, vit
@@ -65,7 +65,7 @@ def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state:
         calls += 1
         return similarity_of(node, matching)
 
-    swept = sweep(spec, counted, matcher(mode), {}, random_state=random_state)
+    swept = sweep(spec, one_by_one(spec, counted, matcher(mode)), {}, random_state=random_state)
     plain = WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.5, 0.5], keep=False)
     expected, objectives = plain_sweep(spec, plain, matcher(mode), random_state)
     assert swept.objectives == pytest.approx(objectives, abs=1e-6)
@@ -78,7 +78,8 @@ def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state:
 def test_patience_and_most_sweeps() -> None:
     similarity = torch.eye(4)[None]
     for max_sweeps, patience, expected in [(3, 5, 3), (100, 2, 3), (100, 5, 6)]:
-        result = sweep(MLP_SPEC, lambda *_: similarity, align_units, {}, max_sweeps=max_sweeps, patience=patience)
+        solve = one_by_one(MLP_SPEC, lambda *_: similarity, align_units)
+        result = sweep(MLP_SPEC, solve, {}, max_sweeps=max_sweeps, patience=patience)
         assert len(result.objectives) == expected
 
 

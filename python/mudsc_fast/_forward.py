@@ -88,15 +88,19 @@ class Rewindable(Iterable[Any]):
         ValueError
             If there is none.
         """
+        if not self.has_first():
+            raise ValueError("data must yield at least one batch, got none")
+        return self._first[0]
+
+    def has_first(self) -> bool:
+        """Return whether there is a batch."""
         if not self._first:
             rest = iter(self._batches)
             for batch in rest:
                 self._first.append(batch)
                 self._behind_first = rest
                 break
-        if not self._first:
-            raise ValueError("data must yield at least one batch, got none")
-        return self._first[0]
+        return bool(self._first)
 
 
 @contextmanager

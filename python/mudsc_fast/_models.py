@@ -16,6 +16,7 @@ from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import config_of
 from mudsc_fast._tensors import Padded, same_values, tied_tensors, with_metadata
+from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.matching.verify import keeps_outputs
 from mudsc_fast.spec.axes import entry_of
 from mudsc_fast.spec.choose import SpecLike, choose_spec
@@ -161,8 +162,34 @@ class Networks:
             return self
         return replace(self, state_dicts=tuple(Padded(tensors, own) for tensors in own), lacking=lacking)
 
-    def choose_spec(self, spec: SpecLike, data: Iterable[Any] | None) -> tuple[PermutationSpec, Iterable[Any] | None]:
-        """Return the spec of the networks, and `data` of which the first batch may have been looked at."""
+    def choose_spec(
+        self, spec: SpecLike, data: Iterable[Any] | None, ranks: Ranks | None = None
+    ) -> tuple[PermutationSpec, Iterable[Any] | None]:
+        """Return the spec of the networks, and `data` of which the first batch may have been looked at.
+
+        Of several processes, each with its own data, the first that has a batch chooses the spec for all.
+        """
+        if ranks is None or ranks.alone:
+            return self._choose_spec(spec, data)
+        doing = "choosing the spec"
+        if isinstance(spec, PermutationSpec) or data is None:
+            with ranks.step(doing):
+                chosen, data = self._choose_spec(spec, data)
+            return chosen, data
+        with ranks.step("reading the first batch"):
+            data = batches = Rewindable(data)
+            has_batch = batches.has_first()
+        having = [rank for rank, has in enumerate(ranks.gather_objects(has_batch, doing)) if has]
+        if not having:
+            raise ValueError("data must yield at least one batch, got none on any rank")
+        text = ""
+        with ranks.step(doing):
+            if ranks.rank == having[0]:
+                chosen, data = self._choose_spec(spec, data)
+                text = chosen.to_json()
+        return PermutationSpec.from_json(ranks.broadcast_object(text, doing, having[0])), data
+
+    def _choose_spec(self, spec: SpecLike, data: Iterable[Any] | None) -> tuple[PermutationSpec, Iterable[Any] | None]:
         if isinstance(spec, PermutationSpec) or data is None:
             batches = None
         else:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks
-from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics, observed_nodes
+from mudsc_fast.distributed.ranks import Ranks
+from mudsc_fast.distributed.report import Distribution
+from mudsc_fast.matching.activation import MatchingStatistics, collect, observed_nodes
+from mudsc_fast.matching.checkpoint import Checkpoint
 from mudsc_fast.matching.checks import check_networks
+from mudsc_fast.matching.inputs import input_parts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
+from mudsc_fast.matching.owners import pack
+from mudsc_fast.matching.parallel import Exchange, ParallelSolver, solve_on_owners
 from mudsc_fast.matching.partial import divide
-from mudsc_fast.matching.sweep import SweepResult, sweep
+from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, waves
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
-from mudsc_fast.ops.correlation import Precision
+from mudsc_fast.ops.correlation import CorrelationAccumulator, Precision
 from mudsc_fast.options import MatchOptions, Space, default_shrink, default_space
 from mudsc_fast.results import Matching, Names, Phases, checked_weights, names
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +55,8 @@ def match(
     forward: Forward | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Matching:
     """Find which units of several networks of one architecture correspond.
 
@@ -52,7 +65,7 @@ def match(
     models, data, spec, mode, balance, space, weights, shrink, budget, task_heads
         As for :func:`mudsc_fast.merge`. The weights count for the clusters of a zip, and are those that
         :meth:`Matching.merge` uses by default.
-    random_state, max_sweeps, patience, forward, precision, progress
+    random_state, max_sweeps, patience, forward, precision, progress, group, checkpoint
         As for :func:`mudsc_fast.merge`.
 
     Returns
@@ -62,34 +75,47 @@ def match(
 
     Raises
     ------
-    ValueError, TypeError
+    ValueError, TypeError, DistributedError
         As :func:`mudsc_fast.merge`.
     """
-    options = MatchOptions(
-        mode=mode,
-        space=default_space(space, data is not None),
-        balance=balance,
-        shrink=shrink,
-        budget=budget,
-        random_state=random_state,
-        max_sweeps=max_sweeps,
-        patience=patience,
-        forward=forward,
-        precision=precision,
-        progress=progress,
-    )
-    networks = Networks.of(models, run=options.space != "weight", task_heads=names("task_heads", task_heads))
-    chosen, data = choose_spec_and_data(networks, spec, data)
-    return PreparedMatching(networks, chosen, data, options, weights, task_heads).at(options.balance)
+    ranks = Ranks(group)
+    with ranks.step("checking the arguments"):
+        options = MatchOptions(
+            mode=mode,
+            space=default_space(space, data is not None),
+            balance=balance,
+            shrink=shrink,
+            budget=budget,
+            random_state=random_state,
+            max_sweeps=max_sweeps,
+            patience=patience,
+            forward=forward,
+            precision=precision,
+            progress=ranks.progress(progress),
+        )
+        networks = Networks.of(models, run=options.space != "weight", task_heads=names("task_heads", task_heads))
+    chosen, data = choose_spec_and_data(networks, spec, data, ranks)
+    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint)
+    return prepared.at(options.balance)
 
 
 def choose_spec_and_data(
-    networks: Networks, spec: SpecLike, data: Iterable[Any] | MatchingStatistics | None
+    networks: Networks, spec: SpecLike, data: Iterable[Any] | MatchingStatistics | None, ranks: Ranks
 ) -> tuple[PermutationSpec, Iterable[Any] | MatchingStatistics | None]:
     """Return the spec of networks, by default that of statistics given as data, and the data, its first batch kept."""
+    ranks.check_same({"kind of spec": _kind_of(spec), "kind of data": _kind_of(data)})
     if not isinstance(data, MatchingStatistics):
-        return networks.choose_spec(spec, data)
-    return networks.choose_spec(data.spec if spec is None else spec, None)[0], data
+        return networks.choose_spec(spec, data, ranks)
+    return networks.choose_spec(data.spec if spec is None else spec, None, ranks)[0], data
+
+
+def _kind_of(given: object) -> str:
+    """Return what processes must be given alike for all to go through the same steps; data differ between them."""
+    if given is None:
+        return "None"
+    if isinstance(given, (PermutationSpec, MatchingStatistics)):
+        return type(given).__name__
+    return str(given) if isinstance(given, (str, os.PathLike)) else "batches"
 
 
 class PreparedMatching:
@@ -106,6 +132,10 @@ class PreparedMatching:
         How; of it `balance` is not read.
     weights, task_heads
         As for :func:`mudsc_fast.merge`.
+    ranks
+        The processes that match together; this one alone by default.
+    checkpoint
+        As for :func:`mudsc_fast.merge`.
     """
 
     def __init__(
@@ -116,32 +146,69 @@ class PreparedMatching:
         options: MatchOptions,
         weights: Sequence[float] | None = None,
         task_heads: Names = (),
+        ranks: Ranks | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         self.phases = Phases()
         self._networks, self._spec, self._options = networks, spec, options
-        self._task_heads = tuple(names("task_heads", task_heads))
-        self._division = divide(networks.state_dicts, spec, (), self._task_heads)
-        check_networks(networks.state_dicts, spec, self._division)
-        self._weights = checked_weights(weights, len(networks))
+        self._ranks = ranks = Ranks() if ranks is None else ranks
+        with ranks.step("checking the arguments"):
+            self._task_heads = tuple(names("task_heads", task_heads))
+            self._weights = checked_weights(weights, len(networks))
+            self._division = divide(networks.state_dicts, spec, (), self._task_heads)
+            comparable = self._division.comparable
+            check_networks(networks.state_dicts, spec, self._division, names=())
+            inputs = {}
+            if not ranks.alone or checkpoint is not None:
+                inputs = input_parts(networks.state_dicts, spec, options, self._weights, self._task_heads)
+        ranks.check_same(inputs)
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, inputs, ranks)
+        self._device = next(iter(networks.state_dicts[0].values())).device
+        self.owners = pack(comparable, networks.state_dicts[0], ranks.size)
+        with ranks.step("checking the tensors"):
+            own = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
+            check_networks(networks.state_dicts, spec, self._division, names=own)
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
         self._start: dict[str, NodeMatching] = {}
-        self._observed = frozenset(observed_nodes(self._division.comparable))
+        self._statistics_bytes, self._sweep_bytes = 0, list[int]()
+        self._observed = frozenset(observed_nodes(comparable))
+        self._exchange = Exchange(
+            comparable,
+            comparable.units(networks.state_dicts[0]),
+            ranks,
+            self.owners.owner,
+            options.mode,
+            len(networks),
+            self._device,
+        )
         if options.space != "weight":
             self._match_activations(data)
         # Weights of 0 do not say how a cluster's members count: the units are then matched as for equal weights.
         shares = self._weights if min(self._weights) > 0 else [1 / len(networks)] * len(networks)
         self._weight_similarity = WeightSimilarity(
             networks.state_dicts,
-            self._division.comparable,
+            comparable,
             BLOCKS_OF_MODE[options.mode],
             shares,
             precision=options.precision,
+            own=self.owners.slices[ranks.rank],
         )
 
     def at(self, balance: float) -> Matching:
         """Return the matching at one balance."""
-        found = self._by_activations() if self._options.space == "activation" else self._sweep(balance)
+        solve = ParallelSolver(
+            self._division.comparable,
+            self._networks.state_dicts[0],
+            self._ranks,
+            self.owners,
+            self._weight_similarity,
+            functools.partial(self._similarity, balance),
+            self._match_nodes,
+            self._exchange,
+            functools.partial(self.phases.timed, "weight similarity"),
+        )
+        found = self._by_activations(solve) if self._options.space == "activation" else self._sweep(solve)
         comparable, first = self._division.comparable, self._networks.state_dicts[0]
         return Matching(
             spec=self._spec,
@@ -154,36 +221,54 @@ class PreparedMatching:
             timings=dict(self.phases.seconds),
             shapes={name: tuple(first[name].shape) for name in comparable.layouts},
             task_heads=self._task_heads,
+            distribution=self._distribution(),
         )
 
-    def _by_activations(self) -> SweepResult:
+    def _by_activations(self, solve: Solver) -> SweepResult:
         """Return the matching by activations, in which nodes that cannot be observed are matched by their weights."""
         matching, comparable = dict(self._start), self._division.comparable
         rest = [bundle for bundle in comparable.bundles if bundle[0] not in matching]
-        for bundle in [*rest, *rest]:  # twice, because they may depend on each other
-            similarities = {node: self._weight_similarity(node, matching) for node in bundle}
-            matching.update(self._match_nodes(similarities, comparable.groups(bundle[0]).count))
+        for wave in waves(comparable, [*rest, *rest]):  # twice, because they may depend on each other
+            matching.update(solve(wave, matching))
         return SweepResult(matching, [])
 
-    def _sweep(self, balance: float) -> SweepResult:
-        activations, blocks = self._activations, BLOCKS_OF_MODE[self._options.mode]
+    def _sweep(self, solve: Solver) -> SweepResult:
+        kept = self._checkpoint
+        sent: list[int] = []
 
-        def similarity_of(node: str, current: Mapping[str, NodeMatching]) -> Tensor:
-            with self.phases.timed("weight similarity"):
-                if activations is None or node not in self._observed:
-                    return self._weight_similarity(node, current)
-                return self._weight_similarity(node, current, activations.similarity(node, blocks), balance)
+        def after_sweep(state: SweepState) -> None:
+            sent.append(self._ranks.bytes_sent)
+            if kept is not None:
+                kept.save_state(state)
 
-        return sweep(
+        before = self._ranks.bytes_sent
+        found = sweep(
             self._division.comparable,
-            similarity_of,
-            self._match_nodes,
+            solve,
             self._start,
             random_state=self._options.random_state,
             max_sweeps=self._options.max_sweeps,
             patience=self._options.patience,
             progress=self._options.progress,
+            resume=None if kept is None else kept.load_state(self._device),
+            after_sweep=after_sweep,
         )
+        self._sweep_bytes = [now - last for last, now in zip([before, *sent], sent, strict=False)]
+        return found
+
+    def _distribution(self) -> Distribution | None:
+        if self._ranks.alone:
+            return None
+        sent = self._ranks.gather_objects([self._statistics_bytes, *self._sweep_bytes], "matching units")
+        statistics, *sweeps = (sum(counts) for counts in zip(*sent, strict=True))
+        return Distribution(self.owners.work, statistics, tuple(sweeps))
+
+    def _similarity(self, balance: float, node: str, sums: CorrelationAccumulator) -> Tensor:
+        """Return the similarity of a node from the sums over its weights."""
+        if self._options.space != "dual" or self._activations is None or node not in self._observed:
+            return sums.finalize()
+        blocks = BLOCKS_OF_MODE[self._options.mode]
+        return sums.finalize(other=self._activations.similarity(node, blocks), balance=balance)
 
     def _match_nodes(self, similarities: Mapping[str, Tensor], groups: int) -> dict[str, NodeMatching]:
         options = self._options
@@ -201,17 +286,33 @@ class PreparedMatching:
     def _match_activations(self, data: Iterable[Any] | MatchingStatistics | None) -> None:
         comparable, blocks = self._division.comparable, BLOCKS_OF_MODE[self._options.mode]
         with self.phases.timed("activations"):
-            self._activations = self._collected(data)
+            self._activations = activations = self._kept_or_collected(data)
+        self._statistics_bytes = self._ranks.bytes_sent
         unobserved = [node for node in comparable.nodes if node not in self._observed]
         if unobserved:
             _log.warning(
                 "spec does not say where to observe %s: they are matched by their weights", ", ".join(unobserved[:8])
             )
-        for bundle in comparable.bundles:
-            if not self._observed.issuperset(bundle):
-                continue
-            similarities = {node: self._activations.similarity(node, blocks) for node in bundle}
-            self._start.update(self._match_nodes(similarities, comparable.groups(bundle[0]).count))
+        self._start = solve_on_owners(
+            [bundle for bundle in comparable.bundles if self._observed.issuperset(bundle)],
+            {},
+            lambda node, _: activations.similarity(node, blocks),
+            self._match_nodes,
+            comparable,
+            self._ranks,
+            self.owners,
+            self._exchange,
+        )
+
+    def _kept_or_collected(self, data: Iterable[Any] | MatchingStatistics | None) -> MatchingStatistics:
+        """Return the statistics of an interrupted run, or collect them and keep them for the next run."""
+        if self._checkpoint is None:
+            return self._collected(data)
+        statistics = self._checkpoint.load_statistics(self._device)
+        if statistics is None:
+            statistics = self._collected(data)
+            self._checkpoint.save_statistics(statistics)
+        return statistics
 
     def _collected(self, data: Iterable[Any] | MatchingStatistics | None) -> MatchingStatistics:
         networks, comparable = self._networks, self._division.comparable
@@ -221,6 +322,7 @@ class PreparedMatching:
                     f"data was computed for {data.num_models} models with {data.spec!r}, "
                     f"got {len(networks)} models with {self._spec!r}"
                 )
+            self._ranks.check_same({"statistics as data": data.checksum()})
             return data
         if data is None:
             raise ValueError(
@@ -230,7 +332,8 @@ class PreparedMatching:
             raise TypeError(
                 "models must be modules, or directories of Hugging Face, to match in activation space: got tensors"
             )
-        return collect_statistics(
+        return collect(
+            self._ranks,
             networks.modules,
             data,
             spec=comparable,

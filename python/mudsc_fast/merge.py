@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mudsc_fast._checks import check_number, check_share
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks
+from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.match import PreparedMatching, choose_spec_and_data
 from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.node import Mode
@@ -18,6 +20,9 @@ from mudsc_fast.options import MatchOptions, Space, default_space
 from mudsc_fast.refit.refit import refit as fit_layers
 from mudsc_fast.results import MergeResult, Names, merge_matched, names
 from mudsc_fast.spec.choose import SpecLike
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: What :func:`search_balance` tries by default.
 DEFAULT_BALANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -43,6 +48,8 @@ def merge(
     precision: Precision = "float32",
     progress: bool | None = None,
     refit: bool = False,
+    group: ProcessGroup | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> MergeResult:
     """Merge networks of one architecture into one of the same size, without training.
 
@@ -109,6 +116,13 @@ def merge(
     refit
         Whether to fit the merged layers by least squares to what the models compute on `data`, as
         :func:`mudsc_fast.refit` does with its defaults; `data` must then be batches that can be read twice.
+    group
+        The processes of torch.distributed that merge together; all of them make this call with the same arguments, but
+        each with its own `data`, which may be empty. All get the result that one process gets from all data.
+    checkpoint
+        A directory that keeps the statistics of the activations and the state after every sweep. A run that was
+        interrupted, started again with the same arguments and the same directory, continues there, also with another
+        number of processes. The directory can be removed afterwards.
 
     Returns
     -------
@@ -122,27 +136,37 @@ def merge(
         similarity is not finite.
     TypeError
         If an argument is of the wrong type, the models' dtypes differ, or activations are asked of tensors alone.
+    DistributedError
+        If a process of the group fails or is gone; the message names its rank and the cause.
     """
-    options = MatchOptions(
-        mode=mode,
-        space=default_space(space, data is not None),
-        balance=balance,
-        shrink=shrink,
-        budget=budget,
-        random_state=random_state,
-        max_sweeps=max_sweeps,
-        patience=patience,
-        forward=forward,
-        precision=precision,
-        progress=progress,
-    )
-    heads = names("task_heads", task_heads)
-    networks = Networks.of(models, run=options.space != "weight" or refit, task_heads=heads)
-    batches = _refit_batches(networks, data) if refit else None
-    chosen, data = choose_spec_and_data(networks, spec, data)
-    division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), heads)
-    matching = PreparedMatching(networks, chosen, data, options, weights, task_heads).at(options.balance)
-    result = merge_matched(networks, matching, division, weights)
+    ranks = Ranks(group)
+    with ranks.step("checking the arguments"):
+        options = MatchOptions(
+            mode=mode,
+            space=default_space(space, data is not None),
+            balance=balance,
+            shrink=shrink,
+            budget=budget,
+            random_state=random_state,
+            max_sweeps=max_sweeps,
+            patience=patience,
+            forward=forward,
+            precision=precision,
+            progress=ranks.progress(progress),
+        )
+        heads = names("task_heads", task_heads)
+        networks = Networks.of(models, run=options.space != "weight" or refit, task_heads=heads)
+        if refit and group is not None:
+            raise ValueError("refit=True fits on the data of one process: call mudsc_fast.refit on the result instead")
+        batches = _refit_batches(networks, data) if refit else None
+    chosen, data = choose_spec_and_data(networks, spec, data, ranks)
+    with ranks.step("checking the arguments"):
+        division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), heads)
+    ranks.check_same({"stop_at": repr(stop_at)})
+    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint)
+    matching = prepared.at(options.balance)
+    with ranks.step("merging the tensors"):
+        result = merge_matched(networks, matching, division, weights)
     if batches is None:
         return result
     return fit_layers(result, networks.modules, batches, random_state=random_state, forward=forward, progress=progress)
@@ -228,7 +252,7 @@ def search_balance(
         progress=progress,
     )
     networks = Networks.of(models, run=True, task_heads=names("task_heads", task_heads))
-    chosen, batches = choose_spec_and_data(networks, spec, data)
+    chosen, batches = choose_spec_and_data(networks, spec, data, Ranks())
     division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), names("task_heads", task_heads))
     prepared = PreparedMatching(networks, chosen, batches, options, weights, task_heads)
     best: MergeResult | None = None

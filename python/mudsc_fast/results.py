@@ -16,6 +16,7 @@ from mudsc_fast._checks import check_int, check_number
 from mudsc_fast._models import Model, Models, Networks, fingerprint, like, network_of, with_state
 from mudsc_fast._progress import progress_bar
 from mudsc_fast._tables import as_html, as_text, node_rows
+from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
 from mudsc_fast.matching.checks import check_dtypes
 from mudsc_fast.matching.node import Mode, NodeMatching, effective_weights
@@ -57,6 +58,8 @@ class Matching(Mapping[str, NodeMatching]):
         The shapes of the tensors that were matched: networks to merge or align must have them.
     task_heads
         The tensors that were not matched because every task keeps its own.
+    distribution
+        How the processes of a group shared the work; None for one process, and not saved.
     """
 
     spec: PermutationSpec
@@ -69,6 +72,7 @@ class Matching(Mapping[str, NodeMatching]):
     timings: dict[str, float]
     shapes: Mapping[str, tuple[int, ...]]
     task_heads: tuple[str, ...] = ()
+    distribution: Distribution | None = None
 
     # A mapping compares its entries, whose tensors have no single truth value.
     __eq__ = object.__eq__
@@ -464,6 +468,8 @@ class MergeResult:
             notes.append(f"{len(self.objectives)} sweeps, best mean similarity {max(self.objectives):.4f}")
         if any(self.num_per_task):
             notes.append(f"entries shared: {self.num_shared}; per task: " + ", ".join(map(str, self.num_per_task)))
+        if self.matching.distribution is not None:
+            notes.append(str(self.matching.distribution))
         if self.scores:
             notes.append("scores by balance: " + ", ".join(f"{b:g}: {score:.4g}" for b, score in self.scores.items()))
         if self.repaired_layers:

@@ -7,13 +7,14 @@ their features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,17 @@ from mudsc_fast._files import atomic_write
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 from mudsc_fast._models import Networks
 from mudsc_fast._progress import progress_bar
+from mudsc_fast.distributed.ranks import Ranks
+from mudsc_fast.distributed.reduction import all_reduce_sums
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.observation import Observation
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 from mudsc_fast.spec.validation import port_problems
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FORMAT = "mudsc_fast statistics 1"
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
@@ -135,6 +141,44 @@ class MatchingStatistics:
         for node, sums in self._sums.items():
             sums.merge(other._sums[node])
 
+    def all_reduce(self, group: ProcessGroup | None = None) -> None:
+        """Add the samples of all processes of a torch.distributed group, in each of them.
+
+        Processes without samples take part, too. All nodes are summed together, in few messages.
+
+        Parameters
+        ----------
+        group
+            The processes, all of which must call this method; all processes by default.
+
+        Raises
+        ------
+        RuntimeError
+            If torch.distributed is not initialized.
+        ValueError
+            If the specification, units, number of models or blocks differ between processes, or features on a CUDA
+            device were infinite. The sums are then unchanged.
+        DistributedError
+            If a process fails or is gone.
+        """
+        self._all_reduce(Ranks(torch.distributed.group.WORLD if group is None else group))
+
+    def _all_reduce(self, ranks: Ranks) -> None:
+        described = "/".join(f"{node}: {count} units" for node, count in self.units.items())
+        ranks.check_same(
+            {"statistics": f"{self._described()}, {described}", "spec of the statistics": self.spec.to_json()}
+        )
+        self._similarities.clear()
+        all_reduce_sums(list(self._sums.values()), ranks, "summing activations")
+
+    def checksum(self) -> str:
+        """Return a short text that tells statistics of other data."""
+        digest = hashlib.sha256()
+        for node, sums in self._sums.items():
+            digest.update(f"{node} {sums.num_samples} ".encode())
+            digest.update(sums._moments.mean.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics to a file (atomic file replacement).
 
@@ -201,6 +245,7 @@ def collect_statistics(
     autocast: torch.dtype | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> MatchingStatistics:
     """Run all models on the data and collect the statistics from which the correlation of their units is computed.
 
@@ -229,6 +274,9 @@ def collect_statistics(
         Of the products of features, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     progress
         Whether to show a progress bar; by default in a terminal, if the work is long.
+    group
+        The processes of torch.distributed that collect together: each runs the models on its own `data`, which may be
+        empty, and all get the statistics of all data.
 
     Raises
     ------
@@ -237,15 +285,66 @@ def collect_statistics(
     TypeError
         If `autocast` is not a 16-bit dtype, or a model is a compiled ScriptModule.
     """
-    if autocast not in (None, torch.float16, torch.bfloat16):
-        raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+    ranks = Ranks(group)
+    with ranks.step("checking the arguments"):
+        if autocast not in (None, torch.float16, torch.bfloat16):
+            raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+        networks = Networks.of_modules(models)
+    chosen, batches = networks.choose_spec(spec, data, ranks)
+    assert batches is not None  # there was data
+    return collect(
+        ranks,
+        models,
+        batches,
+        spec=chosen,
+        blocks=blocks,
+        forward=forward,
+        autocast=autocast,
+        precision=precision,
+        progress=progress,
+    )
+
+
+def collect(
+    ranks: Ranks,
+    models: Sequence[nn.Module],
+    data: Iterable[Any],
+    *,
+    spec: PermutationSpec,
+    blocks: Blocks,
+    forward: Forward | None = None,
+    autocast: torch.dtype | None = None,
+    precision: Precision = "float32",
+    progress: bool | None = None,
+) -> MatchingStatistics:
+    """Collect the statistics of all processes, each of which has its own data; see :func:`collect_statistics`."""
+    with ranks.step("running the models on the data"):
+        statistics, num_batches = _collect_own(
+            models, data, spec, blocks, forward, autocast, precision, ranks.progress(progress)
+        )
+    if not any(ranks.gather_objects(num_batches, "summing activations")):
+        raise ValueError("data must yield at least one batch, got none" + ("" if ranks.alone else " on any rank"))
+    statistics._all_reduce(ranks)
+    return statistics
+
+
+def _collect_own(
+    models: Sequence[nn.Module],
+    data: Iterable[Any],
+    spec: PermutationSpec,
+    blocks: Blocks,
+    forward: Forward | None,
+    autocast: torch.dtype | None,
+    precision: Precision,
+    progress: bool | None,
+) -> tuple[MatchingStatistics, int]:
+    """Return the statistics of this process, and its number of batches."""
     for index, model in enumerate(models):
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError(
                 f"models[{index}] must be a module whose submodules can be observed, got a {type(model).__name__}: "
                 "pass the module it was compiled from, or match with space='weight'"
             )
-    spec, batches = Networks.of_modules(models).choose_spec(spec, data)
     device = next(iter(models[0].state_dict().values())).device
     units = spec.units(models[0].state_dict())
     statistics = MatchingStatistics(spec, units, len(models), blocks=blocks, device=device, precision=precision)
@@ -264,14 +363,12 @@ def collect_statistics(
             stack.enter_context(preserve_training_mode(model))
             model.eval()
             stack.enter_context(observer.attached())
-        for batch in progress_bar(batches, description="activations", progress=progress):
+        for batch in progress_bar(data, description="activations", progress=progress):
             num_batches += 1
             seen = [observer.run(batch, forward) for observer in observers]
             for node in observed:
                 _accumulate(statistics, node, [features[node] for features in seen])
-    if num_batches == 0:
-        raise ValueError("data must yield at least one batch, got none")
-    return statistics
+    return statistics, num_batches
 
 
 def observed_nodes(spec: PermutationSpec) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,15 @@ _COPY_CORRELATION = 0.7
 _MIN_COMPARED, _MAX_COMPARED = 64, 4096
 
 
-def check_networks(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, division: Division) -> None:
+def check_networks(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    division: Division,
+    names: Container[str] | None = None,
+) -> None:
     """Check that networks with tensors of the same names and dtypes can be matched.
+
+    `names` are the tensors whose entries are checked, all by default: of several processes each checks some.
 
     Raises
     ------
@@ -37,6 +44,8 @@ def check_networks(state_dicts: Sequence[Mapping[str, Tensor]], spec: Permutatio
     check_dtypes(state_dicts, spec, division)
     for index, state_dict in enumerate(state_dicts):
         for name in spec.layouts:
+            if names is not None and name not in names:
+                continue
             check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))
     copies = _copies_of_weights(state_dicts[0], spec)
     if copies:
@@ -117,6 +126,8 @@ def _copies_of_weights(state_dict: Mapping[str, Tensor], spec: PermutationSpec) 
     copies = {}
     for name, tensor in state_dict.items():
         if name in spec.layouts or tensor.dtype not in FLOAT_DTYPES or tensor.numel() < _MIN_COMPARED:
+            continue
+        if tensor.is_meta:  # another process has it
             continue
         candidates = [weight for weight in matched.get(tuple(tensor.shape), ()) if state_dict[weight] is not tensor]
         for weight in sorted(candidates, key=lambda weight: weight.rpartition(".")[2] not in name):

@@ -7,9 +7,7 @@ Model Merging", CVPR 2024, section 3). The similarity of two units is the Pearso
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from mudsc_fast.matching.apply import reindex, split_axes
 from mudsc_fast.matching.node import NodeMatching
+from mudsc_fast.matching.slices import TensorSlice, tensor_slices
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, Role, Segment
@@ -48,6 +47,9 @@ class WeightSimilarity:
         Of the products, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
     keep
         Whether to keep sums at all.
+    own
+        For each node the slices of tensors to compare, of :func:`tensor_slices`; all by default. Of several processes
+        each has some.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class WeightSimilarity:
         *,
         precision: Precision = "float32",
         keep: bool = True,
+        own: Mapping[str, Sequence[TensorSlice]] | None = None,
     ) -> None:
         self._state_dicts = state_dicts
         self._spec = spec
@@ -66,12 +69,9 @@ class WeightSimilarity:
         self._precision: Precision = precision
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
-        self._tensor_slices = {
-            node: list(_tensor_slices(spec, self._units, state_dicts[0], node)) for node in spec.nodes
-        }
+        self._tensor_slices = tensor_slices(spec, state_dicts[0]) if own is None else own
         self._kept: dict[str, _Kept] = {}
-        # Co-moments in units of one pair of models: their sum over nodes bounds what is kept.
-        self._room = _MAX_KEPT * max(count**2 for count in self._units.values()) if keep else 0
+        self._keepable = nodes_to_keep(self._units) if keep else frozenset()
 
     def __call__(
         self, node: str, matching: Mapping[str, NodeMatching], other: Tensor | None = None, balance: float = 1.0
@@ -80,34 +80,77 @@ class WeightSimilarity:
 
         With another similarity, e.g. of activations: ``balance * weight + (1 - balance) * other``, the dual space.
         """
-        around = {neighbour: matching.get(neighbour) for neighbour in self._spec.neighbors(node)}
-        kept = self._kept.get(node)
-        if kept is None or not self._follow(node, kept, around):
-            kept = _Kept(self._computed(node, around), around)
-            if node in self._kept or self._units[node] ** 2 <= self._room:
-                self._room -= 0 if node in self._kept else self._units[node] ** 2
-                self._kept[node] = kept
-        return kept.sums.finalize(other=other, balance=balance)
+        return self.sums(node, matching).finalize(other=other, balance=balance)
 
-    def _computed(self, node: str, around: Mapping[str, NodeMatching | None]) -> CorrelationAccumulator:
-        device = self._state_dicts[0][self._tensor_slices[node][0].tensor].device
+    def sums(self, node: str, matching: Mapping[str, NodeMatching]) -> CorrelationAccumulator:
+        """Return the sums that a node's similarity is computed from; do not modify them."""
+        around = self._around(node, matching)
+        kept = self._kept.get(node)
+        if kept is not None and self._follow(node, kept, around):
+            return kept.sums
+        sums = self._computed(node, self._tensor_slices[node], around)
+        self.keep(node, matching, sums)
+        return sums
+
+    def sums_of(
+        self, node: str, matching: Mapping[str, NodeMatching], slices: Sequence[TensorSlice]
+    ) -> CorrelationAccumulator:
+        """Return the sums over some slices of tensors."""
+        return self._computed(node, slices, self._around(node, matching))
+
+    def keep(self, node: str, matching: Mapping[str, NodeMatching], sums: CorrelationAccumulator) -> None:
+        """Keep the sums of a node under the current matching of its neighbours, where memory allows."""
+        if node in self._keepable:
+            self._kept[node] = _Kept(sums, self._around(node, matching))
+
+    def _around(self, node: str, matching: Mapping[str, NodeMatching]) -> dict[str, NodeMatching | None]:
+        return {neighbour: matching.get(neighbour) for neighbour in self._spec.neighbors(node)}
+
+    def _computed(
+        self, node: str, slices: Sequence[TensorSlice], around: Mapping[str, NodeMatching | None]
+    ) -> CorrelationAccumulator:
+        device = next(iter(self._state_dicts[0].values())).device if not slices else self._device(slices[0])
         sums = CorrelationAccumulator(
             len(self._state_dicts), self._units[node], blocks=self._blocks, device=device, precision=self._precision
         )
         short: list[list[Tensor]] = []
         with sums.computing_in(Workspace()):
-            for part in self._tensor_slices[node]:
+            for part in slices:
                 if part.samples >= _MIN_SAMPLES:
                     self._add(sums, part, around)
                 else:
-                    features = [self._slices(model, part, around) for model in range(len(self._state_dicts))]
+                    features = self._features(part, around)
                     short.append([feature.movedim(part.position + 1, 0).flatten(1) for feature in features])
             if short:
                 sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
         return sums
 
-    def _add(self, sums: CorrelationAccumulator, part: _TensorSlice, around: Mapping[str, NodeMatching | None]) -> None:
+    def _device(self, part: TensorSlice) -> torch.device:
+        return self._state_dicts[0][part.tensor].device
+
+    def _features(self, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> list[Tensor]:
+        """Return the slices of all models."""
+        chosen = self._chosen(part, around)
+        return [self._slices(model, part, around, chosen) for model in range(len(self._state_dicts))]
+
+    def _chosen(self, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> _Selection | None:
+        """Return the merged units of a neighbour that a part is restricted to."""
+        if part.chosen is None:
+            return None
+        position, begin, end = part.chosen
+        axis = part.layout[position]
+        assert axis is not None  # axes without a node are restricted by a window
+        merged = torch.arange(begin, end, device="cpu")
+        matched = around[axis.node]
+        if matched is not None:
+            merged = merged.to(matched.cluster_of_unit.device)
+        return _selection(axis.node, matched, len(self._state_dicts), self._units[axis.node], merged)
+
+    def _add(self, sums: CorrelationAccumulator, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> None:
         """Add what a part holds of the node: the features of :meth:`_slices`, re-indexed where they are summed."""
+        if part.chosen is not None:
+            sums.update(*self._features(part, around), channel_axis=part.position + 1)
+            return
         maps = {axis: self._whole_map(axis, around[axis.node]) for axis in part.layout if axis is not None}
         windows = [self._window(model, part) for model in range(len(self._state_dicts))]
         split = split_axes(windows[0].shape, [(Segment(axis),) for axis in part.layout], maps.get)
@@ -116,7 +159,7 @@ class WeightSimilarity:
         by_axis = {axis if axis < at else axis + 2: unit_map for axis, unit_map in split.maps.items()}
         sums.update(*(window.reshape(shape) for window in windows), channel_axis=at + 1, maps=by_axis)
 
-    def _window(self, model: int, part: _TensorSlice) -> Tensor:
+    def _window(self, model: int, part: TensorSlice) -> Tensor:
         """Return the part of a model's tensor that is meant."""
         tensor = self._state_dicts[model][part.tensor].detach()
         if tensor.is_complex():
@@ -125,23 +168,33 @@ class WeightSimilarity:
             tensor = tensor.narrow(position, start, width)
         return tensor
 
-    def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
-        """Update a node's sums incrementally; return False if recomputing them is as cheap."""
+    def follows(
+        self,
+        node: str,
+        before: Mapping[str, NodeMatching],
+        now: Mapping[str, NodeMatching],
+        slices: Sequence[TensorSlice],
+    ) -> bool:
+        """Return whether the sums over some slices are updated rather than recomputed, if they were kept before."""
+        if node not in self._keepable:
+            return False
+        return _exchanged(slices, self._changes(self._around(node, before), self._around(node, now))) is not None
+
+    def _changes(
+        self, before: Mapping[str, NodeMatching | None], now: Mapping[str, NodeMatching | None]
+    ) -> dict[str, _Change]:
         changes = {}
-        for other, now in around.items():
-            change = _change(other, kept.around[other], now, len(self._state_dicts), self._units[other])
+        for other, matched in now.items():
+            change = _change(other, before[other], matched, len(self._state_dicts), self._units[other])
             if change is not None:
                 changes[other] = change
-        work, exchanged = 0.0, []
-        for part in self._tensor_slices[node]:
-            changed = [other for other in part.others if other in changes]
-            if len(changed) > 1:
-                return False
-            if changed:
-                change = changes[changed[0]]
-                exchanged.append((part, change))
-                work += part.samples * change.share * (1 if change.reordered else 2)
-        if work >= sum(part.samples for part in self._tensor_slices[node]):
+        return changes
+
+    def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
+        """Update a node's sums incrementally; return False if recomputing them is as cheap."""
+        changes = self._changes(kept.around, around)
+        exchanged = _exchanged(self._tensor_slices[node], changes)
+        if exchanged is None:
             return False
         with kept.sums.computing_in(Workspace()):
             for part, change in exchanged:
@@ -156,7 +209,7 @@ class WeightSimilarity:
     def _slices(
         self,
         model: int,
-        part: _TensorSlice,
+        part: TensorSlice,
         around: Mapping[str, NodeMatching | None],
         only: _Selection | None = None,
     ) -> Tensor:
@@ -199,56 +252,34 @@ class _Kept:
     around: Mapping[str, NodeMatching | None]
 
 
-@dataclass(frozen=True)
-class _TensorSlice:
-    """A node's entries in one tensor: a window in which every axis belongs to at most one node.
+def nodes_to_keep(units: Mapping[str, int]) -> frozenset[str]:
+    """Return the nodes whose sums are kept between visits, given the number of units of every node.
 
-    Attributes
-    ----------
-    tensor
-        Its name.
-    position, split
-        Of the node's axis: where it is, and [outer, units, inner].
-    windows
-        (position, start, width) of the axes of which only a part is meant.
-    layout
-        The node of every axis; None for the node's own and for those that keep their order.
-    samples
-        Number of entries that the window adds to each unit's vector.
+    The choice does not depend on the order of visits, so that any number of processes computes the same.
     """
-
-    tensor: str
-    position: int
-    split: tuple[int, int, int]
-    windows: tuple[tuple[int, int, int], ...]
-    layout: tuple[Axis | None, ...]
-    samples: int
-
-    @property
-    def others(self) -> list[str]:
-        return [axis.node for axis in self.layout if axis is not None]
+    room = _MAX_KEPT * max(count**2 for count in units.values())
+    kept = set()
+    for node, count in units.items():
+        if count**2 <= room:
+            kept.add(node)
+            room -= count**2
+    return frozenset(kept)
 
 
-def _tensor_slices(
-    spec: PermutationSpec, units: Mapping[str, int], state_dict: Mapping[str, Tensor], node: str
-) -> Iterator[_TensorSlice]:
-    for use in spec.uses(node):
-        if not use.axis.compared:
-            continue
-        shape = state_dict[use.tensor].shape
-        choices: list[Sequence[Segment]] = list(spec.layouts[use.tensor])
-        choices[use.position] = (use.segment,)
-        for segments in itertools.product(*choices):
-            windows = tuple((at, s.start, s.width) for at, s in enumerate(segments) if s.width is not None)
-            widths = {at: width for at, _, width in windows}
-            yield _TensorSlice(
-                tensor=use.tensor,
-                position=use.position,
-                split=(use.axis.outer, units[node], use.axis.inner),
-                windows=windows,
-                layout=tuple(None if at == use.position else s.axis for at, s in enumerate(segments)),
-                samples=math.prod(widths.get(at, length) for at, length in enumerate(shape)) // units[node],
-            )
+def _exchanged(
+    slices: Sequence[TensorSlice], changes: Mapping[str, _Change]
+) -> list[tuple[TensorSlice, _Change]] | None:
+    """Return the slices to replace after some neighbours changed, and by what; None if recomputing all is as cheap."""
+    work, exchanged = 0.0, []
+    for part in slices:
+        changed = [other for other in part.others if other in changes]
+        if len(changed) > 1 or (changed and part.chosen is not None):
+            return None
+        if changed:
+            change = changes[changed[0]]
+            exchanged.append((part, change))
+            work += part.samples * change.share * (1 if change.reordered else 2)
+    return exchanged if work < sum(part.samples for part in slices) or not exchanged else None
 
 
 @dataclass(frozen=True)

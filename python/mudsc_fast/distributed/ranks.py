@@ -1,0 +1,336 @@
+"""The processes of a torch.distributed group: their collectives, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Value = TypeVar("Value")
+
+#: Tensors are joined into messages of at most this many bytes; a larger tensor is a message of its own.
+_BUCKET_BYTES = 64 * 2**20
+
+#: Seconds in which the processes that are left find out which one is gone, and seconds between two looks.
+_SEARCH_SECONDS, _LOOK_SECONDS = 20.0, 0.05
+
+
+class DistributedError(RuntimeError):
+    """A process of the group failed or is gone. All others raise this error, which names the rank and the cause.
+
+    Attributes
+    ----------
+    reporter
+        The lowest rank that is left: the one to show the message, where one message is enough.
+    """
+
+    def __init__(self, message: str, reporter: int = 0) -> None:
+        super().__init__(message)
+        self.reporter = reporter
+
+
+class Ranks:
+    """The processes that work together: those of a group, or this process alone.
+
+    All processes call the same methods in the same order. Without a group no method communicates.
+
+    Parameters
+    ----------
+    group
+        The process group; None for this process alone.
+
+    Attributes
+    ----------
+    rank, size
+        The number of this process in the group, and the number of processes.
+    bytes_sent
+        Bytes of the tensors that this process has given to collectives.
+
+    Raises
+    ------
+    TypeError
+        If `group` is not a process group.
+    ValueError
+        If this process does not belong to it.
+    RuntimeError
+        If torch.distributed is not initialized.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self.bytes_sent = 0
+        self._group = group
+        self.rank, self.size = 0, 1
+        self._hosts: list[tuple[str, int]] = []
+        if group is None:
+            return
+        if not distributed.is_available():
+            raise RuntimeError("group needs a torch that was built with torch.distributed")
+        if not isinstance(group, distributed.ProcessGroup):
+            if group is distributed.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError("group must contain this process: call only from its members")
+            raise TypeError(
+                f"group must be a process group such as torch.distributed.group.WORLD, got {type(group).__name__}"
+            )
+        if not distributed.is_initialized():
+            raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group first")
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+        if self.size > 1:
+            self._hosts = self.gather_objects((socket.gethostname(), os.getpid()), "starting")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is only this process."""
+        return self.size == 1
+
+    def progress(self, progress: bool | None) -> bool | None:
+        """Return whether this process shows progress bars: only rank 0 does."""
+        return progress if self.rank == 0 else False
+
+    @contextmanager
+    def step(self, doing: str) -> Iterator[None]:
+        """Run code that does not communicate, then make sure that it succeeded in all processes.
+
+        Parameters
+        ----------
+        doing
+            What the code does, for error messages, e.g. "matching units".
+
+        Raises
+        ------
+        DistributedError
+            If it raised an exception in some processes. Where it raised the same one in all, that one is raised.
+        """
+        if self.alone:
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        except BaseException as error:  # an interruption ends this process without asking the others
+            self._leave_note(f"was stopped by {type(error).__name__} while {doing}")
+            raise
+        self._agree(doing, failure)
+
+    def _agree(self, doing: str, failure: Exception | None) -> None:
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self._wire_device("cpu"))
+        with self._communicating(doing):
+            distributed.all_reduce(failed, op=distributed.ReduceOp.MAX, group=self._group)
+        if not int(failed):
+            return
+        own = None if failure is None else (type(failure).__name__, str(failure))
+        reports = self.gather_objects(own, doing)
+        if failure is not None and all(report == own for report in reports):
+            raise failure
+        rank, (kind, text) = next((rank, report) for rank, report in enumerate(reports) if report is not None)
+        raise DistributedError(f"rank {rank} failed while {doing}: {kind}: {text}") from failure
+
+    def check_same(self, parts: Mapping[str, str]) -> None:
+        """Raise a ValueError in all processes unless `parts` are the same in all; it names the first that differs."""
+        if self.alone:
+            return
+        first, *others = self.gather_objects(dict(parts), "comparing the inputs")
+        for rank, other in enumerate(others, start=1):
+            for part in {**first, **other}:
+                here, there = first.get(part, "none"), other.get(part, "none")
+                if here != there:
+                    raise ValueError(
+                        f"all ranks must be given the same {part}: got {_shortened(here)} on rank 0, but "
+                        f"{_shortened(there)} on rank {rank}"
+                    )
+
+    def gather_objects(self, value: Value, doing: str) -> list[Value]:
+        """Return the value of every process, by rank. Values are pickled: use it for small things, and seldom."""
+        if self.alone:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        with self._communicating(doing):
+            distributed.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def broadcast_object(self, value: Value, doing: str, root: int = 0) -> Value:
+        """Return the value of process `root`."""
+        if self.alone:
+            return value
+        values = [value]
+        with self._communicating(doing):
+            distributed.broadcast_object_list(values, src=self._global(root), group=self._group)
+        return values[0]
+
+    def all_reduce(self, tensors: Sequence[Tensor], doing: str) -> None:
+        """Sum tensors of one dtype over all processes, in place, in as few messages as their size allows."""
+        if self.alone:
+            return
+        with self._communicating(doing):
+            for bucket in _buckets(tensors):
+                with self._on_wire(bucket) as flat:
+                    self.bytes_sent += flat.nbytes
+                    distributed.all_reduce(flat, group=self._group)
+
+    def reduce(self, tensors: Sequence[Tensor], root: int, doing: str) -> None:
+        """Sum tensors of one dtype over all processes into those of process `root`; the others' are overwritten."""
+        if self.alone:
+            return
+        with self._communicating(doing):
+            for bucket in _buckets(tensors):
+                with self._on_wire(bucket) as flat:
+                    self.bytes_sent += flat.nbytes if self.rank != root else 0
+                    distributed.reduce(flat, dst=self._global(root), group=self._group)
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int, doing: str) -> None:
+        """Overwrite tensors of one dtype with those of process `root`."""
+        if self.alone:
+            return
+        with self._communicating(doing):
+            for bucket in _buckets(tensors):
+                with self._on_wire(bucket) as flat:
+                    self.bytes_sent += flat.nbytes if self.rank == root else 0
+                    distributed.broadcast(flat, src=self._global(root), group=self._group)
+
+    def send(self, tensors: Sequence[Tensor], to: int, doing: str) -> None:
+        """Send tensors of one dtype to another process, which must call :meth:`receive`."""
+        with self._communicating(doing):
+            for bucket in _buckets(tensors):
+                with self._on_wire(bucket, back=False) as flat:
+                    self.bytes_sent += flat.nbytes
+                    distributed.send(flat, dst=self._global(to), group=self._group)
+
+    def receive(self, tensors: Sequence[Tensor], source: int, doing: str) -> None:
+        """Overwrite tensors of one dtype with those that another process sends."""
+        with self._communicating(doing):
+            for bucket in _buckets(tensors):
+                with self._on_wire(bucket) as flat:
+                    distributed.recv(flat, src=self._global(source), group=self._group)
+
+    def _global(self, rank: int) -> int:
+        assert self._group is not None
+        return distributed.get_global_rank(self._group, rank)
+
+    def _wire_device(self, device: torch.device | str) -> torch.device:
+        """Return where a tensor of a device has to be so that the group can send it."""
+        device = torch.device(device)
+        if device.type == "cpu" and distributed.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
+
+    @contextmanager
+    def _on_wire(self, bucket: Sequence[Tensor], *, back: bool = True) -> Iterator[Tensor]:
+        """Yield one tensor that holds a bucket, and copy it `back` afterwards unless it is the bucket itself."""
+        device = self._wire_device(bucket[0].device)
+        if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].device == device:
+            yield bucket[0]
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(device)
+        yield flat
+        if not back:
+            return
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    @contextmanager
+    def _communicating(self, doing: str) -> Iterator[None]:
+        """Turn the error of a collective, which says little, into one that names the process that is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._why_lost(doing, error) from error
+
+    def _why_lost(self, doing: str, error: RuntimeError) -> DistributedError:
+        """Find out which process is gone. The first to know tells the others, through the store of the group."""
+        try:
+            store = self._store()
+            store.set(f"waiting {self.rank}", "")
+            missing, notes = self._search(store)
+            left = [rank for rank in range(self.size) if rank not in missing]
+            causes = "; ".join(f"rank {rank} {notes.get(rank, 'is gone')}" for rank in missing)
+            if not missing:
+                causes = f"the processes cannot reach each other ({_first_line(error)})"
+            message = f"{causes}; noticed while {doing}"
+            found = store.compare_set("verdict", "", f"{min(left)} {message}").decode()
+            reporter, _, message = found.partition(" ")
+            return DistributedError(message, int(reporter))
+        except RuntimeError:  # of the store; it is in the process of rank 0, unless torchrun keeps it
+            return DistributedError(
+                f"rank 0 is gone, and with it the store of the process group; noticed while {doing}",
+                next((rank for rank in range(1, self.size) if not self._has_died(rank)), self.rank),
+            )
+
+    def _store(self) -> Any:
+        """Return the store of the process group, in which the processes find each other."""
+        assert self._group is not None
+        return distributed.distributed_c10d.PrefixStore(
+            f"mudsc_fast {self._group.group_name}", distributed.distributed_c10d._get_default_store()
+        )
+
+    def _search(self, store: Any) -> tuple[list[int], dict[int, str]]:
+        """Return the ranks that are gone, and what they or the search have to say about them."""
+        notes: dict[int, str] = {}
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        deadline = time.monotonic() + _SEARCH_SECONDS
+        while True:
+            notes = {rank: store.get(f"note {rank}").decode() for rank in others if store.check([f"note {rank}"])}
+            dead = {rank: "was killed, or ended without an error" for rank in others if self._has_died(rank)}
+            notes = {**dead, **notes}
+            silent = [rank for rank in others if rank not in notes and not store.check([f"waiting {rank}"])]
+            if store.check(["verdict"]) or notes or not silent:
+                return sorted(notes), notes
+            if time.monotonic() > deadline:
+                return silent, dict.fromkeys(silent, "did not answer within the timeout of the process group")
+            time.sleep(_LOOK_SECONDS)
+
+    def _has_died(self, rank: int) -> bool:
+        """Return whether the process of a rank is known to have ended: only those of this machine are."""
+        if rank >= len(self._hosts) or self._hosts[rank][0] != socket.gethostname():
+            return False
+        process = self._hosts[rank][1]
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False  # it belongs to another user
+        try:
+            state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except OSError:
+            return False  # no Linux: the store tells
+        return state in ("Z", "X")
+
+    def _leave_note(self, text: str) -> None:
+        """Tell the others why this process leaves."""
+        try:
+            self._store().set(f"note {self.rank}", text)
+        except RuntimeError:
+            return  # nobody is left to tell
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group consecutive tensors into messages."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

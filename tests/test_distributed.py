@@ -1,0 +1,163 @@
+"""Matching and merging in several processes: the result is that of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+import mudsc_fast
+from architectures import ResNet, calibrate, randomize
+from mudsc_fast.matching import owners, parallel
+from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
+from processes import run_processes
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
+
+Merge = Callable[..., mudsc_fast.MergeResult]
+
+#: Number of batches of each of three processes: of one, two or three of them together.
+SHARES = {1: ([0, 1, 2, 3, 4],), 2: ([0, 1, 2, 3], [4]), 3: ([0, 1], [], [2, 3, 4])}
+
+
+def llama_tensors(seed: int, width: int = 32, hidden: int = 40, layers: int = 3) -> dict[str, Tensor]:
+    """Return random tensors with the names and shapes of a LLaMA with 4 query heads and 2 key and value heads."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (50, width)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (width,),
+            f"{prefix}.self_attn.q_proj.weight": (width, width),
+            f"{prefix}.self_attn.k_proj.weight": (width // 2, width),
+            f"{prefix}.self_attn.v_proj.weight": (width // 2, width),
+            f"{prefix}.self_attn.o_proj.weight": (width, width),
+            f"{prefix}.post_attention_layernorm.weight": (width,),
+            f"{prefix}.mlp.gate_proj.weight": (hidden, width),
+            f"{prefix}.mlp.up_proj.weight": (hidden, width),
+            f"{prefix}.mlp.down_proj.weight": (width, hidden),
+        }
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (50, width)}
+    return {
+        name: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5 + (len(shape) == 1))
+        for name, shape in shapes.items()
+    }
+
+
+def llama_spec(width: int = 32, layers: int = 3) -> mudsc_fast.PermutationSpec:
+    return mudsc_fast.spec.llama(layers, 4, 2, width // 4)
+
+
+def resnets() -> list[nn.Module]:
+    models = [randomize(ResNet([1, 1], [8, 12]), seed) for seed in (0, 1)]
+    for model in models:
+        calibrate(model, torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(9)))
+    return models
+
+
+def batches(shape: Sequence[int]) -> list[Tensor]:
+    """Return five batches of several sizes."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(samples, *shape, generator=generator) for samples in (16, 7, 30, 1, 12)]
+
+
+def merge_states(make: Callable[[int], Mapping[str, Tensor]], models: int = 2, **options: Any) -> Merge:
+    """Return a merge by weights of networks of several seeds."""
+
+    def run(_: Sequence[int], **more: Any) -> mudsc_fast.MergeResult:
+        return mudsc_fast.merge([make(seed) for seed in range(models)], **options, **more)
+
+    return run
+
+
+def merge_modules(models: Callable[[], Sequence[nn.Module]], shape: Sequence[int], **options: Any) -> Merge:
+    """Return a merge of modules by weights and activations."""
+
+    def run(share: Sequence[int], **more: Any) -> mudsc_fast.MergeResult:
+        data = batches(shape)
+        return mudsc_fast.merge(models(), [data[index] for index in share], **options, **more)
+
+    return run
+
+
+def mlps() -> list[nn.Module]:
+    return [make_mlp(seed=seed) for seed in (0, 1)]
+
+
+CASES: dict[str, Merge] = {
+    "mlp align": merge_states(lambda seed: make_mlp(seed=seed).state_dict(), spec=MLP_SPEC),
+    "mlp zip": merge_states(lambda seed: make_mlp(seed=seed).state_dict(), spec=MLP_SPEC, mode="zip"),
+    "mlp dual": merge_modules(mlps, (20,), spec=MLP_SPEC, balance=0.4),
+    "mlp partial": merge_modules(mlps, (20,), spec=MLP_SPEC, stop_at="fc1", mode="zip", budget=0.5),
+    "mlp activation": merge_modules(mlps, (20,), spec=MLP_SPEC, space="activation"),
+    "derived": merge_modules(lambda: [ConvNet(seed).eval() for seed in (0, 1)], (3, 8, 8)),
+    "resnet align": merge_modules(resnets, (3, 8, 8), spec="resnet"),
+    "resnet zip": merge_modules(resnets, (3, 8, 8), spec="resnet", mode="zip"),
+    "llama align": merge_states(llama_tensors, spec=llama_spec()),
+    "llama of three": merge_states(llama_tensors, spec=llama_spec(), models=3),
+    "llama zip": merge_states(llama_tensors, spec=llama_spec(), mode="zip"),
+    "convolutional": merge_states(lambda seed: ConvNet(seed).state_dict(), spec=CONV_SPEC, weights=[0.3, 0.7]),
+}
+
+
+def compared(result: mudsc_fast.MergeResult) -> dict[str, Any]:
+    """Return what has to be the same in any number of processes."""
+    return {
+        "clusters": {node: matched.cluster_of_unit for node, matched in result.matching.items()},
+        "tensors": dict(result.state_dict),
+        "tasks": [dict(tensors) for tensors in result.task_state_dicts],
+        "objectives": result.objectives,
+    }
+
+
+def merge_in_groups(rank: int, folder: Path) -> None:
+    """Merge all cases in groups of one, two and three processes; nodes are shared however small they are."""
+    owners._MIN_MOVED_SAMPLES = 1
+    num_shared = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal num_shared
+        shares = owners.share_out(*arguments)
+        num_shared += len(shares)
+        return shares
+
+    setattr(parallel, "share_out", counted)  # noqa: B010 mypy knows it as an import of that module
+    results: dict[str, Any] = {}
+    for size in (1, 2, 3):
+        group = distributed.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for name, merge in CASES.items():
+            result = merge(SHARES[size][rank], group=group)
+            results[f"{name} {size}"] = compared(result)
+            division = result.matching.distribution
+            assert (division is None) == (size == 1)
+            if division is not None:
+                assert len(division.sweep_bytes) == len(result.objectives)
+                assert sum(division.work) == pytest.approx(1)
+    assert num_shared
+    torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("groups")
+    assert run_processes(merge_in_groups, 3, folder) == [0, 0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_get_the_result_of_one(name: str, results: list[dict[str, Any]]) -> None:
+    expected = compared(CASES[name](range(5)))
+    for size in (1, 2, 3):
+        for rank in range(size):
+            found = results[rank][f"{name} {size}"]
+            for node, clusters in expected["clusters"].items():
+                assert torch.equal(found["clusters"][node], clusters), (node, size, rank)
+            assert found["objectives"] == pytest.approx(expected["objectives"], abs=1e-6)
+            torch.testing.assert_close(found["tensors"], expected["tensors"], rtol=0, atol=1e-6)
+            torch.testing.assert_close(found["tasks"], expected["tasks"], rtol=0, atol=1e-6)

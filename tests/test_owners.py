@@ -1,0 +1,151 @@
+"""Work packed onto ranks, waves of nodes, and shares of a node's tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
+from mudsc_fast.matching.owners import pack, share_out
+from mudsc_fast.matching.slices import cut_all, tensor_slices
+from mudsc_fast.matching.sweep import waves
+from mudsc_fast.matching.weight import WeightSimilarity
+from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.spec import PermutationSpec, llama, mlp
+from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
+
+
+def llama_shapes(layers: int, width: int, hidden: int, heads: int, kv_heads: int, tokens: int) -> dict[str, Tensor]:
+    """Return tensors without memory, with the shapes of a LLaMA."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (tokens, width)}
+    for layer in range(layers):
+        attention, forward = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        narrow = width // heads * kv_heads
+        shapes |= {f"model.layers.{layer}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+        shapes |= {f"{attention}.{name}_proj.weight": (width, width) for name in ("q", "o")}
+        shapes |= {f"{attention}.{name}_proj.weight": (narrow, width) for name in ("k", "v")}
+        shapes |= {f"{forward}.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+        shapes |= {f"{forward}.down_proj.weight": (width, hidden)}
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (tokens, width)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def mlp_shapes(layers: int, width: int) -> dict[str, Tensor]:
+    return {
+        f"fc{layer}.{kind}": torch.empty(shape, device="meta")
+        for layer in range(layers)
+        for kind, shape in (("weight", (width, width)), ("bias", (width,)))
+    }
+
+
+NETWORKS = {
+    "llama 8B": (llama(32, 32, 8, 128), llama_shapes(32, 4096, 14336, 32, 8, 128256)),
+    "llama of four layers": (llama(4, 16, 4, 64), llama_shapes(4, 1024, 2816, 16, 4, 1000)),
+    "mlp": (mlp([f"fc{layer}" for layer in range(3)]), mlp_shapes(3, 512)),
+    "convolutional": (CONV_SPEC, ConvNet(0).state_dict()),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_ranks_get_equal_work(network: str, ranks: int) -> None:
+    spec, tensors = NETWORKS[network]
+    if network == "convolutional" and ranks > 3:
+        pytest.skip("it has too few units to divide")
+    owners = pack(spec, tensors, ranks)
+    assert sum(owners.work) == pytest.approx(1)
+    assert max(owners.work) < 1.1 / ranks
+    assert min(owners.work) > 0.9 / ranks
+    units = spec.units(tensors)
+    works = [
+        sum(units[node] ** 2 * part.samples for node, parts in slices.items() for part in parts)
+        for slices in owners.slices
+    ]
+    assert [work / sum(works) for work in works] == pytest.approx(list(owners.work))
+    for node, parts in tensor_slices(spec, tensors).items():
+        held = [part for slices in owners.slices for part in slices[node]]
+        assert sum(part.samples for part in held) == sum(part.samples for part in parts) == owners.samples[node]
+    assert set(owners.holder) == set(tensors)
+    assert set(owners.owner) == set(spec.bundles)
+
+
+def test_only_the_residual_stream_is_spread() -> None:
+    owners = pack(*NETWORKS["llama 8B"], ranks=8)
+    assert owners.spread == {("stream",)}
+    for bundle, rank in owners.owner.items():
+        if bundle != ("stream",):
+            for node in bundle:
+                assert [bool(slices[node]) for slices in owners.slices] == [rank == other for other in range(8)]
+
+
+def test_a_sweep_over_a_transformer_is_three_waves() -> None:
+    spec, _ = NETWORKS["llama 8B"]
+    order = list(spec.bundles)
+    stream = order.index(("stream",))
+    order[stream], order[20] = order[20], order[stream]
+    found = waves(spec, order)
+    assert found == [order[:20], [("stream",)], order[21:]]
+
+
+def test_waves_keep_the_order_of_neighbours() -> None:
+    spec = mlp([f"fc{layer}" for layer in range(6)])
+    for order in itertools.islice(itertools.permutations(spec.bundles), 0, None, 7):
+        place = {bundle: number for number, wave in enumerate(waves(spec, order)) for bundle in wave}
+        assert len(place) == len(order)
+        for (first, one), (second, other) in itertools.combinations(enumerate(order), 2):
+            if other[0] in spec.neighbors(one[0]):
+                assert first < second
+                assert place[one] < place[other]
+
+
+def test_a_bundle_visited_twice_is_in_two_waves() -> None:
+    assert waves(MLP_SPEC, [("fc1",), ("fc1",), ("fc2",)]) == [[("fc1",)], [("fc1",)], [("fc2",)]]
+
+
+def test_idle_ranks_get_shares() -> None:
+    bundles: dict[tuple[str, ...], float] = {("a",): 90.0, ("b",): 10.0}
+    shares = share_out(bundles, {("a",): 0, ("b",): 1}, [0.0, 0.0], {("a",): 10**6, ("b",): 10**6})
+    assert list(shares) == [("a",)]
+    parts = sorted(shares[("a",)], key=lambda share: share[1])
+    assert [rank for rank, _, _ in parts] == [0, 1]
+    assert [parts[0][1], parts[1][2]] == [0.0, 1.0]
+    assert parts[0][2] == parts[1][1] == pytest.approx(50 / 90)
+    assert share_out(bundles, {("a",): 0, ("b",): 1}, [0.0, 0.0], {("a",): 1000, ("b",): 1000}) == {}
+    assert share_out(bundles, {("a",): 0, ("b",): 1}, [0.0, 80.0], {("a",): 10**6, ("b",): 10**6}) == {}
+
+
+def matched(mode: Mode, units: int, seed: int) -> NodeMatching:
+    """Return a random matching of two models."""
+    generator = torch.Generator().manual_seed(seed)
+    if mode == "align":
+        return align_units({"node": torch.randn(1, units, units, generator=generator)})["node"]
+    similarity = torch.randn(2 * units, 2 * units, generator=generator)
+    return zip_all_units({"node": similarity + similarity.T}, 2)["node"]
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+@pytest.mark.parametrize("places", [(0.0, 1.0), (0.0, 0.37, 1.0), (0.0, 0.1, 0.55, 0.9, 1.0)])
+@pytest.mark.parametrize("known", [False, True])
+def test_shares_of_a_node_add_up(mode: Mode, places: tuple[float, ...], known: bool) -> None:
+    cases: list[tuple[PermutationSpec, list[Mapping[str, Tensor]]]] = [
+        (MLP_SPEC, [make_mlp(seed=seed).state_dict() for seed in (0, 1)]),
+        (CONV_SPEC, [ConvNet(seed).state_dict() for seed in (0, 1)]),
+    ]
+    for spec, states in cases:
+        units = spec.units(states[0])
+        current = {node: matched(mode, count, 3) for node, count in units.items()} if known else {}
+        weights = WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.5, 0.5])
+        for node, slices in tensor_slices(spec, states[0]).items():
+            whole = weights.sums(node, current)
+            joined = CorrelationAccumulator(2, units[node], blocks=BLOCKS_OF_MODE[mode])
+            for begin, end in itertools.pairwise(places):
+                share = cut_all(slices, begin, end, states[0], units)
+                sums = weights.sums_of(node, current, share)
+                assert sums.num_samples == sum(part.samples for part in share)
+                joined.merge(sums)
+            assert joined.num_samples == whole.num_samples
+            torch.testing.assert_close(joined.finalize(), whole.finalize(), rtol=0, atol=1e-5)
