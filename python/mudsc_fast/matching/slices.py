@@ -41,6 +41,10 @@ class TensorSlice:
     samples: int
     chosen: tuple[int, int, int] | None = None
 
+    def axis(self, position: int) -> Axis | None:
+        """Return the node of an axis; trailing axes are not in the layout."""
+        return self.layout[position] if position < len(self.layout) else None
+
     @property
     def others(self) -> list[str]:
         """The nodes of the other axes."""
@@ -103,7 +107,7 @@ def cut(
     if first >= last:
         return None
     samples = part.samples * (last - first) // length
-    if part.layout[position] is not None:
+    if part.axis(position) is not None:
         return replace(part, chosen=(position, first, last), samples=samples)
     start = next((start for at, start, _ in part.windows if at == position), 0)
     windows = (*(window for window in part.windows if window[0] != position), (position, start + first, last - first))
@@ -136,7 +140,7 @@ def _cuttable(part: TensorSlice, shape: Sequence[int], units: Mapping[str, int])
     widths = {at: width for at, _, width in part.windows}
     lengths = {}
     for at, length in enumerate(shape):
-        axis = part.layout[at] if at < len(part.layout) else None
+        axis = part.axis(at)
         if at == part.position:
             continue
         if axis is None:
