@@ -31,6 +31,7 @@ std::int64_t zip_units(const py::object& similarity, std::int64_t num_models, st
 }  // namespace
 
 void register_zip(py::module_& module) {
+  module.attr("ZIP_NOT_FINITE") = kZipNotFinite;
   module.def("zip_units", &zip_units, py::arg("similarity"), py::arg("num_models"), py::arg("remaining"),
              py::arg("budget"), py::arg("shrink"), py::arg("cluster_of_unit"), py::arg("values"), py::arg("isa"));
 }

@@ -11,6 +11,7 @@ from mudsc_fast.unit_map import UnitMap
 _Result = TypeVar("_Result")
 
 __version__: Final[str]
+ZIP_NOT_FINITE: Final[int]
 compiler: Final[str]
 isa_levels: Final[tuple[str, ...]]
 supported_isa: Final[int]

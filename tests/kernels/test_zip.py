@@ -93,6 +93,26 @@ def test_kernel_equals_reference_beyond_one_block(family: str, dtype: torch.dtyp
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("place", [(129, 0), (0, 129), (64, 63), (129, 128)])
+def test_one_entry_that_differs_from_its_mirror_image(place: tuple[int, int]) -> None:
+    similarity = symmetric(random_entries(130, 3))
+    similarity[place] = 9.0
+    assert_same(similarity, 2, 40, 20, 0.5)
+    assert_same(similarity, 2, 1, 65, 1.0)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("place", [(0, 0), (129, 129), (129, 0), (63, 64), (0, 129)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_entry_that_is_not_finite(place: tuple[int, int], dtype: torch.dtype) -> None:
+    similarity = random_entries(130, 3).to(dtype)
+    for bad in (math.nan, -math.inf):
+        similarity[place] = bad
+        with pytest.raises(ValueError, match=rf"similarity must be finite, got {bad} at \({place[0]}, {place[1]}\)"):
+            cpu.zip_units(similarity, 2, 65, 32, 0.5)
+
+
+@pytest.mark.usefixtures("isa")
 def test_small_and_large_values() -> None:
     similarity = symmetric(random_entries(60, 3))
     for scale in (1e-38, 1e-44, 1e37):

@@ -9,7 +9,7 @@
 namespace mudsc {
 
 struct ZipProblem {
-  const void* similarity;   // [units, units], finite; only read
+  const void* similarity;   // [units, units]; only read
   ScalarType type;          // of similarity; half types are computed in float32
   std::int64_t row_stride;  // in entries; the columns of a row are adjacent
   std::int64_t units;       // of all models together
@@ -21,6 +21,9 @@ struct ZipProblem {
   std::int64_t* cluster_of_unit;  // [units], out: cluster ids in the order of each cluster's first unit
   double* values;                 // [units - remaining], out: similarity at which each merge was made
 };
+
+// Returned if an entry, also of the diagonal, is NaN or infinite.
+constexpr std::int64_t kZipNotFinite = -1;
 
 // Returns the number of merges made: fewer than units - remaining if no legal pair was left.
 MUDSC_DECLARE_KERNEL(std::int64_t zip_units(const ZipProblem& problem));

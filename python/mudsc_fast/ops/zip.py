@@ -114,9 +114,10 @@ def zip_units(
     -----
     Source: Stoica et al., "ZipIt! Merging Models from Different Tasks without Training", arXiv 2305.03053, as used in
     Xu et al., "Training-Free Pretrained Model Merging", arXiv 2403.01753. The result equals that of the published
-    procedure merge for merge, in expected O((N C)^2) time on a CPU. It needs a working copy of `similarity` in float32
-    (float64 for float64) with rows padded to whole cache lines: 1.08 GB for 16384 units. On a CUDA device a kernel of
-    its own does the same. A tensor on another device is copied to the CPU, and the result back.
+    procedure merge for merge, in expected O((N C)^2) time on a CPU. A symmetric `similarity` is read where it is; one
+    that is not symmetric is transposed into a copy. Memory grows by a row for each cluster of more than two units, and
+    by one bit per entry if `budget` or `shrink` forbids merges. On a CUDA device another kernel gives the same result.
+    A tensor on another device is copied to the CPU, and the result back.
     """
     similarity = _arrays.as_tensor("similarity", similarity)
     units = _check_shape(similarity, num_models)
@@ -167,10 +168,11 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
             similarity, num_models, remaining, budget, shrink
         )
         return ZipResult(cluster_of_unit, sizes, float(value))
-    _checks.check_finite("similarity", similarity)
     kernels = {"cuda": cuda.zip_units, "cpu": cpu.zip_units, "reference": reference.zip_units}
     _device.refuse_capture("zip_units", similarity.device)
     kernel = _dispatch.choose("zip", similarity.device, kernels)
+    if kernel is not cpu.zip_units:  # which checks as it reads
+        _checks.check_finite("similarity", similarity)
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
     if len(values) < units - remaining:
         raise ValueError(
