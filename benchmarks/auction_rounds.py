@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 import families
-from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cuda import assignment
 
 SIZES = tuple(map(int, os.environ.get("MUDSC_BENCHMARK_SIZES", "1024,2048,4096,8192,16384").split(",")))
-FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted", "integer_ties")
+FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted", "integer_ties", "gated", "zero_one")
 #: Wider perceptrons take minutes to train.
 LARGEST_TRAINED = 2048
 #: In a block of the kernel that makes lists.
@@ -41,35 +40,33 @@ class HostProblem(assignment._LargeProblem):
     def __init__(self, values: Tensor, simulator: Any) -> None:
         self.values = values
         self.rows, self.columns = values.shape
-        self.matrix = (SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, True)
+        self.maximize = True
         self.where = {}
         self.simulator = simulator
         # What the searches need of the extension.
-        self.cuda = SimpleNamespace(assignment_list=self._list_rows, PathSolver=self._timed_solver)
-        self.solver: TimedSolver | None = None
+        self.cuda = SimpleNamespace(assignment_list=self._list_rows, ListSearch=self._timed_search)
+        self.timed: TimedSearch | None = None
         self.counts: tuple[int, int, int] = (0, 0, 0)
 
-    def _list_rows(self, matrix: tuple[int, int, int, int, bool], **request: int) -> None:
-        _, address, n, _, maximize = matrix
-        self.simulator.list_rows(address, n, maximize, THREADS, **request)
+    def _list_rows(self, **request: Any) -> None:
+        self.simulator.list_rows(threads=THREADS, **request)
 
-    def _timed_solver(self, *arguments: Any) -> TimedSolver:
-        self.solver = TimedSolver(self.simulator.PathSolver(*arguments))
-        return self.solver
+    def _timed_search(self, **arguments: Any) -> TimedSearch:
+        self.timed = TimedSearch(self.simulator.ListSearch(**arguments))
+        return self.timed
 
     def bid(self, prices: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
         column_of_row = torch.empty(self.rows, dtype=torch.int32)
         self.counts = self.simulator.auction_rounds(
-            self.values.data_ptr(),
-            self.rows,
-            True,
-            float(epsilon),
-            int(self.rows * assignment.SHARE_LEFT),
-            assignment.MAX_ROUNDS,
-            assignment.MAX_BIDS * self.rows,
-            self.class_of_row.data_ptr(),
-            prices.data_ptr(),
-            column_of_row.data_ptr(),
+            values=self.values,
+            maximize=True,
+            epsilon=float(epsilon),
+            stop=int(self.rows * assignment.SHARE_LEFT),
+            max_rounds=assignment.MAX_ROUNDS,
+            max_bids=assignment.MAX_BIDS * self.rows,
+            class_of_row=self.class_of_row,
+            prices=prices,
+            column_of_row=column_of_row,
         )
         return column_of_row, torch.tensor(self.counts[:2])
 
@@ -87,29 +84,29 @@ class HostProblem(assignment._LargeProblem):
         return least, -self.values[torch.arange(self.rows), column_of_row].double()
 
 
-class TimedSolver:
-    """A path solver that adds up the time it takes, and what it asks for after the first lists."""
+class TimedSearch:
+    """A search that adds up the time it takes, and what it requests after the first lists."""
 
-    def __init__(self, solver: Any) -> None:
-        self._solver = solver
+    def __init__(self, search: Any) -> None:
+        self._search = search
         self.requests, self.relisted = -1, 0
         self.seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._solver, name)
+        return getattr(self._search, name)
 
     def advance(self) -> Any:
         begin = time.perf_counter()
-        requested = self._solver.advance()
+        requested = self._search.advance()
         self.seconds += time.perf_counter() - begin
         if self.requests >= 0:
-            self.relisted += sum(count for _, count in requested)
+            self.relisted += sum(len(rows) for _, rows in requested)
         self.requests += bool(requested)
         return requested
 
-    def set_lists(self, **lists: int) -> None:
+    def set_lists(self, **lists: Tensor) -> None:
         begin = time.perf_counter()
-        self._solver.set_lists(**lists)
+        self._search.set_lists(**lists)
         self.seconds += time.perf_counter() - begin
 
 
@@ -118,9 +115,10 @@ def measure(n: int, family: str, matrix: Tensor, simulator: Any) -> str:
     prices = torch.zeros(n)
     epsilon = problem.inspect(prices)
     pairs, _ = problem.bid(prices, epsilon)
-    column_of_row, duals = problem.find_paths(-prices.double(), pairs, float(epsilon))
-    solver = problem.solver
-    assert solver is not None
+    auction = assignment._Auction(prices, pairs, float(epsilon)) if float(epsilon) > 0 else None
+    column_of_row, duals = problem.search(torch.zeros(n, dtype=torch.float64), auction)
+    search = problem.timed
+    assert search is not None
     least, paired = problem.certify(duals, column_of_row)
     gap = float((paired - duals[column_of_row] - least).sum())
     assert len(column_of_row.unique()) == n
@@ -134,9 +132,9 @@ def measure(n: int, family: str, matrix: Tensor, simulator: Any) -> str:
         f"{bids / n:.1f}",
         f"{small / max(1, rounds):.2f}",
         int((pairs < 0).sum()),
-        solver.requests,
-        solver.relisted,
-        f"{1000 * solver.seconds:.1f}",
+        search.requests,
+        search.relisted,
+        f"{1000 * search.seconds:.1f}",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -148,9 +146,9 @@ def main() -> None:
     for n in SIZES:
         for name in FAMILIES:
             matrix = families.RANDOM[name](n, np.random.default_rng(n))
-            print(measure(n, name, torch.from_numpy(matrix), simulator), flush=True)
+            print(measure(n, name, torch.from_numpy(np.ascontiguousarray(matrix)), simulator), flush=True)
         for name, matrix in (families.perceptrons(n) if n <= LARGEST_TRAINED else {}).items():
-            print(measure(n, name, torch.from_numpy(matrix), simulator), flush=True)
+            print(measure(n, name, torch.from_numpy(np.ascontiguousarray(matrix)), simulator), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 
 #if defined(MUDSC_CUDA_SIMULATOR)
 #include "auction_rounds.hpp"
+#include "cuda_assignment.hpp"
 #include "row_lists.hpp"
 #include "simulator.hpp"
 #endif
@@ -16,39 +17,44 @@ namespace mudsc::bindings {
 namespace {
 
 #if defined(MUDSC_CUDA_SIMULATOR)
+std::tuple<std::int64_t, std::int64_t, std::int64_t> auction_rounds(py::handle values, bool maximize, float epsilon,
+                                                                    std::int64_t stop, std::int64_t max_rounds,
+                                                                    std::int64_t max_bids, py::handle class_of_row,
+                                                                    py::handle prices, py::handle column_of_row) {
+  const TensorView matrix(values, "values");
+  matrix.expect_shape({-1, -1});
+  const std::int64_t n = matrix.shape[0];
+  const auto* const entries = matrix.contiguous<float>({n, n});
+  const auto* const classes = TensorView(class_of_row, "class_of_row").contiguous<std::int32_t>({n});
+  auto* const raised = TensorView(prices, "prices").contiguous<float>({n});
+  auto* const columns = TensorView(column_of_row, "column_of_row").contiguous<std::int32_t>({n});
+  const py::gil_scoped_release released;
+  const cuda_sim::RoundCounts counts =
+      cuda_sim::auction_rounds(entries, n, maximize, epsilon, stop, max_rounds, max_bids, classes, raised, columns);
+  return {counts.rounds, counts.bids, counts.small_rounds};
+}
+
+void list_rows(py::handle values, bool maximize, std::int64_t threads, py::handle rows, py::handle duals,
+               std::int64_t wanted, py::handle columns, py::handle costs, py::handle sizes, py::handle floors) {
+  const TensorView matrix(values, "values");
+  matrix.expect_shape({-1, -1});
+  const cuda::LargeProblem problem{matrix.contiguous<float>({matrix.shape[0], matrix.shape[1]}), ScalarType::float32,
+                                   matrix.shape[0], matrix.shape[1], maximize};
+  const cuda::ListRequest request =
+      list_request(problem, rows, duals, wanted, columns, costs, sizes, floors, kHostMemory);
+  const py::gil_scoped_release released;
+  cuda_sim::list_rows(problem, request, threads);
+}
+
 void register_simulator(py::module_& module) {
   module.def("set_seed", &cuda_sim::set_seed, py::arg("seed"));
   module.def("set_shared_memory_limit", &cuda_sim::set_shared_memory_limit, py::arg("bytes"));
-  module.def("auction_rounds", [](std::uintptr_t values, std::int64_t n, bool maximize, float epsilon,
-                                  std::int64_t stop, std::int64_t max_rounds, std::int64_t max_bids,
-                                  std::uintptr_t class_of_row, std::uintptr_t prices, std::uintptr_t column_of_row) {
-    const py::gil_scoped_release released;
-    const cuda_sim::RoundCounts counts = cuda_sim::auction_rounds(
-        pointer<const float>(values), n, maximize, epsilon, stop, max_rounds, max_bids,
-        pointer<const std::int32_t>(class_of_row), pointer<float>(prices), pointer<std::int32_t>(column_of_row));
-    return std::make_tuple(counts.rounds, counts.bids, counts.small_rounds);
-  });
-  module.def(
-      "list_rows",
-      [](std::uintptr_t values, std::int64_t n, bool maximize, std::int64_t threads, std::uintptr_t rows,
-         std::int64_t count, std::uintptr_t duals, std::int64_t wanted, std::int64_t capacity, std::uintptr_t columns,
-         std::uintptr_t costs, std::uintptr_t sizes, std::uintptr_t floors) {
-        const cuda::LargeProblem problem{pointer<const void>(values), ScalarType::float32, n, n, maximize};
-        const cuda::ListRequest request{pointer<const std::int32_t>(rows),
-                                        count,
-                                        pointer<const double>(duals),
-                                        wanted,
-                                        capacity,
-                                        pointer<std::int32_t>(columns),
-                                        pointer<float>(costs),
-                                        pointer<std::int32_t>(sizes),
-                                        pointer<double>(floors)};
-        const py::gil_scoped_release released;
-        cuda_sim::list_rows(problem, request, threads);
-      },
-      py::arg("values"), py::arg("n"), py::arg("maximize"), py::arg("threads"), py::kw_only(), py::arg("rows"),
-      py::arg("count"), py::arg("duals"), py::arg("wanted"), py::arg("capacity"), py::arg("columns"), py::arg("costs"),
-      py::arg("sizes"), py::arg("floors"));
+  module.def("auction_rounds", &auction_rounds, py::kw_only(), py::arg("values"), py::arg("maximize"),
+             py::arg("epsilon"), py::arg("stop"), py::arg("max_rounds"), py::arg("max_bids"), py::arg("class_of_row"),
+             py::arg("prices"), py::arg("column_of_row"));
+  module.def("list_rows", &list_rows, py::kw_only(), py::arg("values"), py::arg("maximize"), py::arg("threads"),
+             py::arg("rows"), py::arg("duals"), py::arg("wanted"), py::arg("columns"), py::arg("costs"),
+             py::arg("sizes"), py::arg("floors"));
   register_simulator_checks(module);
 }
 #endif

@@ -1,11 +1,11 @@
-// Lists of the least few reduced costs of every row, for searches that need no more.
+// Lists that are made by scanning rows of a matrix in memory.
 //
-// A list has a floor that no unlisted reduced cost is below. Column duals only fall, so reduced costs only rise and
-// floors stay valid. Lists hold costs as they are; sums and duals are double. Scans work in the type of the costs (float
-// for the halves) and lower the floor by what rounding can have done. Every cost must be finite.
-// Parallel: all rows are listed, or looked up, by the members of a team, in any order with the same results.
+// Lists hold the costs themselves; sums and duals are double. Scans work in the type of the costs (float for the
+// halves) and lower the floor by the possible rounding error. Every cost must be finite.
+// Parallel: a team lists or looks up rows in any order, with the same results.
 #pragma once
 
+#include "assignment_list_state.hpp"
 #include "assignment_scan.hpp"
 #include "assignment_state.hpp"
 
@@ -13,10 +13,20 @@ namespace mudsc::MUDSC_ISA {
 namespace {
 
 template <class T>
-class RowLists : protected AssignmentState<T> {
+class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T>::type> {
+  using Lists = ListState<AssignmentState<T>, typename ArithmeticOf<T>::type>;
   using State = AssignmentState<T>;
 
  protected:
+  using Lists::bids_;
+  using Lists::class_next_;
+  using Lists::class_of_row_;
+  using Lists::class_size_;
+  using Lists::fetch_list;
+  using Lists::kWanted;
+  using Lists::list_of;
+  using Lists::lists_;
+  using Lists::look_up;
   using State::column_of_row_;
   using State::columns_;
   using State::row_of_column_;
@@ -24,46 +34,28 @@ class RowLists : protected AssignmentState<T> {
   using State::sign_;
   using State::v_;
   using State::values_;
+  using typename Lists::BestTwo;
+  using typename Lists::Known;
+  using typename Lists::List;
 
-  using Scan = typename ArithmeticOf<T>::type;  // that rows are scanned in
+  using Scan = typename ArithmeticOf<T>::type;  // type in which rows are scanned
 
-  // Entries that a row lists at first. Fewer are read again too often, more cost time at every bid.
-  static constexpr std::int64_t kWanted = 16;
+  static constexpr bool kScansNow = true;
   static constexpr std::int64_t kFirstCapacity = 2 * kWanted;
-  // Groups that a row is divided into for every entry wanted: then few groups hold two of them.
+  // Groups of a row for every entry wanted, so that few groups hold two of them.
   static constexpr std::int64_t kGroupsPerEntry = 16;
-  // Groups of a row for the certificate, which looks into one or two of them.
+  // Groups of a row for the certificate, which reads one or two of them.
   static constexpr std::int64_t kCertificateGroups = 128;
   static constexpr int kMaxThreads = 64;
-  // Rows that a thread takes at a time, to list them all, and to look into their lists.
+  // Rows that a thread takes at a time to list all rows, and to look up lists.
   static constexpr std::int64_t kListGrain = 32;
   static constexpr std::int64_t kLookGrain = 8;
-  // How far rounding can move a reduced cost of type Scan, relative to the numbers it is made of: two roundings.
+  // Bound on the relative rounding error of a reduced cost of type Scan: two roundings.
   static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
   static constexpr Scan kMaxMagnitude = sizeof(Scan) == 4 ? Scan(1e35) : Scan(1e300);
   static constexpr Scan kMinMagnitude = sizeof(Scan) == 4 ? Scan(1e-28) : Scan(1e-280);
 
-  struct List {
-    std::int32_t* columns;
-    Scan* costs;
-    std::int64_t size;
-    std::int64_t capacity;
-    double floor;         // no unlisted reduced cost is less, now or later
-    std::int64_t search;  // the path search that listed the row last
-    bool own_block;       // whether the arrays were allocated for this list alone
-  };
-
-  struct BestTwo {
-    double first;
-    double second;
-    std::int64_t column;
-    double price;  // the column's dual when this was found
-  };
-
-  // What must be known of a row: its least reduced cost, or the second one too.
-  enum class Known { first, both };
-
-  // What listing a row needs besides the row; one for each thread.
+  // Working memory for listing a row, one for each thread.
   struct Scratch {
     Scratch() = default;
     explicit Scratch(std::int64_t columns) : widened(sizeof(T) == sizeof(Scan) ? 0 : columns), scanner(columns) {}
@@ -73,25 +65,18 @@ class RowLists : protected AssignmentState<T> {
     }
     Buffer<Scan> widened;
     RowScanner<Scan> scanner;
-    // Made where a row must be listed in double first.
+    // Allocated when a row must be listed in double for the first time.
     Buffer<double> wide_costs;
     RowScanner<double> wide_scanner;
   };
 
   explicit RowLists(const AssignmentProblem& problem)
-      : State(problem),
-        lists_(rows_),
+      : Lists(problem.rows, problem),
         first_columns_(rows_ * kFirstCapacity),
         first_costs_(rows_ * kFirstCapacity),
         scan_v_(sizeof(Scan) < sizeof(double) ? columns_ : 0, Scan(0)),
         row_hashes_(rows_),
-        class_of_row_(rows_),
-        bids_(rows_),
-        exhausted_(rows_) {
-    for (std::int64_t i = 0; i < rows_; ++i) lists_[i] = List{};
-  }
-  RowLists(const RowLists&) = delete;
-  RowLists& operator=(const RowLists&) = delete;
+        exhausted_(rows_) {}
   ~RowLists() { release_lists(); }
 
   // Scans use column duals that are rounded up, so that rounding never makes a reduced cost too large.
@@ -105,7 +90,7 @@ class RowLists : protected AssignmentState<T> {
     }
   }
 
-  // The column duals that rows are scanned with.
+  // The column duals for scans.
   const Scan* scan_duals() const {
     if constexpr (sizeof(Scan) < sizeof(double)) {
       return scan_v_.data();
@@ -114,10 +99,10 @@ class RowLists : protected AssignmentState<T> {
     }
   }
 
-  // A bound below every reduced cost in double that a scan found to be at least `found`.
+  // A lower bound of every exact reduced cost that a scan found to be at least `found`.
   double floor_of(Scan found) const {
     const double floor = static_cast<double>(found);
-    if (sizeof(Scan) == sizeof(double) || all_v_are_zero_) return floor;  // computed alike
+    if (sizeof(Scan) == sizeof(double) || all_v_are_zero_) return floor;  // exact
     return floor - (floor < 0.0 ? -floor : floor) * static_cast<double>(kRounding);
   }
 
@@ -155,7 +140,7 @@ class RowLists : protected AssignmentState<T> {
     if (out_of_memory) throw OutOfMemory{};
   }
 
-  // Column duals as scans take them.
+  // Copies the column duals for scans.
   void copy_duals() {
     all_v_are_zero_ = true;
     for (std::int64_t j = 0; j < columns_; ++j) set_v(j, v_[j]);
@@ -182,7 +167,7 @@ class RowLists : protected AssignmentState<T> {
     return finite && (largest > kMinMagnitude || largest == 0);
   }
 
-  // A row's sampled hash and its least reduced cost as it was just listed, which equal rows share.
+  // Hash of a row's sample and of its smallest reduced cost as just listed, which equal rows share.
   std::uint64_t hash_listed(std::int64_t row) const {
     const List& list = lists_[row];
     const Scan* const duals = scan_duals();
@@ -196,7 +181,7 @@ class RowLists : protected AssignmentState<T> {
     return hash | 1;
   }
 
-  // Raises the shared `value` to `candidate` if that is larger, whatever other threads do.
+  // Raises the shared `value` to `candidate` if that is larger.
   static void atomic_max(Scan& value, Scan candidate) {
     Scan known;
     __atomic_load(&value, &known, __ATOMIC_RELAXED);
@@ -205,9 +190,8 @@ class RowLists : protected AssignmentState<T> {
     }
   }
 
-  // Lists about the `wanted` least reduced costs of a row, as many as the list has room for, while the row `upcoming`
-  // is fetched. Returns the row's largest magnitude, or something not less than kMaxMagnitude, with nothing listed, if the
-  // row cannot be.
+  // Lists about `wanted` of the smallest reduced costs of a row, as many as the list has room for, and prefetches the
+  // row `next_row`. Returns the row's largest magnitude; if that is not below kMaxMagnitude, nothing is listed.
   Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
     List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
@@ -226,10 +210,10 @@ class RowLists : protected AssignmentState<T> {
     return largest;
   }
 
-  // Rows begin at different places, so that rows full of ties do not all list the same columns.
+  // Rows start at different positions, so that rows full of ties do not all list the same columns.
   double start_of(std::int64_t row) const { return static_cast<double>(row) / static_cast<double>(rows_); }
 
-  // Lists a row again in double: where entries tie, or nearly, scans in float cannot tell which ones are the least.
+  // Lists a row again in double: scans in float cannot tell which of several nearly equal entries are the smallest.
   void relist_in_double(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
     if (sizeof(Scan) == sizeof(double)) return relist(row, wanted, scratch, row);
     List& list = lists_[row];
@@ -249,8 +233,9 @@ class RowLists : protected AssignmentState<T> {
     }
   }
 
-  // A scan finds no entry dearer than it is: only groups in which it finds one as good as the best that is known can
-  // hold a better one, and these few entries are priced in double.
+  // The smallest reduced cost of a row, from its list if the floor proves it. Otherwise the row is scanned: scans never
+  // overestimate, so only groups with a scanned minimum up to the best known cost can hold a smaller one, and their few
+  // entries are computed in double.
   double min_reduced_cost(std::int64_t row, Scratch& scratch) const {
     const List& list = lists_[row];
     double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
@@ -261,7 +246,7 @@ class RowLists : protected AssignmentState<T> {
     if (least <= list.floor || list.size == columns_) return least;
     const Scan* const values = scan_values(row, scratch);
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
-    // Not less than `least`, whatever the conversion rounds.
+    // Not below `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
     const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kMinMagnitude * kRounding;
     scratch.scanner.visit(bound, 0.0, [&](std::int64_t column) {
@@ -280,7 +265,7 @@ class RowLists : protected AssignmentState<T> {
   void make_room(List& list, std::int64_t wanted) const {
     const std::int64_t room = 4 * wanted >= columns_ ? columns_ : 2 * wanted;
     if (room <= list.capacity) return;
-    // Costs lie behind the columns, an even number of these so that costs are aligned.
+    // Costs follow the columns, an even number of them so that costs are aligned.
     const std::int64_t aligned_room = room + (room & 1);
     void* const block = std::malloc(static_cast<std::size_t>(aligned_room) * (sizeof(std::int32_t) + sizeof(Scan)));
     if (block == nullptr) throw OutOfMemory{};
@@ -291,43 +276,15 @@ class RowLists : protected AssignmentState<T> {
     list.own_block = true;
   }
 
-  // Lists a row again at the duals of now, with room for `wanted` entries at least, while the row `upcoming` is
-  // fetched.
+  // Lists a row again at the current duals, with room for at least `wanted` entries, and prefetches the row `next_row`.
   void relist(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
     make_room(lists_[row], wanted);
     list_row(row, wanted, scratch, next_row);
   }
 
-  // Fetches a list that will soon be looked into, the place of which is known or comes fast.
-  void fetch_list(std::int64_t row) const {
-    const List& list = lists_[row];
-    for (std::int64_t k = 0; k < kFirstCapacity; k += 16) {
-      __builtin_prefetch(list.columns + k);
-      __builtin_prefetch(list.costs + k);
-    }
-  }
+  void relist(std::int64_t row, std::int64_t wanted) { relist(row, wanted, scratches_[0], row); }
 
-  // The least two reduced costs in a row's list. Returns whether they are known to be the row's.
-  bool look_up(std::int64_t row, Known known, BestTwo& best) const {
-    const List& list = lists_[row];
-    best = BestTwo{kInfinity, kInfinity, -1, 0.0};
-    for (std::int64_t k = 0; k < list.size; ++k) {
-      const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
-      if (cost < best.second) {
-        if (cost < best.first) {
-          best.second = best.first;
-          best.first = cost;
-          best.column = list.columns[k];
-        } else {
-          best.second = cost;
-        }
-      }
-    }
-    if (best.column >= 0) best.price = v_[best.column];
-    return (known == Known::both ? best.second : best.first) <= list.floor || list.size == columns_;
-  }
-
-  // The same, listing the row again if they are not known.
+  // The two smallest reduced costs of a row, which is listed again if its list does not hold them.
   BestTwo best_two(std::int64_t row, Known known, Scratch& scratch, std::int64_t next_row) {
     BestTwo best;
     if (look_up(row, known, best)) return best;
@@ -337,14 +294,42 @@ class RowLists : protected AssignmentState<T> {
       relist_in_double(row, wanted, scratch);
       if (look_up(row, known, best)) return best;
       const double floor = lists_[row].floor;
-      if (best.first > floor) continue;                         // there were more ties than could be listed
-      best.second = best.second < floor ? best.second : floor;  // which an unlisted entry attains
+      if (best.first > floor) continue;                         // more ties than the list has room for
+      best.second = best.second < floor ? best.second : floor;  // an unlisted entry attains the floor
       return best;
     }
   }
 
-  // Finds the bids of several rows at the duals of now. Rows whose lists do not tell are listed again together, by all
-  // threads, each while the one that its thread will most likely take next is fetched.
+  // Each row bids on a list of its own, equal rows too.
+  std::int64_t list_for_bid(std::int64_t row) const { return row; }
+
+  double min_reduced_cost_or_floor(std::int64_t row) { return best_two(row, Known::first, scratches_[0], row).first; }
+
+  double cost_of(std::int64_t row, std::int64_t column) const { return State::cost(row, column); }
+
+  // Equal rows bid together at the reduced costs of all columns.
+  std::int64_t price_class(std::int64_t first, std::int64_t, double* reduced) const {
+    for (std::int64_t j = 0; j < columns_; ++j) reduced[j] = State::cost(first, j) - v_[j];
+    return columns_;
+  }
+  std::int64_t priced_column(std::int64_t, std::int64_t k) const { return k; }
+  double priced_cost(std::int64_t first, std::int64_t k) const { return State::cost(first, k); }
+
+  // Sets the classes of equal rows.
+  void find_classes() {
+    class_of_row_.fill(-1);
+    const auto skip_none = [](const std::int64_t*, std::int64_t) { return false; };
+    State::for_equal_rows(row_hashes_, skip_none, [this](const std::int64_t* rows, std::int64_t count) {
+      for (std::int64_t k = 0; k < count; ++k) {
+        class_of_row_[rows[k]] = rows[0];
+        class_next_[rows[k]] = k + 1 < count ? rows[k + 1] : -1;
+      }
+      class_size_[rows[0]] = count;
+    });
+  }
+
+  // Finds the bids of several rows at the current duals. Rows whose lists are exhausted are listed again together, by
+  // all threads, each prefetching the row that its thread will most likely take next.
   void find_bids(const std::int64_t* rows, std::int64_t count, Known known) {
     in_parallel(count, kLookGrain, [&](std::int64_t k, Scratch&) {
       __builtin_prefetch(&lists_[rows[k + 4 < count ? k + 4 : k]]);
@@ -361,32 +346,15 @@ class RowLists : protected AssignmentState<T> {
     });
   }
 
-  // A listed free column of a row at this reduced cost; -1 if there is none.
-  std::int64_t free_column_at(std::int64_t row, double reduced_cost) const {
-    const List& list = lists_[row];
-    for (std::int64_t k = 0; k < list.size; ++k) {
-      const std::int64_t column = list.columns[k];
-      if (row_of_column_[column] < 0 && static_cast<double>(list.costs[k]) - v_[column] == reduced_cost) return column;
-    }
-    return -1;
-  }
-
-  // The row whose list a path search uses for this one: equal rows share one, which may grow long where they tie.
-  std::int64_t list_of(std::int64_t row) const { return class_of_row_[row] < 0 ? row : class_of_row_[row]; }
-
-  Buffer<List> lists_;
   Buffer<std::int32_t> first_columns_;
   Buffer<Scan> first_costs_;
-  Buffer<Scan> scan_v_;  // v as scans in float take it
+  Buffer<Scan> scan_v_;  // v, rounded up for scans in float
   bool all_v_are_zero_ = true;
   Buffer<std::uint64_t> row_hashes_;
-  Buffer<std::int64_t> class_of_row_;  // by its first row; -1 for a row without equals
-  // Threads of the problem being solved, and what each of them needs.
+  // Threads of the problem being solved, and their working memory.
   Team* team_ = nullptr;
   Scratch scratches_[kMaxThreads];
-  // What find_bids found, and those whose lists were exhausted.
-  Buffer<BestTwo> bids_;
-  Buffer<std::int64_t> exhausted_;
+  Buffer<std::int64_t> exhausted_;  // places of the bids whose lists are exhausted
 };
 
 }  // namespace

@@ -1,36 +1,36 @@
 // Exact assignment of a dense matrix through short lists of each row's best entries.
 //
-// An optimal assignment uses only the best few entries of each row. Every row lists some of its least reduced costs,
-// and keeps a floor that no unlisted one is below. Column duals only fall, so reduced costs only rise and a floor stays
-// valid; a row is read again only when the search reaches its floor. The steps:
-//   1. list all rows at duals 0 (or those given): the only time the whole matrix is read;
-//   2. match each row to its best column where that is free; if many rows are left, one auction on the lists at a fixed
-//      epsilon spreads the duals, and rows are matched again at what they are then;
-//   3. augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987), many equal rows at a time;
-//   4. shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
-//      distance where an unlisted entry of the row could matter, so nothing is missed and no entry is priced twice;
-//   5. the row duals anew, from the lists where a floor proves that they hold the row's least, else from the row.
+// An optimal assignment uses only a few of the best entries of each row. Each row lists some of its smallest reduced
+// costs and keeps a floor, a lower bound of the unlisted ones. Column duals only fall, so reduced costs only rise and
+// floors stay valid; a row is read again only when the search reaches its floor. The steps:
+//   1. List all rows at duals 0 (or those given): the only time the whole matrix is read.
+//   2. Match each row to its best column if that is free. If many rows are left, run an auction on the lists at a fixed
+//      epsilon, and match again at its duals.
+//   3. Augmenting row reduction on the lists (Jonker and Volgenant, Computing 38, 1987), many equal rows at a time.
+//   4. Shortest augmenting paths on the lists. "List row i again" is one more event of Dijkstra's search, at the
+//      distance where an unlisted entry of the row could matter, so nothing is missed.
+//   5. Recompute the row duals: from the list if its floor proves that it holds the row's minimum, else from the row.
 // It is related to the look-back auction of Bus and Tvrdik ("Towards auction algorithms for large dense assignment
 // problems", Computational Optimization and Applications 43, 2009).
 //
-// Lists hold costs as they are; sums and duals are double. Scans work in the type of the costs (float for the halves)
-// and lower the floor by what rounding can have done. Every cost must be finite.
 // Parallel: listing all rows and the certificate, over rows. Auction and row reduction find the bids of a block of rows
-// at the same duals, by all threads, and make them one after another; rows that must be listed again for it are, so, a
-// batch. Path searches are one thread's work on a few megabytes. Results do not depend on the number of threads.
+// at the same duals on all threads, and make them one after another; rows that must be listed again for it are a batch.
+// Path searches run on one thread. Results do not depend on the number of threads.
 #pragma once
 
+#include "assignment_lists.hpp"
 #include "assignment_paths.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
 
 template <class T>
-class SparseSolver : private ListPaths<T> {
-  using Paths = ListPaths<T>;
+class SparseSolver : private ListPaths<RowLists<T>> {
+  using Paths = ListPaths<RowLists<T>>;
   using State = AssignmentState<T>;
   using Paths::any_tie_;
   using Paths::auction;
+  using Paths::column_of_row_;
   using Paths::columns_;
   using Paths::copy_duals;
   using Paths::find_classes;
@@ -52,8 +52,8 @@ class SparseSolver : private ListPaths<T> {
   using Paths::u_;
   using Paths::v_;
   using Paths::values_;
-  using Paths::within;
   using typename Paths::AuctionResult;
+  using typename Paths::Known;
   using typename Paths::Scratch;
 
  public:
@@ -89,13 +89,14 @@ class SparseSolver : private ListPaths<T> {
       free_count = match_tight();
     }
     free_count = reduce_rows_in_passes(free_count);
-    if (bids != AuctionResult::skipped && free_count > rows_ / kManyLeft) {
+    if (bids != AuctionResult::skipped && free_count > rows_ / Paths::kManyLeft) {
       // The auction did harm, as where rows outbid one another up to the cost of a forbidden pair: start over without.
       State::begin(problem, index);
       copy_duals();
       list_all_rows(warm ? kWantedOfWarm : kWanted);
       free_count = reduce_rows_in_passes(match_tight());
     }
+    Paths::begin_paths();
     find_paths(free_count);
     order_classes();
     State::order_equal_columns();
@@ -111,10 +112,20 @@ class SparseSolver : private ListPaths<T> {
   static constexpr std::int64_t kFewFree = 20;
   // The same where duals were given: if they suit the problem, row reduction keeps more of them than an auction does.
   static constexpr std::int64_t kFewFreeOfWarm = 4;
-  // After an auction, row reduction leaves no more than one in so many rows, but for one in hundreds, unless it failed.
-  static constexpr std::int64_t kManyLeft = 32;
 
-  // Whether every row is one finite number, over and over: a look at the first row unless it is.
+  // Whether the pairs have a total slack of at most this share of their sum. Never for a share of 0.
+  bool within(double share) {
+    if (share <= 0.0) return false;
+    double total = 0.0, slack = 0.0;
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      const double matched = State::cost(i, column_of_row_[i]);
+      total += matched;
+      slack += matched - v_[column_of_row_[i]] - Paths::best_two(i, Known::first, scratches_[0], i).first;
+    }
+    return slack <= share * (total < 0.0 ? -total : total);
+  }
+
+  // Whether each row repeats one finite number. Usually decided after the first row.
   bool rows_are_constant() const {
     const std::size_t overlap = static_cast<std::size_t>(columns_ - 1) * sizeof(T);
     for (std::int64_t i = 0; i < rows_; ++i) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "assignment_scan.hpp"
+#include "assignment_sorting.hpp"
 #include "kernel.hpp"
 #include "mudsc/assignment.hpp"
 #include "mudsc/threads.hpp"
@@ -10,40 +11,12 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-constexpr double kInfinity = __builtin_huge_val();
 constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(double));
 // Buffers of doubles are padded repeated at every instruction level.
 constexpr std::int64_t kPadding = 64 / static_cast<std::int64_t>(sizeof(double));
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double)), may_alias));
 
 inline std::int64_t padded(std::int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
-
-// Heap sort: no recursion, no extra memory, bounded by n log n.
-template <class Less>
-inline void sort(std::int64_t* items, std::int64_t count, const Less& less) {
-  const auto sift = [&](std::int64_t root, std::int64_t end) {
-    for (;;) {
-      std::int64_t child = 2 * root + 1;
-      if (child >= end) return;
-      if (child + 1 < end && less(items[child], items[child + 1])) ++child;
-      if (!less(items[root], items[child])) return;
-      const std::int64_t item = items[root];
-      items[root] = items[child];
-      items[child] = item;
-      root = child;
-    }
-  };
-  for (std::int64_t root = count / 2; root-- > 0;) sift(root, count);
-  for (std::int64_t end = count; end-- > 1;) {
-    const std::int64_t item = items[0];
-    items[0] = items[end];
-    items[end] = item;
-    sift(0, end);
-  }
-}
-inline void sort_ascending(std::int64_t* items, std::int64_t count) {
-  sort(items, count, [](std::int64_t a, std::int64_t b) { return a < b; });
-}
 
 // Mixes a number into a hash; -0 and 0 are equal.
 inline void mix(std::uint64_t& hash, double value) {

@@ -142,14 +142,14 @@ def test_wrong_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPat
 def test_wrong_large_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
     monkeypatch.setattr(cuda, "_warned", False)
-    find_paths = cuda._LargeProblem.find_paths
+    search = cuda._LargeProblem.search
 
     def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
-        columns, duals = find_paths(*arguments)
+        columns, duals = search(*arguments)
         columns[:2] = columns[:2].flip(0)
         return columns, duals
 
-    monkeypatch.setattr(cuda._LargeProblem, "find_paths", wrong)
+    monkeypatch.setattr(cuda._LargeProblem, "search", wrong)
     values = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="Please report this"):
         found = cuda.solve(values, True, None, 0.0)
@@ -214,16 +214,15 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
         epsilon = problem.inspect(prices)
         assert epsilon is not None
         rounds = simulator.auction_rounds(
-            values.data_ptr(),
-            rows,
-            True,
-            float(epsilon),
-            int(rows * cuda.SHARE_LEFT),
-            cuda.MAX_ROUNDS,
-            cuda.MAX_BIDS * rows,
-            problem.class_of_row.data_ptr(),
-            prices.data_ptr(),
-            column_of_row.data_ptr(),
+            values=values,
+            maximize=True,
+            epsilon=float(epsilon),
+            stop=int(rows * cuda.SHARE_LEFT),
+            max_rounds=cuda.MAX_ROUNDS,
+            max_bids=cuda.MAX_BIDS * rows,
+            class_of_row=problem.class_of_row,
+            prices=prices,
+            column_of_row=column_of_row,
         )
         for seed in range(3):
             simulator.set_seed(seed)
@@ -244,14 +243,12 @@ def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int
     duals[values.sum(0) == 0] = 0.0
     numbers = torch.arange(rows - 1, -1, -1, dtype=torch.int32)
     capacity = rows if 2 * wanted >= rows else 2 * wanted
-    request = {"rows": numbers.data_ptr(), "count": rows, "duals": duals.data_ptr()}
-    request |= {"wanted": wanted, "capacity": capacity}
+    request = {"values": values, "maximize": True, "rows": numbers, "duals": duals, "wanted": wanted}
     made = []
     with _device.launching_on(values.device) as launch:
-        problem = cuda._LargeProblem(values, True, launch)
-        for lister, arguments in (
-            (simulator.assignment_list, (problem.matrix,)),
-            (simulator.list_rows, (values.data_ptr(), rows, True, SIMULATED_THREADS)),
+        for lister, options in (
+            (simulator.assignment_list, launch._asdict()),
+            (simulator.list_rows, {"threads": SIMULATED_THREADS}),
         ):
             lists = {
                 "columns": torch.full((rows, capacity), -1, dtype=torch.int32),
@@ -259,8 +256,7 @@ def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int
                 "sizes": torch.zeros(rows, dtype=torch.int32),
                 "floors": torch.zeros(rows, dtype=torch.float64),
             }
-            where = launch._asdict() if lister == simulator.assignment_list else {}
-            lister(*arguments, **request, **{name: tensor.data_ptr() for name, tensor in lists.items()}, **where)
+            lister(**request, **lists, **options)
             made.append(lists)
     for name, kernel in made[0].items():
         assert torch.equal(kernel, made[1][name]), name

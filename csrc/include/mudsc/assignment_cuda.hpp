@@ -1,7 +1,7 @@
 // Contract of the assignment op on a CUDA device.
 //
 // Small problems are solved whole by assignment_batch. A large one passes through the parts below it, in this order:
-// assignment_inspect and assignment_bid on the device, assignment_list there and PathSolver on the host in turns,
+// assignment_inspect and assignment_bid on the device, assignment_list there and ListSearch on the host in turns,
 // assignment_certify on the device. python/mudsc_fast/kernels/cuda/assignment.py connects them.
 #pragma once
 
@@ -75,32 +75,39 @@ void assignment_list(const LargeProblem& problem, const ListRequest& request, St
 void assignment_certify(const LargeProblem& problem, const double* duals, const std::int64_t* column_of_row,
                         double* least, double* paired, Stream stream);
 
-// Rows, each of them the first of its equals, and how many entries at least their lists should have.
+// Rows, each the first of its equals, and the smallest number of entries that their lists should have.
 struct RowsToList {
   std::int64_t wanted;
   std::vector<std::int32_t> rows;
 };
 
-// The last bids and shortest augmenting paths on lists, on the host; see assignment_bids.cpp and assignment_paths.cpp.
-class PathSolver {
+// Lists of `count` rows that assignment_list made, on the host.
+struct MadeLists {
+  std::int64_t count;
+  std::int64_t capacity;
+  const std::int32_t* rows;     // [count]
+  const std::int32_t* columns;  // [count, capacity]
+  const float* costs;           // [count, capacity]
+  const std::int32_t* sizes;    // [count]
+  const double* floors;         // [count]
+};
+
+// The last bids and shortest augmenting paths on lists, on the host; see assignment_search.cpp.
+class ListSearch {
  public:
-  // `duals` are those of the columns; 0 for problems of more columns than rows. `class_of_row` is the first row that
-  // equals a row in every entry. `wanted` is how many entries lists have at first.
-  PathSolver(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row,
+  // `duals` are the initial duals of the columns; 0 for problems with more columns than rows. `class_of_row` is the
+  // first row that equals each row in every entry. `wanted` is the length of the first lists.
+  ListSearch(std::int64_t rows, std::int64_t columns, const double* duals, const std::int32_t* class_of_row,
              std::int64_t wanted);
-  ~PathSolver();
+  ~ListSearch();
 
-  // Takes over the pairs of an auction (-1 for a row without a column), to be continued on the first lists; square
-  // problems.
-  void continue_auction(const std::int32_t* column_of_row, double epsilon);
+  // Takes over the column duals and pairs of an auction (-1 for a row without a column), for square problems.
+  void continue_auction(const double* duals, const std::int32_t* column_of_row, double epsilon);
 
-  // Matches what the lists allow. Returns the rows whose lists must be made of the duals of now before it can go on;
+  // Matches what the lists allow. Returns the rows whose lists must be made at the current duals before it can go on;
   // none when done.
   const std::vector<RowsToList>& advance();
-  const std::vector<RowsToList>& requests() const;  // the same again
-  // Takes lists that assignment_list made.
-  void set_lists(const std::int32_t* rows, std::int64_t count, std::int64_t capacity, const std::int32_t* columns,
-                 const float* costs, const std::int32_t* sizes, const double* floors);
+  void set_lists(const MadeLists& lists);
   const double* duals() const;
   const std::int64_t* column_of_row() const;
 

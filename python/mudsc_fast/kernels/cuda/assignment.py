@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mudsc_fast.kernels._assignment import OPTIMAL, Solution
-from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import _device
 
@@ -142,9 +141,11 @@ def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
         return None
     if problem.rows == problem.columns:
         pairs, _counts = problem.bid(bid_prices, epsilon)
-        column_of_row, duals = problem.find_paths(-bid_prices.double(), pairs, float(epsilon))
+        # Without an epsilon nobody bids.
+        auction = _Auction(bid_prices, pairs, float(epsilon)) if float(epsilon) > 0 else None
+        column_of_row, duals = problem.search(start, auction)
     else:
-        column_of_row, duals = problem.find_paths(start)
+        column_of_row, duals = problem.search(start)
     least, paired = problem.certify(duals, column_of_row)
     slack = paired - duals[column_of_row] - least
     # `certify` computes `least` from the duals and the matrix, so that these are valid: what remains is the gap.
@@ -170,6 +171,15 @@ def first_of_equal(numbers: Tensor) -> Tensor:
     return first[which].int()
 
 
+class _Auction(NamedTuple):
+    """An auction that has ended with few rows left."""
+
+    prices: Tensor
+    #: [n] int32 columns of rows, -1 for a row that is left.
+    pairs: Tensor
+    epsilon: float
+
+
 class _LargeProblem:
     """The steps of csrc/cuda/assignment_large.cu on one [n, m] matrix."""
 
@@ -178,7 +188,7 @@ class _LargeProblem:
         self.rows, self.columns = values.shape
         self.cuda = _device.extension()
         self.where = launch._asdict()
-        self.matrix = (SCALAR_TYPES[values.dtype], values.data_ptr(), self.rows, self.columns, maximize)
+        self.maximize = maximize
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.values.device)
@@ -192,15 +202,16 @@ class _LargeProblem:
         magnitudes = torch.empty_like(gaps)
         hashes = self._empty(self.rows, dtype=torch.int64)
         self.cuda.assignment_inspect(
-            self.matrix,
-            prices=prices.data_ptr(),
-            gaps=gaps.data_ptr(),
-            magnitudes=magnitudes.data_ptr(),
-            hashes=hashes.data_ptr(),
+            values=self.values,
+            maximize=self.maximize,
+            prices=prices,
+            gaps=gaps,
+            magnitudes=magnitudes,
+            hashes=hashes,
             **self.where,
         )
         self.class_of_row = first_of_equal(hashes)
-        self.cuda.assignment_check_classes(self.matrix, class_of_row=self.class_of_row.data_ptr(), **self.where)
+        self.cuda.assignment_check_classes(values=self.values, class_of_row=self.class_of_row, **self.where)
         largest = float(magnitudes.max())
         if largest != 0.0 and not SMALLEST < largest < LARGEST:
             return None
@@ -211,48 +222,44 @@ class _LargeProblem:
         """Raise `prices` by an auction; return the column of each row, or -1, and the numbers of rounds and bids."""
         column_of_row = self._empty(self.rows, dtype=torch.int32)
         counts = self._empty(2, dtype=torch.int64)
-        workspace = _device.workspace(self.cuda.assignment_bid_workspace_bytes(self.matrix), self.values.device)
+        workspace = _device.workspace(
+            self.cuda.assignment_bid_workspace_bytes(self.rows, self.columns), self.values.device
+        )
         self.cuda.assignment_bid(
-            self.matrix,
-            epsilon=epsilon.data_ptr(),
+            values=self.values,
+            maximize=self.maximize,
+            epsilon=epsilon,
             stop=int(self.rows * SHARE_LEFT),
             max_rounds=MAX_ROUNDS,
             max_bids=MAX_BIDS * self.rows,
-            class_of_row=self.class_of_row.data_ptr(),
-            prices=prices.data_ptr(),
-            column_of_row=column_of_row.data_ptr(),
-            counts=counts.data_ptr(),
-            workspace=workspace.data_ptr(),
+            class_of_row=self.class_of_row,
+            prices=prices,
+            column_of_row=column_of_row,
+            counts=counts,
+            workspace=workspace,
             **self.where,
         )
         return column_of_row, counts
 
-    def find_paths(self, duals: Tensor, pairs: Tensor | None = None, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return the column of each row and the columns' duals, given duals to start from and pairs of an auction."""
-        on_host = duals.cpu()
-        classes = self.class_of_row.cpu()
-        solver = self.cuda.PathSolver(self.rows, self.columns, on_host.data_ptr(), classes.data_ptr(), WANTED)
-        if pairs is not None:
-            pairs_on_host = pairs.cpu()
-            solver.continue_auction(pairs_on_host.data_ptr(), epsilon)
-        while requests := solver.advance():
-            solver.copy_duals(on_host.data_ptr(), self.columns)
-            duals = on_host.to(self.values.device)
-            for request, (wanted, count) in enumerate(requests):
-                rows = torch.empty(count, dtype=torch.int32, device="cpu")
-                solver.copy_requested_rows(request, rows.data_ptr())
+    def search(self, duals: Tensor, auction: _Auction | None = None) -> tuple[Tensor, Tensor]:
+        """Return the column of each row and the duals of columns, given duals to start from and the auction so far."""
+        device = self.values.device
+        found = self.cuda.ListSearch(duals=duals.cpu(), class_of_row=self.class_of_row.cpu(), wanted=WANTED)
+        if auction is not None:
+            found.continue_auction(
+                duals=-auction.prices.double().cpu(), column_of_row=auction.pairs.cpu(), epsilon=auction.epsilon
+            )
+        while requests := found.advance():
+            duals = torch.from_numpy(found.duals()).to(device)
+            for wanted, rows in requests:
                 whole = 4 * wanted >= self.columns or 2 * wanted > LONGEST_LIST
                 capacity = self.columns if whole else 2 * wanted
-                for part in rows.split(max(1, LISTED_AT_ONCE // capacity)):
-                    self._list(solver, part, duals, wanted, capacity)
-        solver.copy_duals(on_host.data_ptr(), self.columns)
-        column_of_row = torch.empty(self.rows, dtype=torch.int64, device="cpu")
-        solver.copy_column_of_row(column_of_row.data_ptr(), self.rows)
-        return column_of_row.to(self.values.device), on_host.to(self.values.device)
+                for part in torch.from_numpy(rows).split(max(1, LISTED_AT_ONCE // capacity)):
+                    found.set_lists(rows=part, **self._list(part, duals, wanted, capacity))
+        return torch.from_numpy(found.column_of_row()).to(device), torch.from_numpy(found.duals()).to(device)
 
-    def _list(self, solver: Any, rows: Tensor, duals: Tensor, wanted: int, capacity: int) -> None:
-        """Make the lists of [count] rows and give them to the solver."""
-        on_device = rows.to(self.values.device)
+    def _list(self, rows: Tensor, duals: Tensor, wanted: int, capacity: int) -> dict[str, Tensor]:
+        """Return the lists of [count] rows, on the host."""
         count = len(rows)
         lists = {
             "columns": self._empty(count, capacity, dtype=torch.int32),
@@ -261,33 +268,27 @@ class _LargeProblem:
             "floors": self._empty(count, dtype=torch.float64),
         }
         self.cuda.assignment_list(
-            self.matrix,
-            rows=on_device.data_ptr(),
-            count=count,
-            duals=duals.data_ptr(),
+            values=self.values,
+            maximize=self.maximize,
+            rows=rows.to(self.values.device),
+            duals=duals,
             wanted=wanted,
-            capacity=capacity,
-            **{name: tensor.data_ptr() for name, tensor in lists.items()},
+            **lists,
             **self.where,
         )
-        copies = {name: tensor.cpu() for name, tensor in lists.items()}
-        solver.set_lists(
-            rows=rows.data_ptr(),
-            count=count,
-            capacity=capacity,
-            **{name: tensor.data_ptr() for name, tensor in copies.items()},
-        )
+        return {name: tensor.cpu() for name, tensor in lists.items()}
 
     def certify(self, duals: Tensor, column_of_row: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's least reduced cost and the cost of its pair."""
         least = self._empty(self.rows, dtype=torch.float64)
         paired = torch.empty_like(least)
         self.cuda.assignment_certify(
-            self.matrix,
-            duals=duals.data_ptr(),
-            column_of_row=column_of_row.data_ptr(),
-            least=least.data_ptr(),
-            paired=paired.data_ptr(),
+            values=self.values,
+            maximize=self.maximize,
+            duals=duals,
+            column_of_row=column_of_row,
+            least=least,
+            paired=paired,
             **self.where,
         )
         return least, paired
