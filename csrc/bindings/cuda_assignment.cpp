@@ -207,9 +207,7 @@ class HostSearch {
   }
 
   py::array_t<double> duals() const { return py::array_t<double>(columns_, search_.duals()); }
-  py::array_t<std::int64_t> column_of_row() const {
-    return py::array_t<std::int64_t>(rows_, search_.column_of_row());
-  }
+  py::array_t<std::int64_t> column_of_row() const { return py::array_t<std::int64_t>(rows_, search_.column_of_row()); }
 
  private:
   static std::int64_t length_of(py::handle tensor, const char* name) {
