@@ -230,6 +230,35 @@ def test_small_memory_gives_the_same_result(factory: type[nn.Module]) -> None:
         assert torch.equal(tensor, second.state_dict[name])
 
 
+def test_views_of_images_need_the_usual_layout() -> None:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, 2)
+            self.head = nn.Linear(54, 4)
+
+        def flat(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _as_tensor(self.head(self.flat(functional.relu(self.conv(x)))))
+
+    class Flattening(Viewing):
+        def flat(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+    batches = list(torch.randn(4, 30, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    refitted = []
+    for factory in (Viewing, Flattening):
+        models = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            models.append(factory())
+        merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches))
+        refitted.append(outputs(mudsc_fast.refit(merged, models, batches).model, batches))
+    torch.testing.assert_close(refitted[0], refitted[1])
+
+
 def test_partial_merge_refits_trunk_and_heads() -> None:
     batches = batches_for(ResidualNet, 8)
     models = make_models(ResidualNet, 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,9 +14,11 @@ from mudsc_fast._progress import progress_bar
 from mudsc_fast.ops.correlation import Workspace
 from mudsc_fast.refit.gram import GramSums
 from mudsc_fast.refit.graph import Layer, Skipped, find_layers, is_layer_call, undo
-from mudsc_fast.refit.rows import Sampler, product
+from mudsc_fast.refit.network import Network, Progress, norm_affine, norm_epsilon
+from mudsc_fast.refit.parents import ParentTargets
+from mudsc_fast.refit.rows import Places, Sampler, product
 from mudsc_fast.refit.solve import Solution, solve
-from mudsc_fast.refit.tape import Network, Tape, shallow_first
+from mudsc_fast.refit.tape import Tape, shallow_first
 from mudsc_fast.refit.targets import UnitTargets
 from mudsc_fast.results import RefitLayer
 
@@ -36,10 +37,6 @@ class Settings:
     random_state: int
     progress: bool | None
 
-
-#: Rows of a fit for each input, and at least so many in all.
-_ROWS_PER_INPUT = 16
-_LEAST_ROWS = 8192
 
 #: A factor behind a layer that is smaller than this share of the largest one hides the layer's output.
 _HIDDEN = 1e-6
@@ -78,7 +75,7 @@ class Fitter:
         settings: Settings,
     ) -> None:
         self._merged, self._parents, self._settings = merged, parents, settings
-        self._shares, self._held_out = shares, held_out
+        self._held_out = held_out
         self._workspace = Workspace()
         self._order_alike()
         self._layers: dict[int, list[Layer]] = {}
@@ -90,16 +87,13 @@ class Fitter:
                 self.skipped = skipped
         self._check_same_layers()
         first = merged.tapes[0]
-        self._targets = [targets_of(first, layer) for layer in self._layers[id(first)]]
-        networks = (merged, *parents)
-        self._states: dict[tuple[int, int], tuple[int, dict[int, Tensor]]] = {
-            (index, batch): (0, network.start(batch))
-            for index, network in enumerate(networks)
-            for batch in range(len(merged.tapes))
-        }
-        self._sizes = {key: _bytes(values) for key, (_, values) in self._states.items()}
-        self._seen: dict[tuple[int, int, int], Tensor] = {}
-        self._places: dict[tuple[int, int], Tensor | None] = {}
+        targets = [targets_of(first, layer) for layer in self._layers[id(first)]]
+        self._targets = targets
+        self._samplers_of: dict[int, list[Sampler]] = {}
+        self._places = Places(self._samplers, settings.max_rows, settings.random_state)
+        self._progress = Progress((merged, *parents), settings.memory)
+        layers_of = [self._layers[id(tape)] for tape in merged.tapes]
+        self._wanted = ParentTargets(self._progress, layers_of, targets, shares, self._samplers, self._places)
 
     def run(self) -> list[RefitLayer]:
         """Fit all layers and return how each was fitted."""
@@ -111,8 +105,10 @@ class Fitter:
         for batch in range(len(self._merged.tapes)):
             inputs, residuals, target = self._samples(index, batch)
             if fitted is None:
-                sizes = (inputs.shape[0], inputs.shape[1], len(residuals) // len(inputs))
-                fitted, held_out = (GramSums(*sizes, inputs.device, self._workspace) for _ in range(2))
+                sizes = (inputs.shape[0], inputs.shape[2], len(residuals) // len(inputs))
+                fitted, held_out = (
+                    GramSums(*sizes, inputs.device, self._workspace, name) for name in ("fitted", "held out")
+                )
             assert held_out is not None
             spread.add(target)
             if len(self._merged.tapes) == 1 and len(self._settings.ridges) > 1:
@@ -123,11 +119,11 @@ class Fitter:
         assert held_out is not None
         layer = self._layers[id(self._merged.tapes[0])][index]
         moments = (fitted.moments(), held_out.moments())
-        if not all(bool(part.products.isfinite().all()) for part in moments):
+        if not (fitted.is_finite and held_out.is_finite):
             raise ValueError(f"data must give finite activations, but what reaches layer {layer.name!r} is not finite")
         has_bias = layer.bias is not None or layer.norm is not None
         solution = solve(*moments, self._settings.ridges, has_bias=has_bias)
-        self._write(layer, 0, solution, moments[0].joined(moments[1]))
+        self._write(index, solution, moments[0].joined(moments[1]))
         variance = spread.variance()
         scale = 1 / variance if variance > 0 else 0.0
         samples = moments[0].count + moments[1].count
@@ -146,19 +142,12 @@ class Fitter:
         """Return what a layer reads in a batch, what its outputs lack, and its target."""
         tape = self._merged.tapes[batch]
         layer = self._layers[id(tape)][index]
-        needed = self._targets[index].needs(self._shares[batch])
-        outputs: list[Tensor | None] = []
-        for parent in range(len(self._parents)):
-            key = (index, parent, batch)
-            if needed[parent] and key not in self._seen:
-                self._advance(parent + 1, batch, layer.end)
-            outputs.append(self._seen.pop(key, None) if needed[parent] else None)
-        values = self._advance(0, batch, layer.position)
+        target = self._wanted.take(index, batch)
+        values = self._progress.advance(0, batch, layer.position)
         values = {**self._merged.fixed(batch), **values}
-        sampler = self._sampler(layer, batch)
-        places = self._places_of(index, batch)
+        sampler = self._samplers(index)[batch]
+        places = self._places.of(index, batch)
         inputs = sampler.inputs(values[layer.input], places)
-        target, has_target = self._targets[index].mean(outputs, self._shares[batch])
         if self._settings.outputs == "cosine" and self._is_result(tape, layer):
             target = functional.normalize(target, dim=0) * target.norm(dim=0).mean()
         current, factor = self._current(layer, batch, values, sampler, inputs, places)
@@ -166,6 +155,7 @@ class Fitter:
         if factor is not None:
             hidden = factor.abs() <= _HIDDEN * factor.abs().max()
             residuals = torch.where(hidden, 0.0, residuals / torch.where(hidden, 1.0, factor))
+        has_target = self._targets[index].has_target()
         if not bool(has_target.all()):
             residuals = torch.where(has_target.to(residuals.device)[:, None], residuals, 0.0)
         return inputs, residuals, target
@@ -187,7 +177,7 @@ class Fitter:
         if own_bias and layer.bias is not None:
             current = current + fixed[layer.bias][:, None]
         if layer.norm is not None:
-            scale, shift = _affine(layer, fixed)
+            scale, shift = norm_affine(layer.norm, fixed)
             current = current * scale[:, None] + shift[:, None]
         factor: Tensor | None = None
         for position, step in enumerate(layer.steps):
@@ -206,9 +196,9 @@ class Fitter:
                 factor = torch.ones_like(current) * other if factor is None else factor * other
         return current, factor
 
-    def _write(self, layer: Layer, batch: int, solution: Solution, moments: Any) -> None:
-        fixed = self._merged.fixed(batch)
-        sampler = self._sampler(layer, batch)
+    def _write(self, index: int, solution: Solution, moments: Any) -> None:
+        fixed, layer = self._merged.fixed(0), self._layers[id(self._merged.tapes[0])][index]
+        sampler = self._samplers(index)[0]
         matrix = sampler.matrix().double()
         if layer.norm is None:
             if solution.ridge is not None:
@@ -218,7 +208,7 @@ class Fitter:
             return
         if solution.ridge is None:
             return
-        scale, shift = (tensor.double() for tensor in _affine(layer, fixed))
+        scale, shift = (tensor.double() for tensor in norm_affine(layer.norm, fixed))
         if layer.bias is not None:
             shift = shift + scale * fixed[layer.bias].double()
             fixed[layer.bias].zero_()
@@ -235,62 +225,17 @@ class Fitter:
         fixed[named["running_mean"].value].copy_(mean)
         variable = fixed[named["running_var"].value]
         variable.copy_(variance)
-        fixed[named["weight"].value].copy_((variable.double() + named["eps"]).sqrt())
+        fixed[named["weight"].value].copy_((variable.double() + norm_epsilon(layer.norm)).sqrt())
         fixed[named["bias"].value].copy_(shift + fixed[named["running_mean"].value].double())
 
-    def _advance(self, network: int, batch: int, end: int) -> dict[int, Tensor]:
-        """Compute a network's calls up to a position and return the values that are needed from there on."""
-        position, values = self._states[network, batch]
-        if position >= end:
-            return values
-        runner = self._merged if network == 0 else self._parents[network - 1]
-        tape = self._merged.tapes[batch]
-        observe = {} if network == 0 else self._observers(network - 1, batch, position, end)
-        values = runner.advance(batch, values, position, end, observe)
-        size = _bytes(values)
-        total = sum(self._sizes.values()) - self._sizes[network, batch] + size
-        if total <= self._settings.memory or end >= len(tape.calls):
-            self._states[network, batch] = (end, values)
-            self._sizes[network, batch] = size
-        return values
-
-    def _observers(self, parent: int, batch: int, begin: int, end: int) -> dict[int, Callable[[Tensor], None]]:
-        """Return what is to be kept of a parent's values: those at the targets of layers, at the sampled places."""
-        tape = self._merged.tapes[batch]
-        observers: dict[int, list[int]] = {}
-        for index, layer in enumerate(self._layers[id(tape)]):
-            if begin < layer.end <= end:
-                observers.setdefault(layer.target, []).append(index)
-
-        def keep(value: Tensor, indices: list[int]) -> None:
-            for index in indices:
-                layer = self._layers[id(tape)][index]
-                places = self._places_of(index, batch)
-                sampler = self._sampler(layer, batch)
-                shapes = list(self._parents[parent].tapes[batch].shapes)
-                self._seen[index, parent, batch] = sampler.output(undo(layer.steps, shapes, value), places)
-
-        return {value: partial(keep, indices=indices) for value, indices in observers.items()}
-
-    def _sampler(self, layer: Layer, batch: int) -> Sampler:
-        return Sampler(layer, self._merged.fixed(batch), self._merged.tapes[batch].shapes[layer.output])
-
-    def _places_of(self, index: int, batch: int) -> Tensor | None:
-        """Return the places of a batch at which a layer is fitted; None for all."""
-        if (index, batch) not in self._places:
-            samplers = [self._sampler(self._layers[id(tape)][index], i) for i, tape in enumerate(self._merged.tapes)]
-            total = sum(sampler.num_samples for sampler in samplers)
-            inputs = samplers[0].matrix().shape[2]
-            rows = max(_ROWS_PER_INPUT * inputs, _LEAST_ROWS)
-            if self._settings.max_rows is not None:
-                rows = min(rows, self._settings.max_rows)
-            for i, sampler in enumerate(samplers):
-                count = min(sampler.num_places, -(-rows * sampler.num_places // total))
-                seed = (self._settings.random_state * 1_000_003 + index) * 1_000_003 + i
-                generator = torch.Generator().manual_seed(seed % 2**63)
-                chosen = torch.randperm(sampler.num_places, generator=generator)[:count].sort().values
-                self._places[index, i] = None if count == sampler.num_places else chosen
-        return self._places[index, batch]
+    def _samplers(self, index: int) -> list[Sampler]:
+        """Return what reads the samples of a layer, for each batch."""
+        if index not in self._samplers_of:
+            self._samplers_of[index] = [
+                Sampler(self._layers[id(tape)][index], self._merged.fixed(batch), tape.shapes)
+                for batch, tape in enumerate(self._merged.tapes)
+            ]
+        return self._samplers_of[index]
 
     def _is_result(self, tape: Tape, layer: Layer) -> bool:
         read = {value for call in tape.calls for value in call.inputs}
@@ -338,20 +283,11 @@ class _Spread:
 
 def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:
     """Add the samples of the only batch: the last fifth is held out."""
-    count = inputs.shape[-1]
+    count = inputs.shape[1]
     cut = count - count // 5
     for part, begin, end in ((fitted, 0, cut), (held_out, cut, count)):
         if end > begin:
-            part.update(inputs[..., begin:end], residuals[..., begin:end])
-
-
-def _affine(layer: Layer, fixed: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift of the BatchNorm behind a layer, in evaluation."""
-    assert layer.norm is not None
-    named = layer.norm.named
-    mean, variance = fixed[named["running_mean"].value], fixed[named["running_var"].value]
-    scale = fixed[named["weight"].value] / (variance + named["eps"]).sqrt()
-    return scale, fixed[named["bias"].value] - scale * mean
+            part.update(inputs[:, begin:end], residuals[:, begin:end])
 
 
 def _output(call: Any) -> int:
@@ -361,8 +297,3 @@ def _output(call: Any) -> int:
 
 def _flow(tape: Tape) -> list[object]:
     return [(str(call.operator), call.inputs, call.outputs) for call in tape.calls]
-
-
-def _bytes(values: Mapping[int, Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in values.values()}
-    return sum(storages.values())

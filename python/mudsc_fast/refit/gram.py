@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mudsc_fast.ops._centered_products import chunk_samples
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Workspace
 
 
@@ -62,41 +63,76 @@ class GramSums:
         Where the sums are kept.
     workspace
         Memory for what an update computes on its way.
+    name
+        Of these sums among those that are computed in one workspace at a time.
     """
 
-    def __init__(self, groups: int, inputs: int, outputs: int, device: torch.device, workspace: Workspace) -> None:
-        self._inputs, self._workspace = inputs, workspace
-        size = inputs + outputs
-        batched = size if groups > 1 else 0
-        self._alone = CorrelationAccumulator(1, size, blocks="full", device=device) if groups == 1 else None
+    def __init__(
+        self, groups: int, inputs: int, outputs: int, device: torch.device, workspace: Workspace, name: str
+    ) -> None:
+        self._inputs, self._size, self._workspace, self._name = inputs, inputs + outputs, workspace, name
+        #: Whether all samples so far are finite.
+        self.is_finite = True
+        batched = self._size if groups > 1 else 0
+        self._alone = CorrelationAccumulator(1, self._size, blocks="full", device=device) if groups == 1 else None
+        self._rows: Tensor | None = None
+        self._num_rows = 0
         self._sums = Moments(
             0,
             inputs,
-            torch.zeros(groups, size, dtype=torch.float64, device=device),
+            torch.zeros(groups, self._size, dtype=torch.float64, device=device),
             torch.zeros(groups, batched, batched, dtype=torch.float64, device=device),
         )
 
     def update(self, inputs: Tensor, residuals: Tensor) -> None:
-        """Add samples: inputs [groups, inputs, samples] and residuals [outputs of all groups, samples]."""
-        groups, _, count = inputs.shape
-        samples = torch.cat([inputs, residuals.reshape(groups, -1, count)], 1)
-        if samples.dtype not in (torch.float32, torch.float64):
-            samples = samples.float()
+        """Add samples: inputs [groups, samples, inputs] and residuals [outputs of all groups, samples]."""
+        groups, count, _ = inputs.shape
         if self._alone is not None:
+            self._collect(inputs[0], residuals.t())
+            return
+        samples = torch.cat([inputs, residuals.reshape(groups, -1, count).transpose(1, 2)], 2)
+        samples = samples if samples.dtype == torch.float64 else samples.float()
+        mean = samples.mean(1, dtype=torch.float64)
+        centered = samples - mean[:, None].to(samples.dtype)
+        rest = centered.sum(1, dtype=torch.float64)
+        products = torch.bmm(centered.transpose(1, 2), centered).double()
+        products -= rest[:, :, None] * rest[:, None, :] / count
+        self.is_finite &= bool(products.isfinite().all())
+        self._sums = self._sums.joined(Moments(count, self._inputs, mean + rest / count, products))
+
+    def _collect(self, inputs: Tensor, residuals: Tensor) -> None:
+        """Add samples to those that wait until there are enough for one product."""
+        if self._rows is None:
+            capacity = chunk_samples(1, self._size)
+            dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+            memory = self._workspace.empty(f"rows of {self._name}", capacity * self._size, dtype, inputs.device)
+            self._rows = memory.view(capacity, self._size)
+        begin = 0
+        while begin < len(inputs):
+            taken = min(len(inputs) - begin, len(self._rows) - self._num_rows)
+            into = self._rows[self._num_rows : self._num_rows + taken]
+            into[:, : self._inputs] = inputs[begin : begin + taken]
+            into[:, self._inputs :] = residuals[begin : begin + taken]
+            begin, self._num_rows = begin + taken, self._num_rows + taken
+            if self._num_rows == len(self._rows):
+                self._multiply()
+
+    def _multiply(self) -> None:
+        if self._alone is None or self._rows is None or self._num_rows == 0:
+            return
+        samples = self._rows[: self._num_rows]
+        self._num_rows = 0
+        # The accumulator takes NaN for 0 and refuses infinity.
+        self.is_finite &= bool(samples.sum(dtype=torch.float64).isfinite())
+        if self.is_finite:
             with self._alone.computing_in(self._workspace):
                 self._alone.update(samples, channel_axis=1)
-            return
-        mean = samples.mean(2, dtype=torch.float64)
-        columns = samples - mean[..., None].to(samples.dtype)
-        rest = columns.sum(2, dtype=torch.float64)
-        products = torch.bmm(columns, columns.transpose(1, 2)).double()
-        products -= rest[:, :, None] * rest[:, None, :] / count
-        self._sums = self._sums.joined(Moments(count, self._inputs, mean + rest / count, products))
 
     def moments(self) -> Moments:
         """Return the moments of all samples so far."""
         if self._alone is None:
             return self._sums
+        self._multiply()
         state = self._alone.state_dict()
         # Below the diagonal the product of features with themselves may be left out.
         upper = state["comoments"][0].triu()

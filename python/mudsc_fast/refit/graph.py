@@ -14,19 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mudsc_fast.refit.tape import Call, Ref, Tape
+from mudsc_fast.refit.tape import BATCH_NORMS, Call, Ref, Tape
 
 Kind = Literal["linear", "convolution", "norm"]
 
-_BATCH_NORMS = (
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_with_update",
-    "batch_norm",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-)
 _OTHER_NORMS = ("native_layer_norm", "native_group_norm")
 #: Operators that only move data, and can be undone.
 _REARRANGEMENTS = (
@@ -156,7 +147,7 @@ class _Finder:
         named = call.named
         if call.name == "convolution":
             kind: Kind = "convolution"
-        elif call.name in (*_BATCH_NORMS, *_OTHER_NORMS):
+        elif call.name in (*BATCH_NORMS, *_OTHER_NORMS):
             kind = "norm"
         else:
             return None
@@ -217,7 +208,7 @@ class _Finder:
                 layer.target, layer.end, layer.steps = value, consumers[0] + 1, list(steps)
 
     def _folds(self, call: Call, value: int) -> bool:
-        if call.name not in _BATCH_NORMS:
+        if call.name not in BATCH_NORMS:
             return False
         named = call.named
         tensors = [named.get(key) for key in ("weight", "bias", "running_mean", "running_var")]

@@ -1,12 +1,12 @@
 """The samples that a layer is fitted on: its inputs, as columns of a matrix, and its outputs at the same places.
 
-Inputs are [groups, inputs, samples] and outputs [outputs, samples]. A linear layer has one sample for each row of its
+Inputs are [groups, samples, inputs] and outputs [outputs, samples]. A linear layer has one sample for each row of its
 input, a convolution one for each image and position. Inputs of a convolution are in the order of taps, then channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mudsc_fast.refit.graph import Layer
+from mudsc_fast.refit.network import norm_epsilon
+
+#: Rows of a fit for each input, and at least so many in all.
+_ROWS_PER_INPUT = 16
+_LEAST_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -57,35 +62,37 @@ class Convolution:
         return split.reshape(shape)
 
     def inputs(self, value: Tensor, places: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """Return what the outputs at some places read: [groups, inputs, images * places]."""
+        """Return what the outputs at some places read: [groups, images * places, inputs]."""
         index, inside = self._index(value.shape[2:], places.to(value.device), sizes)
-        images, channels, taps = value.shape[0], value.shape[1], len(index)
-        if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
-            # Rows of channels lie together: [taps, images, places, channels].
-            pixels = value.shape[2] * value.shape[3]
-            rows = index[:, None] + (torch.arange(images, device=value.device) * pixels)[:, None]
-            read = value.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, rows.flatten())
-            read = read.view(taps, images, -1, channels).permute(0, 3, 1, 2)
+        images, channels, taps = value.shape[0], value.shape[1], index.shape[1]
+        pixels = value.movedim(1, -1)
+        if pixels.is_contiguous():
+            first = torch.arange(images, device=value.device) * pixels[0, ..., 0].numel()
+            rows = (first[:, None, None] + index).flatten()
+            read = pixels.reshape(-1, channels).index_select(0, rows).view(images, -1, taps, channels)
         else:
-            read = value.flatten(2)[:, :, index].permute(2, 1, 0, 3)
+            read = value.flatten(2)[:, :, index].permute(0, 2, 3, 1)
         if not bool(inside.all()):
-            read = read * inside[:, None, None].to(read.dtype)
-        split = read.reshape(taps, self.groups, channels // self.groups, -1)
-        return split.transpose(0, 1).reshape(self.groups, taps * (channels // self.groups), -1)
+            read = read * inside[..., None].to(read.dtype)
+        split = read.reshape(-1, taps, self.groups, channels // self.groups)
+        return split.permute(2, 0, 1, 3).flatten(2)
 
     def _index(self, lengths: torch.Size, places: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return [taps, places]: where each tap of each output reads the flattened input, and whether it is inside."""
-        index = places.new_zeros(1, len(places))
-        inside = torch.ones(1, len(places), dtype=torch.bool, device=places.device)
+        """Return [places, taps]: where each tap of each output reads the flattened input, and whether it is inside."""
+        index = places.new_zeros(len(places), 1)
+        inside = torch.ones(len(places), 1, dtype=torch.bool, device=places.device)
         coordinates = torch.unravel_index(places, sizes)
         for axis, length in enumerate(lengths):
             taps = torch.arange(self.kernel[axis], device=places.device) * self.dilation[axis]
-            along = taps[:, None] + coordinates[axis] * self.stride[axis] - self.padding[axis]
+            along = coordinates[axis][:, None] * self.stride[axis] + (taps - self.padding[axis])
             step = self.spacing[axis]
-            valid = (along >= 0) & (along <= (length - 1) * step) & (along % step == 0)
-            along = torch.where(valid, along // step, 0)
-            index = (index[:, None] * length + along).flatten(0, 1)
-            inside = (inside[:, None] & valid).flatten(0, 1)
+            valid = (along >= 0) & (along <= (length - 1) * step)
+            if step > 1:
+                valid &= along % step == 0
+                along = along // step
+            along = torch.where(valid, along, 0)
+            index = (index[:, :, None] * length + along[:, None]).flatten(1)
+            inside = (inside[:, :, None] & valid[:, None]).flatten(1)
         return index, inside
 
 
@@ -98,12 +105,12 @@ class Sampler:
         The layer, as the batch's tape has it.
     fixed
         The network's tensors, by value.
-    shape
-        Shape of the layer's output.
+    shapes
+        Shape of each value.
     """
 
-    def __init__(self, layer: Layer, fixed: Mapping[int, Tensor], shape: tuple[int, ...]) -> None:
-        self._layer, self._fixed, self._shape = layer, fixed, shape
+    def __init__(self, layer: Layer, fixed: Mapping[int, Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+        self._layer, self._fixed, self._shape = layer, fixed, shapes[layer.output]
         self._weight = fixed[layer.weight]
         self._named = layer.call.named
         self._convolution: Convolution | None = None
@@ -138,18 +145,23 @@ class Sampler:
             return (rows if places is None else rows.index_select(0, places.to(rows.device))).t()
         if places is None:
             return value.movedim(1, 0).flatten(1)
+        pixels = value.movedim(1, -1)
+        if pixels.is_contiguous():
+            first = torch.arange(len(value), device=value.device) * pixels[0, ..., 0].numel()
+            rows = (first[:, None] + places.to(value.device)).flatten()
+            return pixels.reshape(-1, value.shape[1]).index_select(0, rows).t()
         index = torch.unravel_index(places.to(value.device), self._shape[2:])
         everything: tuple[slice | Tensor, ...] = (slice(None), slice(None))
         return value.movedim(1, 0)[everything + index].flatten(1)
 
     def inputs(self, value: Tensor, places: Tensor | None) -> Tensor:
-        """Return [groups, inputs, samples]: what the layer reads for its output at some places."""
+        """Return [groups, samples, inputs]: what the layer reads for its output at some places."""
         if self._convolution is not None:
             chosen = torch.arange(self.num_places) if places is None else places
             return self._convolution.inputs(value, chosen, self._shape[2:])
         if self._layer.kind == "norm":
-            return self.output(self._normalized(value), places)[:, None]
-        return self.output(value, places)[None]
+            return self.output(self._normalized(value), places)[..., None]
+        return self.output(value, places).t()[None]
 
     def matrix(self) -> Tensor:
         """Return the layer's weight as [groups, outputs, inputs]."""
@@ -176,9 +188,48 @@ class Sampler:
         if name == "native_group_norm":
             return functional.group_norm(value, named["group"], None, None, named["eps"])
         mean, variance = (self._fixed[named[key].value] for key in ("running_mean", "running_var"))
-        return functional.batch_norm(value, mean, variance, eps=named["eps"])
+        return functional.batch_norm(value, mean, variance, eps=norm_epsilon(self._layer.call))
 
 
 def product(matrix: Tensor, inputs: Tensor) -> Tensor:
-    """Return the outputs [outputs, samples] of a layer's matrix for inputs [groups, inputs, samples]."""
-    return torch.bmm(matrix, inputs).flatten(0, 1)
+    """Return the outputs [outputs, samples] of a layer's matrix for inputs [groups, samples, inputs]."""
+    return torch.bmm(matrix, inputs.transpose(1, 2)).flatten(0, 1)
+
+
+class Places:
+    """Chooses where the samples of each layer are taken: at random, the same positions of all images of a batch.
+
+    Parameters
+    ----------
+    samplers
+        For each layer, that of each batch.
+    max_rows
+        Maximum number of samples of a layer; None for 16 for each input, at least 8192.
+    random_state
+        Seed of the drawing.
+    """
+
+    def __init__(self, samplers: Callable[[int], Sequence[Sampler]], max_rows: int | None, random_state: int) -> None:
+        self._samplers, self._max_rows, self._random_state = samplers, max_rows, random_state
+        self._chosen: dict[int, list[Tensor | None]] = {}
+
+    def of(self, layer: int, batch: int) -> Tensor | None:
+        """Return the places of a batch at which a layer is fitted; None for all."""
+        if layer not in self._chosen:
+            self._chosen[layer] = self._choose(layer)
+        return self._chosen[layer][batch]
+
+    def _choose(self, layer: int) -> list[Tensor | None]:
+        samplers = self._samplers(layer)
+        total = sum(sampler.num_samples for sampler in samplers)
+        rows = max(_ROWS_PER_INPUT * samplers[0].matrix().shape[2], _LEAST_ROWS)
+        if self._max_rows is not None:
+            rows = min(rows, self._max_rows)
+        chosen: list[Tensor | None] = []
+        for batch, sampler in enumerate(samplers):
+            count = min(sampler.num_places, -(-rows * sampler.num_places // total))
+            seed = (self._random_state * 1_000_003 + layer) * 1_000_003 + batch
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            places = torch.randperm(sampler.num_places, generator=generator)[:count].sort().values
+            chosen.append(None if count == sampler.num_places else places)
+        return chosen

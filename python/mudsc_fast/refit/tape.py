@@ -24,6 +24,17 @@ from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 #: What a value is computed from: the batch, parameters alone, or neither.
 Source = Literal["data", "parameters", "constants"]
 
+BATCH_NORMS = (
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+)
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -61,14 +72,14 @@ class Call:
         named |= {argument.name: value for argument, value in zip(schema, args, strict=False)}
         return named | dict(kwargs)
 
-    def run(self, values: Mapping[int, Tensor]) -> Any:
-        """Call the operator on the given values."""
+    def run(self, values: Mapping[int, Tensor], operator: Any = None) -> Any:
+        """Call the operator, or another with the same arguments, on the given values."""
         args, kwargs = self._call
         given = [
             values[a.value] if type(a) is Ref else [_given(v, values) for v in a] if type(a) is list else a
             for a in args
         ]
-        return self.operator(*given, **{name: _given(value, values) for name, value in kwargs.items()})
+        return (operator or self.operator)(*given, **{name: _given(value, values) for name, value in kwargs.items()})
 
     @cached_property
     def _call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -97,6 +108,11 @@ class Tape:
         Values that depend on neither.
     shapes
         Shape of each value.
+    sources
+        What each value is computed from.
+    memory_of
+        For each value, the first value that shares its memory. What is written in place is a new value with memory of
+        its own.
     """
 
     def __init__(self) -> None:
@@ -107,6 +123,7 @@ class Tape:
         self.constants: dict[int, Tensor] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.sources: list[Source] = []
+        self.memory_of: list[int] = []
 
     def signature(self) -> list[str]:
         """Return the operators' names, to compare the tapes of two networks."""
@@ -236,6 +253,7 @@ class _Recorder(TorchDispatchMode):
                 outputs.append(self._value(leaf))  # the operator returned what it was given
             else:
                 outputs.append(self._new(leaf, source))
+                self._note_memory(outputs[-1], arguments, written)
         if written and source != "constants":
             if operator is None or len(written) > 1 or not any(result is tensor for tensor in written):
                 raise ValueError(f"the model writes in place by {func}, which cannot be computed again step by step")
@@ -264,6 +282,14 @@ class _Recorder(TorchDispatchMode):
                 tape.calls.append(call)
         return tape
 
+    def _note_memory(self, value: int | None, arguments: Sequence[Any], written: Sequence[Tensor]) -> None:
+        """Note whose memory the output of a call shares."""
+        if value is None or written:
+            return
+        for argument in arguments:
+            if isinstance(argument, Ref) and self._storage_of[argument.value] == self._storage_of[value]:
+                self._tape.memory_of[value] = self._tape.memory_of[argument.value]
+
     def _value(self, tensor: Tensor) -> int:
         known = self._value_of.get(id(tensor))
         if known is not None:
@@ -278,6 +304,7 @@ class _Recorder(TorchDispatchMode):
         value = len(self._tape.shapes)
         self._tape.shapes.append(tuple(tensor.shape))
         self._tape.sources.append(source)
+        self._tape.memory_of.append(value)
         self._storage_of.append(tensor.untyped_storage()._cdata)
         self._value_of[id(tensor)] = value
         self._alive.append(tensor)
@@ -303,85 +330,3 @@ def _functional(func: Any) -> Any:
     name = func.overloadpacket.__name__
     packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"), None) if name.endswith("_") else None
     return getattr(packet, func._overloadname, None)
-
-
-class Network:
-    """A network whose forward pass is computed step by step from a tape, over several batches.
-
-    Parameters
-    ----------
-    model
-        The network; its tensors are read when a step is computed, so changes in place count from then on.
-    batches
-        The batches, already on the model's device.
-    forward
-        Runs the model on a batch where that is not what it needs.
-    """
-
-    def __init__(self, model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> None:
-        self.model = model
-        self._tensors = model.state_dict(keep_vars=True)
-        self._leaves = [[v for v in pytree.tree_leaves(batch) if isinstance(v, Tensor)] for batch in batches]
-        tapes: dict[object, Tape] = {}
-        self.tapes: list[Tape] = []
-        for batch in batches:
-            key = _signature(batch)
-            if key not in tapes:
-                tapes[key] = record(model, batch, forward)
-            self.tapes.append(tapes[key])
-        self._kept: dict[int, tuple[dict[int, Tensor], dict[int, Tensor]]] = {}
-
-    def use(self, tapes: Sequence[Tape]) -> None:
-        """Compute by other tapes, e.g. the same in another order."""
-        self.tapes = list(tapes)
-        self._last = {id(tape): tape.last_uses() for tape in tapes}
-        self._fixed = {id(tape): self._fixed_values(tape) for tape in tapes}
-
-    def fixed(self, batch: int) -> Mapping[int, Tensor]:
-        """Return the values that do not depend on the batch's content: parameters, what is made of them, constants."""
-        return self._fixed[id(self.tapes[batch])]
-
-    def start(self, batch: int) -> dict[int, Tensor]:
-        """Return the values that are known before the first call."""
-        return dict(zip(self.tapes[batch].batch_values, self._leaves[batch], strict=True))
-
-    def advance(
-        self,
-        batch: int,
-        values: Mapping[int, Tensor],
-        begin: int,
-        end: int,
-        observe: Mapping[int, Callable[[Tensor], None]] | None = None,
-    ) -> dict[int, Tensor]:
-        """Compute the calls from `begin` up to, not including, `end`, and return the values that later ones read."""
-        tape = self.tapes[batch]
-        last, fixed = self._last[id(tape)], self._fixed[id(tape)]
-        live = {**fixed, **values}
-        for position in range(begin, end):
-            call = tape.calls[position]
-            for value, tensor in zip(call.outputs, pytree.tree_leaves(call.run(live)), strict=True):
-                if value is None:
-                    continue
-                live[value] = tensor
-                if observe and value in observe:
-                    observe[value](tensor)
-            for value in (*call.inputs, *call.outputs):
-                if value is not None and last[value] <= position:
-                    live.pop(value, None)
-        return {value: tensor for value, tensor in live.items() if value not in fixed and last[value] >= end}
-
-    def _fixed_values(self, tape: Tape) -> dict[int, Tensor]:
-        values = dict(tape.constants)
-        values |= {value: self._tensors[name].detach() for value, name in tape.parameters.items()}
-        for call in tape.prelude:
-            results = pytree.tree_leaves(call.run(values))
-            values |= {value: r for value, r in zip(call.outputs, results, strict=True) if value is not None}
-        return values
-
-
-def _signature(batch: Any) -> object:
-    leaves, structure = pytree.tree_flatten(batch)
-    return (
-        str(structure),
-        tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves),
-    )

@@ -20,7 +20,8 @@ class UnitTargets:
     Attributes
     ----------
     members
-        For each network [outputs] int64: the merged output of each of its outputs; None for networks without a say.
+        For each network [its outputs] int64, on the CPU: the merged output of each of its outputs; None for networks
+        without a say.
     num_outputs
         Number of outputs of the merged layer.
     """
@@ -28,48 +29,38 @@ class UnitTargets:
     members: Sequence[Tensor | None]
     num_outputs: int
 
-    def mean(self, outputs: Sequence[Tensor | None], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return [outputs, samples], the target, and [outputs], whether an output has one.
+    def weights(self, shares: Sequence[float]) -> list[Tensor | None]:
+        """Return for each network [its outputs] float64: how much each output counts in the target of its member.
 
         The target is the mean over the networks, by their shares, of the mean over the output's members in each. A
         network without members of an output has no share in it. Where all networks with members have share 0, they
-        count alike.
+        count alike. None stands for networks that no target depends on.
 
         Parameters
         ----------
-        outputs
-            For each network [outputs, samples]; None where the target does not depend on it.
         shares
             One number per network, 0 or more.
         """
-        first = next(one for one in outputs if one is not None)
-        counts = first.new_zeros(len(outputs), self.num_outputs, dtype=torch.float64)
+        counts = torch.zeros(len(self.members), self.num_outputs, dtype=torch.float64)
         for index, members in enumerate(self.members):
             if members is not None:
-                counts[index] = torch.bincount(members.to(first.device), minlength=self.num_outputs)
+                counts[index] = torch.bincount(members, minlength=self.num_outputs)
         present = (counts > 0).double()
-        weights = present * torch.tensor(shares, dtype=torch.float64, device=first.device)[:, None]
-        weights = torch.where(weights.sum(0) > 0, weights, present)
-        weights = weights / weights.sum(0).clamp(min=1e-300) / counts.clamp(min=1)
-        target = first.new_zeros(self.num_outputs, first.shape[1])
-        for index, (members, values) in enumerate(zip(self.members, outputs, strict=True)):
-            if members is not None and values is not None:
-                own = members.to(first.device)
-                factors = weights[index][own].to(first.dtype)[:, None]
-                target.index_add_(0, own, values.to(first.device) * factors)
-        return target, present.any(0)
-
-    def needs(self, shares: Sequence[float]) -> list[bool]:
-        """Return which networks' outputs the target depends on."""
-        needed = [share > 0 for share in shares]
-        covered = torch.zeros(self.num_outputs, dtype=torch.bool)
-        for members, share in zip(self.members, shares, strict=True):
-            if members is not None and share > 0:
-                covered[members.cpu()] = True
+        by_output = present * torch.tensor(shares, dtype=torch.float64)[:, None]
+        by_output = torch.where(by_output.sum(0) > 0, by_output, present)
+        by_output = by_output / by_output.sum(0).clamp(min=1e-300) / counts.clamp(min=1)
         return [
-            members is not None and (need or not bool(covered[members.cpu()].all()))
-            for members, need in zip(self.members, needed, strict=True)
+            None if members is None or not bool(by_output[index].any()) else by_output[index][members]
+            for index, members in enumerate(self.members)
         ]
+
+    def has_target(self) -> Tensor:
+        """Return [outputs] bool: whether any network has a member of the output."""
+        found = torch.zeros(self.num_outputs, dtype=torch.bool)
+        for members in self.members:
+            if members is not None:
+                found[members] = True
+        return found
 
 
 def shared_entries(
