@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast.landscape import landscape
+from mudsc_fast.plot import landscape
 
 
 class Point(nn.Module):

@@ -24,41 +24,108 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of_classes(self, classes: Tensor) -> Images:
-        """Return the images with one of these labels."""
-        chosen = torch.isin(self.labels, classes)
-        return Images(self.pixels[chosen], self.labels[chosen])
+    def read(self, chosen: Tensor) -> Tensor:
+        """Return the pixels of some images, uint8 [B, C, H, W]."""
+        return self.pixels[chosen]
 
-    def subset(self, count: int, seed: int) -> Images:
-        """Return a random subset."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return Images(self.pixels[chosen], self.labels[chosen])
+    def select(self, chosen: Tensor, labels: Tensor) -> Images:
+        """Return some images, with these labels."""
+        return Images(self.pixels[chosen], labels)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in files, decoded when they are read: the shorter side is scaled to `size`, the middle square is kept."""
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, chosen: Tensor) -> Tensor:
+        """Return the pixels of some images, uint8 [B, 3, size, size]."""
+        return torch.stack([self._decoded(self.paths[index]) for index in chosen.tolist()])
+
+    def select(self, chosen: Tensor, labels: Tensor) -> ImageFiles:
+        """Return some images, with these labels."""
+        return replace(self, paths=tuple(self.paths[index] for index in chosen.tolist()), labels=labels)
+
+    def _decoded(self, path: Path) -> Tensor:
+        from PIL import Image, ImageOps
+
+        with Image.open(path) as image:
+            square = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)
+
+
+AnyImages = Images | ImageFiles
+
+
+def subset(images: AnyImages, count: int, seed: int) -> AnyImages:
+    """Return a random subset."""
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+    return images.select(chosen, images.labels[chosen])
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Normalization by channel, and augmentation: a random crop after padding, a flip, a rotation."""
+    """Normalization by channel, and augmentation: a random crop after padding, a flip, a rotation.
+
+    Attributes
+    ----------
+    mean, deviation
+        Of each channel, on the scale of the pixels, 0 to 255.
+    crop_padding
+        Pixels added on every side before the random crop.
+    flip
+        Whether half of the images are flipped from left to right.
+    rotation
+        Largest angle in degrees.
+    resize
+        Height and width that images are scaled to after the augmentation, if not None.
+    crop
+        Height and width of the random crop, and of the middle square kept without augmentation; by default the
+        image's.
+    """
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     crop_padding: int = 0
     flip: bool = False
-    rotation: float = 0.0  # degrees
+    rotation: float = 0.0
+    resize: int | None = None
+    crop: int | None = None
 
     def plain(self, pixels: Tensor) -> Tensor:
         """Return normalized images, float32 [B, C, H, W]."""
+        height, width = pixels.shape[2:]
+        size = self.crop or height
+        if self.crop is not None:
+            top, left = (height - size) // 2, (width - size) // 2
+            pixels = pixels[:, :, top : top + size, left : left + size]
+        return self._normalized(pixels.float())
+
+    def _normalized(self, images: Tensor) -> Tensor:
         shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=pixels.device).view(shape)
-        deviation = torch.tensor(self.deviation, device=pixels.device).view(shape)
-        return (pixels.float() - mean) / deviation
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        deviation = torch.tensor(self.deviation, device=images.device).view(shape)
+        if self.resize is not None:
+            images = functional.interpolate(images, size=(self.resize, self.resize), mode="bilinear", antialias=True)
+        return (images - mean) / deviation
 
     def augmented(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Return normalized images after a random crop, rotation and flip of each."""
         count, _, height, width = pixels.shape
         images = pixels.float()
-        if self.crop_padding:
+        if self.crop_padding or self.crop is not None:
             padded = functional.pad(images, (self.crop_padding,) * 4)
-            top, left = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=generator)
+            height, width = (self.crop or size for size in (height, width))
+            top, left = (
+                torch.randint(0, size - part + 1, (count,), generator=generator)
+                for size, part in zip(padded.shape[2:], (height, width), strict=True)
+            )
             rows = (top[:, None] + torch.arange(height)).to(pixels.device)
             columns = (left[:, None] + torch.arange(width)).to(pixels.device)
             batch = torch.arange(count, device=pixels.device)[:, None, None]
@@ -72,7 +139,7 @@ class Transform:
         if self.flip:
             flipped = (torch.rand(count, generator=generator) < 0.5).to(pixels.device)
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        return self.plain(images)
+        return self._normalized(images)
 
 
 @dataclass(frozen=True)
@@ -93,7 +160,7 @@ class Batches:
         Joins the seed, for passes that differ.
     """
 
-    images: Images
+    images: AnyImages
     transform: Transform
     size: int
     seed: int | None = None
@@ -111,7 +178,7 @@ class Batches:
             generator.manual_seed(1_000_003 * self.seed + self.epoch)
             order = torch.randperm(len(self.images), generator=generator)
         for chosen in order.split(self.size):
-            pixels = self.images.pixels[chosen].to(self.device)
+            pixels = self.images.read(chosen).to(self.device)
             inputs = self.transform.plain(pixels) if self.seed is None else self.transform.augmented(pixels, generator)
             labels = self.images.labels[chosen].to(self.device)
             yield inputs.flatten(1) if self.flatten else inputs, labels
@@ -121,11 +188,33 @@ class Batches:
         return replace(self, epoch=epoch)
 
 
+def load_folder(path: Path, size: int) -> tuple[ImageFiles, ImageFiles]:
+    """Return the training and test images of a folder: ``train/CLASS/*`` and ``val/CLASS/*``.
+
+    Classes are numbered in the order of their names, and images have `size` pixels a side.
+    """
+    parts = []
+    names: list[str] = []
+    for part in ("train", "val"):
+        folder = path / part
+        if not folder.is_dir():
+            raise ValueError(f"{path} must have the folders train and val, with one folder of images per class")
+        found = sorted(child.name for child in folder.iterdir() if child.is_dir())
+        names = names or found
+        if found != names:
+            raise ValueError(f"{folder} must have the classes of {path / 'train'}: {len(names)}, got {len(found)}")
+        files = [(file, label) for label, name in enumerate(names) for file in sorted((folder / name).iterdir())]
+        if not files:
+            raise ValueError(f"{folder} must hold one folder of images per class, got no images")
+        parts.append(ImageFiles(tuple(f for f, _ in files), torch.tensor([label for _, label in files]), size))
+    return parts[0], parts[1]
+
+
 def load_images(path: Path) -> tuple[Images, Images]:
     """Return the training and test images of an .npz file.
 
-    It has ``x_train``, ``y_train``, ``x_test`` and ``y_test``, with pixels uint8 [N, H, W] or [N, H, W, C]; or, in the
-    place of pixels, JPEG files joined to one array ``jpg_train`` with the places of their ends in ``off_train``.
+    It has ``x_train``, ``y_train``, ``x_test`` and ``y_test``, with pixels uint8 [N, H, W] or [N, H, W, C]; or, instead
+    of pixels, JPEG files joined to one array ``jpg_train`` with the offsets where they begin and end in ``off_train``.
     """
     with np.load(path) as file:
         parts = []

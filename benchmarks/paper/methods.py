@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 import mudsc_fast
-from mudsc_fast.evaluate import Ensemble, joint_accuracy, task_accuracies
-from paper.data import Batches
+from mudsc_fast.evaluate import Ensemble
 
 SPACES: tuple[mudsc_fast.Space, ...] = ("weight", "activation", "dual")
 MODES: tuple[mudsc_fast.Mode, ...] = ("align", "zip")
+BALANCES = tuple(share / 10 for share in range(9, 0, -1))
+#: Tried next where the best balance is the first or the last.
+FINER = {0.9: (0.95, 0.98, 0.99), 0.1: (0.05, 0.02, 0.01)}
+
+
+#: Scores in percent by name; a model for each task, or the same one twice.
+Scores = Callable[[Sequence[nn.Module]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -23,50 +31,31 @@ class Setting:
 
     Attributes
     ----------
-    spec, class_vectors
-        The networks' axes, and the vectors their outputs are compared with.
+    spec
+        Which axes of the networks' tensors belong together.
     merging
-        Training images without labels' use: for activations, BatchNorm and refit.
-    own
-        The same, one for each network, of its own task's images alone.
-    choosing
-        Training images for the choice of the balance.
+        Training inputs without labels: for activations, BatchNorm and refit.
     test
-        Test images of each task, with labels that index the class vectors.
-    tasks
-        Class vectors of each task.
-    joint
-        Whether both tasks' classes are distinct.
-    balances
-        What is tried.
+        The scores of models on test data.
+    objective
+        How good a merged network is on training data; the balance with the largest value is chosen.
+    cosine
+        Whether outputs are compared by cosine alone.
+    bfloat16
+        Whether BatchNorm statistics are computed in bfloat16.
     """
 
     spec: mudsc_fast.PermutationSpec
-    class_vectors: Tensor
-    merging: Batches
-    own: Sequence[Batches]
-    choosing: Sequence[Batches]
-    test: Sequence[Batches]
-    tasks: Sequence[Sequence[int]]
-    joint: bool
-    balances: Sequence[float]
-
-    def scores(self, models: Sequence[nn.Module], data: Sequence[Batches]) -> dict[str, float]:
-        """Return accuracies in percent; ``models`` has one network for each task, or the same one twice."""
-        found = {}
-        for index, (model, batches, classes) in enumerate(zip(models, data, self.tasks, strict=True)):
-            found[f"task {index + 1}"] = 100 * task_accuracies(model, batches, self.class_vectors, [classes])[0]
-        found["mean"] = sum(found.values()) / len(found)
-        if self.joint and all(model is models[0] for model in models):
-            counts = [len(batches.images) for batches in data]
-            shares = [joint_accuracy(models[0], batches, self.class_vectors) for batches in data]
-            found["joint"] = 100 * sum(c * s for c, s in zip(counts, shares, strict=True)) / sum(counts)
-        return found
+    merging: Iterable[Any]
+    test: Scores
+    objective: Callable[[nn.Module], float]
+    cosine: bool
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One line of a table: accuracies in percent, the balance if one was chosen, and seconds of merging."""
+    """One line of a table: scores in percent, the balance if one was chosen, and seconds of merging."""
 
     method: str
     scores: dict[str, float]
@@ -78,29 +67,40 @@ def outcomes(models: Sequence[nn.Module], setting: Setting, done: Sequence[str])
     """Yield the outcome of every method but those done."""
     simple: dict[str, Callable[[], Sequence[nn.Module]]] = {
         "parents": lambda: models,
-        "ensemble": lambda: _twice(Ensemble(models, normalize=True)),
-        "average": lambda: _twice(_normalized(_average(models), setting)),
+        "ensemble": lambda: _twice(Ensemble(models, normalize=setting.cosine)),
+        "average": lambda: _twice(normalized(_average(models), setting)),
     }
     for method, make in simple.items():
         if method not in done:
             began = time.perf_counter()
             made = make()
             seconds = time.perf_counter() - began
-            yield Outcome(method, setting.scores(made, setting.test), None, seconds)
+            yield Outcome(method, setting.test(made), None, seconds)
+    # As in the paper, BatchNorm has the statistics of all images also in the networks that are matched.
+    prepared = [normalized(model, setting) for model in models]
     statistics: dict[str, mudsc_fast.MatchingStatistics] = {}
     for mode in MODES:
         for space in SPACES:
-            names = [f"{space} {mode}", f"{space} {mode} + repair", f"{space} {mode} + refit"]
-            if all(name in done for name in names):
+            name = f"{space} {mode}"
+            if all(method in done for method in _methods(name, models[0])):
                 continue
             if mode not in statistics and space != "weight":
-                statistics[mode] = mudsc_fast.collect_statistics(
-                    models, setting.merging, spec=setting.spec, blocks="cross" if mode == "align" else "full"
-                )
+                statistics[mode] = collected(prepared, setting, mode)
             began = time.perf_counter()
-            result = _merged(models, setting, mode, space, statistics.get(mode))
+            result = _merged(prepared, setting, mode, space, statistics.get(mode))
             seconds = time.perf_counter() - began
-            yield from (o for o in _finished(names, result, models, setting, seconds) if o.method not in done)
+            yield from _finished(name, result, prepared, setting, seconds, done)
+
+
+def _methods(name: str, model: nn.Module) -> list[str]:
+    return [name, *([] if has_batch_norm(model) else [f"{name} + repair"]), f"{name} + refit"]
+
+
+def collected(models: Sequence[nn.Module], setting: Setting, mode: mudsc_fast.Mode) -> mudsc_fast.MatchingStatistics:
+    """Return the statistics of the activations that a mode needs."""
+    return mudsc_fast.collect_statistics(
+        models, setting.merging, spec=setting.spec, blocks="cross" if mode == "align" else "full"
+    )
 
 
 def _merged(
@@ -117,52 +117,61 @@ def _merged(
 
     def score(result: mudsc_fast.MergeResult) -> float:
         assert result.model is not None
-        found = setting.scores(_twice(_normalized(result.model, setting)), setting.choosing)
-        return found["joint"] if setting.joint else found["mean"]
+        return setting.objective(normalized(result.model, setting))
 
-    return mudsc_fast.search_balance(
-        models, statistics, score=score, balances=setting.balances, spec=setting.spec, mode=mode
-    )
+    best = mudsc_fast.search_balance(models, statistics, score=score, balances=BALANCES, spec=setting.spec, mode=mode)
+    finer = FINER.get(best.balance or 0.0)
+    if finer is None:
+        return best
+    found = mudsc_fast.search_balance(models, statistics, score=score, balances=finer, spec=setting.spec, mode=mode)
+    return found if max(found.scores.values()) > max(best.scores.values()) else best
 
 
 def _finished(
-    names: Sequence[str],
+    name: str,
     result: mudsc_fast.MergeResult,
     models: Sequence[nn.Module],
     setting: Setting,
     seconds: float,
+    done: Sequence[str],
 ) -> Iterator[Outcome]:
     """Yield the merge as it is (BatchNorm recomputed), after REPAIR where there is no BatchNorm, and after refit."""
     assert result.model is not None
-    plain = setting.scores(_twice(_normalized(result.model, setting)), setting.test)
-    yield Outcome(names[0], plain, result.balance, seconds)
-    if not _has_batch_norm(result.model):
-        began = time.perf_counter()
-        repaired = mudsc_fast.repair(result, models, setting.merging, missing_bias="add").model
-        assert repaired is not None
-        spent = seconds + time.perf_counter() - began
-        yield Outcome(names[1], setting.scores(_twice(repaired), setting.test), result.balance, spent)
-    began = time.perf_counter()
-    refitted = mudsc_fast.refit(result, models, setting.merging, outputs="cosine").model
-    assert refitted is not None
-    spent = seconds + time.perf_counter() - began
-    yield Outcome(names[2], setting.scores(_twice(refitted), setting.test), result.balance, spent)
+    merged = result.model
+    finishes: dict[str, Callable[[], nn.Module | None]] = {name: lambda: normalized(merged, setting)}
+    if not has_batch_norm(merged):
+        finishes[f"{name} + repair"] = lambda: (
+            mudsc_fast.repair(result, models, setting.merging, missing_bias="add").model
+        )
+    finishes[f"{name} + refit"] = lambda: (
+        mudsc_fast.refit(result, models, setting.merging, outputs="cosine" if setting.cosine else "values").model
+    )
+    for method, finish in finishes.items():
+        if method not in done:
+            began = time.perf_counter()
+            finished = finish()
+            assert finished is not None
+            spent = seconds + time.perf_counter() - began
+            yield Outcome(method, setting.test(_twice(finished)), result.balance, spent)
 
 
 def _twice(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model, model
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a network has BatchNorm layers."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def _normalized(model: nn.Module, setting: Setting) -> nn.Module:
+def normalized(model: nn.Module, setting: Setting) -> nn.Module:
     """Return a copy with BatchNorm statistics of its own, or the model itself where it has none."""
-    if not _has_batch_norm(model):
+    if not has_batch_norm(model):
         return model
     copied = copy.deepcopy(model)
-    mudsc_fast.reset_batch_norm(copied, setting.merging)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=setting.bfloat16):
+        mudsc_fast.reset_batch_norm(copied, setting.merging, progress=False)
     return copied
 
 

@@ -1,4 +1,4 @@
-"""The networks that the paper's experiments train."""
+"""The small networks that the paper's experiments train: the MNIST network and the CIFAR ResNets."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paper.resnets import Norm
+
 
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut: a strided 3 x 3 convolution where the shape changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = norm(out_channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels)
+                nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), norm(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,14 +34,14 @@ class BasicBlock(nn.Module):
 class ResNet20(nn.Module):
     """CIFAR ResNet of three stages of three blocks with 16, 32 and 64 channels times `width`."""
 
-    def __init__(self, width: int = 1, outputs: int = 512) -> None:
+    def __init__(self, width: int = 1, outputs: int = 512, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         channels = [16 * width, 32 * width, 64 * width]
         self.conv1 = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        self.layer1 = _stage(channels[0], channels[0], 1)
-        self.layer2 = _stage(channels[0], channels[1], 2)
-        self.layer3 = _stage(channels[1], channels[2], 2)
+        self.bn1 = norm(channels[0])
+        self.layer1 = _stage(channels[0], channels[0], 1, norm)
+        self.layer2 = _stage(channels[0], channels[1], 2, norm)
+        self.layer3 = _stage(channels[1], channels[2], 2, norm)
         self.linear = nn.Linear(channels[2], outputs)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -53,11 +55,11 @@ class ResNet20(nn.Module):
         return vectors
 
 
-def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _stage(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential:
     return nn.Sequential(
-        BasicBlock(in_channels, out_channels, stride),
-        BasicBlock(out_channels, out_channels, 1),
-        BasicBlock(out_channels, out_channels, 1),
+        BasicBlock(in_channels, out_channels, stride, norm),
+        BasicBlock(out_channels, out_channels, 1, norm),
+        BasicBlock(out_channels, out_channels, 1, norm),
     )
 
 

@@ -65,8 +65,18 @@ def table(title: str, notes: Sequence[str], rows: Sequence[Row], published: Mapp
     return "\n".join(lines) + "\n"
 
 
-def picture(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Save bars of the accuracy by method: joint where there is one, else the mean over the tasks."""
+def write_table(
+    path: Path, title: str, notes: Sequence[str], rows: Sequence[Row], published: Mapping[str, float]
+) -> None:
+    """Write the Markdown section to a file, and print it."""
+    text = table(title, notes, rows, published)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def picture(path: Path, title: str, rows: Sequence[Row], measure: str = "accuracy") -> None:
+    """Save bars of the scores by method: joint where there are joint ones, else the mean over the tasks."""
     from matplotlib.figure import Figure
 
     by_method: dict[str, list[float]] = defaultdict(list)
@@ -83,7 +93,7 @@ def picture(path: Path, title: str, rows: Sequence[Row]) -> None:
     axes.bar_label(bars, fmt="%.1f", padding=4)
     axes.invert_yaxis()
     axes.set_title(title)
-    axes.set_xlabel("joint accuracy, %" if joint else "mean accuracy of the tasks, %")
+    axes.set_xlabel(f"joint {measure}, %" if joint else f"mean {measure} of the tasks, %")
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix("."))

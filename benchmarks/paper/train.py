@@ -46,6 +46,32 @@ class Recipe:
         return self.learning_rate * (total - step) / (total - warm)
 
 
+def load_trained(network: nn.Module, path: Path) -> nn.Module:
+    """Return the network with the weights of a file, in evaluation mode."""
+    network.load_state_dict(load_file(path))
+    return network.eval()
+
+
+def load_pretrained(network: nn.Module, path: Path) -> None:
+    """Load weights to start the training from: all but those of the last layer, which has other outputs.
+
+    The file is a ``.safetensors`` file or one that ``torch.load`` reads with ``weights_only=True``.
+    """
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} must hold tensors by name: save the state dict of the network alone")
+    own = network.state_dict()
+    last_layer = [name for name, _ in network.named_parameters()][-1].rpartition(".")[0]
+    for name, value in own.items():
+        if name.startswith(f"{last_layer}."):
+            continue
+        if name not in state or state[name].shape != value.shape:
+            found = "nothing" if name not in state else f"shape {tuple(state[name].shape)}"
+            raise ValueError(f"{path} must have {name!r} of shape {tuple(value.shape)}, got {found}")
+        own[name] = state[name]
+    network.load_state_dict(own)
+
+
 def trained(
     network: nn.Module,
     recipe: Recipe,
@@ -62,8 +88,7 @@ def trained(
     Labels of the batches index the class vectors [K, D]. A run that is stopped continues after its last whole epoch.
     """
     if path.exists():
-        network.load_state_dict(load_file(path))
-        return network.eval()
+        return load_trained(network, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(train.device)
     network.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mudsc_fast import evaluate, ops, spec
+from mudsc_fast import evaluate, ops, plot, spec
 from mudsc_fast.batch_norm import reset_batch_norm
 from mudsc_fast.match import match
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
@@ -64,6 +64,7 @@ __all__ = [
     "permute_merge",
     "permute_merge_group",
     "permute_state_dict",
+    "plot",
     "refit",
     "repair",
     "reset_batch_norm",

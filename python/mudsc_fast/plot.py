@@ -1,14 +1,26 @@
-"""Plots of matchings and merges, drawn with matplotlib (the extra ``plot``)."""
+"""Plots of matchings, merges and loss landscapes, drawn with matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mudsc_fast._landscape import Evaluate, Landscape, landscape
 from mudsc_fast.matching.node import NodeMatching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+__all__ = [
+    "Evaluate",
+    "Landscape",
+    "interpolation_curves",
+    "landscape",
+    "new_axes",
+    "plot_accuracies",
+    "plot_curves",
+    "plot_similarities",
+]
 
 _GRAY, _BLUE, _BLACK = "#9aa0a6", "#1a73e8", "#202124"
 _COLORS = (_BLUE, "#e8710a", "#188038", "#9334e6")

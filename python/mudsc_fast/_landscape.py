@@ -55,13 +55,32 @@ class Landscape:
     def plot(self, labels: Sequence[str] | None = None, *, levels: int = 20) -> list[Axes]:
         """Draw the contours of each value, and of their mean if there are several, with the networks marked.
 
-        Returns the Axes, one per picture. Needs matplotlib (the extra ``plot``).
-        """
-        from matplotlib import pyplot
+        Parameters
+        ----------
+        labels
+            A name for each network; by default its index.
+        levels
+            Number of contour levels.
 
+        Returns
+        -------
+        list of matplotlib.axes.Axes
+            The panels of one figure, from left to right.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed (the extra ``plot``).
+        ValueError
+            If `labels` does not name every network.
+        """
         names = list(labels) if labels is not None else [str(index) for index in range(len(self.positions))]
         if len(names) != len(self.positions):
             raise ValueError(f"labels must name all {len(self.positions)} models, got {len(names)}")
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install 'mudsc-fast[plot]'") from error
         panels = dict(self.values)
         if len(panels) > 1:
             panels["mean"] = np.mean(list(self.values.values()), axis=0)
@@ -70,9 +89,18 @@ class Landscape:
         )
         for axes, (title, values) in zip(grid[0], panels.items(), strict=True):
             contours = axes.contourf(self.horizontal, self.vertical, values, levels=levels, cmap="viridis")
-            axes.scatter(*self.positions.T, color="white", edgecolors="black", zorder=2)
-            for name, position in zip(names, self.positions, strict=True):
-                axes.annotate(name, position, textcoords="offset points", xytext=(5, 5), color="white")
+            axes.scatter(*self.positions.T, color="white", edgecolors="black", zorder=4)
+            for name, position, above in zip(names, self.positions, _above_neighbor(self.positions), strict=True):
+                axes.annotate(
+                    name,
+                    position,
+                    textcoords="offset points",
+                    xytext=(0, 6 if above else -6),
+                    ha="center",
+                    va="bottom" if above else "top",
+                    fontsize=8,
+                    bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
+                )
             axes.set_title(title)
             axes.set_aspect("equal")
             figure.colorbar(contours, ax=axes)
@@ -155,6 +183,13 @@ def landscape(
         name: np.array([[found[row, column][name] for column in columns] for row in rows]) for name in found[0, 0]
     }
     return Landscape(horizontal, vertical, values, positions, distances)
+
+
+def _above_neighbor(positions: NDArray[np.float64]) -> list[bool]:
+    """Return for each point whether it lies above the nearest other one, so that names do not cover each other."""
+    distances = np.linalg.norm(positions[:, None] - positions[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    return [bool(y >= positions[near, 1]) for y, near in zip(positions[:, 1], distances.argmin(1), strict=True)]
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -1,0 +1,255 @@
+"""Runs of the experiments on images with classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mudsc_fast.evaluate import cross_entropy, task_accuracies
+from paper import report, surfaces
+from paper.data import AnyImages, Batches, load_folder, load_images, packaged_mnist, subset
+from paper.experiments import CLIP_COSINE, EXPERIMENTS, Experiment, Pair, Task
+from paper.methods import Setting, outcomes
+from paper.train import Recipe, load_pretrained, load_trained, trained
+
+#: Images are stored larger than networks read them, so that crops differ, by this factor.
+STORED_SIZE = 8 / 7
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment with the sizes that the command line set, and its data."""
+
+    experiment: Experiment
+    width: int
+    image_size: int
+    recipe: Recipe
+    train: AnyImages
+    test: AnyImages
+    vectors: Tensor
+    samples: int
+    search_samples: int
+    device: torch.device
+    bfloat16: bool
+
+    def batches(self, images: AnyImages, size: int) -> Batches:
+        """Return batches of images, in order and without augmentation."""
+        transform = self.experiment.transform(self.image_size)
+        return Batches(images, transform, size, None, self.device, self.experiment.flatten)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train or load the networks of each pair, merge them by every method, and write CSV, table and pictures."""
+    experiment = _experiment(options)
+    this, notes = _prepared(experiment, options)
+    name = _name(options, this)
+    csv = options.output / f"{name}.csv"
+    rows = report.read(csv)
+    num_classes = int(this.train.labels.max()) + 1
+    pairs = experiment.pairs(options.pairs or experiment.num_pairs, num_classes)
+    if options.trained is not None and len(options.trained) != 2 * len(pairs):
+        raise SystemExit(f"--trained must name two files a pair, {2 * len(pairs)}, got {len(options.trained)}")
+    for index, pair in enumerate(pairs):
+        given = None if options.trained is None else options.trained[2 * index : 2 * index + 2]
+        networks = [_network(this, task, seed, name, options, given and given[position])
+                    for position, (task, seed) in enumerate(zip(pair.tasks, pair.seeds, strict=True))]  # fmt: skip
+        setting = _setting(this, pair)
+        for outcome in outcomes(networks, setting, [row["method"] for row in rows if row["pair"] == str(index)]):
+            rows.append(report.row_of(index, outcome))
+            report.write(csv, rows)
+        if index == 0 and options.landscape_steps:
+            balance = next(float(r["balance"]) for r in rows if r["pair"] == "0" and r["method"] == "dual align")
+            _draw_landscape(this, pair, networks, setting, balance, options, name)
+    report.write_table(options.output / f"{name}.md", experiment.title, notes, rows, experiment.published)
+    report.picture(options.output / f"{name}.png", experiment.title, rows)
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    networks = EXPERIMENTS[options.experiment]
+    network = options.network or next(iter(networks))
+    if network not in networks:
+        raise SystemExit(f"--network of {options.experiment} must be one of {', '.join(networks)}, got {network}")
+    return networks[network]
+
+
+def _name(options: argparse.Namespace, this: Run) -> str:
+    """Return what files of this run begin with; the default network is not named."""
+    first = next(iter(EXPERIMENTS[options.experiment]))
+    network = "" if options.network in (None, first) else f"_{options.network}"
+    training = f"epochs{this.recipe.epochs}" if options.trained is None else "trained"
+    return f"{options.experiment}{network}_width{this.width}_{training}"
+
+
+def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run, list[str]]:
+    """Return the run, and what its table says about sizes."""
+    width, epochs = options.width or experiment.full_width, options.epochs or experiment.recipe.epochs
+    image_size = options.image_size or experiment.image_size
+    train, whole_test = _load(options, image_size)
+    test = whole_test if options.test_samples is None else subset(whole_test, options.test_samples, seed=5)
+    vectors, real = experiment.class_vectors(options.class_vectors, int(train.labels.max()) + 1)
+    recipe = replace(
+        experiment.recipe, epochs=epochs, warm_up=min(experiment.recipe.warm_up, epochs // 4),
+        batch_size=options.batch_size or experiment.recipe.batch_size,
+        learning_rate=options.learning_rate or experiment.recipe.learning_rate,
+    )  # fmt: skip
+    full_samples = min(experiment.merging_samples or len(train), len(train))
+    full_search = min(experiment.search_samples or len(train), len(train))
+    this = Run(
+        experiment, width, image_size, recipe, train, test, vectors,
+        min(options.samples or full_samples, full_samples), min(options.search_samples or full_search, full_search),
+        torch.device(options.device), options.bfloat16,
+    )  # fmt: skip
+    training = (
+        f"{epochs} epochs (published: {experiment.recipe.epochs}), batches of {recipe.batch_size}, learning rate "
+        f"{recipe.learning_rate:g}."
+        if options.trained is None
+        else f"networks trained beforehand ({_training_of(options.trained)}; published: {experiment.recipe.epochs} "
+        "epochs)."
+    )
+    notes = [
+        f"Width {width} (published: {experiment.full_width}), images of {image_size} pixels (published: "
+        f"{experiment.image_size}), {training}",
+        f"{len(train)} training and {len(test)} test images; {this.samples} training images for merging, "
+        f"{this.search_samples} for the search of the balance.",
+        "Class vectors are those of the paper."
+        if real
+        else f"Class vectors are random unit vectors with a mean cosine of {CLIP_COSINE}, as CLIP's have.",
+        *(["Networks are evaluated in bfloat16."] if options.bfloat16 else []),
+        *experiment.notes,
+    ]
+    sizes = (width, image_size, epochs, this.samples, this.search_samples, len(test))
+    full = (
+        experiment.full_width, experiment.image_size, experiment.recipe.epochs, full_samples, full_search,
+        len(whole_test),
+    )  # fmt: skip
+    if sizes != full or options.data is None or options.trained is not None:
+        notes.insert(0, "**Reduced**: not the size of the paper's experiment.")
+    return this, notes
+
+
+def _training_of(paths: list[Path]) -> str:
+    """Return the epochs and accuracies that the files of networks tell."""
+    found: dict[str, list[str]] = {"epochs": [], "accuracy": []}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        for key, values in found.items():
+            values.append(metadata.get(key, "unknown"))
+    return "; ".join(f"{key}: {', '.join(values)}" for key, values in found.items())
+
+
+def _load(options: argparse.Namespace, image_size: int) -> tuple[AnyImages, AnyImages]:
+    if options.data is None:
+        if options.experiment != "mnist":
+            raise SystemExit("--data is required: an .npz file or a folder of images (only MNIST has packaged ones)")
+        return packaged_mnist()
+    if options.data.is_dir():
+        crops = options.experiment == "imagenet"
+        return load_folder(options.data, round(STORED_SIZE * image_size) if crops else image_size)
+    return load_images(options.data)
+
+
+def _network(this: Run, task: Task, seed: int, name: str, options: argparse.Namespace, given: Path | None) -> nn.Module:
+    """Return a trained network: loaded as it is, or trained and cached."""
+    torch.manual_seed(seed)
+    network = this.experiment.network(this.width, this.image_size)
+    if given is not None:
+        _check_classes(given, task)
+        return load_trained(network, given).to(this.device)
+    if options.pretrained is not None:
+        load_pretrained(network, options.pretrained)
+    train, test = (
+        this.batches(_of_task(images, task, own=True), this.recipe.batch_size) for images in (this.train, this.test)
+    )
+    path = options.networks / f"{name}_{task.name}_{seed}.safetensors"
+    train = replace(train, seed=seed)
+    return trained(network, this.recipe, train, test, this.vectors[task.classes], path).to(this.device)
+
+
+def _check_classes(path: Path, task: Task) -> None:
+    """Refuse a network whose file says that it was trained for other classes."""
+    with safe_open(path, "pt") as file:
+        classes = json.loads((file.metadata() or {}).get("classes", "null"))
+    if classes is not None and sorted(classes) != task.classes:
+        raise SystemExit(f"{path} must be trained for the classes {task.classes} of {task.name}, got {classes}")
+
+
+def _of_task(images: AnyImages, task: Task, own: bool = False) -> AnyImages:
+    """Return the images of a task, with labels that index all class vectors, or those of the task alone."""
+    labels = task.class_of_label[images.labels]
+    chosen = (labels >= 0).nonzero()[:, 0]
+    labels = labels[chosen]
+    return images.select(chosen, torch.searchsorted(torch.tensor(task.classes), labels) if own else labels)
+
+
+def _setting(this: Run, pair: Pair) -> Setting:
+    def batches(images: AnyImages) -> list[Batches]:
+        return [this.batches(_of_task(images, task), 500) for task in pair.tasks]
+
+    test = batches(this.test)
+    search = batches(subset(this.train, this.search_samples, seed=2))
+    merging = this.batches(subset(this.train, this.samples, seed=0), this.experiment.merging_batch)
+    key = "joint" if this.experiment.joint else "mean"
+    return Setting(
+        spec=this.experiment.spec(this.width),
+        merging=replace(merging, seed=1),
+        test=lambda models: _accuracies(this, pair, models, test),
+        objective=lambda model: _accuracies(this, pair, (model, model), search)[key],
+        cosine=True,
+        bfloat16=this.bfloat16,
+    )
+
+
+def _accuracies(this: Run, pair: Pair, models: Sequence[nn.Module], data: Sequence[Batches]) -> dict[str, float]:
+    """Return each task's accuracy on its own images, their mean and, of one model for all, the joint accuracy."""
+    both = sorted({c for task in pair.tasks for c in task.classes})
+    vectors = this.vectors.to(this.device)
+    found, joint = {}, 0.0
+    for index, (model, batches, task) in enumerate(zip(models, data, pair.tasks, strict=True)):
+        with torch.autocast(this.device.type, torch.bfloat16, enabled=this.bfloat16):
+            own, among_both = task_accuracies(model, batches, vectors, [task.classes, both], progress=False)
+        # The second counts all images of the task, since its classes are among both.
+        found[f"task {index + 1}"] = 100 * own
+        joint += 100 * among_both * len(batches.images) / sum(len(part.images) for part in data)
+    found["mean"] = sum(found.values()) / len(found)
+    if this.experiment.joint and all(model is models[0] for model in models):
+        found["joint"] = joint
+    return found
+
+
+def _draw_landscape(
+    this: Run,
+    pair: Pair,
+    networks: list[nn.Module],
+    setting: Setting,
+    balance: float,
+    options: argparse.Namespace,
+    name: str,
+) -> None:
+    """Draw the loss of both tasks around merges of the pair."""
+    count = options.landscape_samples
+    test = subset(this.test, 2 * count, seed=3)
+    data = [this.batches(_of_task(test, task, own=True), 500) for task in pair.tasks]
+    normalization = this.batches(subset(this.train, count, seed=4), 500)
+    vectors = [this.vectors[task.classes].to(this.device) for task in pair.tasks]
+
+    def losses(model: nn.Module) -> dict[str, float]:
+        with torch.autocast(this.device.type, torch.bfloat16, enabled=this.bfloat16):
+            return {
+                f"loss of task {index + 1}": cross_entropy(model, batches, own, progress=False)
+                for index, (batches, own) in enumerate(zip(data, vectors, strict=True))
+            }
+
+    surfaces.draw(
+        networks, setting, losses, balance, normalization,
+        steps=options.landscape_steps,
+        cache=options.networks / f"{name}_landscape.npz",
+        path=options.output / f"{name}_landscape.png",
+    )  # fmt: skip
