@@ -180,10 +180,10 @@ class Networks:
             data = batches = Rewindable(data)
             has_batch = batches.has_first()
         having = [rank for rank, has in enumerate(ranks.gather_objects(has_batch, doing)) if has]
-        if not having:
-            raise ValueError("data must yield at least one batch, got none on any rank")
         text = ""
         with ranks.step(doing):
+            if not having:
+                raise ValueError("data must yield at least one batch, got none on any rank")
             if ranks.rank == having[0]:
                 chosen, data = self._choose_spec(spec, data)
                 text = chosen.to_json()

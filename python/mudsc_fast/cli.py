@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mudsc_fast.command import torchrun
 from mudsc_fast.command.arguments import build_parser
 from mudsc_fast.command.installation import info
 from mudsc_fast.command.terminal import Messages
+from mudsc_fast.distributed.ranks import DistributedError, Terminated, is_reported_elsewhere
 
 __all__ = ["info", "main"]
+
+#: Errors whose text says what to do, without their type.
+_PLAIN = (ValueError, OSError, DistributedError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,20 +30,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     given.command_line = list(sys.argv[1:] if arguments is None else arguments)
-    messages = Messages(f"{parser.prog} {given.command}", quiet=getattr(given, "quiet", False))
+    rank = torchrun.rank()
+    messages = Messages(f"{parser.prog} {given.command}", quiet=rank > 0 or getattr(given, "quiet", False))
     try:
         with messages:
             text = given.run(given)
     except KeyboardInterrupt:
         messages.error("interrupted")
         return 130
+    except Terminated:
+        return 143
     except Exception as error:
         if getattr(given, "debug", False):
             raise
-        messages.error(str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")
-        if not isinstance(error, (ValueError, TypeError, OSError)):
+        if is_reported_elsewhere(error, rank):
+            return 2
+        messages.error(str(error) if isinstance(error, _PLAIN) else f"{type(error).__name__}: {error}")
+        if not isinstance(error, (*_PLAIN, TypeError)):
             messages.hint("this may be a fault of mudsc_fast; --debug shows where the error arose")
         return 2
-    if text:
+    if text and rank == 0:
         print(text)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -118,6 +118,10 @@ def _kind_of(given: object) -> str:
     return str(given) if isinstance(given, (str, os.PathLike)) else "batches"
 
 
+#: What activations are matched by: batches, their statistics, or a function that collects these.
+Activations = Iterable[Any] | MatchingStatistics | Callable[[], MatchingStatistics] | None
+
+
 class PreparedMatching:
     """All that a matching needs but for the balance: one pass over the data serves every balance.
 
@@ -127,7 +131,7 @@ class PreparedMatching:
     Parameters
     ----------
     networks, spec, data
-        What is matched.
+        What is matched; `data` may also be a function that collects the statistics, called if they are needed.
     options
         How; of it `balance` is not read.
     weights, task_heads
@@ -142,7 +146,7 @@ class PreparedMatching:
         self,
         networks: Networks,
         spec: PermutationSpec,
-        data: Iterable[Any] | MatchingStatistics | None,
+        data: Activations,
         options: MatchOptions,
         weights: Sequence[float] | None = None,
         task_heads: Names = (),
@@ -283,7 +287,7 @@ class PreparedMatching:
                 budget=options.budget,
             )
 
-    def _match_activations(self, data: Iterable[Any] | MatchingStatistics | None) -> None:
+    def _match_activations(self, data: Activations) -> None:
         comparable, blocks = self._division.comparable, BLOCKS_OF_MODE[self._options.mode]
         with self.phases.timed("activations"):
             self._activations = activations = self._kept_or_collected(data)
@@ -304,7 +308,7 @@ class PreparedMatching:
             self._exchange,
         )
 
-    def _kept_or_collected(self, data: Iterable[Any] | MatchingStatistics | None) -> MatchingStatistics:
+    def _kept_or_collected(self, data: Activations) -> MatchingStatistics:
         """Return the statistics of an interrupted run, or collect them and keep them for the next run."""
         if self._checkpoint is None:
             return self._collected(data)
@@ -314,7 +318,7 @@ class PreparedMatching:
             self._checkpoint.save_statistics(statistics)
         return statistics
 
-    def _collected(self, data: Iterable[Any] | MatchingStatistics | None) -> MatchingStatistics:
+    def _collected(self, data: Activations) -> MatchingStatistics:
         networks, comparable = self._networks, self._division.comparable
         if isinstance(data, MatchingStatistics):
             if data.spec not in (self._spec, comparable) or data.num_models != len(networks):
@@ -324,6 +328,8 @@ class PreparedMatching:
                 )
             self._ranks.check_same({"statistics as data": data.checksum()})
             return data
+        if callable(data):
+            return data()
         if data is None:
             raise ValueError(
                 f"data must be given to match in activation space, got None: space={self._options.space!r}"

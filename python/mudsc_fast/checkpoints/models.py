@@ -17,6 +17,7 @@ from mudsc_fast._forward import Rewindable, run_on_batch
 from mudsc_fast._huggingface import class_of_config, random_inputs
 from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.distributed.ranks import DistributedError, same_on_all
 from mudsc_fast.checkpoints.names import is_derived, plain_names
 
 #: Outputs of models of Hugging Face whose order is fixed; hidden states follow the units.
@@ -61,10 +62,10 @@ def users_code(what: str) -> Iterator[None]:
     """Raise a CheckpointError that names the cause for any exception of the enclosed code."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, DistributedError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{what} failed: {type(error).__name__}: {error}") from error
+        raise same_on_all(CheckpointError(f"{what} failed: {type(error).__name__}: {error}"), error) from error
 
 
 def load_model(

@@ -27,6 +27,9 @@ examples:
 
   See what would be matched before merging:
     mudsc-fast merge bert-a bert-b --output merged --dry-run
+
+  Merge in eight processes:
+    torchrun --nproc-per-node 8 -m mudsc_fast merge llama-a llama-b --output merged
 """
 
 _MERGE = """\
@@ -143,6 +146,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _tensor_arguments(parser)
     _search_arguments(parser)
+    _run_arguments(parser)
     messages = _message_arguments(parser)
     messages.add_argument(
         "--dry-run",
@@ -278,6 +282,23 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Precision),
         default="float32",
         help="Precision of the products that compare units. Default: %(default)s.",
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("long runs")
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="Keep the state in this directory after every step: the same command, started again after it was "
+        "interrupted, continues there, also with another number of processes.",
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="With torchrun: when a process that does not answer counts as failed. Default: 1800.",
     )
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mudsc_fast.command import torchrun
+
 if TYPE_CHECKING:
     from mudsc_fast.io import WriteResult
 
@@ -27,17 +29,20 @@ def merge(given: argparse.Namespace) -> str:
         for name in ("progress", "random_state", "balance", "patience", "precision"):
             shared.pop(name)
         return str(plan_merge(given.inputs, given.output, mode=given.mode, **shared))
-    result = merge_checkpoints(
-        given.inputs,
-        given.output,
-        mode=given.mode,
-        weights=weights,
-        shrink=given.shrink,
-        budget=given.budget,
-        dtype=None if given.dtype is None else DTYPES[given.dtype],
-        command=shlex.join(["mudsc-fast", *given.command_line]),
-        **_shared(given),
-    )
+    with torchrun.process_group(given.timeout) as group:
+        result = merge_checkpoints(
+            given.inputs,
+            given.output,
+            mode=given.mode,
+            weights=weights,
+            shrink=given.shrink,
+            budget=given.budget,
+            dtype=None if given.dtype is None else DTYPES[given.dtype],
+            command=shlex.join(["mudsc-fast", *given.command_line]),
+            group=group,
+            checkpoint=given.checkpoint,
+            **_shared(given),
+        )
     return _shown(given, result)
 
 
@@ -45,6 +50,7 @@ def align(given: argparse.Namespace) -> str:
     """Align a network and return what to show."""
     from mudsc_fast.io import align_checkpoints
 
+    torchrun.refuse("align")
     result = align_checkpoints(given.base, given.other, given.output, check=not given.no_check, **_shared(given))
     return _shown(given, result)
 
@@ -72,6 +78,7 @@ def _data_and_model(given: argparse.Namespace) -> tuple[Any, Any]:
             raise CheckpointError(
                 f"--data {given.data}: must return batches to iterate over, got {type(data).__name__}"
             )
+        data = torchrun.own_share(data)
     return data, None if given.model is None else import_function("--model", given.model)
 
 
@@ -110,7 +117,7 @@ def _numbers(text: str | None) -> list[float] | None:
 
 def _shown(given: argparse.Namespace, result: WriteResult) -> str:
     """Write the report that was asked for and return what to show."""
-    if given.report is not None:
+    if given.report is not None and torchrun.rank() == 0:
         from mudsc_fast.io.writing import write_json
 
         left_out = ("report", "quiet", "debug", "run", "command_line")

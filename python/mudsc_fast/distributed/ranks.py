@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Value = TypeVar("Value")
+Failure = TypeVar("Failure", bound=Exception)
 
 #: Tensors are joined into messages of at most this many bytes; a larger tensor is a message of its own.
 _BUCKET_BYTES = 64 * 2**20
 
 #: Seconds in which the processes that are left find out which one is gone, and seconds between two looks.
 _SEARCH_SECONDS, _LOOK_SECONDS = 20.0, 0.05
+
+
+#: Attribute of an exception that all ranks raise.
+_AGREED = "_mudsc_fast_agreed"
 
 
 class DistributedError(RuntimeError):
@@ -37,6 +42,24 @@ class DistributedError(RuntimeError):
     def __init__(self, message: str, reporter: int = 0) -> None:
         super().__init__(message)
         self.reporter = reporter
+
+
+class Terminated(BaseException):
+    """A signal asks this process to end: raised as an exception, so that it cleans up first."""
+
+
+def is_reported_elsewhere(error: BaseException, rank: int) -> bool:
+    """Return whether another rank shows an error that all ranks raise."""
+    if isinstance(error, DistributedError):
+        return error.reporter != rank
+    return rank != 0 and getattr(error, _AGREED, False)
+
+
+def same_on_all(error: Failure, cause: BaseException | None = None) -> Failure:
+    """Return an error that all ranks raise, marked as such; with a cause only if all ranks raise that one."""
+    if cause is None or getattr(cause, _AGREED, False):
+        setattr(error, _AGREED, True)
+    return error
 
 
 class Ranks:
@@ -119,7 +142,7 @@ class Ranks:
         except Exception as error:
             failure = error
         except BaseException as error:  # an interruption ends this process without asking the others
-            self._leave_note(f"was stopped by {type(error).__name__} while {doing}")
+            self._leave_note(f"was stopped while {doing} ({type(error).__name__})")
             raise
         self._agree(doing, failure)
 
@@ -132,7 +155,7 @@ class Ranks:
         own = None if failure is None else (type(failure).__name__, str(failure))
         reports = self.gather_objects(own, doing)
         if failure is not None and all(report == own for report in reports):
-            raise failure
+            raise same_on_all(failure)
         rank, (kind, text) = next((rank, report) for rank, report in enumerate(reports) if report is not None)
         raise DistributedError(f"rank {rank} failed while {doing}: {kind}: {text}") from failure
 
@@ -145,9 +168,11 @@ class Ranks:
             for part in {**first, **other}:
                 here, there = first.get(part, "none"), other.get(part, "none")
                 if here != there:
-                    raise ValueError(
-                        f"all ranks must be given the same {part}: got {_shortened(here)} on rank 0, but "
-                        f"{_shortened(there)} on rank {rank}"
+                    raise same_on_all(
+                        ValueError(
+                            f"all ranks must be given the same {part}: got {_shortened(here)} on rank 0, but "
+                            f"{_shortened(there)} on rank {rank}"
+                        )
                     )
 
     def gather_objects(self, value: Value, doing: str) -> list[Value]:
@@ -245,8 +270,12 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise self._why_lost(doing, error) from error
+        except Terminated as error:  # where a process was killed, torchrun ends the others
+            if any(self._has_died(rank) for rank in range(self.size) if rank != self.rank):
+                raise self._why_lost(doing, error) from error
+            raise
 
-    def _why_lost(self, doing: str, error: RuntimeError) -> DistributedError:
+    def _why_lost(self, doing: str, error: BaseException) -> DistributedError:
         """Find out which process is gone. The first to know tells the others, through the store of the group."""
         try:
             store = self._store()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +14,11 @@ from mudsc_fast._forward import Rewindable
 from mudsc_fast._models import Networks
 from mudsc_fast.checkpoints import models as loading
 from mudsc_fast.checkpoints.errors import CheckpointError
-from mudsc_fast.checkpoints.networks import NetworkFiles
+from mudsc_fast.checkpoints.networks import NetworkFiles, PathLike
+from mudsc_fast.distributed.ranks import Ranks
+from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.match import PreparedMatching
-from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.activation import MatchingStatistics, collect
 from mudsc_fast.matching.apply import merge_state_dicts, reindex, task_tensors
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, effective_weights
 from mudsc_fast.ops.correlation import Precision
@@ -40,6 +42,10 @@ class MatchedNetworks:
         As in :class:`mudsc_fast.MergeResult`.
     weights
         The shares of the networks in the result.
+    holder
+        For each tensor the rank that merges and writes it.
+    distribution
+        As in :class:`mudsc_fast.Matching`.
     """
 
     networks: NetworkFiles
@@ -47,6 +53,8 @@ class MatchedNetworks:
     objectives: Sequence[float]
     weights: Sequence[float]
     timings: Mapping[str, float]
+    holder: Mapping[str, int]
+    distribution: Distribution | None = None
 
     def merged(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """Return the weighted mean of one tensor of all networks, its units re-ordered."""
@@ -93,6 +101,8 @@ def match_networks(
     weights: Sequence[float] | None = None,
     precision: Precision,
     progress: bool | None,
+    ranks: Ranks | None = None,
+    checkpoint: PathLike | None = None,
     **arguments: Any,
 ) -> MatchedNetworks:
     """Match the units of networks in files; arguments are those of :func:`mudsc_fast.io.merge_checkpoints`.
@@ -104,29 +114,46 @@ def match_networks(
     ValueError, TypeError
         As :func:`mudsc_fast.merge`.
     """
-    options = MatchOptions(
-        mode=mode,
-        space=default_space(space, batches is not None),
-        balance=balance,
-        precision=precision,
-        progress=progress,
-        **arguments,
-    )
-    activations = None
-    timings: dict[str, float] = {}
-    if options.space != "weight":
-        if batches is None:
+    ranks = Ranks() if ranks is None else ranks
+    with ranks.step("checking the arguments"):
+        options = MatchOptions(
+            mode=mode,
+            space=default_space(space, batches is not None),
+            balance=balance,
+            precision=precision,
+            progress=ranks.progress(progress),
+            **arguments,
+        )
+        if options.space != "weight" and batches is None:
             raise CheckpointError(f"the {options.space} space needs data: name a function that yields batches (--data)")
-        began = time.perf_counter()
-        activations = _activations(networks, spec, batches, build, mode, precision, progress)
-        timings["activations"] = time.perf_counter() - began
-    tensors = Networks.of_tensors(networks.state_dicts)
-    prepared = PreparedMatching(tensors, networks.spec, activations, options, weights, networks.kept_names)
+    ranks.check_same({"space": options.space})
+    collect_own = None
+    if batches is not None:
+        collect_own = functools.partial(_activations, ranks, networks, spec, batches, build, mode, precision, progress)
+    prepared = PreparedMatching(
+        Networks.of_tensors(networks.state_dicts),
+        networks.spec,
+        collect_own,
+        options,
+        weights,
+        networks.kept_names,
+        ranks,
+        checkpoint,
+    )
     found = prepared.at(options.balance)
-    return MatchedNetworks(networks, found.nodes, found.objectives, found.weights, {**found.timings, **timings})
+    return MatchedNetworks(
+        networks,
+        found.nodes,
+        found.objectives,
+        found.weights,
+        found.timings,
+        prepared.owners.holder,
+        found.distribution,
+    )
 
 
 def _activations(
+    ranks: Ranks,
     networks: NetworkFiles,
     spec: SpecLike,
     batches: Rewindable,
@@ -135,16 +162,17 @@ def _activations(
     precision: Precision,
     progress: bool | None,
 ) -> MatchingStatistics:
-    models = [loading.load_model(checkpoint, build) for checkpoint in networks.checkpoints]
-    observed = networks.spec.without(networks.kept) if networks.kept else networks.spec
-    if build is None and observed.problems(models[0].state_dict()):
-        # In memory tensors may have other names than in files; nodes are the same.
-        config = networks.checkpoints[0].config
-        observed = choose_spec(spec, models[0].state_dict(), config=config, model=lambda: models[0])
-    observed.validate(models[0])
+    with ranks.step("loading the networks"):
+        models = [loading.load_model(checkpoint, build) for checkpoint in networks.checkpoints]
+        observed = networks.spec.without(networks.kept) if networks.kept else networks.spec
+        if build is None and observed.problems(models[0].state_dict()):
+            # In memory tensors may have other names than in files; nodes are the same.
+            config = networks.checkpoints[0].config
+            observed = choose_spec(spec, models[0].state_dict(), config=config, model=lambda: models[0])
+        observed.validate(models[0])
     with loading.users_code("running the networks on the data"):
-        statistics = collect_statistics(
-            models, batches, spec=observed, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
+        statistics = collect(
+            ranks, models, batches, spec=observed, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
         )
     statistics.spec = networks.spec
     return statistics

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,19 @@ from mudsc_fast._forward import Rewindable
 from mudsc_fast.checkpoints.directory import Format
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.checkpoints.networks import PathLike, open_networks, prepare_networks
+from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.io.matching import MatchedNetworks, match_networks
 from mudsc_fast.io.model_card import write_model_card
 from mudsc_fast.io.output import Output
 from mudsc_fast.io.result import WriteResult
-from mudsc_fast.io.writing import Written, atomic_path
+from mudsc_fast.io.writing import Written, common_path
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import Space
 from mudsc_fast.spec.choose import SpecLike
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def merge_checkpoints(
@@ -51,6 +55,8 @@ def merge_checkpoints(
     shard_size: str | None = None,
     command: str | None = None,
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
+    checkpoint: PathLike | None = None,
 ) -> WriteResult:
     """Merge networks in files into a new one.
 
@@ -91,6 +97,10 @@ def merge_checkpoints(
         Maximum number of bytes of tensors in a file of an output directory, e.g. ``"200MB"``; 5 GB by default.
     command
         The command line to show on the model card.
+    group, checkpoint
+        As for :func:`mudsc_fast.merge`. Each process of a group reads the tensors that it compares and merges, and
+        writes them to shards of its own; the inputs and the output are on a file system that all share. An output that
+        is a single file is written by rank 0.
 
     Returns
     -------
@@ -100,18 +110,26 @@ def merge_checkpoints(
     ------
     CheckpointError
         If an input cannot be read, inputs are incompatible, or the output exists or cannot be written.
-    ValueError, TypeError
+    ValueError, TypeError, DistributedError
         As :func:`mudsc_fast.merge`.
     """
-    target = Output.of(output, file_format, shard_size, dtype)
-    heads, ignored = patterns("task_heads", task_heads), patterns("ignore", ignore)
-    if heads and target.shard_bytes is None:
-        raise CheckpointError(f"{target.path}: task_heads give one network for each input: name a directory")
-    checkpoints = open_networks(inputs, dequantize=dequantize)
-    batches = None if data is None else Rewindable(data)
-    if dequantize and batches is not None:
-        raise CheckpointError("data cannot be run through quantized networks: match by weights, or dequantize first")
-    networks = prepare_networks(checkpoints, spec, build, batches, ignore=ignored, task_heads=heads)
+    ranks = Ranks(group)
+    with ranks.step("opening the networks"):
+        target = Output.of(output, file_format, shard_size, dtype)
+        heads, ignored = patterns("task_heads", task_heads), patterns("ignore", ignore)
+        if heads and target.shard_bytes is None:
+            raise CheckpointError(f"{target.path}: task_heads give one network for each input: name a directory")
+        checkpoints = open_networks(inputs, dequantize=dequantize)
+        batches = None if data is None else Rewindable(data)
+        if dequantize and batches is not None:
+            raise CheckpointError(
+                "data cannot be run through quantized networks: match by weights, or dequantize first"
+            )
+    written_as = f"{target.path}, {target.format}, {target.shard_bytes} bytes, {target.dtype}, {ignored}"
+    ranks.check_same({"output": written_as, "data": "none" if data is None else "batches"})
+    example = _example(batches, ranks)
+    with ranks.step("choosing the spec"):
+        networks = prepare_networks(checkpoints, spec, build, example, ignore=ignored, task_heads=heads)
     matched = match_networks(
         networks,
         spec,
@@ -128,20 +146,24 @@ def merge_checkpoints(
         patience=patience,
         precision=precision,
         progress=progress,
+        ranks=ranks,
+        checkpoint=checkpoint,
     )
     began = time.perf_counter()
-    with atomic_path(target.path) as temporary:
+    with common_path(target.path, ranks) as temporary:
         if heads:
-            temporary.mkdir()
+            with ranks.step("creating the output"):
+                if ranks.rank == 0:
+                    temporary.mkdir()
             folders = task_folders([Path(path) for path in inputs])
             written = [
-                (folder, _write_task(target, temporary / folder, matched, index))
+                (folder, _write_task(target, temporary / folder, matched, index, ranks))
                 for index, folder in enumerate(folders)
             ]
             files = tuple(f"{folder}/{file}" for folder, result in written for file in result.files)
             num_bytes = sum(result.num_bytes for _, result in written)
         else:
-            result = _write_task(target, temporary, matched, 0)
+            result = _write_task(target, temporary, matched, 0, ranks)
             files, num_bytes = result.files, result.num_bytes
         done = WriteResult(
             output=target.path,
@@ -155,11 +177,25 @@ def merge_checkpoints(
             timings={**matched.timings, "writing": time.perf_counter() - began},
             unmatched_tensors=networks.unmatched,
             task_tensors=tuple(networks.kept_names),
+            distribution=matched.distribution,
         )
-        if target.shard_bytes is not None:
+        if target.shard_bytes is not None and ranks.rank == 0:
             for folder in folders if heads else [""]:
                 write_model_card(temporary / folder, done, inputs, matched.weights, mode, command)
     return done
+
+
+def _example(batches: Rewindable | None, ranks: Ranks) -> Rewindable | None:
+    """Return the first batch of the first process that has one, by which all processes choose the same spec."""
+    if batches is None or ranks.alone:
+        return batches
+    with ranks.step("reading the first batch"):
+        has_batch = batches.has_first()
+    having = [rank for rank, has in enumerate(ranks.gather_objects(has_batch, "reading the first batch")) if has]
+    if not having:
+        return batches
+    first = batches.first() if ranks.rank == having[0] else None
+    return Rewindable([ranks.broadcast_object(first, "reading the first batch", having[0])])
 
 
 def patterns(argument: str, value: str | Sequence[str]) -> list[str]:
@@ -186,7 +222,7 @@ def task_folders(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _write_task(target: Output, path: Path, matched: MatchedNetworks, task: int) -> Written:
+def _write_task(target: Output, path: Path, matched: MatchedNetworks, task: int, ranks: Ranks) -> Written:
     """Write the merged network in the form of one input, with that input's tensors where they are not merged."""
     networks = matched.networks
 
@@ -199,4 +235,4 @@ def _write_task(target: Output, path: Path, matched: MatchedNetworks, task: int)
             tensors = [tensor.to(wide) for tensor in tensors]
         return matched.merged(name, tensors)
 
-    return target.write(path, networks.checkpoints[task], tensor_of)
+    return target.write(path, networks.checkpoints[task], tensor_of, ranks, lambda name: matched.holder.get(name, 0))

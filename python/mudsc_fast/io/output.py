@@ -13,6 +13,7 @@ from torch import Tensor
 from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, Format
 from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.io.writing import (
     TensorSize,
     Written,
@@ -78,6 +79,8 @@ class Output:
         path: Path,
         source: Checkpoint,
         tensor_of: Callable[[str], Tensor],
+        ranks: Ranks | None = None,
+        rank_of: Callable[[str], int] = lambda _: 0,
     ) -> Written:
         """Write a network in the form of `source`: its tensors under the names of its files, and what lies beside them.
 
@@ -89,6 +92,8 @@ class Output:
             The network whose form the result has.
         tensor_of
             Computes a tensor of the network by its name.
+        ranks, rank_of
+            The processes that write together, and the rank that writes a tensor.
         """
         pieces = _in_order(source)
         # Pieces of one tensor follow each other, so the last tensor is kept for the next piece.
@@ -119,8 +124,11 @@ class Output:
             extra_state=source.extra_state,
             versions=source.versions,
             metadata=source.metadata,
+            ranks=ranks,
+            rank_of=lambda stored: rank_of(source.pieces[stored].name),
         )
-        if self.shard_bytes is not None and source.path.is_dir():
+        is_first = ranks is None or ranks.rank == 0
+        if self.shard_bytes is not None and source.path.is_dir() and is_first:
             copy_companions(source.path, path, source.config, self.dtype)
         return written
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import mudsc_fast
+from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
@@ -44,6 +45,8 @@ class WriteResult:
         output. None where it was not checked, for the reason in `unchecked`.
     unchecked
         Why there is no `difference`.
+    distribution
+        How the processes of a group shared the work; None for one process.
     """
 
     output: Path
@@ -59,6 +62,7 @@ class WriteResult:
     task_tensors: tuple[str, ...] = ()
     difference: tuple[float, float] | None = None
     unchecked: str | None = None
+    distribution: Distribution | None = None
 
     def __repr__(self) -> str:
         """Return one line; ``str`` is the report."""
@@ -73,6 +77,8 @@ class WriteResult:
             f"{self.output}: {self.num_bytes / 1e6:.1f} MB of tensors in {files}",
             "seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()),
         ]
+        if self.distribution is not None:
+            lines.append(str(self.distribution))
         if self.task_tensors:
             lines.append("not merged: " + _listed(self.task_tensors))
         if self.unmatched_tensors:
@@ -118,6 +124,7 @@ class WriteResult:
             "unmatched_tensors": list(self.unmatched_tensors),
             "task_tensors": list(self.task_tensors),
             "difference": difference,
+            "distribution": None if self.distribution is None else vars(self.distribution),
         }
 
 

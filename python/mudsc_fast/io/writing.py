@@ -14,7 +14,7 @@ import struct
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from mudsc_fast._files import atomic_write
 from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
 from mudsc_fast.checkpoints.errors import CheckpointError
+from mudsc_fast.distributed.ranks import Ranks
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -127,6 +128,41 @@ def atomic_path(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def common_path(target: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield the same path in all processes, and rename it to `target` when all have left the enclosed code.
+
+    If it fails in one of them, or one is gone, what was written is removed by those that are left.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`atomic_path`, and if not all processes see the directory.
+    """
+    if ranks.alone:
+        with atomic_path(target) as temporary:
+            yield temporary
+        return
+    path = Path()
+    try:
+        with ExitStack() as stack:
+            with ranks.step("creating the output"):
+                if ranks.rank == 0:
+                    path = stack.enter_context(atomic_path(target))
+            path = ranks.broadcast_object(path, "creating the output")
+            with ranks.step("creating the output"):
+                if not path.parent.is_dir():
+                    raise CheckpointError(f"{target.parent}: must be on a file system that all processes share")
+            yield path
+            with ranks.step("completing the output"):
+                if ranks.rank == 0:
+                    stack.close()
+    except BaseException:
+        if path.name:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+
+
 def check_free(target: Path) -> None:
     """Raise a CheckpointError if `target` exists or there is no directory to write it in."""
     if target.exists() or target.is_symlink():
@@ -146,8 +182,12 @@ def write_checkpoint(
     extra_state: Mapping[str, Any] | None = None,
     versions: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    ranks: Ranks | None = None,
+    rank_of: Callable[[str], int] = lambda _: 0,
 ) -> Written:
     """Write tensors to a file or, if `shard_bytes` is given, as shards to a new directory.
+
+    Of several processes, all of which make this call, each writes the shards of its tensors, and rank 0 all else.
 
     Parameters
     ----------
@@ -167,6 +207,8 @@ def write_checkpoint(
         Entries of a state dict that are not tensors, and its ``_metadata``, for files of torch.
     metadata
         Texts to keep in a safetensors file. Hashes are left out: the weights are others.
+    ranks, rank_of
+        The processes, this one alone by default, and the rank that writes a tensor to a shard.
 
     Raises
     ------
@@ -188,28 +230,34 @@ def write_checkpoint(
         def write(file: Path, names: Sequence[str]) -> None:
             _write_safetensors(file, names, sizes, tensor_of, texts)
     else:
-        extra = dict(extra_state or {})
 
         def write(file: Path, names: Sequence[str]) -> None:
-            _write_torch(file, names, sizes, tensor_of, extra, dict(versions or {}))
-            extra.clear()  # in the first shard alone
+            first = names[:1] == list(sizes)[:1]
+            _write_torch(file, names, sizes, tensor_of, (extra_state or {}) if first else {}, dict(versions or {}))
 
+    ranks = Ranks() if ranks is None else ranks
     if shard_bytes is None:
-        write(path, list(sizes))
+        with ranks.step("writing the output"):
+            if ranks.rank == 0:
+                write(path, list(sizes))
         return Written((path.name,), total)
-    path.mkdir()
-    shards = _shards(sizes, shard_bytes)
+    with ranks.step("writing the output"):
+        if ranks.rank == 0:
+            path.mkdir()
+    shards = _shards(sizes, shard_bytes, rank_of)
     stem, suffix = _name_in_format(weights_name, kind)
     shard_of: dict[str, str] = {}
     files = []
-    for number, names in enumerate(shards, start=1):
-        file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
-        write(path / file, names)
-        shard_of.update(dict.fromkeys(names, file))
-        files.append(file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-        write_json(path / f"{stem}{suffix}.index.json", index)
+    with ranks.step("writing the output"):
+        for number, (rank, names) in enumerate(shards, start=1):
+            file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
+            if rank % ranks.size == ranks.rank:
+                write(path / file, names)
+            shard_of.update(dict.fromkeys(names, file))
+            files.append(file)
+        if len(shards) > 1 and ranks.rank == 0:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
+            write_json(path / f"{stem}{suffix}.index.json", index)
     return Written(tuple(files), total)
 
 
@@ -270,16 +318,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(sizes: Mapping[str, TensorSize], most: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _shards(sizes: Mapping[str, TensorSize], most: int, rank_of: Callable[[str], int]) -> list[tuple[int, list[str]]]:
+    """Return the tensors of each shard, with the rank that writes it."""
+    shards: list[tuple[int, list[str]]] = []
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size.num_bytes > most:
-            shards.append([])
+    for name in sorted(sizes, key=rank_of):  # a stable order: that of `sizes` for each rank
+        rank, size = rank_of(name), sizes[name].num_bytes
+        if not shards or shards[-1][0] != rank or (shards[-1][1] and filled + size > most):
+            shards.append((rank, []))
             filled = 0
-        shards[-1].append(name)
-        filled += size.num_bytes
-    return shards
+        shards[-1][1].append(name)
+        filled += size
+    return shards or [(0, [])]
 
 
 def _write_safetensors(

@@ -322,8 +322,10 @@ def collect(
         statistics, num_batches = _collect_own(
             models, data, spec, blocks, forward, autocast, precision, ranks.progress(progress)
         )
-    if not any(ranks.gather_objects(num_batches, "summing activations")):
-        raise ValueError("data must yield at least one batch, got none" + ("" if ranks.alone else " on any rank"))
+    counts = ranks.gather_objects(num_batches, "summing activations")
+    with ranks.step("running the models on the data"):
+        if not any(counts):
+            raise ValueError("data must yield at least one batch, got none" + ("" if ranks.alone else " on any rank"))
     statistics._all_reduce(ranks)
     return statistics
 
