@@ -17,8 +17,8 @@ from mudsc_fast._forward import Rewindable, run_on_batch
 from mudsc_fast._huggingface import class_of_config, random_inputs
 from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.errors import CheckpointError
-from mudsc_fast.distributed.ranks import DistributedError, same_on_all
 from mudsc_fast.checkpoints.names import is_derived, plain_names
+from mudsc_fast.distributed.ranks import DistributedError, same_on_all
 
 #: Outputs of models of Hugging Face whose order is fixed; hidden states follow the units.
 _ORDERED_OUTPUTS = (

@@ -1,0 +1,280 @@
+"""Several processes of which one fails, and runs that continue what an interrupted one has computed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+
+import mudsc_fast
+from mudsc_fast.distributed import DistributedError
+from mudsc_fast.io import merge_checkpoints, writing
+from mudsc_fast.matching import sweep
+from networks import MLP_SPEC, make_mlp
+from processes import TIMEOUT, run_processes
+
+pytestmark = pytest.mark.skipif(
+    not distributed.is_available() or not hasattr(signal, "SIGKILL"), reason="needs torch.distributed and signals"
+)
+
+KILLED = -int(getattr(signal, "SIGKILL", 9))
+PHASES = ["statistics", "sweeps", "writing"]
+
+
+def batches(shares: int = 1, rank: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(samples, 20, generator=generator) for samples in (16, 7, 30, 9)][rank::shares]
+
+
+def save_networks(folder: Path) -> list[Path]:
+    """Write two MLPs, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.safetensors" for name in "ab"]
+    for seed, path in enumerate(paths):
+        save_file(make_mlp(seed=seed).state_dict(), path)
+    return paths
+
+
+def merge_files(folder: Path, data: Any, **options: Any) -> Any:
+    paths = [folder / f"{name}.safetensors" for name in "ab"]
+    return merge_checkpoints(
+        paths, folder / "merged", spec=MLP_SPEC, data=data, build=make_mlp, checkpoint=folder / "checkpoint", **options
+    )
+
+
+def merged_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_phase(rank: int, folder: Path, phase: str, victim: int) -> None:
+    """Merge in two processes, one of which is killed; write what the other one reports."""
+    data: Any = batches(2, rank)
+    if rank == victim:
+        if phase == "statistics":
+            data = dying_batches(data)
+        elif phase == "sweeps":
+            die_after_a_sweep()
+        else:
+            die_while_writing()
+    try:
+        merge_files(folder, data, group=distributed.group.WORLD)
+    except DistributedError as error:
+        (folder / "report.txt").write_text(f"{error.reporter} {error}", encoding="utf-8")
+
+
+def dying_batches(data: list[Tensor]) -> Iterator[Tensor]:
+    yield data[0]
+    kill()
+
+
+def die_after_a_sweep() -> None:
+    """Kill this process in its third sweep."""
+    waves, calls = sweep.waves, itertools.count()
+
+    def dying(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            kill()
+        return waves(*arguments)
+
+    sweep.waves = dying  # type: ignore[assignment]
+
+
+def die_while_writing() -> None:
+    """Kill this process after the first tensor of a shard."""
+    contents = writing._contents
+
+    def dying(*arguments: Any) -> Iterator[memoryview]:
+        yield next(contents(*arguments))
+        kill()
+
+    writing._contents = dying  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("phase", "victim"), [("statistics", 1), ("sweeps", 0), ("writing", 1), ("writing", 0)])
+def test_a_killed_run_can_be_resumed(phase: str, victim: int, tmp_path: Path) -> None:
+    save_networks(tmp_path)
+    codes = run_processes(killed_in_phase, 2, tmp_path, phase, victim)
+    assert codes[victim] == KILLED
+    survivor = 1 - victim
+    assert (tmp_path / "report.txt").read_text(encoding="utf-8").startswith(f"{survivor} rank {victim} was killed")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"a.safetensors", "b.safetensors", "checkpoint", "report.txt", "rendezvous"}
+    kept = {path.name for path in (tmp_path / "checkpoint").iterdir() if not path.name.startswith(".")}
+    assert kept == {"inputs.json"} | (set() if phase == "statistics" else {"statistics.pt", "sweeps.pt"})
+
+    read = []
+
+    def data() -> Iterator[Tensor]:
+        for batch in batches():
+            read.append(batch)
+            yield batch
+
+    resumed = merge_files(tmp_path, data())  # in one process instead of two
+    assert len(read) == (4 if phase == "statistics" else 0)
+    whole = merge_checkpoints(
+        [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
+        tmp_path / "whole",
+        spec=MLP_SPEC,
+        data=batches(),
+        build=make_mlp,
+    )
+    assert resumed.objectives == pytest.approx(whole.objectives, abs=1e-6)
+    for node, matched in whole.matching.items():
+        assert resumed.matching[node].same_clusters(matched)
+    torch.testing.assert_close(
+        merged_tensors(tmp_path / "merged"), merged_tensors(tmp_path / "whole"), rtol=0, atol=1e-6
+    )
+
+
+def several_failures(rank: int, folder: Path) -> None:
+    """Go through failures that leave the group intact, and write what each rank reports."""
+    group = distributed.group.WORLD
+    states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
+    found: dict[str, list[str]] = {}
+
+    def attempt(name: str, models: Any, data: Any = None, **options: Any) -> None:
+        try:
+            mudsc_fast.merge(models, data, group=group, **{"spec": MLP_SPEC, **options})
+            found[name] = ["none"]
+        except Exception as error:
+            found[name] = [type(error).__name__, str(error)]
+
+    attempt("another seed", states, random_state=rank)
+    attempt("another spec", states, spec=MLP_SPEC.without(["fc2.bias"]) if rank else MLP_SPEC)
+    models = [states[0], make_mlp(seed=5).state_dict()] if rank else states
+    attempt("other weights", models)
+    attempt("another balance", states, balance=2.0 if rank else 0.5)
+    attempt("the same mistake", states, balance=2.0)
+    attempt("another number of models", [*states, states[0]] if rank else states)
+    infinite = [dict(state) for state in states]
+    infinite[1] = {name: tensor.clone() for name, tensor in states[1].items()}
+    infinite[1]["fc2.weight"][0, 0] = float("inf")
+    attempt("a bad tensor", infinite)
+    modules: Any = [make_mlp(seed=seed) for seed in (0, 1)]
+    attempt("no data", modules, [])
+    attempt("a bad batch", modules, [torch.randn(4, 20), torch.randn(4, 19 if rank else 20)])
+    attempt("data on one rank", modules, None if rank else [torch.randn(4, 20)])
+    attempt("no mistake", modules, [torch.randn(4, 20)] if rank else [])
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_every_rank_reports_the_failure_of_one(tmp_path: Path) -> None:
+    assert run_processes(several_failures, 2, tmp_path) == [0, 0]
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    both = "ValueError", "all ranks must be given the same "
+    expected = {
+        "another seed": (both[0], both[1] + "random_state: got 0 on rank 0, but 1 on rank 1"),
+        "another spec": (both[0], both[1] + "spec: got with checksum "),
+        "other weights": (both[0], both[1] + "models[1]: got tensors with checksum "),
+        "another balance": (
+            "DistributedError",
+            "rank 1 failed while checking the arguments: ValueError: balance must be in [0, 1], got 2.0",
+        ),
+        "the same mistake": ("ValueError", "balance must be in [0, 1], got 2.0"),
+        "another number of models": (both[0], both[1] + "weights"),
+        "no data": ("ValueError", "data must yield at least one batch, got none on any rank"),
+        "data on one rank": (both[0], both[1] + "kind of data: got batches on rank 0, but None on rank 1"),
+        "no mistake": ("none",),
+    }
+    for name, (kind, *text) in expected.items():
+        for report in reports:
+            assert report[name][0] == kind, (name, report[name])
+            assert report[name][1:] == text or report[name][1].startswith(text[0]), (name, report[name])
+    for report in reports:
+        kind, text = report["a bad tensor"]
+        assert kind == "DistributedError"
+        assert "failed while checking the tensors: ValueError: 'fc2.weight' of models[1]" in text
+        kind, text = report["a bad batch"]
+        assert kind == "DistributedError"
+        assert text.startswith("rank 1 failed while running the models on the data: ")
+
+
+RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mudsc_fast", "merge"]
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run(
+        [*RUN[:4], "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *RUN[5:], "a", "b", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT,
+    )
+
+
+def save_directories(folder: Path) -> None:
+    for seed, name in enumerate("ab"):
+        (folder / name).mkdir()
+        save_file(make_mlp(seed=seed).state_dict(), folder / name / "model.safetensors")
+        (folder / name / "notes.txt").write_text("kept beside the weights", encoding="utf-8")
+    MLP_SPEC.save(folder / "spec.json")
+
+
+def test_torchrun_writes_the_directory_of_one_process(tmp_path: Path) -> None:
+    save_directories(tmp_path)
+    ran = torchrun(tmp_path, "--spec", "spec.json", "--output", "merged", "--report", "report.json")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("2 nodes matched") == 1
+    assert "2 ranks, with" in ran.stdout
+    single = merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "single", spec=MLP_SPEC)
+    found = merged_tensors(tmp_path / "merged")
+    expected = merged_tensors(tmp_path / "single")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert set(index["weight_map"]) == set(expected)
+    assert index["metadata"]["total_size"] == single.num_bytes
+    assert (tmp_path / "merged" / "notes.txt").exists()
+    assert (tmp_path / "merged" / "README.md").exists()
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert len(report["distribution"]["sweep_bytes"]) == len(report["objectives"])
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+    again = torchrun(tmp_path, "--spec", "spec.json", "--output", "merged")
+    assert again.returncode != 0
+    assert again.stderr.count("already exists") == 1
+
+
+DATA = """
+import os, signal, torch
+
+def model():
+    from networks import make_mlp
+    return make_mlp()
+
+def batches():
+    yield torch.randn(4, 20)
+    yield torch.randn(4, 20)
+    yield torch.randn(4, 20)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_torchrun_names_the_rank_that_was_killed(tmp_path: Path) -> None:
+    save_directories(tmp_path)
+    (tmp_path / "my_data.py").write_text(DATA, encoding="utf-8")
+    options = ("--spec", "spec.json", "--model", "my_data:model", "--data", "my_data:batches")
+    ran = torchrun(tmp_path, *options, "--output", "merged", "--timeout", "100")
+    assert ran.returncode != 0
+    assert ran.stderr.count("mudsc-fast merge: error: rank 1 was killed") == 1
+    assert not (tmp_path / "merged").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
