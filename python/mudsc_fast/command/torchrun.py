@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from mudsc_fast.distributed.ranks import Terminated
+from mudsc_fast.distributed.ranks import Ranks, Terminated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,6 +52,11 @@ def process_group(timeout: float | None) -> Iterator[ProcessGroup | None]:
     distributed.init_process_group("gloo", timeout=limit)
     try:
         yield distributed.group.WORLD
+    except Terminated as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it was heard
+        if Ranks.latest is None:
+            raise
+        raise Ranks.latest.explain(error) from None
     finally:
         distributed.destroy_process_group()
 

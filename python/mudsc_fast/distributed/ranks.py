@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -89,6 +89,9 @@ class Ranks:
         If torch.distributed is not initialized.
     """
 
+    #: The processes that this one began to work with last.
+    latest: ClassVar[Ranks | None] = None
+
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.bytes_sent = 0
         self._group = group
@@ -109,6 +112,7 @@ class Ranks:
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         if self.size > 1:
             self._hosts = self.gather_objects((socket.gethostname(), os.getpid()), "starting")
+            Ranks.latest = self
 
     @property
     def alone(self) -> bool:
@@ -270,10 +274,12 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise self._why_lost(doing, error) from error
-        except Terminated as error:  # where a process was killed, torchrun ends the others
-            if any(self._has_died(rank) for rank in range(self.size) if rank != self.rank):
-                raise self._why_lost(doing, error) from error
-            raise
+
+    def explain(self, error: Terminated) -> BaseException:
+        """Return why this process was asked to end: another one died, after which torchrun ends all; else `error`."""
+        if any(self._has_died(rank) for rank in range(self.size) if rank != self.rank):
+            return self._why_lost("waiting for it", error)
+        return error
 
     def _why_lost(self, doing: str, error: BaseException) -> DistributedError:
         """Find out which process is gone. The first to know tells the others, through the store of the group."""

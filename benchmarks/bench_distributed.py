@@ -1,0 +1,198 @@
+"""Merging in several processes: time, peak memory of each rank, and bytes sent.
+
+    python benchmarks/bench_distributed.py             # four LLaMA-shaped blocks, one and two processes of one thread
+    python benchmarks/bench_distributed.py --billion   # 1.1 billion parameters in bfloat16, two processes
+
+The networks are random, made on the spot in a temporary directory. Every row asserts that the matching is the one that
+one process finds; the networks of a billion parameters are merged by two processes only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+#: Width, hidden width, heads, key and value heads, layers and tokens of the networks.
+BLOCKS = (1024, 2816, 16, 4, 4, 512)
+BILLION = (2048, 5632, 32, 4, 22, 32000)
+
+
+def shapes_of(
+    width: int, hidden: int, heads: int, kv_heads: int, layers: int, tokens: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of the tensors of a LLaMA."""
+    narrow = width // heads * kv_heads
+    yield "model.embed_tokens.weight", (tokens, width)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (width,)
+        for name, rows in (("q", width), ("k", narrow), ("v", narrow), ("o", width)):
+            yield f"{prefix}.self_attn.{name}_proj.weight", (rows, width)
+        yield f"{prefix}.post_attention_layernorm.weight", (width,)
+        yield f"{prefix}.mlp.gate_proj.weight", (hidden, width)
+        yield f"{prefix}.mlp.up_proj.weight", (hidden, width)
+        yield f"{prefix}.mlp.down_proj.weight", (width, hidden)
+    yield "model.norm.weight", (width,)
+    yield "lm_head.weight", (tokens, width)
+
+
+def write_network(folder: Path, shape: tuple[int, int, int, int, int, int], seed: int, dtype: torch.dtype) -> int:
+    """Write a directory of Hugging Face, one shard per layer or table, and return the number of parameters."""
+    width, hidden, heads, kv_heads, layers, tokens = shape
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    index: dict[str, str] = {}
+    entries = 0
+    for name, size in shapes_of(*shape):
+        part = name.rpartition(".")[0].split(".")
+        shard = "model-" + "-".join(part[:3] if "layers" in part else part) + ".safetensors"
+        tensor = torch.randn(size, generator=generator) * size[-1] ** -0.5 if len(size) > 1 else torch.rand(size) + 0.5
+        shards.setdefault(shard, {})[name] = tensor.to(dtype)
+        index[name] = shard
+        entries += tensor.numel()
+    for shard, tensors in shards.items():
+        save_file(tensors, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": entries * dtype.itemsize}, "weight_map": index}), encoding="utf-8"
+    )
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": tokens,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return entries
+
+
+def merge_here(folder: Path, processes: int, sweeps: int) -> None:
+    """Merge in this process, one of `processes`, and write a report to FOLDER/PROCESSES.RANK.json."""
+    import time
+
+    from torch import distributed
+
+    from mudsc_fast.io import merge_checkpoints
+
+    torch.set_num_threads(1)
+    rank = 0
+    group = None
+    if processes > 1:
+        distributed.init_process_group("gloo")
+        rank, group = distributed.get_rank(), distributed.group.WORLD
+        distributed.barrier()
+    reset_peak()
+    began, computing = time.perf_counter(), time.process_time()
+    result = merge_checkpoints(
+        [folder / "a", folder / "b"], folder / f"merged-{processes}", max_sweeps=sweeps, group=group, progress=False
+    )
+    report = {
+        "seconds": time.perf_counter() - began,
+        "cpu": time.process_time() - computing,
+        "timings": dict(result.timings),
+        "peak": peak("VmHWM"),
+        "clusters": {node: checksum(matched.cluster_of_unit) for node, matched in result.matching.items()},
+        "distribution": None if result.distribution is None else vars(result.distribution),
+    }
+    (folder / f"{processes}.{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+    if processes > 1:
+        distributed.destroy_process_group()
+
+
+def checksum(clusters: torch.Tensor) -> int:
+    return int((clusters * torch.arange(1, clusters.numel() + 1).view_as(clusters)).sum())
+
+
+def peak(entry: str) -> int:
+    """Return a figure of this process in bytes; 0 where there is no /proc."""
+    file = Path("/proc/self/status")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(entry + ":")), 0)
+
+
+def reset_peak() -> None:
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5", encoding="utf-8")
+
+
+def run(folder: Path, processes: int, sweeps: int) -> list[dict[str, Any]]:
+    """Merge in new processes of one thread each, and return their reports."""
+    own = [
+        str(Path(__file__).resolve()),
+        "--folder",
+        str(folder),
+        "--processes",
+        str(processes),
+        "--sweeps",
+        str(sweeps),
+    ]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
+        start += ["--rdzv-endpoint", "localhost:0"]
+    subprocess.run([*start, *own], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    reports = [json.loads((folder / f"{processes}.{rank}.json").read_text()) for rank in range(processes)]
+    subprocess.run(["rm", "-r", str(folder / f"merged-{processes}")], check=True)
+    return reports
+
+
+def show(processes: int, reports: list[dict[str, Any]]) -> None:
+    peaks = ", ".join(f"{report['peak'] / 1e9:.2f}" for report in reports)
+    cpu = ", ".join(f"{report['cpu']:.2f}" for report in reports)
+    print(f"{processes} process(es): {reports[0]['seconds']:.2f} s, CPU {cpu} s, peak memory {peaks} GB", end="")
+    if reports[0]["distribution"]:
+        sent = ", ".join(f"{count / 1e6:.1f}" for count in reports[0]["distribution"]["sweep_bytes"])
+        work = ", ".join(f"{share:.1%}" for share in reports[0]["distribution"]["work"])
+        print(f", work {work}, MB sent per sweep {sent}", end="")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--billion", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sweeps", type=int)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--processes", type=int)
+    given = parser.parse_args()
+    if given.processes is not None:
+        merge_here(given.folder, given.processes, given.sweeps)
+        return
+    shape, dtype = (BILLION, torch.bfloat16) if given.billion else (BLOCKS, torch.float32)
+    sweeps = given.sweeps or (1 if given.billion else 100)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        entries = write_network(folder / "a", shape, 0, dtype)
+        write_network(folder / "b", shape, 1, dtype)
+        print(f"two networks of {entries / 1e6:.0f} million parameters in {dtype}, at most {sweeps} sweeps")
+        if given.billion:
+            show(2, run(folder, 2, sweeps))
+            return
+        best = {1: float("inf"), 2: float("inf")}
+        for _ in range(given.repeats):
+            reports = {processes: run(folder, processes, sweeps) for processes in best}
+            for processes, of_ranks in reports.items():
+                show(processes, of_ranks)
+                assert of_ranks[0]["clusters"] == reports[1][0]["clusters"], "the matching is that of one process"
+                best[processes] = min(best[processes], of_ranks[0]["seconds"])
+        print(f"two processes are {best[1] / best[2]:.2f} times as fast as one (the best of {given.repeats} runs each)")
+
+
+if __name__ == "__main__":
+    main()
