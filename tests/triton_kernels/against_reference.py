@@ -22,7 +22,7 @@ from mudsc_fast.kernels._samples import SampleOrder
 from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.reference import correlation as reference_correlation
 from mudsc_fast.kernels.reference import permute as reference
-from mudsc_fast.kernels.triton import center, correlation, permute
+from mudsc_fast.kernels.triton import center, correlation, permute, permute_group
 from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.ops.permute import UnitMap
@@ -156,7 +156,9 @@ def test_group(dtype: torch.dtype) -> None:
     maps[4] = {}
     weights = [0.2, 0.3, 0.5]
     tolerance = TOLERANCE[dtype]
-    for result, tensors, by_axis in zip(permute.permute_merge_group(groups, maps, weights), groups, maps, strict=True):
+    for result, tensors, by_axis in zip(
+        permute_group.permute_merge_group(groups, maps, weights), groups, maps, strict=True
+    ):
         expected = reference.permute_merge(tensors, by_axis, weights, None)
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
 
@@ -181,9 +183,9 @@ def test_group_of_a_layer_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None
             launched.append(grid)
             return kernel[grid]
 
-    kernel = permute.merge_group_kernel
-    monkeypatch.setattr(permute, "merge_group_kernel", Noting())
-    results = permute.permute_merge_group(groups, [by_axis for _, by_axis in cases], [0.5, 0.5])
+    kernel = permute_group.merge_group_kernel
+    monkeypatch.setattr(permute_group, "merge_group_kernel", Noting())
+    results = permute_group.permute_merge_group(groups, [by_axis for _, by_axis in cases], [0.5, 0.5])
     assert len(launched) == 1
     for result, tensors, (_, by_axis) in zip(results, groups, cases, strict=True):
         expected = reference.permute_merge(tensors, by_axis, [0.5, 0.5], None)
@@ -194,7 +196,9 @@ def test_group_of_one_model_is_copied_bit_for_bit() -> None:
     bits = [torch.arange(-30, 30, dtype=torch.int16, device=DEVICE).view(shape) for shape in ((60,), (6, 10))]
     groups = [[(one * 1091).view(torch.bfloat16)] for one in bits]
     maps = [{0: random_map("permutation", 1, one[0].shape[0])} for one in groups]
-    for result, tensors, by_axis in zip(permute.permute_merge_group(groups, maps, [1.0]), groups, maps, strict=True):
+    for result, tensors, by_axis in zip(
+        permute_group.permute_merge_group(groups, maps, [1.0]), groups, maps, strict=True
+    ):
         expected = tensors[0].index_select(0, by_axis[0].index[0])
         assert torch.equal(result.view(torch.int16), expected.view(torch.int16))
 
@@ -202,13 +206,13 @@ def test_group_of_one_model_is_copied_bit_for_bit() -> None:
 def test_groups_are_launched_one_by_one_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of a grouped launch would be copied from the host."""
     monkeypatch.setattr(_device, "is_capturing", lambda _: True)
-    monkeypatch.setattr(permute, "merge_group_kernel", None)
+    monkeypatch.setattr(permute_group, "merge_group_kernel", None)
     tensors, by_axis = [randn(9, 7) for _ in range(2)], {0: random_map("permutation", 2, 9)}
-    result = permute.permute_merge_group([tensors], [by_axis], [0.5, 0.5])[0]
+    result = permute_group.permute_merge_group([tensors], [by_axis], [0.5, 0.5])[0]
     torch.testing.assert_close(result, reference.permute_merge(tensors, by_axis, [0.5, 0.5], None))
     elsewhere = dataclasses.replace(by_axis[0], index=by_axis[0].index.to("meta"))
     with pytest.raises(RuntimeError, match="a UnitMap on meta cannot be used while a CUDA graph is captured"):
-        permute.permute_merge_group([tensors], [{0: elsewhere}], [0.5, 0.5])
+        permute_group.permute_merge_group([tensors], [{0: elsewhere}], [0.5, 0.5])
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference() -> None:

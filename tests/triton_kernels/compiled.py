@@ -14,7 +14,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mudsc_fast.kernels.triton import center, correlation, permute
+from mudsc_fast.kernels.triton import center, correlation, permute, permute_group
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "to be run by tests/test_triton.py"
 
@@ -110,10 +110,10 @@ def test_group(architecture: int, copies: bool, tmp_path: Path) -> None:
     dtype, num_models = ("i16", 1) if copies else ("bf16", 2)
     arguments = {
         "table": "*i64", "like": f"*{dtype}", "weights": ("fp32",) * num_models,
-        "NUM_MODELS": num_models, "FIELDS": permute.GROUP_FIELDS.value + num_models, "PROBLEMS": 16, "COPY": copies,
-        "VECTOR": 8, "BLOCK_LINES": 4, "BLOCK_ITEMS": 1024, "MOVED_ITEMS": 2048,
+        "NUM_MODELS": num_models, "FIELDS": permute_group.GROUP_FIELDS.value + num_models, "PROBLEMS": 16,
+        "COPY": copies, "VECTOR": 8, "BLOCK_LINES": 4, "BLOCK_ITEMS": 1024, "MOVED_ITEMS": 2048,
     }  # fmt: skip
-    compiled = Compiled(permute.merge_group_kernel, architecture, arguments, tmp_path)
+    compiled = Compiled(permute_group.merge_group_kernel, architecture, arguments, tmp_path)
     compiled.assert_fits(168)  # 3 programs
     assert compiled.accesses("ld").count(128) >= 4 * num_models
     assert compiled.accesses("st").count(128) >= 6

@@ -5,6 +5,7 @@ and CuPy). Results are tensors on the device of the input, which other libraries
 :func:`linear_sum_assignment` returns NumPy arrays for arrays, like the function of scipy that it replaces.
 """
 
+from mudsc_fast.ops import _correlation_op  # noqa: F401  registers the op
 from mudsc_fast.ops._dispatch import backends, use_backend
 from mudsc_fast.ops.assignment import Assignment, linear_assignment, linear_sum_assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mudsc_fast import _arrays, _checks
 from mudsc_fast.kernels._samples import SampleOrder
 from mudsc_fast.ops.permute import permute_merge
 from mudsc_fast.unit_map import UnitMap
@@ -48,6 +49,31 @@ class Samples:
             None if self.outer is None else self.outer.part(outer),
             None if self.inner is None else self.inner.part(inner),
         )
+
+
+def check_features(
+    features: Sequence[_arrays.Array], num_models: int, units: int, device: torch.device, channel_axis: int
+) -> list[Tensor]:
+    """Return one tensor per model, all of one shape with `units` entries on the channel axis, or raise an error."""
+    if len(features) != num_models:
+        raise ValueError(f"features must be one tensor for each of {num_models} models, got {len(features)}")
+    checked = [_arrays.as_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
+    shape = checked[0].shape
+    if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
+        raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
+    if not -len(shape) <= channel_axis < len(shape):
+        raise ValueError(f"channel_axis is {channel_axis}, but features[0] has {len(shape)} axes")
+    for i, feature in enumerate(checked):
+        _checks.check_float(f"features[{i}]", feature)
+        if feature.shape != shape:
+            raise ValueError(
+                f"features[{i}] must have the shape of features[0], {list(shape)}, got {list(feature.shape)}"
+            )
+        if feature.device != device:
+            raise ValueError(f"features[{i}] must be on {device}, got {feature.device}")
+    if shape[channel_axis] != units:
+        raise ValueError(f"features must have {units} units on axis {channel_axis}, got shape {list(shape)}")
+    return checked
 
 
 def flat(feature: Tensor, channel_axis: int) -> Tensor:

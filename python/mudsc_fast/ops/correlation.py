@@ -13,13 +13,20 @@ import torch.distributed
 from torch import Tensor
 
 from mudsc_fast import _arrays, _checks
-from mudsc_fast.kernels.cpu import correlation as cpu
-from mudsc_fast.kernels.cuda import correlation as cuda
-from mudsc_fast.kernels.reference import correlation as reference
-from mudsc_fast.ops import _centered_products, _dispatch, _library, _merge_arguments, _tensor_core_products
+from mudsc_fast.ops import _centered_products, _library, _merge_arguments, _tensor_core_products
+from mudsc_fast.ops._all_reduce import all_reduce
 from mudsc_fast.ops._centered_products import Precision, Workspace
-from mudsc_fast.ops._features import check_not_infinite, chunks, flat, may_overflow, reindexed, samples_of
-from mudsc_fast.ops._moments import Blocks, Moments, pairs_of
+from mudsc_fast.ops._correlation_result import correlations_of
+from mudsc_fast.ops._features import (
+    check_features,
+    check_not_infinite,
+    chunks,
+    flat,
+    may_overflow,
+    reindexed,
+    samples_of,
+)
+from mudsc_fast.ops._moments import Blocks, Moments
 from mudsc_fast.unit_map import UnitMap
 
 __all__ = ["Blocks", "CorrelationAccumulator", "Precision", "Workspace"]
@@ -319,25 +326,7 @@ class CorrelationAccumulator:
         if self.num_samples == 0:
             raise ValueError("there are no samples: call update before finalize")
         self._check_range()
-        result = self._empty_result()
-        other = _check_blend(other, balance, result)
-        moments = self._moments
-        correlate = _dispatch.choose(
-            "correlation.finalize",
-            moments.device,
-            {
-                "cpu": cpu.correlate,
-                "cuda": cuda.correlate,
-                "triton": _correlate_by_triton,
-                "reference": reference.correlate,
-            },
-        )
-        deviation = (moments.squares / moments.num_samples).sqrt()
-        for (i, j), comoment in zip(moments.pairs, moments.comoments, strict=True):
-            out, mirror = self._blocks_of(result, i, j)
-            beside = None if other is None else self._blocks_of(other, i, j)[0]
-            correlate(comoment, deviation[i], deviation[j], moments.num_samples, eps, out, mirror, beside, balance)
-        return result
+        return correlations_of(self._moments, self._blocks, self._dtype, eps, other, balance)
 
     @torch.no_grad()
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
@@ -361,32 +350,7 @@ class CorrelationAccumulator:
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError("all_reduce needs a process group: call torch.distributed.init_process_group first")
-        moments = self._moments
-        own_state = (self._configuration(), moments.num_samples, moments.is_in_range())
-        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, own_state, group=group)
-        for rank, (configuration, _, in_range) in enumerate(gathered):
-            if not in_range:
-                raise ValueError(f"{_OUT_OF_RANGE} in rank {rank}")
-            if configuration != gathered[0][0]:
-                raise ValueError(
-                    f"all processes must have the configuration of rank 0, {gathered[0][0]}, "
-                    f"got {configuration} in rank {rank}"
-                )
-        total = sum(num_samples for _, num_samples, _ in gathered)
-        if total == 0:
-            return
-        # Sums about the common mean can be added.
-        mean = moments.mean * (moments.num_samples / total)
-        torch.distributed.all_reduce(mean, group=group)
-        shift = moments.mean - mean
-        for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
-            own.addr_(moments.num_samples * shift[i], shift[j])
-        moments.squares += moments.num_samples * shift * shift
-        torch.distributed.all_reduce(moments.squares, group=group)
-        torch.distributed.all_reduce(moments.comoments, group=group)
-        moments.mean.copy_(mean)
-        moments.num_samples = total
+        all_reduce(self._moments, self._configuration(), _OUT_OF_RANGE, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the configuration and the sums, for :meth:`load_state_dict`.
@@ -443,26 +407,8 @@ class CorrelationAccumulator:
         moments = self._moments
         return {"mean": moments.mean, "squares": moments.squares, "comoments": moments.comoments}
 
-    def _check_features(self, features: tuple[_arrays.Array, ...], channel_axis: int) -> list[Tensor]:
-        if len(features) != self._num_models:
-            raise ValueError(f"features must be one tensor for each of {self._num_models} models, got {len(features)}")
-        checked = [_arrays.as_tensor(f"features[{i}]", feature) for i, feature in enumerate(features)]
-        shape, device = checked[0].shape, self._moments.device
-        if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
-            raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
-        if not -len(shape) <= channel_axis < len(shape):
-            raise ValueError(f"channel_axis is {channel_axis}, but features[0] has {len(shape)} axes")
-        for i, feature in enumerate(checked):
-            _checks.check_float(f"features[{i}]", feature)
-            if feature.shape != shape:
-                raise ValueError(
-                    f"features[{i}] must have the shape of features[0], {list(shape)}, got {list(feature.shape)}"
-                )
-            if feature.device != device:
-                raise ValueError(f"features[{i}] must be on {device}, got {feature.device}")
-        if shape[channel_axis] != self._units:
-            raise ValueError(f"features must have {self._units} units on axis {channel_axis}, got shape {list(shape)}")
-        return checked
+    def _check_features(self, features: Sequence[_arrays.Array], channel_axis: int) -> list[Tensor]:
+        return check_features(features, self._num_models, self._units, self._moments.device, channel_axis)
 
     def _reads_in_order_of(
         self, maps: Mapping[int, UnitMap], features: list[Tensor], units_axis: int, on_tensor_cores: bool
@@ -476,83 +422,6 @@ class CorrelationAccumulator:
         if not self._moments.is_in_range():
             raise ValueError(_OUT_OF_RANGE)
 
-    def _empty_result(self) -> Tensor:
-        models, units = self._num_models, self._units
-        shape = (models - 1, units, units) if self._blocks == "cross" else (models * units, models * units)
-        return torch.empty(shape, dtype=self._dtype, device=self._moments.device)
-
-    def _blocks_of(self, result: Tensor, i: int, j: int) -> tuple[Tensor, Tensor | None]:
-        """Return the block of `result` for models i and j, and the block of its transpose if there is one."""
-        if self._blocks == "cross":
-            return result[j - 1], None
-        rows = slice(i * self._units, (i + 1) * self._units)
-        columns = slice(j * self._units, (j + 1) * self._units)
-        block = result[rows, columns]
-        return block, block if i == j else result[columns, rows]
-
 
 def _product_dtype(features: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(feature.dtype == torch.float64 for feature in features) else torch.float32
-
-
-def _check_blend(other: Tensor | None, balance: float, result: Tensor) -> Tensor | None:
-    """Return `other`, checked, with rows of adjacent entries."""
-    balance = _checks.check_number("balance", balance)
-    if not 0 <= balance <= 1:
-        raise ValueError(f"balance must be in [0, 1], got {balance}")
-    if other is None:
-        if balance != 1:
-            raise ValueError(f"balance must be 1 without other, got {balance}")
-        return None
-    other = _checks.check_tensor("other", other)
-    if (other.shape, other.dtype, other.device) != (result.shape, result.dtype, result.device):
-        raise ValueError(
-            f"other must be {list(result.shape)} in {result.dtype} on {result.device}, "
-            f"got {list(other.shape)} in {other.dtype} on {other.device}"
-        )
-    return other if other.stride(-1) == 1 else other.contiguous()
-
-
-def _correlate_by_triton(*arguments: Any) -> None:
-    from mudsc_fast.kernels.triton import correlation  # importing triton takes a second; only CUDA tensors need it
-
-    correlation.correlate(*arguments)
-
-
-def _correlation_update(
-    mean: Tensor,
-    squares: Tensor,
-    comoments: Tensor,
-    num_samples: int,
-    features: Sequence[Tensor],
-    channel_axis: int,
-    blocks: Blocks,
-    precision: Precision,
-) -> Tensor:
-    """Add samples to sums that are given as tensors; return whether features that were not checked were in range."""
-    num_models, units = mean.shape
-    sums = CorrelationAccumulator(num_models, units, blocks=blocks, device="meta", precision=precision)
-    sums._moments = Moments(pairs_of(num_models, blocks), mean, squares, comoments, num_samples)
-    sums.update(*features, channel_axis=channel_axis)
-    return sums.in_range
-
-
-def _correlation_update_fake(
-    mean: Tensor,
-    squares: Tensor,  # noqa: ARG001
-    comoments: Tensor,  # noqa: ARG001
-    num_samples: int,  # noqa: ARG001
-    features: Sequence[Tensor],  # noqa: ARG001
-    channel_axis: int,  # noqa: ARG001
-    blocks: str,  # noqa: ARG001
-    precision: str,  # noqa: ARG001
-) -> Tensor:
-    return mean.new_empty((), dtype=torch.bool)
-
-
-_library.define(
-    "correlation_update(Tensor(a!) mean, Tensor(b!) squares, Tensor(c!) comoments, SymInt num_samples, "
-    "Tensor[] features, int channel_axis, str blocks, str precision) -> Tensor",
-    _correlation_update,
-    _correlation_update_fake,
-)

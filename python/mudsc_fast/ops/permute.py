@@ -243,9 +243,9 @@ def _by_triton(
 def _group_by_triton(
     groups: Sequence[Sequence[Tensor]], maps: Sequence[Mapping[int, UnitMap]], weights: Sequence[float]
 ) -> list[Tensor]:
-    from mudsc_fast.kernels.triton import permute
+    from mudsc_fast.kernels.triton import permute_group
 
-    return permute.permute_merge_group(groups, maps, weights)
+    return permute_group.permute_merge_group(groups, maps, weights)
 
 
 def _one_by_one(merge: _Merge) -> _GroupMerge:

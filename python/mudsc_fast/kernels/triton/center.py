@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mudsc_fast.kernels._samples import Centered, SampleOrder
-from mudsc_fast.kernels.triton.permute import CLUSTERS, GATHER, IDENTITY
+from mudsc_fast.kernels.triton._permute_arguments import CLUSTERS, GATHER, IDENTITY
 
 #: Numbers of a tile: 16 per thread, or 4 if each thread also tracks the places of its clusters; and its units if these
 #: are adjacent, 64 bytes in a half format, 128 in float32.
