@@ -26,7 +26,7 @@ from mudsc_fast import Assignment, linear_assignment, linear_sum_assignment
 Matrix = NDArray[Any]
 
 #: Shares of small, medium and large problems; a large one takes as long as a thousand small ones.
-_SIZES = ((0.9, 1, 24), (0.0985, 24, 160), (0.0015, 160, 700))
+_SIZES = ((0.9, 1, 24), (0.0983, 24, 160), (0.0014, 160, 700), (0.0003, 700, 1400))
 
 _DTYPES: tuple[type[np.floating[Any]], ...] = (np.float64, np.float32, np.float16)
 

@@ -1,4 +1,4 @@
-// Reading and making NumPy arrays without the conversions of pybind11, which take longer than a small problem.
+// Reading matrices and making NumPy arrays without the conversions of pybind11, which take longer than a small problem.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "mudsc/types.hpp"
+#include "tensors.hpp"
 
 namespace mudsc::bindings {
 
@@ -24,6 +25,23 @@ struct MatrixView {
   MatrixView transposed() const { return {values, type, columns, rows, column_stride, row_stride}; }
 };
 
+// Fits the view of a matrix with at least one entry and positive strides; false for others. Strides are in entries.
+inline bool fit_matrix(MatrixView& matrix) {
+  // An axis of length 1 may have any stride.
+  if (matrix.rows == 1) matrix.row_stride = matrix.columns;
+  if (matrix.columns == 1) matrix.column_stride = 1;
+  return matrix.rows > 0 && matrix.columns > 0 && matrix.row_stride > 0 && matrix.column_stride > 0;
+}
+
+// Reads a float32 or float64 tensor in host memory; see TensorView::try_read_plain.
+inline bool read_tensor_matrix(PyObject* object, MatrixView& matrix) {
+  TensorView view;
+  if (!TensorView::try_read_plain(object, view) || view.num_axes != 2) return false;
+  if (view.type != EntryType::float32 && view.type != EntryType::float64) return false;
+  matrix = MatrixView{view.data, view.scalar_type(), view.shape[0], view.shape[1], view.strides[0], view.strides[1]};
+  return fit_matrix(matrix);
+}
+
 // Reads an aligned array of native float32 or float64 with two axes, at least one entry and positive strides. Returns
 // false, without an exception, for anything else.
 inline bool read_matrix(const py::detail::npy_api& numpy, PyObject* object, MatrixView& matrix) {
@@ -39,11 +57,7 @@ inline bool read_matrix(const py::detail::npy_api& numpy, PyObject* object, Matr
   const std::int64_t row_bytes = array->strides[0], column_bytes = array->strides[1];
   matrix = MatrixView{array->data,         type, array->dimensions[0], array->dimensions[1], row_bytes / bytes,
                       column_bytes / bytes};
-  // An axis of length 1 may have any stride.
-  if (matrix.rows == 1) matrix.row_stride = matrix.columns;
-  if (matrix.columns == 1) matrix.column_stride = 1;
-  return matrix.rows > 0 && matrix.columns > 0 && row_bytes % bytes == 0 && column_bytes % bytes == 0 &&
-         matrix.row_stride > 0 && matrix.column_stride > 0;
+  return row_bytes % bytes == 0 && column_bytes % bytes == 0 && fit_matrix(matrix);
 }
 
 // A new array with one axis of `count` entries, or a single number for a count of -1.

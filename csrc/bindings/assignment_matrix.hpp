@@ -19,6 +19,7 @@
 
 #include "arrays.hpp"
 #include "mudsc/assignment.hpp"
+#include "mudsc/transpose.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -93,56 +94,6 @@ void copy_entries(const MatrixView& matrix, To* to, const Copy& copy) {
   }
 }
 
-// Entries of two vectors, chosen by constant numbers: clang and gcc before 12 have one of these each.
-#if defined(__clang__)
-#define MUDSC_SHUFFLE(order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MUDSC_SHUFFLE(order, a, b, ...) __builtin_shuffle(a, b, order{__VA_ARGS__})
-#endif
-
-// Vectors of 16 bytes, which every processor has that this is compiled for; memory need not be aligned.
-template <class Value>
-struct Quad;
-template <>
-struct Quad<float> {
-  typedef float Memory __attribute__((vector_size(16), aligned(4), may_alias));
-  typedef float Type __attribute__((vector_size(16)));
-  typedef std::int32_t Order __attribute__((vector_size(16)));
-};
-template <>
-struct Quad<double> {
-  typedef double Memory __attribute__((vector_size(16), aligned(8), may_alias));
-  typedef double Type __attribute__((vector_size(16)));
-  typedef std::int64_t Order __attribute__((vector_size(16)));
-};
-
-// Writes a square of 4 x 4 or 2 x 2 entries transposed.
-inline void transpose_square(const float* from, std::int64_t from_stride, float* to, std::int64_t to_stride) {
-  using Q = Quad<float>;
-  const auto read = [&](std::int64_t row) -> Q::Type {
-    return *reinterpret_cast<const Q::Memory*>(from + row * from_stride);
-  };
-  const auto write = [&](std::int64_t row, Q::Type values) {
-    *reinterpret_cast<Q::Memory*>(to + row * to_stride) = values;
-  };
-  const Q::Type a = read(0), b = read(1), c = read(2), d = read(3);
-  const Q::Type ab_low = MUDSC_SHUFFLE(Q::Order, a, b, 0, 4, 1, 5);
-  const Q::Type ab_high = MUDSC_SHUFFLE(Q::Order, a, b, 2, 6, 3, 7);
-  const Q::Type cd_low = MUDSC_SHUFFLE(Q::Order, c, d, 0, 4, 1, 5);
-  const Q::Type cd_high = MUDSC_SHUFFLE(Q::Order, c, d, 2, 6, 3, 7);
-  write(0, MUDSC_SHUFFLE(Q::Order, ab_low, cd_low, 0, 1, 4, 5));
-  write(1, MUDSC_SHUFFLE(Q::Order, ab_low, cd_low, 2, 3, 6, 7));
-  write(2, MUDSC_SHUFFLE(Q::Order, ab_high, cd_high, 0, 1, 4, 5));
-  write(3, MUDSC_SHUFFLE(Q::Order, ab_high, cd_high, 2, 3, 6, 7));
-}
-inline void transpose_square(const double* from, std::int64_t from_stride, double* to, std::int64_t to_stride) {
-  using Q = Quad<double>;
-  const Q::Type a = *reinterpret_cast<const Q::Memory*>(from);
-  const Q::Type b = *reinterpret_cast<const Q::Memory*>(from + from_stride);
-  *reinterpret_cast<Q::Memory*>(to) = MUDSC_SHUFFLE(Q::Order, a, b, 0, 2);
-  *reinterpret_cast<Q::Memory*>(to + to_stride) = MUDSC_SHUFFLE(Q::Order, a, b, 1, 3);
-}
-
 // Copies a matrix with row_stride == 1 into contiguous rows, three times as fast as entry by entry.
 template <class Value>
 void transpose_entries(const MatrixView& matrix, Value* to) {
@@ -189,15 +140,16 @@ void copy_matrix(const MatrixView& matrix, const AssignmentOptions& options, To*
   }
 }
 
-// Calls the kernel for contiguous values with rows <= columns.
+// Calls the kernel for contiguous values with rows <= columns, or their transpose in memory.
 inline AssignmentStatus call_kernel(const void* values, ScalarType type, std::int64_t rows, std::int64_t columns,
-                                    const AssignmentOptions& options, AssignmentResult& result) {
+                                    bool transposed, const AssignmentOptions& options, AssignmentResult& result) {
   AssignmentStatus status;
   const AssignmentProblem problem{values,
                                   type,
                                   1,
                                   rows,
                                   columns,
+                                  transposed,
                                   options.maximize,
                                   0.0,
                                   options.threads,
@@ -249,7 +201,7 @@ AssignmentStatus solve_copy(const MatrixView& matrix, const AssignmentOptions& o
   constexpr ScalarType kType = sizeof(To) == sizeof(double) ? ScalarType::float64 : ScalarType::float32;
   Scratch<To, 256> copy(matrix.rows * matrix.columns);
   copy_matrix<From>(matrix, options, copy.data());
-  const AssignmentStatus status = call_kernel(copy.data(), kType, matrix.rows, matrix.columns, options, result);
+  const AssignmentStatus status = call_kernel(copy.data(), kType, matrix.rows, matrix.columns, false, options, result);
   if (options.has_threshold && status == AssignmentStatus::optimal) {
     take_threshold(copy.data(), matrix.rows, matrix.columns, options, result);
   }
@@ -260,7 +212,13 @@ AssignmentStatus solve_copy(const MatrixView& matrix, const AssignmentOptions& o
 inline AssignmentStatus solve_wide(const MatrixView& matrix, const AssignmentOptions& options,
                                    AssignmentResult& result) {
   if (!options.has_threshold && matrix.is_contiguous()) {
-    return call_kernel(matrix.values, matrix.type, matrix.rows, matrix.columns, options, result);
+    return call_kernel(matrix.values, matrix.type, matrix.rows, matrix.columns, false, options, result);
+  }
+  // Below this size a copy takes less time than reading rows with a stride. A square matrix has more rows read again.
+  constexpr std::int64_t kMinColumns = 1024;
+  const bool by_columns = matrix.row_stride == 1 && matrix.column_stride == matrix.rows;
+  if (!options.has_threshold && by_columns && matrix.rows < matrix.columns && matrix.columns >= kMinColumns) {
+    return call_kernel(matrix.values, matrix.type, matrix.rows, matrix.columns, true, options, result);
   }
   if (matrix.type == ScalarType::float64) return solve_copy<double, double>(matrix, options, result);
   // A threshold that float32 cannot hold would be another one.

@@ -27,6 +27,7 @@ void assignment_batch(py::handle values, bool maximize, py::handle prices, py::h
       batch,
       rows,
       columns,
+      false,
       maximize,
       0.0,
       1,

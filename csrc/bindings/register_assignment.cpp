@@ -32,7 +32,8 @@ void run_unlocked(std::int64_t entries, const Work& work) {
 // Reads a matrix that is not so large that threads would help.
 bool read_small_matrix(const NumpyApi& numpy, PyObject* object, MatrixView& matrix) {
   constexpr std::int64_t kMaxEntries = 1 << 20;
-  return read_matrix(numpy, object, matrix) && matrix.rows <= kMaxEntries / matrix.columns;
+  const bool is_read = read_matrix(numpy, object, matrix) || read_tensor_matrix(object, matrix);
+  return is_read && matrix.rows <= kMaxEntries / matrix.columns;
 }
 
 // Reads a finite number of Python.
@@ -173,7 +174,8 @@ PyObject* assign_both_ways(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   return with_errors([&](const NumpyApi& numpy) -> PyObject* {
     MatrixView matrix;
     AssignmentOptions options;
-    if (count != 3 || !read_problem(numpy, arguments[0], Py_False, arguments[1], matrix, options)) Py_RETURN_NONE;
+    if (count != 3 || Py_TYPE(arguments[0]) != numpy.PyArray_Type_) Py_RETURN_NONE;
+    if (!read_problem(numpy, arguments[0], Py_False, arguments[1], matrix, options)) Py_RETURN_NONE;
     if (arguments[2] != Py_False && matrix.rows != matrix.columns) Py_RETURN_NONE;
     const NewArray<std::int32_t> columns(numpy, matrix.rows), rows(numpy, matrix.columns);
     Scratch<std::int64_t, 128> column_of_row(matrix.rows);
@@ -280,6 +282,7 @@ py::tuple linear_assignment(const py::array& values, int dtype, bool maximize, d
                                   batch,
                                   rows,
                                   columns,
+                                  false,
                                   maximize,
                                   tolerance,
                                   threads,

@@ -12,7 +12,8 @@ bool by_attributes = false;
 
 // What reading needs of torch. Found once and kept: modules cannot be unloaded.
 struct Torch {
-  py::object tensor_type;
+  py::object tensor_type, parameter_type;
+  py::str is_neg{"is_neg"};
   const DlpackFunctions* functions;
   py::object types[6];  // in the order of EntryType
 };
@@ -20,7 +21,10 @@ struct Torch {
 const Torch& torch() {
   static const Torch* const found = [] {
     const py::module_ module = py::module_::import("torch");
-    auto* const torch = new Torch{module.attr("Tensor"), dlpack_functions(module.attr("Tensor")), {}};
+    auto* const torch = new Torch{};
+    torch->tensor_type = module.attr("Tensor");
+    torch->parameter_type = module.attr("nn").attr("Parameter");
+    torch->functions = dlpack_functions(torch->tensor_type);
     for (int type = 0; type < 6; ++type) torch->types[type] = module.attr(kTypeNames[type]);
     return torch;
   }();
@@ -79,6 +83,17 @@ bool TensorView::try_read(const DlpackFunctions& functions, PyObject* object, Te
   if (tensor.device_type != kHost) return false;
   view.read_dlpack(tensor);
   return true;
+}
+
+bool TensorView::try_read_plain(PyObject* object, TensorView& view) {
+  const Torch& known = torch();
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != known.tensor_type.ptr() && type != known.parameter_type.ptr()) return false;
+  if (known.functions == nullptr || by_attributes || !try_read(*known.functions, object, view)) return false;
+  // A view may stand for the negatives of the entries in memory.
+  const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, known.is_neg.ptr()));
+  if (!negated) PyErr_Clear();
+  return negated.ptr() == Py_False;
 }
 
 TensorView::TensorView(py::handle object, const char* name, int device) : name_(name) {

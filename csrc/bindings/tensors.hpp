@@ -69,6 +69,9 @@ class TensorView {
   TensorView(py::handle object, const char* name, int device = kHostMemory);
   // The same without an exception: false if the object is not such a tensor. For fast paths.
   static bool try_read(const DlpackFunctions& functions, PyObject* object, TensorView& view);
+  // Reads a torch.Tensor or Parameter (no other subclass) in host memory whose entries are as they are in memory. For
+  // callers that compute no gradient and are not traced. False for anything else, without an exception.
+  static bool try_read_plain(PyObject* object, TensorView& view);
   TensorView() = default;
   TensorView(const TensorView&) = delete;
   TensorView& operator=(const TensorView&) = delete;

@@ -49,7 +49,27 @@ Background find_background(const AssignmentProblem& problem, std::int64_t index)
 constexpr std::int64_t kMinColumnsOfTwoValues = 384;
 
 template <class T>
+void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads);
+
+// Solves a matrix that is transposed in memory: on lists, or else as a copy.
+template <class T>
+void solve_transposed(const AssignmentProblem& problem, int threads) {
+  const std::int64_t rows = problem.rows, columns = problem.columns;
+  if (columns >= SparseSolver<T>::kMinColumns && SparseSolver<T>(problem).solve(problem, 0, threads)) return;
+  const T* const values = static_cast<const T*>(problem.values);
+  Buffer<T> copy(rows * columns);
+  for (std::int64_t j = 0; j < columns; ++j) {
+    for (std::int64_t i = 0; i < rows; ++i) copy[i * columns + j] = values[j * rows + i];
+  }
+  AssignmentProblem plain = problem;
+  plain.values = copy.data();
+  plain.transposed = false;
+  solve_range<T>(plain, 0, 1, threads);
+}
+
+template <class T>
 void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads) {
+  if (problem.transposed) return solve_transposed<T>(problem, threads);
   if (problem.columns < SparseSolver<T>::kMinColumns) {
     DenseSolver<T> dense(problem);
     for (std::int64_t index = begin; index < end; ++index) {

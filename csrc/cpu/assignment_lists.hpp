@@ -8,6 +8,7 @@
 #include "assignment_list_state.hpp"
 #include "assignment_scan.hpp"
 #include "assignment_state.hpp"
+#include "mudsc/transpose.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
@@ -28,8 +29,11 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   using Lists::lists_;
   using Lists::look_up;
   using State::column_of_row_;
+  using State::column_stride_;
   using State::columns_;
+  using State::entry;
   using State::row_of_column_;
+  using State::row_stride_;
   using State::rows_;
   using State::sign_;
   using State::v_;
@@ -58,12 +62,16 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // Working memory for listing a row, one for each thread.
   struct Scratch {
     Scratch() = default;
-    explicit Scratch(std::int64_t columns) : widened(sizeof(T) == sizeof(Scan) ? 0 : columns), scanner(columns) {}
+    Scratch(std::int64_t columns, bool transposed)
+        : row(sizeof(T) == sizeof(Scan) && !transposed ? 0 : columns),
+          panel(transposed ? kListGrain * panel_stride(columns) : 0),
+          scanner(columns) {}
     void widen(std::int64_t columns) {
       wide_costs = Buffer<double>(columns);
       wide_scanner = RowScanner<double>(columns);
     }
-    Buffer<Scan> widened;
+    Buffer<Scan> row;    // a row that is not in memory as scans need it
+    Buffer<Scan> panel;  // rows of a transposed matrix
     RowScanner<Scan> scanner;
     // Allocated when a row must be listed in double for the first time.
     Buffer<double> wide_costs;
@@ -113,13 +121,73 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     }
   }
 
+  // Distance of the rows of a panel: not a multiple of a page, or all of them would compete for the same cache lines.
+  static constexpr std::int64_t panel_stride(std::int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
+
+  // Whether the matrix in memory is the transpose of the problem's.
+  bool is_transposed() const { return column_stride_ != 1; }
+
+  // Copies the rows [begin, end) of a transposed matrix to `out`, `stride` entries apart.
+  template <class Out>
+  void read_panel(std::int64_t begin, std::int64_t end, Out* out, std::int64_t stride) const {
+    constexpr std::int64_t kSquare = 16 / static_cast<std::int64_t>(sizeof(Out));
+    std::int64_t j = 0;
+    if constexpr (sizeof(T) == sizeof(Out) && sizeof(T) >= sizeof(float)) {
+      // Far enough ahead to hide the latency of memory: these lines are too far apart for the processor to foresee.
+      constexpr std::int64_t kAhead = 16;
+      const T* const last = &entry(begin, columns_ - 1);
+      for (; end - begin == kListGrain && j + kSquare <= columns_; j += kSquare) {
+        for (std::int64_t k = 0; k < kSquare; ++k) {
+          const T* const ahead = &entry(begin, 0) + (j + k + kAhead) * column_stride_;
+          for (std::int64_t i = 0; i < kListGrain && ahead <= last; i += 16 * kSquare / 4) {
+            __builtin_prefetch(ahead + i);
+          }
+        }
+        for (std::int64_t i = 0; i < kListGrain; i += kSquare) {
+          transpose_square(&entry(begin + i, j), column_stride_, out + i * stride + j, stride);
+        }
+      }
+    }
+    for (; j < columns_; ++j) {
+      for (std::int64_t i = begin; i < end; ++i) out[(i - begin) * stride + j] = Out(widen(entry(i, j)));
+    }
+  }
+
+  // Rows of a transposed matrix are read again one by one, at a cache line an entry. If many are, a copy of the whole
+  // matrix is faster.
+  void copy_if_gathered_often() {
+    constexpr std::int64_t kShare = 8;
+    if (!is_transposed() || gathered_rows_ <= rows_ / kShare) return;
+    copy_ = Buffer<T>(rows_ * columns_);
+    copy_.prefer_huge_pages();
+    in_parallel((rows_ + kListGrain - 1) / kListGrain, 1, [&](std::int64_t panel, Scratch&) {
+      const std::int64_t begin = panel * kListGrain, end = begin + kListGrain < rows_ ? begin + kListGrain : rows_;
+      T* const out = copy_.data() + begin * columns_;
+      if constexpr (sizeof(T) >= sizeof(float)) {
+        read_panel(begin, end, out, columns_);
+      } else {
+        for (std::int64_t j = 0; j < columns_; ++j) {
+          for (std::int64_t i = begin; i < end; ++i) out[(i - begin) * columns_ + j] = entry(i, j);
+        }
+      }
+    });
+    values_ = copy_.data();
+    row_stride_ = columns_;
+    column_stride_ = 1;
+  }
+
   // A row's values in the scanning type.
   const Scan* scan_values(std::int64_t row, Scratch& scratch) const {
-    const T* const values = values_ + row * columns_;
+    const T* const values = &entry(row, 0);
+    Scan* const out = scratch.row.data();
+    if (is_transposed()) {
+      __atomic_fetch_add(&gathered_rows_, 1, __ATOMIC_RELAXED);
+      for (std::int64_t j = 0; j < columns_; ++j) out[j] = widen(values[j * column_stride_]);
+      return out;
+    }
     if constexpr (sizeof(T) == sizeof(Scan)) {
       return reinterpret_cast<const Scan*>(values);
     } else {
-      Scan* const out = scratch.widened.data();
       for (std::int64_t j = 0; j < columns_; ++j) out[j] = widen(values[j]);
       return out;
     }
@@ -150,7 +218,7 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     release_lists();
     bool finite = true;
     Scan largest = 0;
-    in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
+    const auto list = [&](std::int64_t i, Scratch& scratch, const Scan* values, const void* next) {
       if (!__atomic_load_n(&finite, __ATOMIC_RELAXED)) return;
       lists_[i] = List{first_columns_.data() + i * kFirstCapacity,
                        first_costs_.data() + i * kFirstCapacity,
@@ -159,11 +227,26 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
                        kInfinity,
                        0,
                        false};
-      const Scan most = list_row(i, wanted, scratch, i + 1 < rows_ ? i + 1 : i);
+      const Scan most = list_values(i, values, wanted, scratch, next);
       if (!(most < kMaxMagnitude)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
       atomic_max(largest, most);
       row_hashes_[i] = most == 0 ? State::kHashOfZeros : hash_listed(i);
-    });
+    };
+    if (is_transposed()) {
+      in_parallel((rows_ + kListGrain - 1) / kListGrain, 1, [&](std::int64_t panel, Scratch& scratch) {
+        const std::int64_t begin = panel * kListGrain, end = begin + kListGrain < rows_ ? begin + kListGrain : rows_;
+        Scan* const rows = scratch.panel.data();
+        read_panel(begin, end, rows, panel_stride(columns_));
+        for (std::int64_t i = begin; i < end; ++i) {
+          const Scan* const row = rows + (i - begin) * panel_stride(columns_);
+          list(i, scratch, row, row);
+        }
+      });
+    } else {
+      in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
+        list(i, scratch, scan_values(i, scratch), &entry(i + 1 < rows_ ? i + 1 : i, 0));
+      });
+    }
     return finite && (largest > kMinMagnitude || largest == 0);
   }
 
@@ -193,10 +276,15 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // Lists about `wanted` of the smallest reduced costs of a row, as many as the list has room for, and prefetches the
   // row `next_row`. Returns the row's largest magnitude; if that is not below kMaxMagnitude, nothing is listed.
   Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
-    List& list = lists_[row];
     const Scan* const values = scan_values(row, scratch);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kGroupsPerEntry * wanted,
-                         values_ + next_row * columns_);
+    return list_values(row, values, wanted, scratch,
+                       is_transposed() ? static_cast<const void*>(values) : &entry(next_row, 0));
+  }
+
+  // The same for a row of these values; prefetches another at `next`.
+  Scan list_values(std::int64_t row, const Scan* values, std::int64_t wanted, Scratch& scratch, const void* next) {
+    List& list = lists_[row];
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kGroupsPerEntry * wanted, next);
     list.size = 0;
     list.floor = kInfinity;
     const Scan largest = scratch.scanner.largest_magnitude();
@@ -219,13 +307,12 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     List& list = lists_[row];
     make_room(list, wanted);
     if (scratch.wide_costs.size() == 0) scratch.widen(columns_);
-    const T* const values = values_ + row * columns_;
     double* const costs = scratch.wide_costs.data();
-    for (std::int64_t j = 0; j < columns_; ++j) costs[j] = sign_ * static_cast<double>(widen(values[j]));
+    for (std::int64_t j = 0; j < columns_; ++j) costs[j] = State::cost(row, j);
     scratch.wide_scanner.read(costs, 1.0, v_.data(), kGroupsPerEntry * wanted, costs);
     list.size = 0;
     list.floor = kInfinity;
-    const auto add = [&](std::int64_t column) { append(list, column, widen(values[column])); };
+    const auto add = [&](std::int64_t column) { append(list, column, widen(entry(row, column))); };
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
     } else {
@@ -282,7 +369,10 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     list_row(row, wanted, scratch, next_row);
   }
 
-  void relist(std::int64_t row, std::int64_t wanted) { relist(row, wanted, scratches_[0], row); }
+  void relist(std::int64_t row, std::int64_t wanted) {
+    copy_if_gathered_often();
+    relist(row, wanted, scratches_[0], row);
+  }
 
   // The two smallest reduced costs of a row, which is listed again if its list does not hold them.
   BestTwo best_two(std::int64_t row, Known known, Scratch& scratch, std::int64_t next_row) {
@@ -336,6 +426,7 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
       fetch_list(rows[k + 2 < count ? k + 2 : k]);
       if (!look_up(rows[k], known, bids_[k])) bids_[k].column = -1;
     });
+    copy_if_gathered_often();
     std::int64_t exhausted = 0;
     for (std::int64_t k = 0; k < count; ++k) {
       if (bids_[k].column < 0) exhausted_[exhausted++] = k;
@@ -354,6 +445,8 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // Threads of the problem being solved, and their working memory.
   Team* team_ = nullptr;
   Scratch scratches_[kMaxThreads];
+  Buffer<T> copy_;  // of a transposed matrix
+  mutable std::int64_t gathered_rows_ = 0;
   Buffer<std::int64_t> exhausted_;  // places of the bids whose lists are exhausted
 };
 

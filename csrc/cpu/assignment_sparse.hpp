@@ -51,7 +51,6 @@ class SparseSolver : private ListPaths<RowLists<T>> {
   using Paths::team_;
   using Paths::u_;
   using Paths::v_;
-  using Paths::values_;
   using typename Paths::AuctionResult;
   using typename Paths::Known;
   using typename Paths::Scratch;
@@ -71,7 +70,10 @@ class SparseSolver : private ListPaths<RowLists<T>> {
     const std::int64_t most = worth < kMaxThreads ? worth : kMaxThreads;
     Team team(threads < most ? threads : static_cast<int>(most));
     team_ = &team;
-    for (int member = 0; member < team.size(); ++member) scratches_[member] = Scratch(columns_);
+    for (int member = 0; member < team.size(); ++member) {
+      scratches_[member] = Scratch(columns_, problem.transposed);
+    }
+    Paths::gathered_rows_ = 0;
     const bool warm = problem.prices != nullptr;
     copy_duals();
     if (!list_all_rows(warm ? kWantedOfWarm : kWanted)) return false;
@@ -128,9 +130,16 @@ class SparseSolver : private ListPaths<RowLists<T>> {
   // Whether each row repeats one finite number. Usually decided after the first row.
   bool rows_are_constant() const {
     const std::size_t overlap = static_cast<std::size_t>(columns_ - 1) * sizeof(T);
+    if (Paths::is_transposed()) {
+      const std::size_t bytes = static_cast<std::size_t>(rows_) * sizeof(T);
+      for (std::int64_t j = 1; j < columns_; ++j) {
+        if (std::memcmp(&State::entry(0, 0), &State::entry(0, j), bytes) != 0) return false;
+      }
+    }
     for (std::int64_t i = 0; i < rows_; ++i) {
-      const T* const values = values_ + i * columns_;
-      if (std::memcmp(values, values + 1, overlap) != 0 || State::cost(i, 0) - State::cost(i, 0) != 0.0) return false;
+      const T* const values = &State::entry(i, 0);
+      const bool repeats = Paths::is_transposed() || std::memcmp(values, values + 1, overlap) == 0;
+      if (!repeats || State::cost(i, 0) - State::cost(i, 0) != 0.0) return false;
     }
     return true;
   }

@@ -74,6 +74,8 @@ class AssignmentState {
   // Selects problem `index` of the batch: nothing matched, column duals as given or 0.
   void begin(const AssignmentProblem& problem, std::int64_t index) {
     values_ = static_cast<const T*>(problem.values) + index * rows_ * columns_;
+    row_stride_ = problem.transposed ? 1 : columns_;
+    column_stride_ = problem.transposed ? rows_ : 1;
     column_of_row_ = problem.column_of_row + index * rows_;
     for (std::int64_t i = 0; i < rows_; ++i) column_of_row_[i] = -1;
     row_of_column_.fill(-1);
@@ -84,8 +86,12 @@ class AssignmentState {
     }
   }
 
+  const T& entry(std::int64_t row, std::int64_t column) const {
+    return values_[row * row_stride_ + column * column_stride_];
+  }
+
   double cost(std::int64_t row, std::int64_t column) const {
-    return sign_ * static_cast<double>(widen(values_[row * columns_ + column]));
+    return sign_ * static_cast<double>(widen(entry(row, column)));
   }
 
   void assign(std::int64_t row, std::int64_t column) {
@@ -100,7 +106,7 @@ class AssignmentState {
   std::uint64_t sampled_hash(std::int64_t row) const {
     std::uint64_t hash = 0;
     for (std::int64_t j = 0; j < columns_; j += columns_ / kSamples + 1) {
-      mix(hash, static_cast<double>(widen(values_[row * columns_ + j])));
+      mix(hash, static_cast<double>(widen(entry(row, j))));
     }
     return hash | 1;
   }
@@ -110,23 +116,31 @@ class AssignmentState {
   // reading them if skip(members, count) returns true.
   template <class Skip, class Visit>
   void for_equal_rows(const Buffer<std::uint64_t>& hashes, const Skip& skip, const Visit& visit) {
-    const auto refine = [this](const std::int64_t* rows, std::int64_t count) {
+    bool refined = false;
+    const auto refine = [&, this](const std::int64_t* rows, std::int64_t count) {
+      if (column_stride_ != 1) {  // all rows at once: each alone would read a cache line per entry
+        if (!refined) refine_transposed_rows();
+        refined = true;
+        return;
+      }
       for (std::int64_t k = 0; k < count; ++k) {
-        const T* const values = values_ + rows[k] * columns_;
         std::uint32_t hash = 0;
-        for (std::int64_t j = 0; j < columns_; ++j) hash += bits_of(values[j]) * weight(j);
+        for (std::int64_t j = 0; j < columns_; ++j) hash += bits_of(entry(rows[k], j)) * weight(j);
         refined_[rows[k]] = hash;
       }
     };
     const auto keep_equal = [this](std::int64_t* rows, std::int64_t count) {
       std::int64_t kept = 1;
-      const T* const first = values_ + rows[0] * columns_;
+      const T* const first = &entry(rows[0], 0);
       for (std::int64_t k = 1; k < count; ++k) {
-        const T* const other = values_ + rows[k] * columns_;
+        const T* const other = &entry(rows[k], 0);
         // Most equal rows are equal bit by bit, which memcmp finds fast; 0 and -0 are equal too.
         bool equal = true;
-        if (std::memcmp(first, other, static_cast<std::size_t>(columns_) * sizeof(T)) != 0) {
-          for (std::int64_t j = 0; j < columns_ && equal; ++j) equal = widen(first[j]) == widen(other[j]);
+        const std::size_t bytes = static_cast<std::size_t>(columns_) * sizeof(T);
+        if (column_stride_ != 1 || std::memcmp(first, other, bytes) != 0) {
+          for (std::int64_t j = 0; j < columns_ && equal; ++j) {
+            equal = widen(first[j * column_stride_]) == widen(other[j * column_stride_]);
+          }
         }
         if (equal) rows[kept++] = rows[k];
       }
@@ -156,8 +170,10 @@ class AssignmentState {
   void order_equal_columns() {
     hashes_.fill(0);
     for (std::int64_t i = 0; i < rows_; i += rows_ / kSamples + 1) {
+      const T* const values = &entry(i, 0);
+      const std::int64_t stride = column_stride_;
       for (std::int64_t j = 0; j < columns_; ++j) {
-        mix(hashes_[j], static_cast<double>(widen(values_[i * columns_ + j])));
+        mix(hashes_[j], static_cast<double>(widen(values[j * stride])));
       }
     }
     for (std::int64_t j = 0; j < columns_; ++j) hashes_[j] |= 1;
@@ -173,19 +189,26 @@ class AssignmentState {
       if (refined) return;  // all columns at once: a single column would read a cache line per entry
       refined = true;
       for (std::int64_t j = 0; j < columns_; ++j) refined_[j] = 0;
-      for (std::int64_t i = 0; i < rows_; ++i) {
+      for (std::int64_t i = 0; i < rows_ && column_stride_ == 1; ++i) {
         const std::uint32_t row_weight = weight(i);
-        const T* const values = values_ + i * columns_;
+        const T* const values = &entry(i, 0);
         for (std::int64_t j = 0; j < columns_; ++j) refined_[j] += bits_of(values[j]) * row_weight;
+      }
+      for (std::int64_t j = 0; j < columns_ && column_stride_ != 1; ++j) {
+        const T* const values = &entry(0, j);
+        std::uint32_t hash = 0;
+        for (std::int64_t i = 0; i < rows_; ++i) hash += bits_of(values[i]) * weight(i);
+        refined_[j] = hash;
       }
     };
     const auto keep_equal = [this](std::int64_t* columns, std::int64_t count) {
       for (std::int64_t i = 0; i < rows_ && count > 1; ++i) {
-        const T* const values = values_ + i * columns_;
+        const T* const values = &entry(i, 0);
+        const std::int64_t stride = column_stride_;
         std::int64_t kept = 1;
         for (std::int64_t k = 1; k < count; ++k) {
           columns[kept] = columns[k];
-          kept += widen(values[columns[k]]) == widen(values[columns[0]]);
+          kept += widen(values[columns[k] * stride]) == widen(values[columns[0] * stride]);
         }
         count = kept;
       }
@@ -217,6 +240,7 @@ class AssignmentState {
   std::int64_t rows_, columns_;
   double sign_;
   const T* values_ = nullptr;
+  std::int64_t row_stride_ = 0, column_stride_ = 1;
   std::int64_t* column_of_row_ = nullptr;
   Buffer<double> v_, u_;
   Buffer<std::int64_t> row_of_column_;
@@ -226,6 +250,16 @@ class AssignmentState {
   static std::uint32_t weight(std::int64_t position) {
     const std::uint32_t mixed = (static_cast<std::uint32_t>(position) + 1u) * 0x9e3779b9u;
     return (mixed ^ (mixed >> 15)) | 1u;
+  }
+
+  // Writes the hashes of all rows of a transposed matrix to refined_.
+  void refine_transposed_rows() {
+    for (std::int64_t i = 0; i < rows_; ++i) refined_[i] = 0;
+    for (std::int64_t j = 0; j < columns_; ++j) {
+      const std::uint32_t column_weight = weight(j);
+      const T* const values = &entry(0, j);
+      for (std::int64_t i = 0; i < rows_; ++i) refined_[i] += bits_of(values[i]) * column_weight;
+    }
   }
 
   // The bits of an entry, equal for 0 and -0.

@@ -57,6 +57,7 @@ void assign_batch(int rows, int columns) {
                                   2,
                                   rows,
                                   columns,
+                                  false,
                                   true,
                                   0.0,
                                   1,

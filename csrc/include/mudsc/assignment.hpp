@@ -22,6 +22,7 @@ struct AssignmentProblem {
   std::int64_t batch;
   std::int64_t rows;
   std::int64_t columns;
+  bool transposed;  // values are [columns, rows] in memory: entry (i, j) is values[j * rows + i]; only for a batch of 1
   bool maximize;
   double tolerance;  // the gap may be this share of the objective's magnitude
   int threads;

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 
 _library = torch.library.Library("mudsc_fast", "DEF")
 
@@ -25,7 +26,8 @@ _TAGS = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagra
 
 def traced(tensor: object) -> bool:
     """Return whether an op on this tensor is being recorded or simulated instead of computed."""
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or _len_torch_dispatch_stack() > 0
+    is_fake = type(tensor) is not Tensor and isinstance(tensor, FakeTensor)
+    return is_fake or is_compiling() or _len_torch_dispatch_stack() > 0
 
 
 def define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -166,8 +165,7 @@ def linear_assignment(
     is_single = warm_start is None and rows is None and columns is None
     if not traced and is_single and tolerance == 0 and _dispatch.requested() is None:
         # Fast path for small matrices.
-        array = _as_array(similarity) if type(similarity) is Tensor else similarity
-        solved = _core.solve_array(array, maximize, threshold, Assignment if return_duals else None)
+        solved = _core.solve_array(similarity, maximize, threshold, Assignment if return_duals else None)
         if solved is not None:
             return solved if isinstance(solved, Assignment) else torch.from_numpy(solved)
     limit = _check_threshold(threshold)
@@ -221,11 +219,9 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     if _dispatch.requested() is None:
         indices = _core.assign_array(cost_matrix, maximize)
         if indices is not None:
-            return indices
-        if type(cost_matrix) is Tensor:
-            indices = _core.assign_array(_as_array(cost_matrix), maximize)
-            if indices is not None:
+            if isinstance(cost_matrix, Tensor):
                 return torch.from_numpy(indices[0]), torch.from_numpy(indices[1])
+            return indices
     return _assign_any(cost_matrix, maximize)
 
 
@@ -458,16 +454,6 @@ def _check_counts(argument: str, counts: Counts | None, batch: int, size: int) -
         if not 0 <= count <= size:
             raise ValueError(f"{argument}[{index}] must be between 0 and {size}, got {count}")
     return [int(count) for count in given]
-
-
-def _as_array(value: Tensor) -> NDArray[Any] | None:
-    """Return the tensor as NumPy sees it without a copy, or None if it does not."""
-    if not value.is_cpu:
-        return None
-    try:
-        return value.numpy()
-    except (RuntimeError, TypeError):  # a gradient is required, entries are negated in a view, or NumPy lacks the type
-        return None
 
 
 def _as_matrix(argument: str, value: object) -> Tensor:
