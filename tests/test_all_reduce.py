@@ -58,7 +58,7 @@ def run_process(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_all_processes_get_the_sums_of_all_samples(tmp_path: Path) -> None:
+def test_every_process_gets_sums_of_all_samples(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=run_process, args=(rank, str(tmp_path))) for rank in range(PROCESSES)]
     for process in processes:
@@ -80,6 +80,6 @@ def test_all_processes_get_the_sums_of_all_samples(tmp_path: Path) -> None:
     assert [num_samples for _, num_samples in results] == [0, 0]
 
 
-def test_without_processes() -> None:
+def test_without_process_group() -> None:
     with pytest.raises(RuntimeError, match="all_reduce needs a process group: call torch"):
         CorrelationAccumulator(2, 5).all_reduce()

@@ -75,7 +75,7 @@ SIMILARITY = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_op_takes_every_kind(kind: str) -> None:
+def test_every_op_accepts_every_array(kind: str) -> None:
     similarity = as_array(kind, SIMILARITY)
     expected = mudsc_fast.linear_assignment(SIMILARITY)
     assert torch.equal(mudsc_fast.linear_assignment(similarity).columns, expected.columns)
@@ -94,7 +94,7 @@ def test_every_op_takes_every_kind(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["numpy", "dlpack", "array"])
-def test_maps_take_them_too(kind: str) -> None:
+def test_maps_accept_arrays(kind: str) -> None:
     index = torch.tensor([[1, 0, 2]])
     assert torch.equal(UnitMap.permutation(as_array(kind, index)).index, index)
     scale = torch.ones(3)
@@ -102,7 +102,7 @@ def test_maps_take_them_too(kind: str) -> None:
     assert torch.equal(made.index, index)
 
 
-def test_memory_is_shared_where_it_can_be() -> None:
+def test_memory_is_shared_if_possible() -> None:
     from mudsc_fast._arrays import as_tensor
 
     tensor = torch.ones(3)
@@ -110,13 +110,13 @@ def test_memory_is_shared_where_it_can_be() -> None:
     assert as_tensor("x", Exporting(tensor)).data_ptr() == tensor.data_ptr()
 
 
-def test_half_types_of_other_libraries_stay_what_they_are() -> None:
+def test_half_dtypes_of_other_libraries_are_kept() -> None:
     similarity = SIMILARITY.bfloat16()
     columns = mudsc_fast.linear_assignment(Exporting(similarity)).columns
     assert torch.equal(columns, mudsc_fast.linear_assignment(similarity).columns)
 
 
-def test_what_is_no_array_is_refused() -> None:
+def test_other_objects_are_rejected() -> None:
     class Broken:
         def __dlpack__(self) -> Any:
             raise BufferError("no")
@@ -131,7 +131,7 @@ def test_what_is_no_array_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [1, 12])
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_negated_views_are_read_with_their_signs(size: int, contiguous: bool) -> None:
+def test_negated_views_keep_their_signs(size: int, contiguous: bool) -> None:
     random = torch.Generator().manual_seed(0)
     negated = torch.randn(size, size, dtype=torch.complex64, generator=random).conj().imag
     if contiguous:

@@ -14,7 +14,7 @@ def images(count: int = 4) -> list[torch.Tensor]:
     return list(torch.randn(count, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1)
 
 
-def test_statistics_are_those_of_the_data() -> None:
+def test_statistics_match_data() -> None:
     model = ConvNet()
     model.bn1.momentum = 0.3
     weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
@@ -31,7 +31,7 @@ def test_statistics_are_those_of_the_data() -> None:
         assert torch.equal(tensor, weights[name])
 
 
-def test_a_merged_network_keeps_its_modes() -> None:
+def test_training_modes_are_preserved() -> None:
     models = [ConvNet(seed).eval() for seed in (0, 1)]
     merged = mudsc_fast.merge(models, images(), spec=CONV_SPEC).model
     assert merged is not None
@@ -41,7 +41,7 @@ def test_a_merged_network_keeps_its_modes() -> None:
     assert merged.get_submodule("conv2").training
 
 
-def test_without_layers_the_data_is_not_read() -> None:
+def test_data_is_not_read_without_batch_norm() -> None:
     data = iter(images())
     assert mudsc_fast.reset_batch_norm(make_mlp(), data) == 0
     assert len(list(data)) == 4
@@ -55,7 +55,7 @@ def test_without_layers_the_data_is_not_read() -> None:
         ([torch.randn(2, 5, 8, 8)], RuntimeError, "channels"),
     ],
 )
-def test_after_an_error_everything_is_as_before(data: list[object], error: type[Exception], message: str) -> None:
+def test_error_leaves_model_unchanged(data: list[object], error: type[Exception], message: str) -> None:
     model = ConvNet()
     model(images()[0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -72,7 +72,7 @@ def small_net(norm: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 6), norm(6), nn.ReLU(), nn.Linear(6, 2))
 
 
-def test_batches_of_one_sample_are_skipped_by_layers_that_see_one_value() -> None:
+def test_single_value_batches_are_skipped() -> None:
     model, data = small_net(nn.BatchNorm1d), [torch.randn(16, 8), torch.randn(16, 8)]
     expected = copy.deepcopy(model)
     assert mudsc_fast.reset_batch_norm(expected, data) == 1
@@ -84,7 +84,7 @@ def test_batches_of_one_sample_are_skipped_by_layers_that_see_one_value() -> Non
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
 
 
-def test_the_averages_are_those_of_update_bn() -> None:
+def test_averages_match_update_bn() -> None:
     model, data = small_net(nn.BatchNorm1d), [torch.randn(16, 8), torch.randn(16, 8)]
     expected = copy.deepcopy(model)
     torch.optim.swa_utils.update_bn(data, expected)
@@ -92,7 +92,7 @@ def test_the_averages_are_those_of_update_bn() -> None:
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
 
 
-def test_instance_norms_that_track_statistics() -> None:
+def test_instance_norms_with_running_statistics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
     data = [torch.randn(5, 3, 7, 7), torch.randn(6, 3, 7, 7)]
@@ -107,7 +107,7 @@ def test_instance_norms_that_track_statistics() -> None:
     assert model[1].momentum == 0.1
 
 
-def test_a_result_in_place_of_its_model_is_named() -> None:
+def test_merge_result_is_rejected_with_hint() -> None:
     models = [nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(2)]
     result = mudsc_fast.merge(models)
     with pytest.raises(TypeError, match=r"got MergeResult: pass result\.model"):

@@ -186,7 +186,7 @@ def permuted_copy(case: Case, model: nn.Module, seed: int) -> tuple[nn.Module, d
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_a_permuted_network_computes_the_same(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_permuted_network_gives_same_outputs(name: str, dtype: torch.dtype, tolerance: float) -> None:
     case = CASES[name]
     model = make_model(case).to(dtype)
     copied, permutations = permuted_copy(case, model, seed=2)
@@ -199,7 +199,7 @@ def test_a_permuted_network_computes_the_same(name: str, dtype: torch.dtype, tol
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("space", ["weight", "activation", "dual"])
-def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Space) -> None:
+def test_merge_with_permuted_copy_recovers_network(name: str, space: Space) -> None:
     case = CASES[name]
     model = make_model(case)
     copied, permutations = permuted_copy(case, model, seed=2)
@@ -213,7 +213,7 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
+def test_zip_with_permuted_copy_recovers_network(name: str) -> None:
     case = CASES[name]
     model = make_model(case)
     copied, permutations = permuted_copy(case, model, seed=2)
@@ -269,12 +269,12 @@ def test_inconsistent_numbers(build: Callable[[], PermutationSpec], message: str
         ("vgg", vgg((1, 2), classifier=("classifier.0", "classifier.3")), "not a multiple of inner"),
     ],
 )
-def test_a_specification_of_another_network(name: str, spec: PermutationSpec, message: str) -> None:
+def test_spec_of_another_network_is_rejected(name: str, spec: PermutationSpec, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec.units(CASES[name].build().state_dict())
 
 
-def test_files_without_a_tied_head() -> None:
+def test_files_without_tied_head() -> None:
     state = gpt2_model()().state_dict()
     del state["lm_head.weight"]
     spec = gpt2(2, 4, 32, head="absent")
@@ -309,7 +309,7 @@ def test_options_of_vision_transformers() -> None:
     assert published.observations("blocks.0.attn.qk") == (Observation("blocks.0.attn.qkv", "output", -1, 24, 24),)
 
 
-def test_heads_of_the_published_specification_come_apart() -> None:
+def test_published_spec_separates_heads() -> None:
     case = CASES["vit"]
     published = Case(case.build, vit(2, 3, 24, published=True), case.inputs)
     model = make_model(case)
@@ -317,14 +317,14 @@ def test_heads_of_the_published_specification_come_apart() -> None:
     assert (outputs(copied, case.inputs(3)) - outputs(model, case.inputs(3))).abs().max() > 0.1
 
 
-def test_one_tower_of_clip() -> None:
+def test_single_clip_tower() -> None:
     case = CASES["clip openai"]
     vision, text = clip_openai(vision=Tower(2, 3, 24)), clip_openai(text=Tower(2, 4, 32))
     assert vision.nodes + text.nodes == case.spec.nodes
     assert set(vision.layouts) | set(text.layouts) == set(case.spec.layouts)
 
 
-def test_projections_are_those_of_packed_attention() -> None:
+def test_projections_match_packed_attention() -> None:
     spec = PermutationSpec({"fc1.weight": ("a", None)}, observe={"a": Observation("fc1", "projection", -1)})
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(
@@ -354,7 +354,7 @@ def test_projections_of_attention_called_with_keywords() -> None:
         assert torch.equal(positional.similarity(node), named.similarity(node))
 
 
-def test_a_tied_head_stays_tied() -> None:
+def test_tied_head_stays_tied() -> None:
     models = [randomize(gpt2_model()(), seed) for seed in (1, 2)]
     state = mudsc_fast.merge(models, [tokens(3)], spec=gpt2(2, 4, 32), mode="zip").state_dict
     assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])

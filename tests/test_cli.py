@@ -20,7 +20,7 @@ def test_info_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert any(line.startswith(op) and "C++" in line for line in shown.splitlines())
 
 
-def test_info_says_why_cuda_is_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_explains_why_cuda_is_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for reason in ("no driver", ""):
         monkeypatch.setattr(_device, "unavailable_reason", lambda *_, reason=reason: reason)
         assert cli.main(["info"]) == 0
@@ -29,7 +29,7 @@ def test_info_says_why_cuda_is_off(capsys: pytest.CaptureFixture[str], monkeypat
         assert (" CUDA " in shown.split("cuda tensors")[1]) == (not reason)
 
 
-def test_info_follows_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_follows_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUDSC_ISA", "baseline")
     monkeypatch.setenv("MUDSC_BACKEND", "reference")
     assert cli.main(["info"]) == 0
@@ -58,7 +58,7 @@ def test_installed_commands(command: list[str]) -> None:
     assert mudsc_fast.__version__ in shown
 
 
-def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
     assert stopped.value.code == 2

@@ -75,7 +75,7 @@ def test_nested_and_wrapped_state_dicts(kind: str, tmp_path: Path) -> None:
     assert_states_equal(torch.load(tmp_path / "out.pt"), merged_mlps())
 
 
-def test_output_has_the_names_of_the_first_network(tmp_path: Path) -> None:
+def test_output_uses_names_of_first_network(tmp_path: Path) -> None:
     _, b = save_mlps(tmp_path, ".pt")
     wrapped = AveragedModel(make_mlp())
     torch.save(wrapped.state_dict(), tmp_path / "a.pt")
@@ -84,7 +84,7 @@ def test_output_has_the_names_of_the_first_network(tmp_path: Path) -> None:
     assert_states_equal(wrapped.module.state_dict(), merged_mlps())
 
 
-def test_ema_beside_the_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ema_weights_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, _ = save_mlps(tmp_path, ".pt")
     states = [make_mlp(seed=index).state_dict() for index in (1, 2)]
     torch.save({"ema": states[1], "model": states[0]}, tmp_path / "b.pt")
@@ -95,7 +95,7 @@ def test_ema_beside_the_model_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_pickles_are_refused_in_plain_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickles_are_rejected_with_explanation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, _ = save_mlps(tmp_path, ".pt")
     torch.save(make_mlp(), tmp_path / "module.pt")
     shown = failure(capsys, tmp_path, "merge", a, tmp_path / "module.pt", "--output", tmp_path / "out.pt")
@@ -129,7 +129,7 @@ def batches() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_versions_of_modules_are_kept(suffix: str, tmp_path: Path) -> None:
+def test_module_versions_are_kept(suffix: str, tmp_path: Path) -> None:
     models = [network(versioned(), seed) for seed in (0, 1)]
     paths = [tmp_path / f"{index}{suffix}" for index in (0, 1)]
     for model, path in zip(models, paths, strict=True):
@@ -148,7 +148,7 @@ def test_versions_of_modules_are_kept(suffix: str, tmp_path: Path) -> None:
         assert_states_equal(merged.state_dict(), expected)
 
 
-def test_other_versions_of_a_module_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_module_versions_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = versioned().state_dict()
     old = versioned().state_dict()
     old._metadata["0"]["version"] = 1  # type: ignore[attr-defined]
@@ -189,7 +189,7 @@ def save_mlp(path: Path, seed: int) -> None:
         ("model.safetensors", "consolidated.safetensors"),
     ],
 )
-def test_the_weights_that_transformers_reads(
+def test_reads_same_weights_as_transformers(
     read: str, other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "network"
@@ -210,7 +210,7 @@ def test_the_weights_that_transformers_reads(
         assert not caplog.text
 
 
-def test_an_index_without_its_shards_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_index_without_shards_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_mlp(tmp_path / "model.safetensors", 0)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
     assert set(open_checkpoint(tmp_path).tensors) == set(make_mlp().state_dict())
@@ -227,7 +227,7 @@ def test_an_index_without_its_shards_is_not_read(tmp_path: Path, caplog: pytest.
         ("my_weights.pth", "my_weights.pth"),
     ],
 )
-def test_other_names_of_weights(name: str, written: str, tmp_path: Path) -> None:
+def test_other_weight_file_names(name: str, written: str, tmp_path: Path) -> None:
     for folder, seed in (("a", 0), ("b", 1)):
         save_mlp(tmp_path / folder / name, seed)
         (tmp_path / folder / "training_args.bin").write_bytes(b"")
@@ -236,7 +236,7 @@ def test_other_names_of_weights(name: str, written: str, tmp_path: Path) -> None
     assert_states_equal(open_checkpoint(tmp_path / "out").tensors, merged_mlps())
 
 
-def test_directories_that_do_not_say_which_weights(tmp_path: Path) -> None:
+def test_ambiguous_weight_files_are_rejected(tmp_path: Path) -> None:
     for name in ("one.safetensors", "two.safetensors"):
         save_mlp(tmp_path / "several" / name, 0)
     save_mlp(tmp_path / "shards" / "model-00001-of-00002.safetensors", 0)
@@ -265,7 +265,7 @@ def test_folders_of_the_hub_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "uint8", "uint16", "uint32", "int32"])
-def test_quantized_weights_are_refused(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantized_weights_are_rejected(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         state = make_mlp(seed=seed).state_dict()
         state["fc2.weight"] = (state["fc2.weight"] * 20).abs().to(getattr(torch, dtype))
@@ -319,7 +319,7 @@ def test_quantized_weights_are_dequantized_on_request(scheme: str, tmp_path: Pat
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-def test_blocks_of_unknown_size_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_block_sizes_are_rejected(tmp_path: Path) -> None:
     # Two scales for 192 rows may be blocks of 128, the last one incomplete, or of 96.
     state = {"0.weight": torch.ones(192, 8).to(torch.float8_e4m3fn), "0.weight_scale_inv": torch.ones(2, 1)}
     for name in ("a", "b"):
@@ -342,7 +342,7 @@ def test_packed_weights_cannot_be_dequantized(tmp_path: Path, capsys: pytest.Cap
         assert "call model.dequantize()" in shown
 
 
-def test_masks_that_are_the_same_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_masks_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (dict(make_mlp(seed=seed).state_dict()) for seed in (0, 1))
     for state in (a, b):
         state["mask"] = torch.ones(3, 3, dtype=torch.uint8)
@@ -390,7 +390,7 @@ def store_head(path: Path, head: Tensor | None) -> None:
     safetensors.torch.save_file(state, path / "model.safetensors", {"format": "pt"})
 
 
-def test_an_output_layer_tied_in_one_network_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_layer_tied_in_one_network_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models: dict[str, Any] = {}
     for name, tied in (("tied", True), ("free", False)):
         models[name] = network(llama_model(tie_word_embeddings=tied), len(models))
@@ -408,7 +408,7 @@ def test_an_output_layer_tied_in_one_network_alone(tmp_path: Path, capsys: pytes
         assert_states_equal(merged.state_dict(), expected)
 
 
-def test_a_table_stored_under_both_names(tmp_path: Path) -> None:
+def test_table_stored_under_both_names(tmp_path: Path) -> None:
     for index, name in enumerate(("a", "b")):
         network(llama_model(tie_word_embeddings=True), index).save_pretrained(tmp_path / name)
     shutil.copytree(tmp_path / "b", tmp_path / "both")
@@ -423,7 +423,7 @@ def test_a_table_stored_under_both_names(tmp_path: Path) -> None:
     assert "lm_head.weight" in open_checkpoint(outputs[2]).tensors
 
 
-def test_a_configuration_that_ties_what_the_file_does_not(tmp_path: Path) -> None:
+def test_config_ties_what_file_does_not(tmp_path: Path) -> None:
     for index, name in enumerate(("a", "b")):
         network(llama_model(tie_word_embeddings=True), index).save_pretrained(tmp_path / name)
     head = torch.randn(60, 32, generator=torch.Generator().manual_seed(5))
@@ -543,7 +543,7 @@ def test_task_heads_need_a_directory(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert_states_equal(open_checkpoint(tmp_path / "out" / name).tensors, tensors)
 
 
-def test_tensors_that_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_pooler = network(transformers.BertModel(transformers.BertConfig(**SHAPE, **TEXT)), 0)
     with_pooler.save_pretrained(tmp_path / "with")
     without: Any = transformers.BertModel(transformers.BertConfig(**SHAPE, **TEXT), add_pooling_layer=False)
@@ -559,7 +559,7 @@ def test_tensors_that_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(kept) - set(dropped) == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
-def test_tables_that_only_one_file_has_do_not_matter(tmp_path: Path) -> None:
+def test_tables_in_one_file_only_do_not_matter(tmp_path: Path) -> None:
     a, b = save_pair(tmp_path, HUGGING_FACE["bert"])
     run("merge", a, b, "--output", tmp_path / "expected", "--quiet")
     path = Path(b) / "model.safetensors"
@@ -597,7 +597,7 @@ RENAMED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", RENAMED)
-def test_names_that_transformers_changes(name: str, tmp_path: Path) -> None:
+def test_names_changed_by_transformers(name: str, tmp_path: Path) -> None:
     base, other = save_pair(tmp_path, RENAMED[name])
     report = tmp_path / "report.json"
     run("align", base, other, "--output", tmp_path / "aligned", "--quiet", "--report", report)
@@ -635,7 +635,7 @@ def t5_batches() -> list[dict[str, Tensor]]:
     return [tokens]
 
 
-def test_tied_tensors_that_files_leave_out(tmp_path: Path) -> None:
+def test_tied_tensors_missing_from_files(tmp_path: Path) -> None:
     a, b = save_pair(tmp_path, t5_model)
     given = ("--model", f"{__name__}:t5_model", "--data", f"{__name__}:t5_batches")
     report = tmp_path / "report.json"
@@ -673,7 +673,7 @@ def test_joined_specs() -> None:
         join_specs([grouped, other])
 
 
-def test_names_of_inputs_become_folders(tmp_path: Path) -> None:
+def test_output_folders_are_named_after_inputs(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         save_mlp(tmp_path / folder / "net.safetensors", 0)
     inputs = [tmp_path / folder / "net.safetensors" for folder in ("one", "two")]
@@ -681,7 +681,7 @@ def test_names_of_inputs_become_folders(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out")) == ["net-1", "net-2"]
 
 
-def test_no_error_is_uncaught(
+def test_unexpected_errors_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:

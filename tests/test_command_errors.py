@@ -60,13 +60,15 @@ def test_damaged_files(
         (make_mlp(), "holds a Python object of the class torch.nn.modules.container.Sequential. Files are read"),
     ],
 )
-def test_files_of_other_things(content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_are_rejected(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, _ = save_mlps(tmp_path, ".pt")
     torch.save(content, tmp_path / "bad.pt")
     assert message in failure(capsys, tmp_path, "merge", a, tmp_path / "bad.pt", "--output", tmp_path / "out")
 
 
-def test_paths_that_are_no_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_without_checkpoint_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, _ = save_mlps(tmp_path)
     (tmp_path / "text.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
@@ -82,7 +84,7 @@ def test_paths_that_are_no_checkpoints(tmp_path: Path, capsys: pytest.CaptureFix
         assert f"{tmp_path / name}: {message}" in shown
 
 
-def test_shards_that_are_missing_or_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_or_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_pair(tmp_path, gpt2_model, max_shard_size="20KB")
     shards = sorted((tmp_path / "b").glob("model-*.safetensors"))
     arguments = ("merge", a, b, "--output", tmp_path / "out")
@@ -242,18 +244,18 @@ def test_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert message in failure(capsys, tmp_path, *command, *arguments)
 
 
-def test_a_debugger_sees_where(tmp_path: Path) -> None:
+def test_debug_shows_traceback(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         cli.main(["merge", "nowhere.pt", "nowhere.pt", "--output", str(tmp_path / "out"), "--debug"])
 
 
-def test_one_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_network_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, _ = save_mlps(tmp_path)
     shown = failure(capsys, tmp_path, "merge", a, "--output", tmp_path / "out")
     assert "expected at least two checkpoints to merge, got 1" in shown
 
 
-def test_outputs_that_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_output_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
@@ -276,7 +278,7 @@ def test_without_transformers(
 
 
 @pytest.mark.parametrize("output", ["out", "out.safetensors", "out.pt"])
-def test_a_file_that_cannot_grow(output: str, tmp_path: Path) -> None:
+def test_file_size_limit(output: str, tmp_path: Path) -> None:
     """The system refuses to write more than 20 kB to a file, as it does where a disk is full."""
     a, b = save_mlps(tmp_path, widths=(20, 64, 64, 10))
     before = sorted(tmp_path.iterdir())
@@ -297,7 +299,7 @@ def test_a_file_that_cannot_grow(output: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["copying", "flushing"])
-def test_a_full_disk(
+def test_full_disk(
     when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = save_pair(tmp_path, HUGGING_FACE["bert"])
@@ -313,7 +315,7 @@ def test_a_full_disk(
     assert f"cannot write {tmp_path / 'out'}: No space left on device" in shown
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupt_leaves_no_output(tmp_path: Path) -> None:
     def interrupted() -> None:
         with atomic_path(tmp_path / "out") as temporary:
             temporary.mkdir()
@@ -325,7 +327,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_output_created_meanwhile_is_kept(tmp_path: Path) -> None:
     def overtaken() -> None:
         with atomic_path(tmp_path / "out") as temporary:
             temporary.write_text("new")
@@ -376,7 +378,7 @@ def test_bad_sizes(text: str) -> None:
         parse_size(text)
 
 
-def test_memory_does_not_grow_with_the_models(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
     """Two networks of 252 MB each: neither they nor the result are ever in memory.
 
     Pages of mapped files count in a process's resident memory as long as nobody else needs it, so what is measured is

@@ -114,7 +114,7 @@ def assert_states_equal(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["align", "zip"])
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_directories_merge_as_loaded_models(name: str, mode: Any, tmp_path: Path) -> None:
+def test_directories_merge_like_loaded_models(name: str, mode: Any, tmp_path: Path) -> None:
     a, b = save_pair(tmp_path, HUGGING_FACE[name], max_shard_size="20KB")
     assert (tmp_path / "a" / "model.safetensors.index.json").exists()
     run("merge", a, b, "--output", tmp_path / "out", "--mode", mode, "--quiet", "--shard-size", "30KB")
@@ -191,7 +191,7 @@ def test_activations_of_files(tmp_path: Path) -> None:
     assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
 
 
-def test_precision_is_that_of_both_spaces(tmp_path: Path) -> None:
+def test_precision_applies_to_both_spaces(tmp_path: Path) -> None:
     a, b = save_mlps(tmp_path)
     given = ("--data", f"{__name__}:mlp_batches", "--model", "networks:make_mlp", "--precision", "bfloat16")
     run("merge", a, b, "--output", tmp_path / "out.pt", *given)
@@ -201,7 +201,7 @@ def test_precision_is_that_of_both_spaces(tmp_path: Path) -> None:
     assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
 
 
-def test_what_lies_beside_the_weights_is_copied(tmp_path: Path) -> None:
+def test_other_files_are_copied(tmp_path: Path) -> None:
     a, b = save_pair(tmp_path, gpt2_model)
     for name in ("tokenizer_config.json", "merges.txt", "spiece.model", "README.md", "training_args.bin"):
         (tmp_path / "a" / name).write_text("{}")
@@ -229,7 +229,7 @@ def test_dtypes(stored: torch.dtype, asked: str | None, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor.float(), expected.state_dict[name].float(), rtol=near, atol=near)
 
 
-def test_a_wider_dtype_is_not_rounded_before(tmp_path: Path) -> None:
+def test_wider_dtype_is_not_rounded_first(tmp_path: Path) -> None:
     a, b = save_mlps(tmp_path, dtype=torch.bfloat16)
     run("merge", a, b, "--output", tmp_path / "out.safetensors", "--dtype", "float32", "--quiet")
     merged = safetensors.torch.load_file(tmp_path / "out.safetensors")
@@ -237,7 +237,7 @@ def test_a_wider_dtype_is_not_rounded_before(tmp_path: Path) -> None:
     assert torch.equal(merged["fc3.bias"], (last[0] + last[1]) / 2)
 
 
-def test_three_networks_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_networks_with_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     report = tmp_path / "report.json"
     run("merge", a, b, b, "--output", tmp_path / "out.safetensors", "--report", report, "--max-sweeps", "4")
@@ -257,7 +257,7 @@ def test_three_networks_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_an_aligned_network_computes_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_aligned_network_gives_same_outputs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, other = save_pair(tmp_path, HUGGING_FACE[name])
     report = tmp_path / "report.json"
     run("align", base, other, "--output", tmp_path / "out", "--report", report)
@@ -284,7 +284,7 @@ def test_aligning_files_with_a_model(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["difference"] is None
 
 
-def test_a_wrong_specification_changes_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_spec_is_detected_by_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_pair(tmp_path, vit_model)
     spec = vit_huggingface(2, 4, checkpoint_names=True)
     left = {name for name in spec.layouts if name.endswith("intermediate.dense.bias")}
@@ -361,7 +361,7 @@ def test_names_of_gpt2_without_its_prefix() -> None:
         (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), "mlp", "expected nothing but linear layers"),
     ],
 )
-def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: str | None, message: str) -> None:
+def test_unrecognized_networks(build: Callable[[], nn.Module], text: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_spec(text, build().state_dict())
 
@@ -380,7 +380,7 @@ def test_networks_that_are_not_recognised(build: Callable[[], nn.Module], text: 
         ({"model_type": "gpt2", "n_head": 4}, "not those of the family gpt2"),
     ],
 )
-def test_configurations_that_do_not_help(config: dict[str, Any], message: str) -> None:
+def test_configs_that_do_not_help(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_spec(None, llama_model().state_dict(), config=config)
 
@@ -404,7 +404,7 @@ def test_networks_without_a_builder_are_derived(tied: bool, tmp_path: Path) -> N
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_network_of_the_user_is_derived(tmp_path: Path) -> None:
+def test_spec_of_user_network_is_derived(tmp_path: Path) -> None:
     a, b = save_mlps(tmp_path)
     given = ("--spec", "derive", "--model", "networks:make_mlp", "--data", f"{__name__}:mlp_batches")
     run("merge", a, b, "--output", tmp_path / "out.safetensors", *given)
@@ -421,7 +421,7 @@ def no_batches() -> list[str]:
     return ["a batch"]
 
 
-def test_deriving_needs_something_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deriving_needs_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     for arguments, message in (
         ((), "spec='derive' needs the model and a batch to run it on"),
@@ -445,7 +445,7 @@ def test_deriving_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_spec(None, {}, config={"model_type": "qwen3"})
 
 
-def test_a_tensor_that_no_builder_names() -> None:
+def test_tensor_unknown_to_builder() -> None:
     state = llama_model(attention_bias=True).state_dict()
     with pytest.raises(ValueError, match=r"does not name 2 tensors, model.layers.0.self_attn.o_proj.bias"):
         choose_spec("llama:num_heads=4,num_kv_heads=2", state)

@@ -39,7 +39,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert f"\n{group}\n" in shown
 
 
-def test_every_option_is_described_by_a_sentence() -> None:
+def test_every_option_is_described_in_a_sentence() -> None:
     parser = build_parser()
     subparsers = next(action for action in parser._actions if action.dest == "command").choices
     assert isinstance(subparsers, dict)
@@ -81,7 +81,7 @@ def test_inspection_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "[128 (h.0.mlp)]" in shown
 
 
-def test_inspection_says_what_froze_units(tmp_path: Path) -> None:
+def test_inspection_explains_frozen_units(tmp_path: Path) -> None:
     config = transformers.Qwen3Config(**SHAPE, **TEXT, num_key_value_heads=2, head_dim=8)
     model: Any = randomize(transformers.Qwen3ForCausalLM(config), seed=0)
     model.save_pretrained(tmp_path / "a")
@@ -169,7 +169,7 @@ def test_colors_only_in_terminals(
         assert ("\x1b[1;31merror:\x1b[0m" in capsys.readouterr().err) == colored
 
 
-def test_quiet_leaves_out_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_hides_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, _ = save_mlps(tmp_path, ".pt")
     torch.save({"model": make_mlp(seed=1).state_dict(), "ema": make_mlp(seed=2).state_dict()}, tmp_path / "b.pt")
     run("merge", a, tmp_path / "b.pt", "--output", tmp_path / "out.pt", "--quiet")

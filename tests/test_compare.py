@@ -25,7 +25,7 @@ def write(path: Path, **ratios: float) -> Path:
     return path
 
 
-def test_a_ratio_that_fell_by_more_than_a_fifth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratio_that_fell_by_more_than_a_fifth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = write(tmp_path / "old.json", sweeps=30.0, whole=10.0)
     assert run(old, write(tmp_path / "new.json", sweeps=24.5, whole=11.0, other=1.0)) == 0
     assert "no ratio fell" in capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_reduced_to_ratios(tmp_path: Path) -> None:
     assert run(kept, write(tmp_path / "new.json", sweeps=1.0)) == 1
 
 
-def test_files_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomparable_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, broken = write(tmp_path / "old.json", sweeps=30.0), tmp_path / "broken.json"
     broken.write_text("{")
     assert run(old, broken) == 2

@@ -101,7 +101,7 @@ def write_gpus(folder: Path, *capabilities: str) -> None:
         ("13.0", "80;90a-real;100-real;100-virtual"),
     ],
 )
-def test_without_a_gpu_all_known_architectures_are_built(tmp_path: Path, release: str, expected: str) -> None:
+def test_all_known_architectures_are_built_without_gpu(tmp_path: Path, release: str, expected: str) -> None:
     write_nvcc(tmp_path, release)
     write_gpus(tmp_path)
     found, shown = plan(tmp_path)
@@ -123,9 +123,7 @@ def test_without_a_gpu_all_known_architectures_are_built(tmp_path: Path, release
         ("13.0", ["12.0"], "120-real"),
     ],
 )
-def test_only_the_gpus_that_are_present_are_built_for(
-    tmp_path: Path, release: str, gpus: list[str], expected: str
-) -> None:
+def test_only_present_gpus_are_built_for(tmp_path: Path, release: str, gpus: list[str], expected: str) -> None:
     write_nvcc(tmp_path, release)
     write_gpus(tmp_path, *gpus)
     assert plan(tmp_path)[0]["architectures"] == expected
@@ -148,7 +146,7 @@ def test_only_the_gpus_that_are_present_are_built_for(
         ),
     ],
 )
-def test_what_cannot_be_built_is_a_problem_and_no_failure(
+def test_unbuildable_configuration_is_reported(
     tmp_path: Path, release: str, gpus: list[str], wanted: str, compile_: str, problem: str
 ) -> None:
     write_nvcc(tmp_path, release, compile_)
@@ -157,14 +155,14 @@ def test_what_cannot_be_built_is_a_problem_and_no_failure(
 
 
 @needs_cmake
-def test_a_program_that_is_no_nvcc_is_a_problem(tmp_path: Path) -> None:
+def test_program_that_is_not_nvcc_is_reported(tmp_path: Path) -> None:
     write_program(tmp_path / "nvcc", "#!/bin/sh\nexit 3\n")
     assert "does not answer --version" in plan(tmp_path)[0]["problem"]
 
 
 @needs_cmake
 @pytest.mark.parametrize("setting", ["AUTO", "ON"])
-def test_auto_goes_on_without_cuda_and_on_fails(tmp_path: Path, setting: str) -> None:
+def test_auto_continues_without_cuda_and_on_fails(tmp_path: Path, setting: str) -> None:
     """Configures the whole project with an nvcc that rejects the host compiler."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to configure the extension")
     write_nvcc(tmp_path, "12.4", "echo 'error: unsupported GNU version' >&2; exit 1")
@@ -195,7 +193,7 @@ def test_auto_goes_on_without_cuda_and_on_fails(tmp_path: Path, setting: str) ->
         ((12, 0), "PTX"),
     ],
 )
-def test_code_for_devices_of_the_default_build(capability: tuple[int, int], expected: str) -> None:
+def test_default_build_covers_devices(capability: tuple[int, int], expected: str) -> None:
     assert _device.code_for(capability, "80;90a-real;100-real;100-virtual") == expected
 
 
@@ -203,7 +201,7 @@ def test_code_for_devices_of_the_default_build(capability: tuple[int, int], expe
     ("capability", "architectures", "expected"),
     [((9, 0), "80-real", ""), ((9, 0), "80", "PTX"), ((8, 0), "86-real", ""), ((12, 1), "90a-real", "")],
 )
-def test_code_for_devices_of_other_builds(capability: tuple[int, int], architectures: str, expected: str) -> None:
+def test_other_builds_cover_devices(capability: tuple[int, int], architectures: str, expected: str) -> None:
     assert _device.code_for(capability, architectures) == expected
 
 
@@ -219,7 +217,7 @@ class _Module:
         return "the device has compute capability 7.5; the kernels need 8.0 or newer" if index == 0 else ""
 
 
-def test_info_says_for_each_device_whether_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_lists_support_of_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "extension", _Module)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: ((7, 5), (12, 0))[index])
     _device.unavailable_reason.cache_clear()
@@ -235,5 +233,5 @@ def test_info_says_for_each_device_whether_kernels_run(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not _core.cuda_problem, reason="this build has CUDA kernels")
-def test_info_says_why_kernels_were_not_built() -> None:
+def test_info_explains_why_kernels_were_not_built() -> None:
     assert f"not built: {_core.cuda_problem}" in cli.info()

@@ -139,7 +139,7 @@ needs_disassembler = pytest.mark.skipif(
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_are_made_on_tensor_cores(architecture: str) -> None:
+def test_products_use_tensor_cores(architecture: str) -> None:
     expected = {**TENSOR_INSTRUCTIONS, **(WARPGROUP_INSTRUCTIONS if architecture == "90a" else {})}
     for (source, pattern), instruction in expected.items():
         kernels = [code for name, code in machine_code_of(source, architecture) if re.search(pattern, name)]
@@ -164,7 +164,7 @@ COPIED_AS_THEY_ARE = r"kernelI(ff|\w*(8BFloat16|4Half)ES\w*_)Lb"
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_copied_features_are_repaired_16_bytes_at_a_time(architecture: str) -> None:
+def test_copied_features_are_fixed_16_bytes_at_a_time(architecture: str) -> None:
     """Scalar accesses 16 bytes apart meet 8 of 32 banks of shared memory: four times the cycles."""
     wide = r"LDGSTS\S*\.128|LDS\.128|STS\.128"
     kernels = [
@@ -181,7 +181,7 @@ def test_copied_features_are_repaired_16_bytes_at_a_time(architecture: str) -> N
 
 @needs_nvcc
 @needs_disassembler
-def test_warpgroups_issue_fewer_instructions_than_tensor_cores_take_cycles() -> None:
+def test_warpgroup_issue_slots_fit_tensor_cycles() -> None:
     """Each of four schedulers issues the instructions of two of a block's eight warps.
 
     Nominal tensor cycles of a slab: 128 x 128 x 32 products three times in TF32, at 1024 a cycle, or 128 x 128 x 64 of
@@ -198,7 +198,7 @@ def test_warpgroups_issue_fewer_instructions_than_tensor_cores_take_cycles() -> 
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_merges_of_units_do_not_divide_integers_of_64_bits(architecture: str) -> None:
+def test_zip_kernel_has_no_64_bit_division(architecture: str) -> None:
     """Such a division is a function of some hundred instructions, which the assembler names."""
     resources("zip", architecture)
     cubin = (KEPT / key() / f"zip.{architecture}.cubin").read_bytes()
@@ -208,7 +208,7 @@ def test_merges_of_units_do_not_divide_integers_of_64_bits(architecture: str) ->
 
 @needs_nvcc
 @needs_disassembler
-def test_nothing_touches_registers_that_warpgroups_multiply_into() -> None:
+def test_wgmma_accumulators_are_not_touched_before_wait() -> None:
     """A slab's products follow one another, and until they are waited for their registers are left alone.
 
     Behind the last product the machine code goes back to the preparation of the next slab, which ends with the wait.
@@ -270,13 +270,13 @@ if reason:
 
 
 @needs_nvcc
-def test_the_module_imports_without_a_driver_and_says_what_is_wrong(module_folder: Path) -> None:
+def test_module_imports_without_driver_and_explains(module_folder: Path) -> None:
     run(sys.executable, "-c", PROGRAM, module_folder)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("modules", [("_cuda", "_cuda_simulator"), ("_cuda_simulator", "_cuda")], ids=str)
-def test_a_process_may_import_the_simulator_too(module_folder: Path, modules: tuple[str, str]) -> None:
+def test_simulator_can_be_imported_too(module_folder: Path, modules: tuple[str, str]) -> None:
     import mudsc_fast
 
     if not list(Path(mudsc_fast.__file__).parent.glob("_cuda_simulator.*")):

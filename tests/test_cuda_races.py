@@ -52,7 +52,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_planted_race_is_found(program: Path) -> None:
+def test_planted_race_is_found(program: Path) -> None:
     done = run(program, "planted")
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr

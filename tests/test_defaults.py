@@ -122,7 +122,7 @@ def test_results_do_not_depend_on_defaults(case: str, backend: str) -> None:
 
 @pytest.mark.parametrize("case", ["assignment", "large assignment", "zip", "correlation", "full correlation"])
 @pytest.mark.usefixtures("simulator")
-def test_simulated_kernels_do_not_depend_on_them_either(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_kernels_do_not_depend_on_defaults(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_unusable_reason", lambda *_: "")
     monkeypatch.setattr(assignment, "MIN_BATCH", 1)
     monkeypatch.setattr(_tensor_cores, "WGMMA_CONFIRMED", frozenset({(9, 0)}))

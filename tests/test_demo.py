@@ -21,7 +21,7 @@ def mean_accuracies(shown: str) -> dict[str, float]:
     return {row[:19].strip(): float(row[19:51].split()[-1]) for row in rows}
 
 
-def test_demo_shows_what_matching_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_shows_gain_of_matching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_demo(["--quiet", "--output", str(tmp_path)]) == 0
     mean = mean_accuracies(capsys.readouterr().out)
     assert len(mean) == 9
@@ -35,7 +35,7 @@ def test_demo_shows_what_matching_gains(tmp_path: Path, capsys: pytest.CaptureFi
     assert [path.name for path in tmp_path.iterdir()] == ["merge.png"]
 
 
-def test_demo_is_the_same_on_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_is_deterministic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accuracies = []
     for _ in range(2):
         assert run_demo(["--epochs", "1", "--quiet", "--output", str(tmp_path)]) == 0
@@ -43,7 +43,7 @@ def test_demo_is_the_same_on_every_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert accuracies[0] == accuracies[1]
 
 
-def test_demo_refuses_no_training(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_rejects_zero_epochs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_demo(["--epochs", "0"])
     assert "--epochs must be at least 1, got 0" in capsys.readouterr().err

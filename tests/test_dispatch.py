@@ -12,7 +12,7 @@ from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.ops import _dispatch
 
 
-def test_a_requested_back_end_is_used_and_then_not() -> None:
+def test_requested_backend_is_used_inside_context_only() -> None:
     with mudsc_fast.use_backend("reference"):
         assert _dispatch.backend_for("zip", "cpu") == "reference"
         with mudsc_fast.use_backend("cpu"):
@@ -21,7 +21,7 @@ def test_a_requested_back_end_is_used_and_then_not() -> None:
     assert _dispatch.backend_for("zip", "cpu") == "cpu"
 
 
-def test_the_environment_requests_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_requests_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUDSC_BACKEND", "reference")
     assert _dispatch.backend_for("permute", "cpu") == "reference"
     with mudsc_fast.use_backend("cpu"):
@@ -31,22 +31,22 @@ def test_the_environment_requests_a_back_end(monkeypatch: pytest.MonkeyPatch) ->
         _dispatch.backend_for("permute", "cpu")
 
 
-def test_unknown_back_end() -> None:
+def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of cpu, reference.*, got 'abacus'"):
         mudsc_fast.use_backend("abacus").__enter__()
 
 
-def test_a_requested_back_end_that_does_not_serve_a_device() -> None:
+def test_requested_backend_must_support_device() -> None:
     with mudsc_fast.use_backend("cpu"), pytest.raises(ValueError, match="no permute kernel for cuda tensors"):
         _dispatch.backend_for("permute", "cuda")
 
 
-def test_cuda_tensors_are_for_triton_where_it_is_installed() -> None:
+def test_cuda_tensors_use_triton_if_installed() -> None:
     assert _dispatch.backend_for("permute", "cuda") == ("triton" if find_spec("triton") else "reference")
     assert _dispatch.backend_for("permute", "mps") == "reference"
 
 
-def test_devices_that_the_build_has_no_code_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_without_code_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "unavailable_reason", lambda index=None: "no kernel image" if index == 1 else "")
     monkeypatch.setenv("MUDSC_SELF_TEST", "0")  # there is no device to test
     kernels = {"cuda": lambda: 0, "cpu": lambda: 1, "reference": lambda: 2}
@@ -54,7 +54,7 @@ def test_devices_that_the_build_has_no_code_for_are_left_out(monkeypatch: pytest
     assert _dispatch.choose("zip", torch.device("cuda:1"), kernels) is kernels["cpu"]
 
 
-def test_devices_are_not_asked_for_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_not_queried_without_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever asks for them keeps processes that are forked later from using one."""
 
     def fail(index: int | None = None) -> str:

@@ -31,19 +31,19 @@ def run(code: list[str], source: Path) -> None:
 
 
 @pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(python_blocks(page), page)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_code_of_a_tutorial_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_tutorial_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     run(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"], notebook)
 
 
-def test_the_readme_and_the_quick_start_have_code() -> None:
+def test_readme_and_quickstart_have_code() -> None:
     assert {ROOT / "README.md", ROOT / "docs" / "quickstart.md"} <= set(with_code(PAGES))
     assert len(NOTEBOOKS) == 2

@@ -27,7 +27,7 @@ def batches(outputs: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Te
     return list(zip(outputs.split(size), labels.split(size), strict=True))
 
 
-def test_joint_accuracy_counts_the_largest_cosine_over_all_tasks() -> None:
+def test_joint_accuracy_uses_largest_cosine_over_all_tasks() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(3, 8, generator=generator), torch.randn(4, 8, generator=generator)]
     outputs, labels = torch.randn(50, 8, generator=generator), torch.randint(0, 7, (50,), generator=generator)
@@ -37,7 +37,7 @@ def test_joint_accuracy_counts_the_largest_cosine_over_all_tasks() -> None:
     assert joint_accuracy(Lookup(), batches(outputs, labels, 50), torch.cat(vectors)) == pytest.approx(expected)
 
 
-def test_task_accuracies_compare_within_a_task_only() -> None:
+def test_task_accuracy_compares_within_task() -> None:
     # The best class overall is 2, but among classes 0 and 1 it is 0.
     outputs, labels = torch.tensor([[1.0, 0.0, 5.0], [0.0, 1.0, 5.0], [0.0, 0.0, 1.0]]), torch.tensor([0, 0, 2])
     assert joint_accuracy(Lookup(), [(outputs, labels)]) == pytest.approx(1 / 3)
@@ -45,7 +45,7 @@ def test_task_accuracies_compare_within_a_task_only() -> None:
 
 
 @pytest.mark.parametrize("classes", [(0, 1), (4, 2)])
-def test_order_of_classes_in_a_task_does_not_matter(classes: tuple[int, int]) -> None:
+def test_class_order_within_task_does_not_matter(classes: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     outputs, labels = torch.randn(40, 5, generator=generator), torch.randint(0, 5, (40,), generator=generator)
     forwards, backwards = (
@@ -54,7 +54,7 @@ def test_order_of_classes_in_a_task_does_not_matter(classes: tuple[int, int]) ->
     assert forwards == backwards
 
 
-def test_cross_entropy_is_that_of_torch() -> None:
+def test_cross_entropy_matches_torch() -> None:
     generator = torch.Generator().manual_seed(2)
     outputs, labels = torch.randn(30, 5, generator=generator), torch.randint(0, 5, (30,), generator=generator)
     assert cross_entropy(Lookup(), batches(outputs, labels, 7)) == pytest.approx(
@@ -76,7 +76,7 @@ def test_models_keep_their_modes_and_gradients_are_not_recorded() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_mappings_and_outputs_with_logits_are_understood() -> None:
+def test_mappings_and_outputs_with_logits() -> None:
     class Output:
         def __init__(self, logits: Tensor) -> None:
             self.logits = logits
@@ -95,7 +95,7 @@ def test_mappings_and_outputs_with_logits_are_understood() -> None:
     assert joint_accuracy(HuggingFace(), data, forward=reversed_logits) < 2 / 3
 
 
-def test_an_ensemble_averages_outputs() -> None:
+def test_ensemble_averages_outputs() -> None:
     first, second = nn.Linear(3, 4), nn.Linear(3, 4)
     x = torch.randn(5, 3)
     torch.testing.assert_close(Ensemble([first, second])(x), (first(x) + second(x)) / 2)
@@ -103,7 +103,7 @@ def test_an_ensemble_averages_outputs() -> None:
     torch.testing.assert_close(Ensemble([first, second], normalize=True)(x), normalized)
 
 
-def test_interpolation_ends_at_the_networks_and_measures_the_barrier() -> None:
+def test_interpolation_ends_and_barrier() -> None:
     torch.manual_seed(0)
     first, second = (nn.Linear(3, 2) for _ in range(2))
     ends = [float(model.weight.detach().square().sum()) for model in (first, second)]
@@ -136,12 +136,12 @@ def test_interpolation_ends_at_the_networks_and_measures_the_barrier() -> None:
         ([(torch.eye(3)[:1], torch.tensor([0]))], {"tasks": [[0], [1]]}, ValueError, r"tasks\[1\]"),
     ],
 )
-def test_bad_input_is_named(data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors_name_bad_input(data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         task_accuracies(Lookup(), data, **options)
 
 
-def test_interpolation_refuses_other_tensors_and_too_few_steps() -> None:
+def test_interpolation_rejects_mismatched_tensors_and_few_steps() -> None:
     with pytest.raises(ValueError, match=r"'weight' has shapes \(2, 3\) and \(2, 4\)"):
         interpolate(nn.Linear(3, 2), nn.Linear(4, 2), lambda _: 0.0)
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
@@ -150,5 +150,5 @@ def test_interpolation_refuses_other_tensors_and_too_few_steps() -> None:
         Ensemble([])
 
 
-def test_numpy_labels_count_as_labels() -> None:
+def test_numpy_labels_are_accepted() -> None:
     assert evaluate.joint_accuracy(Lookup(), [(torch.eye(3), np.array([0, 1, 0]))]) == pytest.approx(2 / 3)

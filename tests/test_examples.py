@@ -16,7 +16,7 @@ SHOWN = {
 }
 
 
-def test_every_library_has_an_example() -> None:
+def test_every_library_has_example() -> None:
     assert {path.stem for path in EXAMPLES.glob("with_*.py")} == set(SHOWN)
 
 

@@ -16,13 +16,13 @@ def fuzz() -> dict[str, Any]:
     return runpy.run_path(SCRIPT)
 
 
-def test_random_problems_are_solved_as_scipy_solves_them(fuzz: dict[str, Any]) -> None:
+def test_random_problems_match_scipy(fuzz: dict[str, Any]) -> None:
     counts = fuzz["run"](2000)
     assert sum(counts.values()) >= 2000
     assert set(counts) == set(fuzz["WAYS"])
 
 
-def test_a_wrong_result_is_reported_with_its_seed(fuzz: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_result_is_reported_with_seed(fuzz: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     solve = fuzz["linear_assignment"]
 
     def solve_the_opposite(values: Any, *, maximize: bool = True, **options: Any) -> Any:

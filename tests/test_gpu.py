@@ -173,7 +173,7 @@ def test_assignment_of_forbidden_and_invalid_entries(gpu: torch.device) -> None:
             mudsc_fast.linear_assignment(values.to(gpu))
 
 
-def test_assignment_from_an_earlier_one(gpu: torch.device) -> None:
+def test_assignment_warm_start(gpu: torch.device) -> None:
     for units in (100, 600):
         values = random_numbers(units, units).to(gpu)
         earlier = mudsc_fast.linear_assignment(values)
@@ -184,7 +184,7 @@ def test_assignment_from_an_earlier_one(gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(30, 30), (20, 50), (50, 20), (600, 600)], ids=str)
-def test_linear_sum_assignment_gives_tensors_back(gpu: torch.device, shape: tuple[int, int]) -> None:
+def test_linear_sum_assignment_returns_tensors(gpu: torch.device, shape: tuple[int, int]) -> None:
     cost = random_numbers(*shape)
     (rows, columns), expected = on_both(gpu, lambda device: mudsc_fast.linear_sum_assignment(cost.to(device)))
     assert rows.device.type == columns.device.type == "cuda"

@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[[], Callable[[], object]]] = {
 
 
 @pytest.mark.parametrize("what", CALLS)
-def test_ops_that_wait_for_the_device_refuse_a_capture(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronizing_ops_reject_capture(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS[what]()
 
     def refuse(name: str, device: torch.device) -> None:
@@ -43,12 +43,12 @@ def test_ops_that_wait_for_the_device_refuse_a_capture(what: str, monkeypatch: p
         call()
 
 
-def test_tensors_of_the_cpu_are_not_captured() -> None:
+def test_cpu_tensors_are_not_affected_by_capture() -> None:
     _device.refuse_capture("zip_units", torch.device("cpu"))
     assert not _device.is_capturing(torch.device("cpu"))
 
 
-def test_unusable_device_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_device_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message about an older driver, or a device without code, reaches whoever passes a CUDA tensor."""
     reason = "the driver is for CUDA 12.4, older than the CUDA 13.0 that this package was built with: update the driver"
     monkeypatch.setattr(_device, "unavailable_reason", lambda *_: reason)

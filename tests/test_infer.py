@@ -265,7 +265,7 @@ def node_at(spec: PermutationSpec, tensor: str, position: int, segment: int = 0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_derived_specification_equals_the_one_written_by_hand(name: str) -> None:
+def test_derived_spec_matches_handwritten_spec(name: str) -> None:
     written, found = content(CASES[name].spec), content(derived(name)[0].spec)
     if name == "clip openai":
         # The space in which images and texts meet: no one sees it in what the model returns, so its order is free. The
@@ -279,7 +279,7 @@ def test_a_derived_specification_equals_the_one_written_by_hand(name: str) -> No
 
 @pytest.mark.parametrize("name", [*CASES, *OTHERS])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_a_permuted_network_computes_the_same(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_permuted_network_gives_same_outputs(name: str, dtype: torch.dtype, tolerance: float) -> None:
     case, exact = derived(name)
     if dtype == torch.float64 and not exact:
         pytest.skip("computes in float32 at places")
@@ -294,7 +294,7 @@ def test_a_permuted_network_computes_the_same(name: str, dtype: torch.dtype, tol
 
 @pytest.mark.parametrize("name", [*CASES, *OTHERS])
 @pytest.mark.parametrize("space", ["weight", "activation", "dual"])
-def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Space) -> None:
+def test_merge_with_permuted_copy_recovers_network(name: str, space: Space) -> None:
     case, _ = derived(name)
     model = make(case)
     copied, permutations = permuted_copy(case, model, seed=2)
@@ -306,7 +306,7 @@ def test_merging_with_a_permuted_copy_returns_the_network(name: str, space: Spac
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
+def test_zip_with_permuted_copy_recovers_network(name: str) -> None:
     case, _ = derived(name)
     model = make(case)
     copied, permutations = permuted_copy(case, model, seed=2)
@@ -319,7 +319,7 @@ def test_clustering_with_a_permuted_copy_returns_the_network(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # PyTorch's own
 @pytest.mark.parametrize("name", ["resnet cifar", "resnet group norm", "vit", "swin", "llama grouped"])
-def test_graphs_of_fewer_operators_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decomposed_graphs_give_same_spec(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def decomposed(*arguments: Any, **options: Any) -> Exported:
         exported = export(*arguments, **options)
         return replace(exported, program=exported.program.run_decompositions())
@@ -395,7 +395,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any], Callable[[int], Any]]] = {
 
 
 @pytest.mark.parametrize("name", FURTHER)
-def test_the_function_of_further_architectures(name: str) -> None:
+def test_further_architectures_keep_their_function(name: str) -> None:
     kind, options, inputs = FURTHER[name]
     model = randomize(huggingface(kind, name, **options)(), seed=1)
     spec = PermutationSpec.from_model(model, inputs(0))
@@ -407,17 +407,17 @@ def test_the_function_of_further_architectures(name: str) -> None:
     torch.testing.assert_close(outputs(copied, inputs(3)), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
 
 
-def test_norms_per_head_leave_the_specification_of_their_family() -> None:
+def test_per_head_norms_keep_family_spec() -> None:
     assert content(derived("qwen3")[0].spec) == content(llama(2, 8, 4, 6))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_code_of_the_page_runs_as_written(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_derivation_page_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(PAGE), "exec"), {})
 
 
-def test_a_slice_of_a_hidden_layer_is_a_node_of_its_own() -> None:
+def test_slice_of_hidden_layer_is_separate_node() -> None:
     spec = derived("sliced")[0].spec
     before, behind = spec.layouts["first.weight"][0]
     assert (before.width, behind.start, behind.width) == (20, 20, 28)
@@ -427,7 +427,7 @@ def test_a_slice_of_a_hidden_layer_is_a_node_of_its_own() -> None:
     assert node_at(spec, "third.weight", 1) == Axis(behind.axis.node, "consume")
 
 
-def test_joined_streams_are_windows_of_what_reads_them() -> None:
+def test_concatenated_streams_are_windows_of_consumers() -> None:
     spec = derived("skipped")[0].spec
     risen, kept = spec.layouts["up.weight"][1]
     assert (risen.axis, risen.width) == (Axis("middle", "consume"), 10)
@@ -437,14 +437,14 @@ def test_joined_streams_are_windows_of_what_reads_them() -> None:
     assert node_at(spec, "norm.running_mean", 0) == Axis("up", "produce", compared=False)
 
 
-def test_both_halves_of_a_gated_layer_are_ordered_alike() -> None:
+def test_halves_of_gated_layer_share_order() -> None:
     spec = derived("gated")[0].spec
     assert [(segment.axis, segment.width) for segment in spec.layouts["first.weight"][0]] == [
         (Axis("first", "produce"), 16)
     ] * 2
 
 
-def test_groups_of_a_convolution() -> None:
+def test_grouped_convolution() -> None:
     spec = derived("grouped convolution")[0].spec
     # A specification has no way to say that the second axis of the weight belongs to the group on the first.
     assert node_at(spec, "conv1.weight", 0) == Axis("conv1", "produce", inner=2)
@@ -453,13 +453,13 @@ def test_groups_of_a_convolution() -> None:
     assert spec.units(Grouped().state_dict()) == {"stem": 6, "conv1": 4, "conv2": 12}
 
 
-def test_a_depthwise_convolution_ties_its_channels() -> None:
+def test_depthwise_convolution_ties_channels() -> None:
     spec = derived("depthwise convolution")[0].spec
     assert {use.tensor for use in spec.uses("conv1")} >= {"conv1.weight", "conv2.weight", "conv2.bias", "conv3.weight"}
     assert spec.groups("conv1") == Groups(1)
 
 
-def test_units_of_heads_with_a_common_norm_keep_their_order() -> None:
+def test_heads_with_shared_norm_keep_unit_order() -> None:
     spec = derived("normed heads")[0].spec
     scores, values = (spec.layouts["qkv.weight"][0][place].axis for place in (0, 2))
     assert scores == spec.layouts["qkv.weight"][0][1].axis == Axis("qkv.0", "produce", inner=8)
@@ -488,7 +488,7 @@ def test_shared_layers_share_their_nodes() -> None:
         ("argsort", "aten.argsort", True),
     ],
 )
-def test_what_an_operator_hides_stays_in_order_and_is_reported(
+def test_order_dependent_operator_freezes_units_and_is_reported(
     name: str, operator: str, known: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     build, inputs, _ = OTHERS[name]
@@ -504,7 +504,7 @@ def test_what_an_operator_hides_stays_in_order_and_is_reported(
     assert str(obstacle).endswith("axes 1 of a tensor (64, 16)")
 
 
-def test_modules_are_named_in_the_report() -> None:
+def test_report_names_modules() -> None:
     class Reversed(nn.Module):
         def forward(self, value: Tensor) -> Tensor:
             return value.flip(1)
@@ -515,7 +515,7 @@ def test_modules_are_named_in_the_report() -> None:
     ]
 
 
-def test_models_on_the_meta_device() -> None:
+def test_meta_device_models() -> None:
     with torch.device("meta"):
         config = transformers.LlamaConfig(num_hidden_layers=2, num_key_value_heads=8, vocab_size=50000)
         model = transformers.LlamaForCausalLM(config)
@@ -525,7 +525,7 @@ def test_models_on_the_meta_device() -> None:
     assert content(spec) == content(llama(2, 32, 8, 128))
 
 
-def test_inputs_in_every_form() -> None:
+def test_input_forms() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -544,7 +544,7 @@ def test_inputs_in_every_form() -> None:
     assert content(PermutationSpec.from_model(chain, left)) == content(mlp(["0", "2"]))
 
 
-def test_outputs_can_be_chosen() -> None:
+def test_selected_outputs() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -560,7 +560,7 @@ def test_outputs_can_be_chosen() -> None:
     assert spec.nodes == ("first",)
 
 
-def test_what_is_observed() -> None:
+def test_observed_places() -> None:
     spec = derived("vit")[0].spec
     assert spec.observations("blocks.0.attn.qkv.0") == (
         Observation("blocks.0.attn.qkv", "output", -1, 0, 24),
@@ -579,7 +579,7 @@ def test_what_is_observed() -> None:
     assert convolutional.observations("down") == (Observation("up", "input", 1, 10, 6),)
 
 
-def test_a_model_is_left_as_it_was() -> None:
+def test_model_is_left_unchanged() -> None:
     model = VisionTransformer().train()
     model.blocks.eval()
     state = copy.deepcopy(model.state_dict())
@@ -591,7 +591,7 @@ def test_a_model_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("constant", [True, False])
-def test_what_is_repeated_and_then_written_to(constant: bool) -> None:
+def test_repeat_then_in_place_write(constant: bool) -> None:
     class Written(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -612,7 +612,7 @@ def test_what_is_repeated_and_then_written_to(constant: bool) -> None:
     torch.testing.assert_close(copied(value), model(value))
 
 
-def test_groups_of_a_norm_that_cut_repeated_channels_apart() -> None:
+def test_norm_groups_that_split_repeated_channels() -> None:
     class Repeated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -628,7 +628,7 @@ def test_groups_of_a_norm_that_cut_repeated_channels_apart() -> None:
     assert spec.nodes == ("first",)  # the fifth of the repeated channels is half in the one group, half in the other
 
 
-def test_tensors_of_integers_keep_their_order() -> None:
+def test_integer_tensors_keep_their_order() -> None:
     class Quantized(nn.Module):
         def __init__(self) -> None:
             super().__init__()

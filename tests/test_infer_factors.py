@@ -29,7 +29,7 @@ def sizes(factors: list[Factor]) -> list[int]:
     return [factor.size for factor in factors]
 
 
-def test_products_are_refined_to_what_both_have() -> None:
+def test_products_are_refined_to_common_factors() -> None:
     first, second = Factor(24), Factor(24)
     split(first, 4)
     split(second, 2)
@@ -39,7 +39,7 @@ def test_products_are_refined_to_what_both_have() -> None:
     assert not is_frozen(first)
 
 
-def test_products_without_a_common_refinement_are_frozen() -> None:
+def test_products_without_common_refinement_are_frozen() -> None:
     first, second = Factor(24), Factor(24)
     split(first, 3)
     split(second, 8)
@@ -48,7 +48,7 @@ def test_products_without_a_common_refinement_are_frozen() -> None:
     assert is_frozen(second)
 
 
-def test_sums_are_refined_to_what_both_have() -> None:
+def test_sums_are_refined_to_common_terms() -> None:
     first, second = Factor(10), Factor(10)
     window(first, 0, 4)
     window(second, 3, 7)
@@ -57,7 +57,7 @@ def test_sums_are_refined_to_what_both_have() -> None:
     assert terms_of(first) == terms_of(second)
 
 
-def test_a_product_of_alike_terms_is_a_sum() -> None:
+def test_product_of_equal_terms_is_sum() -> None:
     total, repeated = concatenation([Factor(4), Factor(4), Factor(4)]), Factor(12)
     outer, inner = split(repeated, 3)
     unify(total, repeated)
@@ -66,7 +66,7 @@ def test_a_product_of_alike_terms_is_a_sum() -> None:
     assert not is_frozen(inner)
 
 
-def test_a_product_and_a_sum_of_other_terms_are_frozen() -> None:
+def test_product_and_sum_of_other_terms_are_frozen() -> None:
     total, repeated = concatenation([Factor(5), Factor(7)]), Factor(12)
     split(repeated, 3)
     unify(total, repeated)
@@ -74,7 +74,7 @@ def test_a_product_and_a_sum_of_other_terms_are_frozen() -> None:
     assert is_frozen(repeated)
 
 
-def test_a_window_of_a_product_freezes_what_it_cuts() -> None:
+def test_window_freezes_factors_it_cuts() -> None:
     whole = Factor(12)
     outer, inner = split(whole, 3)
     assert window(whole, 4, 4) is inner.find()
@@ -86,7 +86,7 @@ def test_a_window_of_a_product_freezes_what_it_cuts() -> None:
     assert is_frozen(window(whole, 3, 4))  # from one block into the next
 
 
-def test_unifying_with_what_is_frozen_freezes() -> None:
+def test_unifying_with_frozen_factor_freezes() -> None:
     fixed, moving = Factor(6, frozen=True), Factor(6)
     split(moving, 2)
     unify(moving, fixed)
@@ -95,7 +95,7 @@ def test_unifying_with_what_is_frozen_freezes() -> None:
     assert is_frozen(window(fixed, 1, 2))
 
 
-def test_factors_of_one_entry_are_none() -> None:
+def test_single_entry_has_no_factors() -> None:
     assert factors_of(product([Factor(1), Factor(1)])) == []
     five = Factor(5)
     assert product([Factor(1), five]) is five
@@ -138,7 +138,7 @@ def moves(draw: st.DrawFn) -> tuple[View, torch.Tensor]:
 
 
 @given(moves())
-def test_views_hold_the_entries_that_a_tensor_would(case: tuple[View, torch.Tensor]) -> None:
+def test_views_match_tensor_views(case: tuple[View, torch.Tensor]) -> None:
     view, tensor = case
     assert view.shape == tuple(tensor.shape)
     strides = [math.prod(f.size for f in view.base.axes[i + 1 :]) for i in range(len(view.base.axes))]
@@ -152,13 +152,13 @@ def test_views_hold_the_entries_that_a_tensor_would(case: tuple[View, torch.Tens
 
 
 @given(moves())
-def test_factors_of_a_view_have_its_shape(case: tuple[View, torch.Tensor]) -> None:
+def test_factors_of_view_have_its_shape(case: tuple[View, torch.Tensor]) -> None:
     view, tensor = case
     assert tuple(sizes(factors_of_view(view))) == tuple(tensor.shape)
     assert sum(term.size for axis in view.base.axes for term in terms_of(axis)) == sum(f.size for f in view.base.axes)
 
 
-def test_windows_of_a_fused_axis_are_found_however_they_are_cut_out() -> None:
+def test_windows_of_fused_axis_are_found() -> None:
     fused = Factor(24)
     value = views.whole([Factor(5), fused])
     heads = views.permute(views.reshape(value, [5, 3, 2, 4]), [1, 0, 2, 3])
@@ -170,7 +170,7 @@ def test_windows_of_a_fused_axis_are_found_however_they_are_cut_out() -> None:
     assert [sizes(factors_of(term)) for term in terms_of(fused)] == [[2, 4], [16]]
 
 
-def test_a_step_through_an_axis_cuts_blocks_apart() -> None:
+def test_strided_slice_splits_blocks() -> None:
     rotary = Factor(8)
     even = views.narrow(views.whole([rotary]), 0, 0, 4, 2)
     assert sizes(factors_of_view(even)) == [4]
@@ -178,13 +178,13 @@ def test_a_step_through_an_axis_cuts_blocks_apart() -> None:
     assert (pairs.size, place.size, is_frozen(pairs), is_frozen(place)) == (4, 2, False, True)
 
 
-def test_one_entry_told_apart_freezes_the_others() -> None:
+def test_distinguished_entry_freezes_others() -> None:
     axis = Factor(7)
     factors_of_view(views.select(views.whole([axis, Factor(3)]), 0, 2))
     assert is_frozen(axis)
 
 
-def test_what_is_no_view() -> None:
+def test_non_views_are_rejected() -> None:
     value = views.whole([Factor(4), Factor(6)])
     with pytest.raises(NotAViewError):
         views.reshape(value, [3, 8])
@@ -195,7 +195,7 @@ def test_what_is_no_view() -> None:
         views.narrow(joined, 0, 4, 4)
 
 
-def test_freezing_reaches_every_atom() -> None:
+def test_freezing_reaches_all_atoms() -> None:
     whole = concatenation([product([Factor(2), Factor(3)]), Factor(4)])
     freeze(whole)
     assert is_frozen(whole)

@@ -456,7 +456,7 @@ def test_permuted_network_is_recovered(name: str, space: Space) -> None:
     torch.testing.assert_close(result.model(inputs), model(inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_run_only_in_training_mode_follow_their_units() -> None:
+def test_training_only_layers_follow_their_units() -> None:
     model = randomize(Auxiliary(), seed=1)
     spec = PermutationSpec.from_model(model, VECTORS)
     assert spec.units(model.state_dict()) == {"trunk": 20, "hidden": 16, "second_hidden": 9}
@@ -466,14 +466,14 @@ def test_layers_that_run_only_in_training_mode_follow_their_units() -> None:
     torch.testing.assert_close(copied.train()(VECTORS)[1], model.train()(VECTORS)[1], rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_cannot_be_followed_in_training_mode_are_refused() -> None:
+def test_unfollowable_training_only_layers_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"does not use in evaluation mode \('second_hidden.weight', .* a batch of two"
     ):
         PermutationSpec.from_model(Auxiliary(), VECTORS[:1])  # BatchNorm needs two samples in training mode
 
 
-def test_vectors_that_are_not_used_keep_their_order(caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_vectors_keep_their_order(caplog: pytest.LogCaptureFixture) -> None:
     model = chain(lambda layer: layer)()
     model.register_parameter("mask_token", nn.Parameter(torch.zeros(20)))
     assert "mask_token" not in PermutationSpec.from_model(model, VECTORS).layouts
@@ -489,7 +489,7 @@ def test_parametrization_without_permutations_is_reported(caplog: pytest.LogCapt
     assert "remove_parametrizations" in caplog.text
 
 
-def test_whatever_froze_an_axis_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_names_cause_of_frozen_axis(caplog: pytest.LogCaptureFixture) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -514,7 +514,7 @@ def test_whatever_froze_an_axis_is_named(caplog: pytest.LogCaptureFixture) -> No
     assert "axis 0 of 'first.weight', axis 0 of 'first.bias' (it has the order of buffer 'shift'" in record.message
 
 
-def test_integers_and_masks_are_named() -> None:
+def test_report_names_integers_and_masks() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -529,7 +529,7 @@ def test_integers_and_masks_are_named() -> None:
         PermutationSpec.from_model(Masked(), VECTORS)
 
 
-def test_entries_that_are_not_read_keep_their_order() -> None:
+def test_unread_entries_keep_their_order() -> None:
     _, spec, _ = network("positions in a parameter")
     assert [segment.axis for segment in spec.layouts["table"][1]] == [None]
 
@@ -540,7 +540,7 @@ def test_nodes_are_observed_at_activations() -> None:
         assert spec.observations("0") == (Observation("2", "input", -1),)
 
 
-def test_caches_of_a_model_are_restored() -> None:
+def test_model_caches_are_restored() -> None:
     class Caching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -561,7 +561,7 @@ def test_caches_of_a_model_are_restored() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_compiled_and_transformed_code_is_refused() -> None:
+def test_compiled_and_transformed_code_is_rejected() -> None:
     model = chain(lambda layer: layer)()
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module in Python, got RecursiveScriptModule"):
         PermutationSpec.from_model(torch.jit.script(model), VECTORS)
@@ -573,7 +573,7 @@ def test_compiled_and_transformed_code_is_refused() -> None:
         torch.jit.trace(lambda values: PermutationSpec.from_model(model, values), sample(3, 6))
 
 
-def test_specification_of_an_untied_model_is_refused_for_a_tied_one() -> None:
+def test_spec_of_untied_model_is_rejected_for_tied_model() -> None:
     class Tied(nn.Module):
         def __init__(self, tied: bool) -> None:
             super().__init__()

@@ -168,7 +168,7 @@ LAYERS: list[Layer] = [
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
-def test_what_may_move_leaves_the_function_as_it_was(first: int) -> None:
+def test_permuted_random_networks_keep_their_function(first: int) -> None:
     moved = 0
     for seed in range(first, first + 10):
         network = Network(seed)

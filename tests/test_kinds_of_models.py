@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
 
 @pytest.mark.parametrize("tied", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("mode", ["align", "zip"])
-def test_models_that_are_tied_or_not(tied: tuple[bool, bool], mode: mudsc_fast.Mode) -> None:
+def test_tied_and_untied_models(tied: tuple[bool, bool], mode: mudsc_fast.Mode) -> None:
     tokens = torch.randint(0, 20, (4, 5))
     models = [LanguageModel(tied[0], 0), LanguageModel(tied[1], 1)]
     spec = PermutationSpec.from_model(models[0] if tied[0] else models[1], tokens)
@@ -68,7 +68,7 @@ def test_models_that_are_tied_or_not(tied: tuple[bool, bool], mode: mudsc_fast.M
     assert models[0].head.weight.data_ptr() == models[0].table.weight.data_ptr() or not tied[0]
 
 
-def test_two_models_with_other_ties_each() -> None:
+def test_models_with_different_ties() -> None:
     class Two(nn.Module):
         def __init__(self, first: str, second: str) -> None:
             super().__init__()
@@ -86,7 +86,7 @@ def test_two_models_with_other_ties_each() -> None:
     assert len({id(parameter) for parameter in model.parameters()}) == 8
 
 
-def test_a_tied_tensor_that_the_spec_names_once_is_merged_once() -> None:
+def test_tied_tensor_is_merged_once() -> None:
     tokens = torch.randint(0, 20, (4, 5))
     model = LanguageModel(True, 0)
     spec = PermutationSpec.from_model(model, tokens)
@@ -118,7 +118,7 @@ class Versioned(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
 
-def test_modules_that_load_by_version() -> None:
+def test_modules_with_versioned_state() -> None:
     model, inputs = Versioned(), torch.randn(5, 4)
     spec = PermutationSpec.from_model(model, inputs)
     other = permuted(model, spec)
@@ -142,7 +142,7 @@ def test_modules_that_load_by_version() -> None:
     torch.testing.assert_close(loaded(inputs), model(inputs))
 
 
-def test_a_module_that_does_not_keep_what_it_loads_is_refused() -> None:
+def test_module_that_changes_loaded_tensors_is_rejected() -> None:
     class Normalizing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -164,7 +164,7 @@ def test_a_module_that_does_not_keep_what_it_loads_is_refused() -> None:
     assert mudsc_fast.merge([model.state_dict() for model in models], spec=spec).model is None
 
 
-def test_entries_that_are_no_tensors() -> None:
+def test_non_tensor_entries() -> None:
     class Counting(nn.Linear):
         def get_extra_state(self) -> Any:
             return {"scale": torch.ones(2), "kind": "amax"}
@@ -216,7 +216,7 @@ STATE = make_mlp(seed=0).state_dict()
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint8", "uint16", "int32"])
-def test_quantized_weights_are_refused_by_name(dtype: str) -> None:
+def test_error_names_quantized_weights(dtype: str) -> None:
     states = [{name: (t * 20).to(getattr(torch, dtype)) if t.ndim == 2 else t for name, t in STATE.items()}] * 2
     with pytest.raises(TypeError, match=f"'fc1.weight' has dtype torch.{dtype} and cannot be averaged: .* dequantized"):
         mudsc_fast.merge(states, spec=MLP_SPEC)
@@ -228,7 +228,7 @@ def test_quantized_weights_are_refused_by_name(dtype: str) -> None:
     assert torch.equal(moved["fc2.weight"].float(), states[0]["fc2.weight"].float()[:, order])
 
 
-def test_packed_weights_that_the_spec_does_not_name_are_refused() -> None:
+def test_packed_weights_outside_spec_are_rejected() -> None:
     packed = [{**STATE, "extra.qweight": torch.full((4, 4), index, dtype=torch.int32)} for index in range(2)]
     with pytest.raises(TypeError, match=r"'extra.qweight' has dtype torch.int32 and cannot be averaged"):
         mudsc_fast.merge(packed, spec=MLP_SPEC)
@@ -241,7 +241,7 @@ def test_packed_weights_that_the_spec_does_not_name_are_refused() -> None:
         mudsc_fast.merge([{**STATE, "q": quantized}] * 2, spec=MLP_SPEC)
 
 
-def test_integers_that_differ_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_different_integers(caplog: pytest.LogCaptureFixture) -> None:
     tables = [{**STATE, "table": torch.arange(4) + index, "steps": torch.tensor(index)} for index in range(2)]
     with caplog.at_level(logging.WARNING):
         merged = mudsc_fast.merge(tables, spec=MLP_SPEC).state_dict
@@ -250,7 +250,7 @@ def test_integers_that_differ_are_named(caplog: pytest.LogCaptureFixture) -> Non
     assert "'table'" in caplog.text
 
 
-def test_buffers_that_copy_weights_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_buffers_that_copy_weights(caplog: pytest.LogCaptureFixture) -> None:
     noise = torch.Generator().manual_seed(1)
     average = {
         f"average_{name.replace('.', '_')}": t + 0.1 * t.std() * torch.randn(t.shape, generator=noise)
@@ -301,7 +301,7 @@ def test_padding_masks_of_encoders() -> None:
     assert mudsc_fast.repair(result, [model, other], [batch]).repaired_layers == ("encoder.layers.0.linear1",)
 
 
-def test_the_same_model_twice_and_shared_submodules() -> None:
+def test_same_model_twice_and_shared_submodules() -> None:
     model = make_mlp(seed=0)
     data = batches()
     sharing = nn.Sequential(collections.OrderedDict(copy.deepcopy(model).named_children()))
@@ -312,7 +312,7 @@ def test_the_same_model_twice_and_shared_submodules() -> None:
         assert all(not module._forward_pre_hooks for module in model.modules())
 
 
-def test_models_that_cache_a_table_can_be_trained_after_a_merge() -> None:
+def test_models_with_cached_table_can_be_trained_after_merge() -> None:
     class Cached(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
@@ -354,7 +354,7 @@ class Movable:
         return moved
 
 
-def test_batches_keep_their_type() -> None:
+def test_custom_batch_type_is_kept() -> None:
     seen: list[Any] = []
     models, image = [make_mlp(seed=0), make_mlp(seed=1)], batches()[0]
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 20), torch.tensor([2, 2, 1]), batch_first=True)
@@ -378,7 +378,7 @@ def test_batches_keep_their_type() -> None:
     assert seen[0][0]["pair"].label == "text"
 
 
-def test_errors_about_batches_name_forward() -> None:
+def test_batch_errors_mention_forward() -> None:
     models, image = [make_mlp(seed=0), make_mlp(seed=1)], batches()[0]
     with pytest.raises(TypeError, match=r"got Example\. For other batches pass forward="):
         mudsc_fast.match(models, [Example(image, image)], spec=MLP_SPEC)
@@ -386,7 +386,7 @@ def test_errors_about_batches_name_forward() -> None:
         mudsc_fast.match(models, [{"image": image}], spec=MLP_SPEC)
 
 
-def test_infinite_activations_name_their_node() -> None:
+def test_error_names_node_with_infinite_activations() -> None:
     models, data = [make_mlp(seed=0), make_mlp(seed=1)], batches()
     data[1][0, 0] = float("inf")
     with pytest.raises(ValueError, match="the activations of node 'fc1' cannot be compared: "):

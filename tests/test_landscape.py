@@ -23,7 +23,7 @@ def squared_norm(model: nn.Module) -> dict[str, float]:
     return {"loss": float(sum(value.detach().square().sum() for value in model.parameters()))}
 
 
-def test_three_networks_span_the_plane_exactly() -> None:
+def test_three_networks_span_plane_exactly() -> None:
     models = [Point(0, 0, 1), Point(3, 0, 1), Point(1, 2, 1)]
     found = landscape(models, squared_norm, steps=9)
     np.testing.assert_allclose(found.positions, [[0, 0], [3, 0], [1, 2]], atol=1e-6)
@@ -37,7 +37,7 @@ def test_three_networks_span_the_plane_exactly() -> None:
     assert found.vertical[-1] > high[1]
 
 
-def test_more_networks_are_projected_on_their_principal_plane() -> None:
+def test_four_networks_are_projected_on_principal_plane() -> None:
     generator = torch.Generator().manual_seed(0)
     models = []
     for _ in range(6):
@@ -51,7 +51,7 @@ def test_more_networks_are_projected_on_their_principal_plane() -> None:
     np.testing.assert_allclose(np.square(found.distances).sum(), float(singular[2:].square().sum()), rtol=1e-4)
 
 
-def test_a_stopped_run_continues_from_its_cache(tmp_path: Path) -> None:
+def test_stopped_run_continues_from_cache(tmp_path: Path) -> None:
     models = [Point(0, 0), Point(1, 0), Point(0, 1)]
     cache = tmp_path / "values.npz"
     calls = 0
@@ -80,7 +80,7 @@ def test_a_stopped_run_continues_from_its_cache(tmp_path: Path) -> None:
         landscape(models, squared_norm, steps=6, cache=cache)
 
 
-def test_batch_norm_is_recomputed_at_every_point() -> None:
+def test_batch_norm_is_recomputed_at_each_point() -> None:
     torch.manual_seed(0)
     norms = [nn.BatchNorm1d(3) for _ in range(3)]
     models = [nn.Sequential(nn.Linear(2, 3), norm) for norm in norms]
@@ -98,7 +98,7 @@ def test_batch_norm_is_recomputed_at_every_point() -> None:
     assert all(norm.num_batches_tracked == 0 for norm in norms)
 
 
-def test_the_picture_has_one_panel_per_value_and_one_for_the_mean() -> None:
+def test_picture_has_panel_per_value_and_mean() -> None:
     models = [Point(0, 0), Point(1, 0), Point(0, 1)]
     found = landscape(models, lambda model: {"a": squared_norm(model)["loss"], "b": 1.0}, steps=3)
     panels = found.plot(["first", "second", "third"], levels=3)
@@ -115,6 +115,6 @@ def test_the_picture_has_one_panel_per_value_and_one_for_the_mean() -> None:
         ([Point(0, 0), Point(1, 1), Point(2, 2, 2)], "'value' differs"),
     ],
 )
-def test_networks_that_span_no_plane_are_refused(models: list[nn.Module], message: str) -> None:
+def test_networks_that_span_no_plane_are_rejected(models: list[nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         landscape(models, squared_norm)

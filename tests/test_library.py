@@ -49,7 +49,7 @@ def test_opcheck(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["permute_merge", "linear_assignment", "zip_units", "correlation_update"])
-def test_gradients_are_refused(op: str) -> None:
+def test_gradients_are_rejected(op: str) -> None:
     arguments = [
         [tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in value]
         if isinstance(value, list) and isinstance(value[0], Tensor) and number in (0, 4)
@@ -112,7 +112,7 @@ def test_compiled_correlation() -> None:
     assert torch.equal(accumulators[0].finalize(), accumulators[1].finalize())
 
 
-def test_fake_tensors_have_the_results_shapes() -> None:
+def test_fake_tensors_have_result_shapes() -> None:
     by_axis = maps()
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert permute_merge([torch.empty(3, 4)] * 2, by_axis).shape == (3, 3)
@@ -127,7 +127,7 @@ def test_ops_stay_out_of_cuda_graphs(op: str) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.mudsc_fast, op).default.tags
 
 
-def test_compiled_updates_say_whether_features_were_in_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_updates_report_features_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device, where features are checked while they are multiplied."""
     accumulator = CorrelationAccumulator(2, 4)
     monkeypatch.setattr(CorrelationAccumulator, "in_range", property(lambda _: torch.tensor(False)))

@@ -49,7 +49,7 @@ def test_merge_is_match_then_merge(mode: Mode) -> None:
     assert_same(stopped, expected)
 
 
-def test_both_ends_of_an_aligned_curve_are_the_models() -> None:
+def test_ends_of_aligned_curve_are_models() -> None:
     models = pair()
     matching = mudsc_fast.match(models, spec=MLP_SPEC)
     inputs = batches()[0]
@@ -61,7 +61,7 @@ def test_both_ends_of_an_aligned_curve_are_the_models() -> None:
     torch.testing.assert_close(last(inputs), models[1](inputs))
 
 
-def test_weights_of_zero_are_the_limit_of_small_ones() -> None:
+def test_zero_weights_are_limit_of_small_weights() -> None:
     models = pair()
     matching = mudsc_fast.match(models, batches(), spec=MLP_SPEC, mode="zip", weights=[0, 1])
     end = matching.merge(models)
@@ -71,7 +71,7 @@ def test_weights_of_zero_are_the_limit_of_small_ones() -> None:
         torch.testing.assert_close(tensor, near.state_dict[name], rtol=1e-4, atol=1e-5)
 
 
-def test_permute_reorders_a_model_and_keeps_its_outputs() -> None:
+def test_permute_keeps_outputs() -> None:
     model = make_mlp(seed=2)
     permutations = random_permutations(MLP_SPEC, model, 3)
     state = mudsc_fast.permute_state_dict(model.state_dict(), MLP_SPEC, permutations)
@@ -87,7 +87,7 @@ def test_permute_reorders_a_model_and_keeps_its_outputs() -> None:
         assert torch.equal(other.state_dict()[name], state[name])
 
 
-def test_permute_reorders_the_inputs_of_task_heads_too() -> None:
+def test_permute_reorders_inputs_of_task_heads() -> None:
     models = [make_mlp((20, 32, 32, 10), seed=0), make_mlp((20, 32, 32, 7), seed=1)]
     matching = mudsc_fast.match(models, spec=MLP_SPEC)
     inputs = batches()[0]
@@ -103,13 +103,13 @@ def test_permute_reorders_the_inputs_of_task_heads_too() -> None:
         (nn.Linear(3, 4), 1, "model must have the tensors that were matched, but has no 'fc1.weight'"),
     ],
 )
-def test_models_that_cannot_be_permuted(model: nn.Module, index: int, message: str) -> None:
+def test_permute_rejects_other_models(model: nn.Module, index: int, message: str) -> None:
     matching = mudsc_fast.match(pair(), spec=MLP_SPEC)
     with pytest.raises(ValueError, match=message):
         matching.permute(model, index)
 
 
-def test_a_zip_does_not_permute() -> None:
+def test_permute_needs_align() -> None:
     matching = mudsc_fast.match(pair(), spec=MLP_SPEC, mode="zip")
     with pytest.raises(ValueError, match="needs a matching with mode='align', got mode='zip'"):
         matching.permute(make_mlp(seed=1), 1)
@@ -127,14 +127,14 @@ def test_a_zip_does_not_permute() -> None:
         ([make_mlp()] * 2, {"task_heads": ()}, "node 'fc2', which was not matched: .* task_heads="),
     ],
 )
-def test_models_that_cannot_be_merged(models: Any, options: dict[str, Any], message: str) -> None:
+def test_merge_rejects_other_models(models: Any, options: dict[str, Any], message: str) -> None:
     matching = mudsc_fast.match(pair(), spec=MLP_SPEC, task_heads=("fc2", "fc3") if "task_heads" in options else ())
     with pytest.raises(ValueError, match=message):
         matching.merge(models, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_saved_matching_merges_as_before(mode: Mode, tmp_path: Path) -> None:
+def test_saved_matching_gives_same_merge(mode: Mode, tmp_path: Path) -> None:
     models = pair()
     matching = mudsc_fast.match(models, batches(), spec=MLP_SPEC, mode=mode, balance=0.3, task_heads="fc3")
     matching.save(tmp_path / "matching.safetensors")
@@ -180,7 +180,7 @@ def damaged(path: Path, change: str) -> None:
         ("format", "its format is None, expected 'mudsc_fast matching 1'"),
     ],
 )
-def test_files_that_hold_no_matching(change: str, message: str, tmp_path: Path) -> None:
+def test_files_without_matching(change: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "matching.safetensors"
     mudsc_fast.match(pair(), spec=MLP_SPEC).save(path)
     damaged(path, change)
@@ -188,7 +188,7 @@ def test_files_that_hold_no_matching(change: str, message: str, tmp_path: Path) 
         Matching.load(path)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Matching.load(tmp_path / "none.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0")
@@ -212,7 +212,7 @@ def test_results_are_short_and_compare_by_identity() -> None:
     assert "<td>fc1</td>" in result._repr_html_()
 
 
-def test_numbers_of_numpy_and_torch() -> None:
+def test_numpy_and_torch_numbers() -> None:
     models = pair()
     weights = [np.float32(0.25), torch.tensor(0.75)]
     options: Any = {
@@ -232,7 +232,7 @@ def test_numbers_of_numpy_and_torch() -> None:
             mudsc_fast.merge(models, batches(), spec=MLP_SPEC, balance=wrong)  # type: ignore[arg-type]
 
 
-def test_the_spec_is_derived_with_the_first_batch_of_a_generator() -> None:
+def test_spec_is_derived_with_first_batch_of_generator() -> None:
     models = pair()
     seen = []
 
@@ -249,7 +249,7 @@ def test_the_spec_is_derived_with_the_first_batch_of_a_generator() -> None:
         assert derived[node].same_clusters(given[node])
 
 
-def test_ways_to_give_a_spec(tmp_path: Path) -> None:
+def test_ways_to_pass_spec(tmp_path: Path) -> None:
     models = pair()
     MLP_SPEC.save(tmp_path / "spec.json")
     expected = mudsc_fast.merge(models, spec=MLP_SPEC)
@@ -264,7 +264,7 @@ def test_ways_to_give_a_spec(tmp_path: Path) -> None:
         mudsc_fast.merge([{"a.weight": torch.ones(2, 3)}] * 2)
 
 
-def test_the_spec_of_a_chain_with_a_residual_connection_is_not_that_of_its_names() -> None:
+def test_residual_connection_rules_out_spec_by_names() -> None:
     class Residual(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
@@ -312,7 +312,7 @@ def bert(seed: int) -> Any:
     return transformers.BertForSequenceClassification(config).eval()
 
 
-def test_models_and_directories_of_hugging_face(tmp_path: Path) -> None:
+def test_hugging_face_models_and_directories(tmp_path: Path) -> None:
     models = [bert(0), bert(1)]
     tokens = torch.randint(20, (4, 6))
     expected = mudsc_fast.merge(models, [{"input_ids": tokens}])

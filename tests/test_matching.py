@@ -66,7 +66,7 @@ def test_golden_group_zips(number: int) -> None:
     assert match.similarity == pytest.approx(float(golden["value"]), abs=1e-6)
 
 
-def test_tied_nodes_share_the_order_of_their_groups() -> None:
+def test_tied_nodes_share_group_order() -> None:
     torch.manual_seed(0)
     blocks = {"queries": torch.rand(2, 12, 12), "values": torch.rand(2, 20, 20)}
     matching = align_units(blocks, groups=4)
@@ -95,7 +95,7 @@ def test_running_statistics_follow_and_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize(("units", "groups"), [(300, 1), (24, 4)])
-def test_earlier_solutions_change_nothing(monkeypatch: pytest.MonkeyPatch, units: int, groups: int) -> None:
+def test_warm_start_does_not_change_result(monkeypatch: pytest.MonkeyPatch, units: int, groups: int) -> None:
     monkeypatch.setattr(node_module, "_MIN_UNITS_TO_KEEP", 0)
     torch.manual_seed(0)
     similarity = torch.randn(2, units, units)

@@ -57,7 +57,7 @@ print((status("VmHWM") - before - output) / similarity)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a process's peak memory")
 @pytest.mark.parametrize(("mode", "most"), [("align", 22.0), ("zip", 15.0)])
-def test_memory_is_bounded_by_the_largest_similarity(mode: str, most: float) -> None:
+def test_memory_is_bounded_by_largest_similarity(mode: str, most: float) -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < most

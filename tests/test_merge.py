@@ -63,7 +63,7 @@ def test_golden_networks(kind: str, mode: Mode, backend: str) -> None:
 
 
 @given(seed=st.integers(0, 2**31), widths=st.tuples(*[st.integers(1, 12)] * 4))
-def test_a_permuted_network_computes_the_same(seed: int, widths: tuple[int, int, int, int]) -> None:
+def test_permuted_network_gives_same_outputs(seed: int, widths: tuple[int, int, int, int]) -> None:
     model = make_mlp(widths, seed=seed, dtype=torch.float64)
     permutations = random_permutations(MLP_SPEC, model, seed)
     permuted = with_state(model, mudsc_fast.permute_state_dict(model.state_dict(), MLP_SPEC, permutations))
@@ -72,7 +72,7 @@ def test_a_permuted_network_computes_the_same(seed: int, widths: tuple[int, int,
         torch.testing.assert_close(permuted(inputs), model(inputs), rtol=1e-10, atol=1e-10)
 
 
-def test_a_permuted_convolutional_network_computes_the_same() -> None:
+def test_permuted_convolutional_network_gives_same_outputs() -> None:
     model = ConvNet().eval()
     permutations = random_permutations(CONV_SPEC, model, 3)
     permuted = with_state(model, mudsc_fast.permute_state_dict(model.state_dict(), CONV_SPEC, permutations))
@@ -85,9 +85,7 @@ def test_a_permuted_convolutional_network_computes_the_same() -> None:
 @pytest.mark.parametrize(("mode", "num_models"), [("align", 2), ("align", 3), ("zip", 2)])
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("unequal", [False, True])
-def test_merging_with_permuted_copies_returns_the_network(
-    space: Space, mode: Mode, num_models: int, unequal: bool
-) -> None:
+def test_merge_with_permuted_copies_recovers_network(space: Space, mode: Mode, num_models: int, unequal: bool) -> None:
     model = make_mlp(seed=2)
     permutations = [random_permutations(MLP_SPEC, model, seed) for seed in range(1, num_models)]
     weights = [0.2, 0.8 if num_models == 2 else 0.5, 0.3][:num_models] if unequal else None
@@ -107,7 +105,7 @@ def test_merging_with_permuted_copies_returns_the_network(
 
 @pytest.mark.parametrize("num_models", [3, 4, 5])
 @pytest.mark.parametrize("space", ["activation", "dual"])
-def test_a_zip_recovers_any_number_of_permuted_copies(space: Space, num_models: int) -> None:
+def test_zip_recovers_any_number_of_permuted_copies(space: Space, num_models: int) -> None:
     model = make_mlp((8, 24, 20, 5), seed=1)
     copies = [
         with_state(
@@ -144,7 +142,7 @@ def test_convolutional_networks(mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("space", SPACES)
-def test_deterministic_and_models_are_left_alone(mode: Mode, space: Space) -> None:
+def test_merge_is_deterministic_and_leaves_models_unchanged(mode: Mode, space: Space) -> None:
     models = [make_mlp(seed=seed) for seed in (0, 1, 2)]
     models[1].train()
     models[2].eval()
@@ -165,7 +163,7 @@ def test_deterministic_and_models_are_left_alone(mode: Mode, space: Space) -> No
     assert first.matching["fc1"].cluster_of_unit.shape == (3, 32)
 
 
-def test_state_dicts_merge_like_modules() -> None:
+def test_state_dicts_give_same_result_as_modules() -> None:
     models = [make_mlp(seed=seed) for seed in (0, 1)]
     of_modules = mudsc_fast.merge(models, spec=MLP_SPEC)
     of_states = mudsc_fast.merge([model.state_dict() for model in models], spec=MLP_SPEC)
@@ -175,7 +173,7 @@ def test_state_dicts_merge_like_modules() -> None:
         assert torch.equal(tensor, of_states.state_dict[name])
 
 
-def test_more_similar_after_than_before() -> None:
+def test_matching_increases_similarity() -> None:
     result = mudsc_fast.merge([make_mlp(seed=0), make_mlp(seed=1)], batches(), spec=MLP_SPEC, mode="align")
     for node in MLP_SPEC.nodes:
         match = result.matching[node]
@@ -206,7 +204,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert torch.equal(tensor, model.state_dict()[name])
 
 
-def test_ways_to_give_data() -> None:
+def test_ways_to_pass_data() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     tensors = batches()
     expected = mudsc_fast.merge(models, tensors, spec=MLP_SPEC, space="activation").state_dict
@@ -252,7 +250,7 @@ def test_observations_of_outputs_and_keyword_arguments() -> None:
         assert torch.equal(first.similarity(node), second.similarity(node))
 
 
-def test_a_module_called_twice_gives_more_samples() -> None:
+def test_module_called_twice_gives_more_samples() -> None:
     class Twice(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
@@ -397,14 +395,14 @@ def test_bad_observations(observe: dict[str, Any], message: str) -> None:
     assert all(not module._forward_pre_hooks for model in models for module in model.modules())
 
 
-def test_a_node_that_nothing_observes() -> None:
+def test_unobserved_node() -> None:
     spec = PermutationSpec({"fc1.weight": ("a", None)})
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     with pytest.raises(ValueError, match="spec does not say where any node is observed"):
         mudsc_fast.merge(models, batches(), spec=spec)
 
 
-def test_an_observed_module_that_is_not_called() -> None:
+def test_observed_module_that_is_not_called() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     spec = PermutationSpec(MLP_AXES, observe={"fc1": "fc3"})
     with pytest.raises(ValueError, match="node 'fc1' is observed at 'fc3', which the model did not call"):
@@ -436,7 +434,7 @@ def test_bad_permutations(permutations: dict[str, Tensor], message: str) -> None
         mudsc_fast.permute_state_dict(STATE, MLP_SPEC, permutations)
 
 
-def test_a_search_tries_every_balance() -> None:
+def test_search_tries_every_balance() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     statistics = mudsc_fast.collect_statistics(models, batches(), spec=MLP_SPEC)
     tried = []
@@ -464,7 +462,7 @@ def test_a_search_tries_every_balance() -> None:
             assert torch.equal(found.state_dict[name], tensor)
 
 
-def test_a_search_takes_the_first_of_equal_scores_and_reads_the_data_once() -> None:
+def test_search_takes_first_of_equal_scores_and_reads_data_once() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=1)]
     result = mudsc_fast.search_balance(models, iter(batches()), spec=MLP_SPEC, score=lambda _: 1)
     assert result.balance == 0.1

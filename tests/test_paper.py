@@ -41,7 +41,7 @@ def run(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_mnist_runs_whole_and_continues_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mnist_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(tmp_path)
     by_method = {row["method"]: float(row["mean"]) for row in rows}
     assert len(by_method) == len(rows) == 21
@@ -62,7 +62,7 @@ def test_mnist_runs_whole_and_continues_where_it_stopped(tmp_path: Path, capsys:
     assert [row["mean"] for row in again] == [row["mean"] for row in rows]
 
 
-def test_pairs_split_the_classes_and_label_them_by_their_vectors() -> None:
+def test_pairs_split_classes_and_use_class_vectors() -> None:
     for pair in EXPERIMENTS["cifar10"]["resnet20"].pairs(3, 10):
         first, second = (set(task.classes) for task in pair.tasks)
         assert first | second == set(range(10))
@@ -211,7 +211,7 @@ def test_pretrained_weights_of_another_network_are_refused(tmp_path: Path) -> No
         load_pretrained(EXPERIMENTS["cifar100"]["resnet26"].network(4, 32), tmp_path / "start.safetensors")
 
 
-def test_augmentation_moves_and_passes_are_equal() -> None:
+def test_augmentation_moves_images_and_repeats() -> None:
     pixels = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
     pixels[:, :, 4, 4] = 255
     batches = Batches(Images(pixels, torch.arange(40)), Transform((0.0,), (255.0,), crop_padding=2), 16, seed=3)
@@ -227,7 +227,7 @@ def test_augmentation_moves_and_passes_are_equal() -> None:
     assert not torch.equal(rotated, pixels / 255)
 
 
-def test_rates_follow_their_schedules() -> None:
+def test_learning_rates_follow_schedules() -> None:
     triangle = Recipe(epochs=10, learning_rate=1.0, batch_size=1, schedule="triangle", warm_up=2)
     assert triangle.rate(9, 5) == 1.0
     assert triangle.rate(49, 5) == pytest.approx(1 / 40)

@@ -69,7 +69,7 @@ def test_permuted_copies_keep_their_function(stop: str, mode: Mode, num_models: 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_models", [2, 3, 4])
-def test_what_is_shared(mode: Mode, num_models: int) -> None:
+def test_shared_tensors(mode: Mode, num_models: int) -> None:
     models = [make_mlp(seed=seed) for seed in range(num_models)]
     whole = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, mode=mode)
     assert whole.model is not None
@@ -92,7 +92,7 @@ def test_what_is_shared(mode: Mode, num_models: int) -> None:
         assert (f"entries shared: {result.num_shared}; per task: " in str(result)) == bool(own)
 
 
-def test_tails_read_their_own_members_of_clusters() -> None:
+def test_tails_read_their_members_of_clusters() -> None:
     models = [make_mlp(seed=seed, dtype=torch.float64) for seed in range(3)]
     result = mudsc_fast.merge(models, [batch.double() for batch in inputs()], spec=MLP_SPEC, mode="zip", stop_at="fc1")
     clusters = result.matching["fc1"].cluster_of_unit
@@ -146,7 +146,7 @@ def test_heads_of_two_layers() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tensors_without_a_node_go_with_those_before(mode: Mode) -> None:
+def test_tensors_without_node_follow_preceding_tensors(mode: Mode) -> None:
     images = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
     models = permuted_copies(ConvNet().eval(), CONV_SPEC, 2)
     for stop, own in (
@@ -237,7 +237,7 @@ class SeparateAttention(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_heads_of_attention_keep_their_order_across_the_stop(mode: Mode) -> None:
+def test_attention_heads_keep_order_across_stop(mode: Mode) -> None:
     spec = (
         linear("enter", "stream", None)
         + attention("attn", "query", "key", "value", "output", "stream", 3)
@@ -253,7 +253,7 @@ def test_heads_of_attention_keep_their_order_across_the_stop(mode: Mode) -> None
     assert_same_functions(result, models, data[0])
 
 
-def test_a_stop_in_each_of_two_towers() -> None:
+def test_stop_in_each_of_two_towers() -> None:
     class Towers(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
@@ -299,7 +299,7 @@ class TiedNetwork(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_tensor_under_two_names_stays_one(mode: Mode) -> None:
+def test_shared_tensor_stays_shared(mode: Mode) -> None:
     layers = (
         embedding("table", "stream")
         + linear("first", "inner", "stream")
@@ -320,7 +320,7 @@ def test_a_tensor_under_two_names_stays_one(mode: Mode) -> None:
         mudsc_fast.merge(models, spec=spec, task_heads="output")
 
 
-def test_integers_of_the_tail_are_the_models_own() -> None:
+def test_tail_keeps_integers_of_each_model() -> None:
     states = [dict(make_mlp(seed=seed).state_dict(), steps=torch.tensor(seed)) for seed in (0, 1)]
     result = mudsc_fast.merge(states, spec=MLP_SPEC, stop_at="fc1")
     assert [int(tensors["steps"]) for tensors in result.task_state_dicts] == [0, 1]
@@ -358,12 +358,12 @@ def test_bad_names(options: dict[str, Any], error: type[Exception], message: str
         ((21, 32, 32, 10), r"'fc1.weight' has shape \(32, 21\) in models\[1\]"),
     ],
 )
-def test_shapes_that_no_head_has(widths: tuple[int, ...], message: str) -> None:
+def test_shapes_differ_outside_heads(widths: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mudsc_fast.merge([make_mlp(), make_mlp(widths)], spec=MLP_SPEC)
 
 
-def test_a_specification_without_some_tensors() -> None:
+def test_spec_without_some_tensors() -> None:
     spec = PermutationSpec(
         {
             "a.weight": ([Window("one", 4), Window(None, 2), Window("two", 6)], None),

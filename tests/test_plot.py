@@ -43,7 +43,7 @@ def first_entry(model: nn.Module) -> float:
     return float(model.get_parameter("fc1.weight")[0, 0].detach())
 
 
-def test_interpolation_curves_end_at_the_models() -> None:
+def test_interpolation_curves_end_at_models() -> None:
     a, b = models()
     result = mudsc_fast.merge([a, b], spec=MLP_SPEC)
     axes = result.plot_interpolation(first_entry, 3, progress=False)
@@ -61,7 +61,7 @@ def test_interpolation_of_several_values() -> None:
     assert [line.get_label() for line in axes.lines] == ["loss", "error"]
 
 
-def test_merges_without_a_curve() -> None:
+def test_merges_without_curve() -> None:
     result = mudsc_fast.merge([model.state_dict() for model in models()], spec=MLP_SPEC)
     with pytest.raises(TypeError, match="needs the merge of modules into one model"):
         result.plot_interpolation(first_entry)
@@ -72,13 +72,13 @@ def test_merges_without_a_curve() -> None:
         mudsc_fast.merge(models(), spec=MLP_SPEC).plot_interpolation(first_entry, 1)
 
 
-def test_plots_without_matplotlib_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_without_matplotlib_explains_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'mudsc-fast\[plot\]'"):
         mudsc_fast.match(models(), spec=MLP_SPEC).plot()
 
 
-def test_the_matching_of_equally_numbered_units_averages_plainly() -> None:
+def test_identity_matching_gives_plain_average() -> None:
     a, b = models()
     plain = mudsc_fast.match([a, b], spec=MLP_SPEC, mode="zip").without_matching().merge([a, b]).state_dict
     for name, tensor in a.state_dict().items():

@@ -21,7 +21,7 @@ TOOLCHAINS = {
 
 
 @pytest.mark.parametrize("toolchain", TOOLCHAINS)
-def test_baseline_kernels_agree_with_plain_loops(toolchain: str, tmp_path: Path) -> None:
+def test_baseline_kernels_match_plain_loops(toolchain: str, tmp_path: Path) -> None:
     compiler, emulator = TOOLCHAINS[toolchain]
     missing = [program for program in (compiler, emulator) if program is not None and shutil.which(program) is None]
     if missing:

@@ -90,9 +90,7 @@ def only(model: nn.Module | None) -> nn.Module:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("num_models", "weights"), [(2, None), (2, [0.3, 0.7]), (4, None)])
 @pytest.mark.parametrize("family", ["mlp", "vgg"])
-def test_statistics_are_those_of_the_networks(
-    family: str, num_models: int, weights: list[float] | None, mode: Mode
-) -> None:
+def test_statistics_match_networks(family: str, num_models: int, weights: list[float] | None, mode: Mode) -> None:
     if family == "mlp":
         models: list[nn.Module] = [deep_mlp(seed) for seed in range(num_models)]
         spec, data = DEEP_SPEC, batches(500, 20)
@@ -120,7 +118,7 @@ def test_statistics_are_those_of_the_networks(
     assert "rescaled: " in str(repaired)
 
 
-def test_several_batches_come_close() -> None:
+def test_several_batches_are_close() -> None:
     models = [deep_mlp(seed) for seed in (0, 1)]
     data = batches(200, 20, count=5)
     result = mudsc_fast.merge(models, data, spec=DEEP_SPEC)
@@ -135,7 +133,7 @@ def test_several_batches_come_close() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_merge_with_a_permuted_copy_stays_the_same_function(mode: Mode) -> None:
+def test_merge_with_permuted_copy_keeps_function(mode: Mode) -> None:
     data = batches(30, 20, count=4)
     models = permuted_copies(deep_mlp(3), DEEP_SPEC, 2)
     result = mudsc_fast.merge(models, data, spec=DEEP_SPEC, mode=mode)
@@ -145,7 +143,7 @@ def test_a_merge_with_a_permuted_copy_stays_the_same_function(mode: Mode) -> Non
             torch.testing.assert_close(only(repaired.model)(batch), models[0](batch), rtol=1e-4, atol=1e-4)
 
 
-def test_a_unit_that_never_changes() -> None:
+def test_constant_unit() -> None:
     models = [make_mlp(seed=0), make_mlp(seed=0)]
     with torch.no_grad():
         for model in models:
@@ -156,7 +154,7 @@ def test_a_unit_that_never_changes() -> None:
     assert all(tensor.isfinite().all() for tensor in repaired.state_dict.values())
 
 
-def test_nothing_given_is_changed() -> None:
+def test_inputs_are_unchanged() -> None:
     models = [make_mlp(seed=seed) for seed in (0, 1)]
     result = mudsc_fast.merge(models, spec=MLP_SPEC)
     only(result.model).get_submodule("fc2").eval()
@@ -174,7 +172,7 @@ def test_nothing_given_is_changed() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_trunk_of_a_partial_merge(mode: Mode) -> None:
+def test_trunk_of_partial_merge(mode: Mode) -> None:
     models = [deep_mlp(seed) for seed in (0, 1, 2)]
     data = batches(300, 20)
     result = mudsc_fast.merge(models, data, spec=DEEP_SPEC, mode=mode, stop_at="fc5")
@@ -196,7 +194,7 @@ def test_the_trunk_of_a_partial_merge(mode: Mode) -> None:
     assert repaired.num_shared == result.num_shared
 
 
-def test_a_bias_that_stays_per_task() -> None:
+def test_task_specific_bias() -> None:
     models = [make_mlp(seed=seed) for seed in (0, 1)]
     result = mudsc_fast.merge(models, spec=MLP_SPEC, stop_at="fc2.weight")
     assert mudsc_fast.repair(result, models, batches(50, 20)).repaired_layers == ("fc1",)
@@ -212,7 +210,7 @@ WEIGHT_AND_BIAS = (("weight", 2), ("bias", 1))
 BIASLESS_SPEC = MLP_SPEC.without(["fc2.bias"])
 
 
-def test_layers_without_a_bias() -> None:
+def test_layers_without_bias() -> None:
     models = [without_bias(seed) for seed in (0, 1)]
     data = batches(200, 20)
     result = mudsc_fast.merge(models, data, spec=BIASLESS_SPEC)
@@ -280,7 +278,7 @@ def test_transposed_weights_and_layers_called_twice() -> None:
     torch.testing.assert_close(seen[2].std(0, correction=0), deviation, rtol=1e-4, atol=1e-4)
 
 
-def test_networks_that_call_a_layer_differently_often() -> None:
+def test_different_numbers_of_calls_are_rejected() -> None:
     models = [Repeated(seed) for seed in (0, 1)]
     data = batches(100, 20)
     result = mudsc_fast.merge(models, data, spec=REPEATED_SPEC)
@@ -310,7 +308,7 @@ class Shared(nn.Module):
         return scores
 
 
-def test_a_weight_that_two_layers_have_is_left_alone() -> None:
+def test_shared_weight_is_unchanged() -> None:
     layers = {f"{layer}.{kind}": ("b", "a")[:n] for layer in ("first", "second") for kind, n in WEIGHT_AND_BIAS}
     spec = PermutationSpec({"enter.weight": ("a", None), "enter.bias": ("a",), **layers, "leave.weight": (None, "b")})
     models = [Shared(seed) for seed in (0, 1)]
@@ -320,7 +318,7 @@ def test_a_weight_that_two_layers_have_is_left_alone() -> None:
     assert torch.equal(repaired.state_dict["first.weight"], result.state_dict["first.weight"])
 
 
-def test_networks_with_batch_norm() -> None:
+def test_batch_norm_networks() -> None:
     models = [ConvNet(seed).eval() for seed in (0, 1)]
     images = batches(8, 3, 8, 8)
     result = mudsc_fast.merge(models, images, spec=CONV_SPEC)
@@ -436,7 +434,7 @@ def test_accuracy_of_partial_merges(digits: dict[str, Any]) -> None:
     assert means[0] > means[3] + 0.05
 
 
-def test_models_in_another_order_are_refused() -> None:
+def test_models_in_other_order_are_rejected() -> None:
     models = [nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(2)]
     result = mudsc_fast.merge(models)
     with pytest.raises(ValueError, match="pass the models in the order of the merge"):

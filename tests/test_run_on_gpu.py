@@ -80,7 +80,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_a_run_measures_before_it_tests_and_saves_the_build(tmp_path: Path) -> None:
+def test_run_measures_before_testing_and_saves_build(tmp_path: Path) -> None:
     status, summary, calls = run(tmp_path)
     assert status == 0, summary
     assert summary[-1].startswith("all steps passed")
@@ -103,7 +103,7 @@ def test_a_run_measures_before_it_tests_and_saves_the_build(tmp_path: Path) -> N
     assert "passed     build: the one that was saved" in summary
 
 
-def test_a_smoke_run_is_short(tmp_path: Path) -> None:
+def test_smoke_run_is_short(tmp_path: Path) -> None:
     status, summary, calls = run(tmp_path, "--smoke")
     assert status == 0, summary
     assert sum("bench_cuda.py --smoke" in call for call in calls) == 1
@@ -112,7 +112,7 @@ def test_a_smoke_run_is_short(tmp_path: Path) -> None:
     assert not [line for line in summary if "racecheck" in line]
 
 
-def test_findings_of_racecheck_in_wgmma_are_reported_only(tmp_path: Path) -> None:
+def test_wgmma_racecheck_findings_do_not_fail_run(tmp_path: Path) -> None:
     status, summary, _ = run(tmp_path, found="[[ $tool != racecheck || $MUDSC_TENSOR_CORES != wgmma ]] || exit 99")
     assert status == 0, summary
     assert [line for line in summary if line.startswith("REPORTED   racecheck of correlation (wgmma)")]
@@ -128,14 +128,14 @@ def test_findings_of_racecheck_in_wgmma_are_reported_only(tmp_path: Path) -> Non
         ({"tests": "exit 5"}, "FAILED     memcheck of zip"),
     ],
 )
-def test_what_fails_is_said_and_fails_the_run(tmp_path: Path, what: dict[str, str], expected: str) -> None:
+def test_failures_are_reported_and_fail_run(tmp_path: Path, what: dict[str, str], expected: str) -> None:
     status, summary, _ = run(tmp_path, **what)  # type: ignore[arg-type]
     assert status == 1
     assert [line for line in summary if line.startswith(expected)], summary
     assert summary[-1].startswith("NOT ALL WELL")
 
 
-def test_a_run_ends_by_itself(tmp_path: Path) -> None:
+def test_run_stops_at_time_limit(tmp_path: Path) -> None:
     """Everything hangs: each step is stopped at the end of the time, and what comes later is not begun."""
     begin = time.monotonic()
     status, summary, _ = run(tmp_path, seconds=12, benchmark="sleep 100", tests="sleep 100")

@@ -39,7 +39,7 @@ def test_inverse_map_is_derived() -> None:
     assert spec.units(chain_state()) == {"a": 7, "b": 6}
 
 
-def test_observed_where_a_node_is_consumed_last() -> None:
+def test_default_observation_is_last_consumer() -> None:
     spec = PermutationSpec({**CHAIN, "head.weight": (None, "a")})
     assert spec.observations("a") == (Observation("head"),)
     assert spec.observations("b") == (Observation("fc3"),)
@@ -65,7 +65,7 @@ def test_roles_can_be_named() -> None:
     assert spec.observations("s") == (Observation("transposed"),)
 
 
-def test_a_square_tensor_makes_a_node_its_own_neighbour() -> None:
+def test_square_tensor_makes_node_its_own_neighbor() -> None:
     assert PermutationSpec({"fc.weight": ("a", "a")}).neighbors("a") == ("a",)
 
 
@@ -90,12 +90,12 @@ def test_mlp_builder() -> None:
     assert set(mlp(["fc1", "fc2"], bias=False).layouts) == {"fc1.weight", "fc2.weight"}
 
 
-def test_an_axis_covered_twice() -> None:
+def test_axis_covered_twice() -> None:
     with pytest.raises(ValueError, match=r"axis 0 of 'w' is covered twice: by node 'a' and by node 'b'"):
         PermutationSpec.from_nodes({"a": [("w", 0)], "b": [("w", 0)]})
 
 
-def test_a_node_covered_twice_by_itself() -> None:
+def test_node_covers_axis_twice() -> None:
     with pytest.raises(ValueError, match=r"axis 1 of 'w' is covered twice: by node 'a' and by node 'a'"):
         PermutationSpec.from_nodes({"a": [("w", 1), ("w", 1)]})
 
@@ -165,7 +165,7 @@ def test_bad_specifications(build: object, error: type[Exception], message: str)
         build()
 
 
-def test_validation_names_places_to_observe_that_do_not_fit() -> None:
+def test_validation_reports_mismatched_observations() -> None:
     model = make_mlp((5, 7, 6, 4))
     spec = PermutationSpec(
         CHAIN, {"a": Observation("fc1", "output", -1, 0, 6), "b": Observation("fc2", "projection", -1)}
@@ -179,7 +179,7 @@ def test_validation_names_places_to_observe_that_do_not_fit() -> None:
     ]
 
 
-def test_problems_of_one_tensor_hide_none_of_another() -> None:
+def test_validation_reports_problems_of_all_tensors() -> None:
     state = chain_state()
     state["fc1.weight"] = torch.randn(7)
     state["fc2.weight"] = torch.randn(6, 8)
@@ -211,7 +211,7 @@ def test_windows_groups_and_flattened_axes() -> None:
     assert FUSED.observations("stream") == (Observation("flat", inner=3, outer=2),)
 
 
-def test_every_problem_is_named() -> None:
+def test_error_names_every_problem() -> None:
     state = fused_state()
     state["qkv.weight"] = torch.randn(27, 5)
     state["flat.weight"] = torch.randn(2, 31)
@@ -238,7 +238,7 @@ def test_description() -> None:
     ]
 
 
-def test_validation_names_everything_that_does_not_fit() -> None:
+def test_validation_reports_every_mismatch() -> None:
     model = make_mlp((5, 7, 6, 4))
     PermutationSpec(CHAIN).validate(model)
     spec = PermutationSpec({**CHAIN, "fc9.weight": ("a",), "fc3.bias": (None, "b")}, observe={"b": "fc8"})

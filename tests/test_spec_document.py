@@ -46,7 +46,7 @@ BUILT = {
 }
 
 
-def test_the_document_is_readable() -> None:
+def test_document_is_readable() -> None:
     assert SPEC.to_json().splitlines() == [
         "{",
         '  "format": "mudsc_fast.PermutationSpec",',
@@ -72,7 +72,7 @@ def test_the_document_is_readable() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_specifications_come_back(name: str) -> None:
+def test_spec_round_trip(name: str) -> None:
     spec = BUILT[name]
     assert PermutationSpec.from_json(spec.to_json()) == spec
     assert PermutationSpec.from_json(spec.to_json()).bundles == spec.bundles
@@ -86,7 +86,7 @@ def test_files(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["spec.json"]
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str, encoding: str) -> int:
         path.write_bytes(text.encode(encoding)[:9])
         raise OSError("No space left on device")
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypat
     assert path.read_text() == "what was there"
 
 
-def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
+def test_errors_name_file(tmp_path: Path) -> None:
     path = tmp_path / "spec.json"
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"spec.json: specification must be an object, got \[\]"):
@@ -180,6 +180,6 @@ def test_bad_documents(document: dict[str, Any], message: str) -> None:
         ('{"format": 1, "format": 2}', "every field must occur only once, got 'format' twice"),
     ],
 )
-def test_text_that_is_no_document(text: str, message: str) -> None:
+def test_invalid_json(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PermutationSpec.from_json(text)

@@ -23,7 +23,7 @@ def models() -> list[nn.Sequential]:
 
 
 @pytest.mark.parametrize("blocks", ["full", "cross"])
-def test_similarity_is_the_correlation_of_hidden_units(blocks: Any) -> None:
+def test_similarity_is_correlation_of_hidden_units(blocks: Any) -> None:
     statistics = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC, blocks=blocks)
     inputs = torch.cat(batches())
     hidden = torch.cat([model[1](model[0](inputs)).detach().T for model in models()])
@@ -55,7 +55,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
             assert torch.equal(tensor, second.state_dict[name])
 
 
-def test_merged_equals_one_pass_over_both() -> None:
+def test_merged_statistics_match_single_pass() -> None:
     parts = [mudsc_fast.collect_statistics(models(), [batch], spec=MLP_SPEC) for batch in batches()]
     before = parts[0].similarity("fc1").clone()
     for part in parts[1:]:
@@ -66,7 +66,7 @@ def test_merged_equals_one_pass_over_both() -> None:
         torch.testing.assert_close(parts[0].similarity(node), whole.similarity(node), rtol=0, atol=1e-6)
 
 
-def test_statistics_that_do_not_fit() -> None:
+def test_mismatched_statistics() -> None:
     statistics = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC)
     crossed = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC, blocks="cross")
     with pytest.raises(ValueError, match=r"other must be of 2 models .* full blocks, got 2 models .* cross blocks"):
@@ -76,7 +76,7 @@ def test_statistics_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no such file", b"\x80\x02K\x01."])
-def test_files_that_hold_no_statistics(tmp_path: Path, content: bytes) -> None:
+def test_files_without_statistics(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "statistics.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"must be a file of MatchingStatistics\.save"):
@@ -98,7 +98,7 @@ def test_files_that_hold_no_statistics(tmp_path: Path, content: bytes) -> None:
         (lambda state: state.update(spec="{"), "JSON"),
     ],
 )
-def test_files_that_lack_something(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+def test_incomplete_files(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
     mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC).save(path)
     state = torch.load(path)

@@ -16,7 +16,7 @@ STUBS = sorted(path.stem for path in PACKAGE.glob("_*.pyi"))
 
 
 @pytest.mark.parametrize("module", STUBS)
-def test_stub_matches_the_compiled_module(module: str, tmp_path: Path) -> None:
+def test_stub_matches_compiled_module(module: str, tmp_path: Path) -> None:
     if find_spec(f"mudsc_fast.{module}") is None:
         pytest.skip(f"mudsc_fast.{module} is not built")
     # Only the stub, and a torch of one class: reading the sources of both packages takes mypy a minute.
@@ -32,7 +32,7 @@ def test_stub_matches_the_compiled_module(module: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_installed_package_is_typed() -> None:
+def test_installed_package_is_typed() -> None:
     installed = {str(path) for path in files("mudsc-fast") or ()}
     if not any(path.startswith("mudsc_fast/ops") for path in installed):
         pytest.skip("an editable install lists no Python files")

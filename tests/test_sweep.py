@@ -55,7 +55,7 @@ def spec_and_states(network: str) -> tuple[PermutationSpec, list[dict[str, Tenso
 @pytest.mark.parametrize("mode", ["align", "zip"])
 @pytest.mark.parametrize("network", ["mlp", "convolutional", "vit"])
 @pytest.mark.parametrize("random_state", [0, 7])
-def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state: int) -> None:
+def test_cached_results_match_recomputed(network: str, mode: Mode, random_state: int) -> None:
     spec, states = spec_and_states(network)
     similarity_of = WeightSimilarity(states, spec, BLOCKS_OF_MODE[mode], [0.5, 0.5])
     calls = 0
@@ -75,7 +75,7 @@ def test_keeping_results_changes_nothing(network: str, mode: Mode, random_state:
         assert swept.matching[node].similarity == pytest.approx(expected[node].similarity, abs=1e-6)
 
 
-def test_patience_and_most_sweeps() -> None:
+def test_patience_and_max_sweeps() -> None:
     similarity = torch.eye(4)[None]
     for max_sweeps, patience, expected in [(3, 5, 3), (100, 2, 3), (100, 5, 6)]:
         solve = one_by_one(MLP_SPEC, lambda *_: similarity, align_units)
@@ -83,7 +83,7 @@ def test_patience_and_most_sweeps() -> None:
         assert len(result.objectives) == expected
 
 
-def test_weight_similarity_is_the_correlation_of_weight_vectors() -> None:
+def test_weight_similarity_is_correlation_of_weight_vectors() -> None:
     states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     vectors = torch.cat(
         [torch.cat([s["fc1.weight"], s["fc1.bias"][:, None], s["fc2.weight"].T], dim=1) for s in states]
@@ -100,7 +100,7 @@ def test_weight_similarity_is_the_correlation_of_weight_vectors() -> None:
     )
 
 
-def test_weight_vectors_follow_the_neighbours_matching() -> None:
+def test_weight_vectors_follow_neighbor_matching() -> None:
     states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     order = torch.randperm(32)
     neighbour = NodeMatching("align", torch.stack([torch.arange(32), torch.argsort(order)]), 32, 0.0, 0.0)
@@ -135,7 +135,7 @@ def random_matching(
 
 @pytest.mark.parametrize("mode", ["align", "zip"])
 @pytest.mark.parametrize("network", ["mlp", "convolutional", "vit"])
-def test_sums_follow_the_neighbours(network: str, mode: Mode) -> None:
+def test_sums_follow_neighbors(network: str, mode: Mode) -> None:
     spec, states = spec_and_states(network)
     units = spec.units(states[0])
     followed, anew = (
@@ -151,7 +151,7 @@ def test_sums_follow_the_neighbours(network: str, mode: Mode) -> None:
         matching[node] = random_matching(mode, units[node], step, like)
 
 
-def test_what_is_the_same_under_other_numbers_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renumbered_clusters_reuse_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     similarity = WeightSimilarity(states, MLP_SPEC, "full", [0.5, 0.5])
     first = random_matching("zip", 32, 0)

@@ -89,7 +89,7 @@ def test_classifier_and_segmenter_share_a_merged_backbone(space: Any) -> None:
     assert_exact(mudsc_fast.merge(models[::-1], batches(), space=space, task_heads=HEADS), models[::-1])
 
 
-def test_state_dicts_are_merged_with_a_spec_that_names_all_heads() -> None:
+def test_state_dicts_need_spec_of_all_heads() -> None:
     models = permuted_pair()
     matching = mudsc_fast.match(models, batches(), task_heads=HEADS)
     result = mudsc_fast.merge([model.state_dict() for model in models], spec=matching.spec, task_heads=HEADS)
@@ -111,12 +111,12 @@ def test_matching_merges_and_permutes_each_model() -> None:
 
 
 @pytest.mark.parametrize(("heads", "named"), [([], "classifier.weight"), (["classifier"], "decoder.0.weight")])
-def test_tensors_that_only_some_models_have_must_be_task_heads(heads: list[str], named: str) -> None:
+def test_unmatched_tensors_must_be_task_heads(heads: list[str], named: str) -> None:
     with pytest.raises(ValueError, match=rf"models\[1\] must have the tensors of models\[0\].*{named}.*task_heads"):
         mudsc_fast.merge(permuted_pair(), batches(), task_heads=heads)
 
 
-def test_a_spec_without_the_heads_is_refused() -> None:
+def test_spec_without_heads_is_rejected() -> None:
     models = permuted_pair()
     spec = PermutationSpec.from_model(models[0], batches()[0])
     with pytest.raises(ValueError, match=r"spec must name the tensors of task heads.*decoder\.0\.weight"):

@@ -33,7 +33,7 @@ def test_newer_triton_is_used(installed: str, monkeypatch: pytest.MonkeyPatch) -
     assert _dispatch.backend_for("permute", "cuda", 0) == "triton"
 
 
-def test_triton_without_a_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_without_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no device here, so that compiling for one fails, as it does without a C compiler."""
     monkeypatch.setattr(_triton, "version", lambda _: "3.6.0")
     with pytest.warns(UserWarning, match=r"triton cannot compile kernels \(.*\); it needs a C compiler such as gcc"):
@@ -41,6 +41,6 @@ def test_triton_without_a_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert _dispatch.backend_for("permute", "cuda", 0) == "reference"
 
 
-def test_missing_triton_is_not_worth_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "is_installed", lambda: False)
     assert _dispatch.backend_for("permute", "cuda", 0) == "reference"

@@ -30,7 +30,7 @@ class Rewired(ResNet20):
 IMAGES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 
 
-def test_a_family_is_verified_by_the_outputs() -> None:
+def test_family_is_verified_by_outputs() -> None:
     family = mudsc_fast.spec.resnet([3, 3, 3], names="cifar")
     plain, rewired = (randomize(network(outputs=10), 0).eval() for network in (ResNet20, Rewired))
     assert keeps_outputs(plain, family, IMAGES[0])
@@ -38,7 +38,7 @@ def test_a_family_is_verified_by_the_outputs() -> None:
     assert mudsc_fast.match([plain, copy_module(plain)], IMAGES).spec == family
 
 
-def test_another_wiring_under_the_same_names_is_derived() -> None:
+def test_different_wiring_with_same_names_is_derived() -> None:
     model = randomize(Rewired(outputs=10), 0).eval()
     derived = mudsc_fast.PermutationSpec.from_model(model, IMAGES[0])
     other = copy_module(model)
@@ -50,6 +50,6 @@ def test_another_wiring_under_the_same_names_is_derived() -> None:
         torch.testing.assert_close(merged(IMAGES[0]), model(IMAGES[0]), rtol=1e-3, atol=1e-3)
 
 
-def test_models_that_do_not_run_on_a_batch_are_not_verified() -> None:
+def test_models_that_fail_on_batch_are_not_verified() -> None:
     model = ResNet20(outputs=10)
     assert keeps_outputs(model, mudsc_fast.spec.resnet([3, 3, 3], names="cifar"), {"pixels": IMAGES[0]})

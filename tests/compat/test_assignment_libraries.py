@@ -44,7 +44,7 @@ def with_rejects(costs: Array, x: Array, limit: float) -> float:
     return matched + limit / 2 * (sum(costs.shape) - 2 * len(rows))
 
 
-def test_lapjv_minimizes_as_lap_does() -> None:
+def test_lapjv_matches_lap() -> None:
     original = library("lap").lapjv
     random = np.random.default_rng(0)
     for _ in range(CASES):
@@ -103,7 +103,7 @@ def pairs_of(result: Any) -> list[tuple[int, ...]]:
     return [tuple(pair) for pair in pairs.tolist()]
 
 
-def test_lapmod_minimizes_as_lap_does() -> None:
+def test_lapmod_matches_lap() -> None:
     original = library("lap").lapmod
     random = np.random.default_rng(2)
     for size in (1, 3, 8, 20, 300):
@@ -203,7 +203,7 @@ def test_lapjv_package() -> None:
 
 
 @pytest.mark.parametrize("name", ["lapsolver", "motmetrics"])
-def test_solve_dense_makes_as_many_pairs_at_the_same_cost(name: str) -> None:
+def test_solve_dense_matches_libraries(name: str) -> None:
     module = library(name)
     random = np.random.default_rng(4)
     for _ in range(CASES):
@@ -275,7 +275,7 @@ def test_solve_lap_takes_one_problem_or_a_batch() -> None:
         torch_lap_cuda.solve_lap(costs.numpy())  # type: ignore[arg-type]
 
 
-def test_optax_returns_arrays_of_jax() -> None:
+def test_optax_returns_jax_arrays() -> None:
     pytest.importorskip("optax")
     jax = pytest.importorskip("jax")
     original = importlib.import_module("optax.assignment").hungarian_algorithm
@@ -303,7 +303,7 @@ def test_optax_without_jax() -> None:
     assert (rows.tolist(), columns.tolist()) == ([0, 1, 3], [0, 2, 1])
 
 
-def test_patch_replaces_functions_of_libraries() -> None:
+def test_patch_replaces_library_functions() -> None:
     """A module that has bound a function of lap gets mudsc_fast's, also where lap is loaded while patched."""
     code = """
 import sys
@@ -330,7 +330,7 @@ assert lap.lapjv is lapjv is kept[0]
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_patch_finds_a_library_by_its_documented_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patch_finds_library_by_documented_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def solve_lap(cost_matrix: torch.Tensor) -> torch.Tensor:
         raise AssertionError(f"not replaced, called with {cost_matrix}")
 
@@ -349,7 +349,7 @@ def test_patch_finds_a_library_by_its_documented_name(monkeypatch: pytest.Monkey
     assert user.other is torch_lap_cuda.solve_lap  # a name bound to a function of compat is left alone
 
 
-def test_functions_of_patch_must_be_known() -> None:
+def test_patch_rejects_unknown_functions() -> None:
     with pytest.raises(ValueError, match=r"functions must be among scipy\.optimize\.linear_sum_assignment, lap\.lapjv"):
         mudsc_fast.patch(functions=["lap.lapjvs"])
     with pytest.raises(TypeError, match=r"functions must be a sequence of function names, got 'lap\.lapjv'"):

@@ -155,14 +155,14 @@ def test_no_fusion_averages() -> None:
         torch.testing.assert_close(tensor, mean, rtol=1e-4, atol=1e-5)
 
 
-def test_a_share_that_leaves_more_units_makes_a_larger_network() -> None:
+def test_smaller_merge_share_makes_larger_network() -> None:
     models = [make_mlp((20, 32, 24, 10), seed=seed) for seed in range(3)]
     merged = WeightFusion(reduce=0.5, iter=2, verbose=False).transform(models, MLP_PERM)
     assert [merged.fc1.out_features, merged.fc2.in_features, merged.fc2.out_features] == [48, 48, 36]
     assert merged(torch.randn(5, 20)).shape == (5, 10)
 
 
-def test_convolutions_and_norms_grow_too() -> None:
+def test_larger_network_has_larger_convolutions_and_norms() -> None:
     models = [randomize(PooledResNet(None), seed) for seed in range(3)]
     merged = WeightFusion(iter=1, verbose=False).transform(models, mudsc.get_resnet_perm(num_blocks=[1, 1, 1]))
     assert (merged.conv1.out_channels, merged.bn1.num_features, merged.bn1.running_mean.shape) == (12, 12, (12,))
@@ -196,7 +196,7 @@ def test_cosine_similarity_compares_directions() -> None:
     assert torch.equal(fusion.perm_mats["second"][1][32:].argmax(1), torch.arange(32))
 
 
-def test_weights_divided_by_the_norms_deviation() -> None:
+def test_weights_are_divided_by_batch_norm_deviation() -> None:
     models = [randomize(PooledResNet(None), seed) for seed in range(2)]
     perm = mudsc.get_resnet_perm(num_blocks=[1, 1, 1])
     scaled = {node: [list(entry) for entry in entries] for node, entries in perm.items()}
@@ -212,7 +212,7 @@ def test_weights_divided_by_the_norms_deviation() -> None:
         assert torch.equal(unmerge, fusions[1].perm_mats[node][1])
 
 
-def test_a_swin_transformer_keeps_its_function_under_the_permutations_found() -> None:
+def test_swin_outputs_are_unchanged_by_found_permutations() -> None:
     models = [randomize(Swin((1, 1), (2, 4), 16), seed) for seed in range(2)]
     states = [renamed(model.state_dict()) for model in models]
     perm = mudsc.get_swin_perm((1, 1), (2, 4))
@@ -250,7 +250,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {names[name].replace("head.fc", "head"): tensor for name, tensor in state.items()}
 
 
-def test_clip_begins_with_a_norm() -> None:
+def test_clip_spec_starts_with_norm() -> None:
     perm = mudsc.get_vit_clip_perm(num_layer=1, num_heads=2, ignore_head=True)
     names = [entry[1] for entry in perm[0]]
     assert names[2:5] == ["patch_embed.proj.weight", "norm_pre.weight", "norm_pre.bias"]
@@ -318,7 +318,7 @@ def test_errors_name_the_entry(perm: dict[Any, Any], message: str) -> None:
         WeightFusion(verbose=False).transform([make_mlp(seed=seed) for seed in range(2)], perm)
 
 
-def test_errors_of_the_other_arguments() -> None:
+def test_errors_name_other_arguments() -> None:
     models = [make_mlp(seed=seed) for seed in range(2)]
     fusion = WeightFusion(verbose=False)
     with pytest.raises(ValueError, match="nets must hold at least two networks, got 1"):
@@ -337,7 +337,7 @@ def test_errors_of_the_other_arguments() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("permute", [False, True])
-def test_networks_on_a_gpu_stay_there(permute: bool) -> None:
+def test_networks_stay_on_their_device(permute: bool) -> None:
     matrices = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)

@@ -45,7 +45,7 @@ def _no_trace() -> Iterator[None]:
             del sys.modules[name]
 
 
-def test_replaces_every_name_of_the_function_and_restores_it() -> None:
+def test_patch_replaces_and_restores_every_name() -> None:
     user = user_module("user", solve=KEPT.original, lsa=KEPT.original, other=len)
     with mudsc_fast.patch() as patched:
         assert scipy.optimize.linear_sum_assignment is not KEPT.original
@@ -60,7 +60,7 @@ def test_replaces_every_name_of_the_function_and_restores_it() -> None:
     assert "(restored)" in patched.report()
 
 
-def test_patched_function_returns_what_scipy_returns() -> None:
+def test_patched_function_matches_scipy() -> None:
     with mudsc_fast.patch():
         for given in (COST, COST.tolist(), COST.astype(np.float32), torch.from_numpy(COST), COST[:2], COST[:, :2]):
             for maximize in (False, True):
@@ -88,13 +88,13 @@ def test_patch_is_active_until_restored() -> None:
     assert scipy.optimize.linear_sum_assignment is KEPT.original
 
 
-def test_restores_after_an_exception() -> None:
+def test_patch_restores_after_exception() -> None:
     with pytest.raises(RuntimeError, match="stop"), mudsc_fast.patch():
         raise RuntimeError("stop")
     assert scipy.optimize.linear_sum_assignment is KEPT.original
 
 
-def test_only_some_packages() -> None:
+def test_patch_of_selected_packages() -> None:
     user = user_module("user", solve=KEPT.original)
     inner = user_module("user_package.inner", solve=KEPT.original)
     with mudsc_fast.patch(only=["user_package"]) as patched:
@@ -154,9 +154,7 @@ def test_modules_imported_while_patched(
     assert "exec_module" not in vars(late.__loader__)
 
 
-def test_modules_found_while_patched_and_imported_later_are_not_patched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_imports_are_not_patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user_late.py").write_text("from scipy.optimize import linear_sum_assignment as solve\n")
     monkeypatch.syspath_prepend(tmp_path)
     with mudsc_fast.patch():
@@ -169,7 +167,7 @@ def test_modules_found_while_patched_and_imported_later_are_not_patched(
     assert late.solve is KEPT.original
 
 
-def test_a_loader_that_serves_several_modules_is_followed_and_restored() -> None:
+def test_loader_of_several_modules_is_patched_and_restored() -> None:
     class Loader:
         """Makes modules that bind the function, like the import hooks of pytest and of packagers."""
 

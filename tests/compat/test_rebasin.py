@@ -53,7 +53,7 @@ def by_definition(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_matches_the_definition(seed: int) -> None:
+def test_matches_published_algorithm(seed: int) -> None:
     a, b = (make_mlp(seed=2 * seed + i, dtype=torch.float64).state_dict() for i in range(2))
     expected = by_definition(MLP_AXES, {k: v.numpy() for k, v in a.items()}, {k: v.numpy() for k, v in b.items()}, 7)
     torch.manual_seed(7)
@@ -64,7 +64,7 @@ def test_matches_the_definition(seed: int) -> None:
         assert permutation.tolist() == expected[name].tolist()
 
 
-def test_finds_the_permutations_of_a_permuted_network() -> None:
+def test_finds_permutations_of_permuted_network() -> None:
     model = ConvNet()
     permutations = random_permutations(CONV_SPEC, model, 5)
     other = mudsc_fast.permute_state_dict(model.state_dict(), CONV_SPEC, permutations)
@@ -81,7 +81,7 @@ def test_finds_the_permutations_of_a_permuted_network() -> None:
         assert torch.equal(restored[name], tensor)
 
 
-def test_begins_with_the_permutations_given(caplog: pytest.LogCaptureFixture) -> None:
+def test_starts_from_given_permutations(caplog: pytest.LogCaptureFixture) -> None:
     a, b = (make_mlp(seed=seed).state_dict() for seed in range(2))
     torch.manual_seed(0)
     best = rebasin.weight_matching(MLP, a, b, silent=True)
@@ -96,7 +96,7 @@ def test_begins_with_the_permutations_given(caplog: pytest.LogCaptureFixture) ->
     assert all(torch.equal(order, torch.arange(32)) for order in identity.values())
 
 
-def test_errors_name_the_permutation() -> None:
+def test_errors_name_permutation() -> None:
     state = make_mlp().state_dict()
     with pytest.raises(ValueError, match="init_perm must hold the permutations fc1, fc2, got fc1"):
         rebasin.weight_matching(MLP, state, state, init_perm={"fc1": torch.arange(32)})
@@ -104,7 +104,7 @@ def test_errors_name_the_permutation() -> None:
         rebasin.weight_matching(MLP, state, state, init_perm={"fc1": torch.arange(32), "fc2": torch.zeros(32)})
 
 
-def test_the_package_rebasin_gives_the_same_under_the_patch() -> None:
+def test_rebasin_package_gives_same_result_when_patched() -> None:
     package = pytest.importorskip("rebasin", reason="the extra 'compat' (pip install rebasin) is not installed")
     results: list[dict[str, Tensor]] = []
     for patched in (False, True):

@@ -50,7 +50,7 @@ def test_recorded_groups(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_recorded_groups_by_searching(number: int) -> None:
+def test_recorded_groups_by_full_search(number: int) -> None:
     similarity, num_models, groups, ratio, clusters, value = recorded(f"group_zip_{number}")
     sets = sets_of(similarity, num_models, groups)
     merges = int(len(similarity) * ratio + 0.5)
@@ -85,7 +85,7 @@ def test_recorded_units(number: int, search: bool) -> None:
     assert found.value == pytest.approx(value, abs=1e-6)
 
 
-def test_a_model_s_budget_is_shared_by_its_groups() -> None:
+def test_budget_is_shared_by_groups_of_a_model() -> None:
     """The first set may use it up: later ones then join units of different models only."""
     generator = torch.Generator().manual_seed(0)
     similarity = torch.rand(24, 24, generator=generator) * 0.1
@@ -103,7 +103,7 @@ def test_a_model_s_budget_is_shared_by_its_groups() -> None:
     assert [[6 - len(clusters[model, group].unique()) for group in range(2)] for model in range(2)] == [[3, 3], [3, 3]]
 
 
-def test_groups_of_one_unit_have_nothing_to_join_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_unit_groups_have_no_internal_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
     def counted(*given: Any) -> Any:

@@ -47,7 +47,7 @@ def test_recorded_covariance(number: int) -> None:
         torch.testing.assert_close(metric.finalize(200), torch.from_numpy(golden["covariance"]), rtol=1e-5, atol=1e-5)
 
 
-def test_covariance_counts_missing_as_zero_and_batches_by_their_samples() -> None:
+def test_covariance_counts_nan_as_zero_and_weights_batches_by_size() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(4, 10, generator=generator), torch.randn(4, 6, generator=generator)
     first[0, 0] = torch.nan
@@ -111,7 +111,7 @@ def zipped_by_hand(similarity: Tensor, num_models: int, remaining: int, budget: 
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_zip_is_the_published_procedure(models: int, units: int, a: float, b: float, seed: int) -> None:
+def test_zip_matches_published_procedure(models: int, units: int, a: float, b: float, seed: int) -> None:
     # float64 is the arithmetic of Python's numbers, so the two agree merge for merge.
     covariance = random_covariance(models * units, seed, torch.float64)
     ratio = 1 - 1 / models
@@ -129,7 +129,7 @@ def test_zip_is_the_published_procedure(models: int, units: int, a: float, b: fl
     torch.testing.assert_close(merge, (expected / (expected.sum(0) + 1e-5)).T)
 
 
-def test_searching_the_whole_matrix_gives_what_the_kernel_gives() -> None:
+def test_full_search_matches_kernel() -> None:
     covariance = random_covariance(36, 5)
     similarity = zipit.compute_correlation(covariance)
     for budget in (0, 1, 4, 9):
@@ -150,7 +150,7 @@ def test_cosine_similarity_and_value() -> None:
     assert float(similarity.diagonal().min()) > 0.9  # the caller's diagonal is left alone
 
 
-def test_permute_finds_a_permutation_and_its_value() -> None:
+def test_permute_returns_permutation_and_value() -> None:
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     features = torch.randn(9, 200, generator=torch.Generator().manual_seed(2))
     covariance = torch.cov(torch.cat([features, features[order]]))
@@ -161,13 +161,13 @@ def test_permute_finds_a_permutation_and_its_value() -> None:
     torch.testing.assert_close(merge @ torch.ones(18), torch.ones(9), rtol=0, atol=1e-5)
 
 
-def test_merges_are_logged_if_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_merges_are_logged_on_request(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         zipit.match_tensors_zipit({"covariance": random_covariance(16)}, print_merges=True)
     assert "clusters of the first half" in caplog.text
 
 
-def test_errors_say_what_is_wrong() -> None:
+def test_errors_explain_the_problem() -> None:
     with pytest.raises(ValueError, match="metric must hold 'covariance' or 'cossim', got 'mean'"):
         zipit.match_tensors_zipit({"mean": torch.ones(4)})
     with pytest.raises(ValueError, match=r"r must be in \[0, 1\), got 1"):

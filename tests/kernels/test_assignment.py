@@ -113,7 +113,7 @@ def test_costs_near_the_limits_of_their_dtype(value: float, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_zero_rows_are_distinguished_from_nearly_zero_rows(dtype: Any) -> None:
+def test_zero_rows_differ_from_nearly_zero_rows(dtype: Any) -> None:
     random = np.random.default_rng(0)
     values = random.standard_normal((800, 800)).astype(dtype)
     zero, nearly = random.permutation(800)[:500].reshape(2, 250)
@@ -129,7 +129,7 @@ def test_zero_rows_are_distinguished_from_nearly_zero_rows(dtype: Any) -> None:
     assert (np.diff(columns) > 0).all()
 
 
-def test_rows_full_of_ties_are_listed_again_until_they_fit() -> None:
+def test_rows_full_of_ties_refill_their_lists() -> None:
     # Every row likes the same few columns, so that lists run out again and again.
     random = np.random.default_rng(0)
     values = np.sort(random.integers(0, 40, 790))[None] + random.integers(0, 2, (790, 790)) * 1.0
@@ -302,7 +302,7 @@ def test_empty(shape: tuple[int, ...], backend: str) -> None:
     seed=st.integers(0, 2**31),
     noise=st.sampled_from([0.0, 0.01, 100.0]),
 )
-def test_warm_start_is_optimal_from_anywhere(family: str, size: int, seed: int, noise: float) -> None:
+def test_any_warm_start_gives_optimum(family: str, size: int, seed: int, noise: float) -> None:
     values = make(family, size, size, seed)
     changed = values + noise * np.abs(values).max() * np.random.default_rng(seed + 1).standard_normal(values.shape)
     for backend in ("cpu", "reference"):
@@ -322,9 +322,7 @@ def test_warm_start_is_optimal_from_anywhere(family: str, size: int, seed: int, 
     seed=st.integers(0, 2**31),
     maximize=st.booleans(),
 )
-def test_small_problems_break_ties_as_scipy_does(
-    family: str, rows: int, columns: int, seed: int, maximize: bool
-) -> None:
+def test_small_problems_break_ties_like_scipy(family: str, rows: int, columns: int, seed: int, maximize: bool) -> None:
     values = make(family, rows, columns, seed).astype(np.float64)
     expected = scipy_assignment(values, maximize)
     assert np.array_equal(linear_sum_assignment(values, maximize), expected)
@@ -335,7 +333,7 @@ def test_small_problems_break_ties_as_scipy_does(
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 7), (7, 3), (150, 150), (140, 200), (200, 140)])
-def test_constant_matrices_are_assigned_along_the_diagonal(shape: tuple[int, int]) -> None:
+def test_constant_matrices_get_diagonal_assignment(shape: tuple[int, int]) -> None:
     rows, columns = linear_sum_assignment(np.ones(shape))
     assert rows.tolist() == columns.tolist() == list(range(min(shape)))
 
@@ -413,7 +411,7 @@ def test_fast_path_equals_general_path(isa: str, shape: tuple[int, int], dtype: 
                 assert torch.equal(getattr(result, name), getattr(proven, name))
 
 
-def test_fast_path_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_respects_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUDSC_BACKEND", "abacus")
     with pytest.raises(ValueError, match="MUDSC_BACKEND must be one of"):
         linear_sum_assignment(np.zeros((3, 3)))
@@ -425,7 +423,7 @@ def test_fast_path_respects_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         linear_sum_assignment(np.zeros((3, 3)))
 
 
-def test_scipy_function_of_tensors() -> None:
+def test_scipy_function_accepts_tensors() -> None:
     cost = torch.tensor([[4.0, 1, 3], [2, 0, 5], [3, 2, 2]], requires_grad=True)
     rows, columns = linear_sum_assignment(cost)
     assert isinstance(rows, torch.Tensor)
@@ -560,7 +558,7 @@ def test_start_duals_much_larger_than_entries_are_ignored(dual: float, columns: 
     assert 0 <= float(warm.gap) <= 1e-12 * float(found.objective)
 
 
-def test_only_problems_with_such_duals_ignore_the_warm_start() -> None:
+def test_other_problems_of_batch_keep_warm_start() -> None:
     values = torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0))
     found = linear_assignment(values)
     for dtype in (torch.float64, torch.float32):

@@ -108,7 +108,7 @@ def test_threshold_of_batches_and_dtypes(backend: str, dtype: torch.dtype) -> No
             check_threshold(values[index].double().numpy(), one, 4.2, maximize=True)
 
 
-def test_threshold_that_float32_cannot_hold_is_not_rounded() -> None:
+def test_threshold_is_not_rounded_to_float32() -> None:
     near = np.float32(0.8)  # a little more than 0.8
     assert float(near) > 0.8
     values = np.full((1, 1), near)
@@ -145,7 +145,7 @@ RAGGED = [(3, 5), (5, 3), (1, 1), (4, 4), (0, 2), (2, 0), (8, 12), (12, 8), (7, 
 @pytest.mark.parametrize("threshold", [None, 0.3])
 @pytest.mark.parametrize("maximize", [True, False])
 @pytest.mark.parametrize("shapes", [RAGGED, RAGGED[:1], [(3, 5), (2, 2), (1, 9)], [(5, 3), (9, 1), (2, 2)], [(0, 3)]])
-def test_lists_and_padded_batches_are_solved_one_by_one(
+def test_lists_and_padded_batches_match_single_problems(
     backend: str, threshold: float | None, maximize: bool, shapes: list[tuple[int, int]]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -189,7 +189,7 @@ def check_duals(values: torch.Tensor, result: mudsc_fast.Assignment, threshold: 
         assert bool((u >= 0).all())
 
 
-def test_rows_or_columns_alone() -> None:
+def test_only_rows_or_only_columns() -> None:
     values = torch.randn(3, 4, 6)
     by_rows = linear_assignment(values, rows=[1, 4, 0])
     assert [one.columns.shape[0] for one in by_rows] == [1, 4, 0]
@@ -198,7 +198,7 @@ def test_rows_or_columns_alone() -> None:
     same(by_columns[2], linear_assignment(values[2, :, :3]))
 
 
-def test_lists_of_any_array_and_layout() -> None:
+def test_lists_accept_any_array_and_layout() -> None:
     matrix = np.random.default_rng(0).standard_normal((20, 30))
     strided = np.zeros((40, 60))[::2, ::2]
     strided[:] = matrix
@@ -221,7 +221,7 @@ def test_lists_of_any_array_and_layout() -> None:
     assert linear_assignment((np.zeros((2, 2)),))[0].columns.tolist() == [0, 1]
 
 
-def test_lists_use_threads_and_give_the_same() -> None:
+def test_lists_with_threads_give_same_results() -> None:
     random = np.random.default_rng(0)
     matrices = [random.standard_normal((size, size + 10)) for size in random.integers(50, 200, 40)]
     before = torch.get_num_threads()
@@ -239,7 +239,7 @@ def test_lists_use_threads_and_give_the_same() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 8), (8, 3), (40, 60), (300, 310)])
 @pytest.mark.parametrize("threshold", [None, 0.5])
-def test_columns_alone_are_those_of_the_full_result(shape: tuple[int, int], threshold: float | None) -> None:
+def test_columns_only_matches_full_result(shape: tuple[int, int], threshold: float | None) -> None:
     values = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
     expected = linear_assignment(values, threshold=threshold).columns
     for given_values in (values, values.numpy()):
@@ -334,7 +334,7 @@ def test_thresholds_and_lists_can_be_compiled() -> None:
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2), (2, 3, 2), (2, 2, 3), (300, 200)])
 @pytest.mark.parametrize("threshold", [None, 0.5])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_problems_without_a_solution_are_errors_in_any_shape(
+def test_infeasible_problems_are_errors_in_any_shape(
     shape: tuple[int, ...], threshold: float | None, backend: str
 ) -> None:
     values = torch.full(shape, float("nan"))

@@ -61,7 +61,7 @@ def test_arguments_are_checked(changed: dict[str, Any], error: type[Exception], 
 
 @pytest.mark.usefixtures("_reading")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_results_do_not_depend_on_how_tensors_are_read(dtype: torch.dtype) -> None:
+def test_both_ways_of_reading_tensors_agree(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 1, 5, 1, 4, 2, 1, 1, 3, 1, generator=generator).to(dtype) for _ in range(2)]
     maps = {
@@ -76,7 +76,7 @@ def test_results_do_not_depend_on_how_tensors_are_read(dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("_reading")
-def test_maps_that_do_not_fit_are_refused() -> None:
+def test_mismatched_maps_are_rejected() -> None:
     out, index = torch.zeros(3), torch.tensor([[0, 1, 2]])
     for unit_map, message in (
         (UnitMap.permutation(torch.tensor([[0, 1]])), r"maps\[0\] does not fit the tensors"),

@@ -70,7 +70,7 @@ def test_golden(backend: str) -> None:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True])
-def test_center_equals_reference_in_any_layout(dtype: torch.dtype, double: bool) -> None:
+def test_center_matches_reference_in_any_layout(dtype: torch.dtype, double: bool) -> None:
     torch.manual_seed(0)
     to = torch.float64 if double or dtype == torch.float64 else torch.float32
     layouts = [
@@ -92,7 +92,7 @@ def test_center_equals_reference_in_any_layout(dtype: torch.dtype, double: bool)
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-def test_sums_that_share_a_workspace_are_the_same() -> None:
+def test_shared_workspace_does_not_change_sums() -> None:
     torch.manual_seed(0)
     workspace = Workspace()
     kinds = [(9, torch.float32), (33, torch.float64), (5, torch.bfloat16), (33, torch.float32)]
@@ -113,7 +113,7 @@ def test_sums_that_share_a_workspace_are_the_same() -> None:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_center_in_another_order_equals_reference(dtype: torch.dtype) -> None:
+def test_center_with_index_matches_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     to = torch.float64 if dtype == torch.float64 else torch.float32
     for layout in (torch.randn(5, 37, 9), torch.randn(1, 18, 71), torch.randn(50, 33, 1), torch.randn(4, 40, 21).mT):
@@ -149,7 +149,7 @@ def summed(length: int) -> SampleOrder:
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("units", [1, 31, 32, 70])
-def test_sums_and_quotients_equal_reference(units: int) -> None:
+def test_sums_and_quotients_match_reference(units: int) -> None:
     torch.manual_seed(1)
     start = torch.randn(units, units, dtype=torch.float64)
     row, column = torch.rand(units, dtype=torch.float64), torch.rand(units, dtype=torch.float64)
@@ -178,7 +178,7 @@ def test_sums_and_quotients_equal_reference(units: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("blocks", ["cross", "full"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_finalize_blends_as_lerp(backend: str, blocks: Blocks, dtype: torch.dtype) -> None:
+def test_finalize_blends_like_lerp(backend: str, blocks: Blocks, dtype: torch.dtype) -> None:
     """Up to a rounding: torch adds the product unrounded. Rows of the other similarity may lie apart."""
     torch.manual_seed(12)
     with use_backend(backend):
@@ -325,7 +325,7 @@ def test_bad_blend(other: Any, balance: Any, error: type[Exception], message: st
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_units_that_do_not_vary_give_zero(backend: str) -> None:
+def test_constant_units_give_zero(backend: str) -> None:
     features = features_of(2, 100, 5)
     features[0][:, 1] = 0
     features[1][:, 2] = 0.1
@@ -337,7 +337,7 @@ def test_units_that_do_not_vary_give_zero(backend: str) -> None:
     torch.testing.assert_close(result.diagonal()[[0, 2, 8]], torch.ones(3), rtol=0, atol=1e-6)
 
 
-def test_eps_bounds_the_quotient() -> None:
+def test_eps_bounds_quotient() -> None:
     features = [1e-3 * one for one in features_of(2, 100, 5)]
     deviations = torch.cat(units_first(features)).double().var(1, correction=0)
     diagonal = CorrelationAccumulator(2, 5, blocks="full")
@@ -377,7 +377,7 @@ def test_squares_beyond_float32() -> None:
     torch.testing.assert_close(accumulated(features), expected, rtol=0, atol=1e-6)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_result(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(7)
     for shape, axis in [((7, 5, 30), 1), ((40, 5), 1), ((2, 30, 5), 2), ((5, 300), 0)]:
         features = [100 + one for one in features_of(2, *shape)]
@@ -389,7 +389,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.undo()
 
 
-def test_threads_do_not_change_the_sums() -> None:
+def test_threads_do_not_change_sums() -> None:
     torch.manual_seed(8)
     for features in (torch.randn(2000, 600, 1), torch.randn(3, 600, 700)):
         comoment, product = torch.randn(600, 600, dtype=torch.float64), torch.randn(600, 600)
@@ -407,7 +407,7 @@ def test_threads_do_not_change_the_sums() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("blocks", ["cross", "full"])
-def test_merge_equals_one_over_both(backend: str, blocks: Any) -> None:
+def test_merged_accumulators_match_single_pass(backend: str, blocks: Any) -> None:
     torch.manual_seed(9)
     first, second = features_of(3, 60, 7), [50 + 2 * one for one in features_of(3, 21, 7)]
     with use_backend(backend):
@@ -462,7 +462,7 @@ def test_replaced_samples(backend: str, blocks: Any, dtype: torch.dtype, layout:
         torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
 
 
-def test_bad_replacements_change_nothing() -> None:
+def test_bad_replacements_leave_state_unchanged() -> None:
     sums = CorrelationAccumulator(2, 4)
     sums.update(*features_of(2, 9, 4))
     before = sums.finalize()
@@ -476,7 +476,7 @@ def test_bad_replacements_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("units", [511, 512, 700])
-def test_products_with_itself_by_blocks(units: int) -> None:
+def test_self_products_by_blocks(units: int) -> None:
     torch.manual_seed(12)
     features = features_of(2, 30, units)
     expected = correlate_directly(units_first(features)).float()
@@ -496,7 +496,7 @@ def maps_of(kind: str, *lengths: int) -> list[UnitMap]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["permutations", "selections", "clusters"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_samples_are_reindexed_where_they_are_summed(
+def test_maps_reindex_samples_while_summing(
     backend: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -520,7 +520,7 @@ def test_samples_are_reindexed_where_they_are_summed(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [4, 1000])
-def test_sums_that_overflow_change_nothing(backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflow_leaves_state_unchanged(backend: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_centered_products, "_MIN_CHUNK", chunk)
     monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", chunk)
     features = features_of(2, 20, 3)
@@ -553,7 +553,7 @@ def test_sums_that_overflow_change_nothing(backend: str, chunk: int, monkeypatch
         ({0: maps_of("permutations", 4)[0].of_model(0)}, ValueError, r"maps\[0\] must be of as many models"),
     ],
 )
-def test_bad_maps_change_nothing(maps: Any, error: type[Exception], message: str) -> None:
+def test_bad_maps_leave_state_unchanged(maps: Any, error: type[Exception], message: str) -> None:
     sums = CorrelationAccumulator(2, 3)
     with pytest.raises(error, match=message):
         sums.update(*features_of(2, 4, 3), maps=maps)
@@ -569,7 +569,7 @@ def test_products_in_bfloat16(blocks: Any) -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
 
 
-def test_bfloat16_on_a_torch_that_has_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_needs_torch_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_centered_products, "_product_settings", lambda: None)
     with pytest.raises(ValueError, match="precision 'bfloat16' requires a version of torch"):
         CorrelationAccumulator(2, 4, precision="bfloat16")
@@ -592,7 +592,7 @@ def test_state_survives_saving(tmp_path: Any) -> None:
 
 
 @given(data=st.data())
-def test_order_and_cutting_of_batches_do_not_matter(data: st.DataObject) -> None:
+def test_batch_order_and_size_do_not_matter(data: st.DataObject) -> None:
     units, total = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 60))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     offset = data.draw(st.sampled_from([0.0, 1.0, -1e3]))
@@ -643,7 +643,7 @@ GOOD = torch.arange(12.0).reshape(4, 3)
         ),
     ],
 )
-def test_bad_features_change_nothing(
+def test_bad_features_leave_state_unchanged(
     features: list[Any], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     result = CorrelationAccumulator(2, 3)
@@ -655,7 +655,7 @@ def test_bad_features_change_nothing(
     assert torch.equal(result.finalize(), before.finalize())
 
 
-def test_infinity_behind_the_first_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinity_after_first_chunk_leaves_state_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_centered_products, "_MIN_CHUNK", 2)
     monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", 1)
     result = CorrelationAccumulator(2, 3)
@@ -666,7 +666,7 @@ def test_infinity_behind_the_first_chunk_changes_nothing(monkeypatch: pytest.Mon
     assert result.num_samples == 0
 
 
-def test_another_device_is_refused() -> None:
+def test_other_device_is_rejected() -> None:
     result = CorrelationAccumulator(2, 3, device="meta")
     with pytest.raises(ValueError, match=r"features\[0\] must be on meta, got cpu"):
         result.update(GOOD, GOOD)

@@ -22,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @pytest.fixture(autouse=True)
 def _blocks_for_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the block kernel solve batches of any size; test_few_small_problems_are_solved_by_the_cpu has the default."""
+    """Let the block kernel solve batches of any size; test_few_small_problems_are_solved_on_cpu has the default."""
     monkeypatch.setattr(cuda, "MIN_BATCH", 1)
 
 
@@ -41,7 +41,7 @@ def assert_same_choice(values: Tensor, found: Solution, wanted: Solution, maximi
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (7, 12), (40, 40), (65, 128)])
-def test_simulated_batches_choose_as_the_cpu_kernel(simulator: Any, family: str, shape: tuple[int, int]) -> None:
+def test_simulated_batches_match_cpu_kernel(simulator: Any, family: str, shape: tuple[int, int]) -> None:
     batch = torch.stack([matrix(family, *shape, seed) for seed in range(3)])
     for seed, dtype in enumerate(DTYPES if shape == (7, 12) else DTYPES[2:3]):
         simulator.set_seed(seed + 1)
@@ -93,14 +93,14 @@ def test_simulated_forbidden_and_invalid_entries(simulator: Any) -> None:  # noq
     assert torch.equal(solution.columns[:1], wanted.columns)
 
 
-def test_simulated_matrix_without_a_batch(simulator: Any) -> None:  # noqa: ARG001
+def test_simulated_single_matrix(simulator: Any) -> None:  # noqa: ARG001
     values = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
     found, wanted = (solve(values, True, None, 0.0) for solve in (cuda.solve, cpu.solve))
     assert found.objective.shape == found.gap.shape == found.status.shape == ()
     assert torch.equal(found.columns, wanted.columns)
 
 
-def test_few_small_problems_are_solved_by_the_cpu(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_small_problems_are_solved_on_cpu(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "MIN_BATCH", 4)
     launched = []
     launch = simulator.assignment_batch
@@ -119,7 +119,7 @@ def test_few_small_problems_are_solved_by_the_cpu(simulator: Any, monkeypatch: p
 
 @pytest.mark.parametrize("fault", ["columns", "column_duals", "row_duals", "gap"])
 @pytest.mark.usefixtures("simulator")
-def test_wrong_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_wrong_results_are_recomputed_on_cpu(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """A kernel that reports success is not believed: one warning, and the exact result."""
     solve_batch = cuda._solve_batch
 
@@ -139,7 +139,7 @@ def test_wrong_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("simulator")
-def test_wrong_large_results_are_solved_again_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_large_results_are_recomputed_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
     monkeypatch.setattr(cuda, "_warned", False)
     search = cuda._LargeProblem.search
@@ -156,7 +156,7 @@ def test_wrong_large_results_are_solved_again_by_the_cpu(monkeypatch: pytest.Mon
     assert torch.equal(found.columns, cpu.solve(values, True, None, 0.0).columns)
 
 
-def test_solutions_move_in_one_copy() -> None:
+def test_solutions_are_copied_once() -> None:
     solution = cpu.solve(torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)), True, None, 0.0)
     moved = solution.to(torch.device("meta"))
     assert [value.shape for value in vars(moved).values()] == [value.shape for value in vars(solution).values()]
@@ -204,7 +204,7 @@ def test_simulated_large_problems_are_listed_in_parts(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, family: str) -> None:
+def test_auction_rounds_do_not_depend_on_thread_order(simulator: Any, family: str) -> None:
     """The kernel, in several orders, and the plain loops of csrc/cuda_sim/auction_rounds.cpp agree to the bit."""
     rows = 70
     values = matrix(family, rows, rows, 5).float()
@@ -235,7 +235,7 @@ def test_auction_rounds_do_not_depend_on_the_order_of_threads(simulator: Any, fa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wanted", [4, 30, 40, 100])
-def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int) -> None:
+def test_lists_match_plain_loops(simulator: Any, family: str, wanted: int) -> None:
     """The kernel and csrc/cuda_sim/row_lists.cpp agree to the bit, among ties too."""
     rows = 90
     values = matrix(family, rows, rows, 4).float()
@@ -262,7 +262,7 @@ def test_lists_are_those_of_plain_loops(simulator: Any, family: str, wanted: int
         assert torch.equal(kernel, made[1][name]), name
 
 
-def test_simulated_large_classes_and_paths_in_vain(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_large_classes_and_failed_paths(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many equal rows whose best columns tie, and a price war that ends in path searches."""
     monkeypatch.setattr(cuda, "MAX_COLUMNS_OF_A_BLOCK", 0)
     monkeypatch.setattr(cuda, "WANTED", 4)
@@ -279,7 +279,7 @@ def test_simulated_large_classes_and_paths_in_vain(simulator: Any, monkeypatch: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 12), (128, 128)])
-def test_batches_on_a_device(gpu: torch.device, family: str, shape: tuple[int, int]) -> None:
+def test_batches_on_device(gpu: torch.device, family: str, shape: tuple[int, int]) -> None:
     values = torch.stack([matrix(family, *shape, seed) for seed in range(200)]).float()
     found, wanted = cuda.solve(values.to(gpu), True, None, 0.0), cpu.solve(values, True, None, 0.0)
     assert_same_choice(values, found, wanted, maximize=True)
@@ -288,7 +288,7 @@ def test_batches_on_a_device(gpu: torch.device, family: str, shape: tuple[int, i
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(300, 300), (200, 512), (1000, 1000), (900, 1100), (2048, 2048)])
-def test_one_problem_on_a_device(gpu: torch.device, family: str, shape: tuple[int, int]) -> None:
+def test_one_problem_on_device(gpu: torch.device, family: str, shape: tuple[int, int]) -> None:
     values = matrix(family, *shape, 0).float()
     found = cuda.solve(values[None].to(gpu), True, None, 0.0).to(torch.device("cpu"))
     wanted = cpu.solve(values[None], True, None, 0.0)

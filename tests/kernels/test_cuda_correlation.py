@@ -139,7 +139,7 @@ def maps_of(kind: str, length: int) -> UnitMap:
         ("clusters", torch.float32),
     ],
 )
-def test_samples_are_read_in_another_order(
+def test_samples_are_read_through_index(
     simulated: Any, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulated.set_seed(6)
@@ -167,7 +167,7 @@ def test_samples_are_read_in_another_order(
         assert torch.equal(sums.finalize(), accumulated(copies, axis=units_axis))
 
 
-def test_an_index_of_one_sample_does_not_misalign_vectors(simulated: Any) -> None:  # noqa: ARG001
+def test_one_sample_index_keeps_vectors_aligned(simulated: Any) -> None:  # noqa: ARG001
     features = [torch.randn(7 * 36 + 3)[:252].as_strided((7, 36), (35, 1)) for _ in range(2)]
     unit_map = UnitMap.permutation(torch.tensor([[1], [2]]), units_in=7)
     sums = CorrelationAccumulator(2, 36)
@@ -227,7 +227,7 @@ def test_mean_far_from_zero(simulated: Any, dtype: torch.dtype, axis: int) -> No
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_products_are_as_accurate_as_in_float32(simulated: Any, axis: int) -> None:  # noqa: ARG001
+def test_products_have_float32_accuracy(simulated: Any, axis: int) -> None:  # noqa: ARG001
     """The split into TF32 against a product in float32, both measured in float64, relative to the deviations."""
     generator = torch.Generator().manual_seed(3)
     features = [torch.randn(1500, 32, generator=generator) for _ in range(2)]
@@ -251,7 +251,7 @@ def test_products_are_as_accurate_as_in_float32(simulated: Any, axis: int) -> No
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_products_of_halves_are_exact_but_for_sums(simulated: Any, dtype: torch.dtype) -> None:  # noqa: ARG001
+def test_half_products_are_exact_up_to_summation(simulated: Any, dtype: torch.dtype) -> None:  # noqa: ARG001
     features = features_of(2, 500, 32, dtype=dtype)
     samples = cuda.Samples([one[:, :, None] for one in features])
     found = samples.product(0, 1).parts.double().sum(0)
@@ -260,7 +260,7 @@ def test_products_of_halves_are_exact_but_for_sums(simulated: Any, dtype: torch.
     assert ((found - exact) / scale).abs().max() < 2e-7
 
 
-def test_the_order_of_threads_does_not_change_a_bit(simulated: Any) -> None:
+def test_thread_order_does_not_change_result(simulated: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         features = [one + offset for offset, one in zip((0, 9), features_of(2, 130, 40, dtype=dtype), strict=True)]
         results = []
@@ -335,12 +335,12 @@ def test_replaced_samples(
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float16, torch.float32)])
-def test_other_types_take_the_reference(simulated: Any, dtypes: tuple[torch.dtype, ...]) -> None:  # noqa: ARG001
+def test_other_dtypes_use_reference(simulated: Any, dtypes: tuple[torch.dtype, ...]) -> None:  # noqa: ARG001
     assert_correlated([one.to(dtype) for one, dtype in zip(features_of(2, 40, 9), dtypes, strict=True)])
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, 1e25])
-def test_values_out_of_range_are_found_when_sums_are_used(simulated: Any, bad: float) -> None:  # noqa: ARG001
+def test_out_of_range_values_are_reported_when_sums_are_used(simulated: Any, bad: float) -> None:  # noqa: ARG001
     features = features_of(2, 40, 9)
     features[1][3, 2] = bad
     sums = CorrelationAccumulator(2, 9)
@@ -353,7 +353,7 @@ def test_values_out_of_range_are_found_when_sums_are_used(simulated: Any, bad: f
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("units", [1, 31, 70])
-def test_quotients_are_those_of_the_processor_kernel(simulated: Any, units: int, dtype: torch.dtype) -> None:
+def test_quotients_match_cpu_kernel(simulated: Any, units: int, dtype: torch.dtype) -> None:
     simulated.set_seed(units)
     generator = torch.Generator().manual_seed(units)
     comoment = torch.randn(units, units, dtype=torch.float64, generator=generator)
@@ -412,7 +412,7 @@ def comparison(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return used
 
 
-def test_the_first_use_of_a_device_compares_products(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_use_of_device_compares_products(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     product = comparison.correlation_product
     monkeypatch.setattr(
@@ -440,13 +440,13 @@ def planted(which: int) -> Callable[[list[Tensor], int, str], list[Tensor]]:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_device_whose_products_differ_takes_mma_sync(comparison: Any, which: int) -> None:  # noqa: ARG001
+def test_device_with_different_products_uses_mma_sync(comparison: Any, which: int) -> None:  # noqa: ARG001
     instructions, reason = _tensor_cores.choose(CPU, planted(which))
     assert instructions == "mma.sync"
     assert reason.startswith("wgmma gives other products of torch.float32 features of mean 0.0, units adjacent, by ")
 
 
-def test_a_wrong_kernel_is_not_used(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernel_is_not_used(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     product = comparison.correlation_product
 
@@ -461,7 +461,7 @@ def test_a_wrong_kernel_is_not_used(comparison: Any, monkeypatch: pytest.MonkeyP
     assert cuda.tensor_cores(CPU).instructions == "mma.sync"
 
 
-def test_a_graph_takes_what_was_compared_before(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+def test_graph_uses_earlier_comparison(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr(_device, "is_capturing", lambda _: True)
     assert cuda.tensor_cores(CPU) == ("mma.sync", "nothing can be compared while a graph is captured")
     monkeypatch.setattr(_device, "is_capturing", lambda _: False)
@@ -471,7 +471,7 @@ def test_a_graph_takes_what_was_compared_before(comparison: Any, monkeypatch: py
     assert cuda.tensor_cores(CPU) == compared
 
 
-def test_a_build_without_wgmma_takes_mma_sync(comparison: Any) -> None:  # noqa: ARG001
+def test_build_without_wgmma_uses_mma_sync(comparison: Any) -> None:  # noqa: ARG001
     def multiply(features: list[Tensor], axis: int, instructions: str) -> list[Tensor]:  # noqa: ARG001
         return [torch.full((3, 3), torch.nan if instructions == _tensor_cores.WGMMA else 1.0)]
 
@@ -481,7 +481,7 @@ def test_a_build_without_wgmma_takes_mma_sync(comparison: Any) -> None:  # noqa:
     )
 
 
-def test_a_comparison_that_fails_says_how_to_avoid_it(comparison: Any) -> None:  # noqa: ARG001
+def test_failed_comparison_says_how_to_avoid_it(comparison: Any) -> None:  # noqa: ARG001
     def multiply(*_: object) -> list[Tensor]:
         raise RuntimeError("an illegal instruction was encountered")
 
@@ -489,7 +489,7 @@ def test_a_comparison_that_fails_says_how_to_avoid_it(comparison: Any) -> None: 
         _tensor_cores.choose(CPU, multiply)
 
 
-def test_instructions_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_selects_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tensor_cores, "_capability", lambda _: (8, 0))
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     assert cuda.tensor_cores(CPU) == ("mma.sync", "compute capability is not 9.0")
@@ -561,7 +561,9 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("blocks", "launches"), [("cross", 4), ("full", 8)])
-def test_launches_of_an_update(simulated: Any, monkeypatch: pytest.MonkeyPatch, blocks: Any, launches: int) -> None:
+def test_number_of_launches_per_update(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch, blocks: Any, launches: int
+) -> None:
     sums = CorrelationAccumulator(2, 9, blocks=blocks)
     sums.update(*features_of(2, 40, 9))
     features = features_of(2, 40, 9)
@@ -572,7 +574,7 @@ def test_launches_of_an_update(simulated: Any, monkeypatch: pytest.MonkeyPatch, 
     assert sums.num_samples == 80
 
 
-def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+def test_info_names_tensor_core_instructions(comparison: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setattr(_device, "unavailable_reason", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cuda, "tensor_cores", lambda _: _tensor_cores.choose(CPU, planted(0)))
@@ -593,7 +595,7 @@ def test_info_says_what_multiplies(comparison: Any, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", DTYPES, ids=["half", "bfloat", "single"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("samples", "units", "offset"), [(70, 16, 0.0), (5000, 300, 100.0), (20000, 768, 0.0)])
-def test_on_a_device(
+def test_on_device(
     gpu: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     samples: int,
@@ -613,7 +615,7 @@ def test_on_a_device(
 
 
 @pytest.mark.gpu
-def test_wgmma_gives_the_products_of_mma_sync(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wgmma_matches_mma_sync(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability(gpu) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)

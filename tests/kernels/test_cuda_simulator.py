@@ -9,12 +9,12 @@ import torch
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_barriers_order_threads_whatever_the_schedule(simulator: Any, seed: int) -> None:
+def test_barriers_order_threads_under_every_schedule(simulator: Any, seed: int) -> None:
     simulator.set_seed(seed)
     assert simulator.check_sum(True) == sum(range(64))
 
 
-def test_a_missing_barrier_shows_as_results_that_depend_on_the_schedule(simulator: Any) -> None:
+def test_missing_barrier_makes_results_depend_on_schedule(simulator: Any) -> None:
     results = set()
     for seed in range(5):
         simulator.set_seed(seed)
@@ -30,14 +30,14 @@ def test_threads_at_different_barriers(simulator: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_warp_function_and_an_exited_lane(simulator: Any, seed: int) -> None:
+def test_warp_function_with_exited_lane(simulator: Any, seed: int) -> None:
     simulator.set_seed(seed)
     with pytest.raises(RuntimeError, match=r"wait_for_the_exited: (a warp function waits|threads wait)"):
         simulator.check_exited_lane()
 
 
 @pytest.mark.parametrize("threads", [0, 1025])
-def test_a_failed_launch_names_the_kernel(simulator: Any, threads: int) -> None:
+def test_failed_launch_names_kernel(simulator: Any, threads: int) -> None:
     with pytest.raises(RuntimeError, match="CUDA kernel wait_apart could not be launched: invalid configuration"):
         simulator.check_block_size(threads)
 
@@ -52,7 +52,7 @@ def product_of_warpgroup() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_warpgroup_multiplies_what_its_descriptors_say(simulator: Any, seed: int) -> None:
+def test_warpgroup_multiplies_according_to_descriptors(simulator: Any, seed: int) -> None:
     simulator.set_seed(seed)
     found = torch.tensor(simulator.check_warpgroup(0)).reshape(64, 128)
     assert torch.equal(found, product_of_warpgroup())
@@ -62,12 +62,12 @@ def test_a_warpgroup_multiplies_what_its_descriptors_say(simulator: Any, seed: i
     ("forgotten", "message"),
     [(STORES_FENCE, "stored without fence.proxy.async"), (REGISTERS_FENCE, "without a wgmma.fence")],
 )
-def test_a_warpgroup_that_forgets_a_fence(simulator: Any, forgotten: int, message: str) -> None:
+def test_warpgroup_without_fence_is_detected(simulator: Any, forgotten: int, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"multiply_once: a .*{message}"):
         simulator.check_warpgroup(forgotten)
 
 
-def test_a_warpgroup_reads_as_late_as_it_may(simulator: Any) -> None:
+def test_warpgroup_reads_operands_late(simulator: Any) -> None:
     """What is stored before a product is waited for is what it multiplies."""
     found = torch.tensor(simulator.check_warpgroup(WAIT)).reshape(64, 128)
     assert not torch.equal(found, product_of_warpgroup())

@@ -39,7 +39,7 @@ def test_simulated_without_shared_memory(simulator: Any) -> None:
     assert_same(FAMILIES["correlation"](140, 0), (2, 70, 50, 20, 0.5))
 
 
-def test_simulated_rows_that_lie_apart_or_across(simulator: Any) -> None:  # noqa: ARG001
+def test_simulated_strided_and_transposed_rows(simulator: Any) -> None:  # noqa: ARG001
     similarity = FAMILIES["asymmetric"](60, 0)
     assert_same(similarity[:40, 10:50], (2, 20, 20, 20, 0.5))
     assert_same(similarity[:40, 10:50].T, (2, 20, 20, 20, 0.5))
@@ -53,6 +53,6 @@ def test_no_units(simulator: Any) -> None:  # noqa: ARG001
 @pytest.mark.gpu
 @pytest.mark.parametrize("units", [16, 254, 2000])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_device(gpu: torch.device, family: str, units: int) -> None:  # noqa: ARG001
+def test_on_device(gpu: torch.device, family: str, units: int) -> None:  # noqa: ARG001
     for dtype in DTYPES:
         assert_same(FAMILIES[family](units, 1).to(dtype), (2, units // 2, units // 2, units // 8, 0.5), "cuda")

@@ -63,7 +63,7 @@ def assert_as_reference(tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], 
 )
 @pytest.mark.parametrize("num_models", [1, 3])
 @pytest.mark.usefixtures("isa")
-def test_kernel_equals_reference(dtype: torch.dtype, shape: tuple[int, ...], num_models: int) -> None:
+def test_kernel_matches_reference(dtype: torch.dtype, shape: tuple[int, ...], num_models: int) -> None:
     torch.manual_seed(0)
     tensors = random_tensors(num_models, shape, dtype)
     kinds = ("permutation", "clusters", "scaled clusters", "selection")
@@ -79,7 +79,7 @@ def test_kernel_equals_reference(dtype: torch.dtype, shape: tuple[int, ...], num
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("isa")
-def test_permutation_of_one_model_keeps_every_bit(dtype: torch.dtype) -> None:
+def test_single_model_permutation_is_bit_exact(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty(0, dtype=dtype).element_size()]
     limits = torch.iinfo(integers)
@@ -100,7 +100,7 @@ def test_permutation_of_one_model_keeps_every_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7,), (40, 70), (5, 9, 3, 3), (3, 4, 5, 6), (2, 3, 80), (900, 700)], ids=str)
 @pytest.mark.parametrize("num_models", [1, 2, 9])
-def test_plain_calls_equal_the_general_way(dtype: torch.dtype, shape: tuple[int, ...], num_models: int) -> None:
+def test_fast_path_matches_general_path(dtype: torch.dtype, shape: tuple[int, ...], num_models: int) -> None:
     """What C++ does as a whole call equals what goes through every check, to the last bit."""
     torch.manual_seed(9)
     tensors = random_tensors(num_models, shape, dtype)
@@ -132,7 +132,7 @@ def test_plain_calls_equal_the_general_way(dtype: torch.dtype, shape: tuple[int,
     ids=str,
 )
 @pytest.mark.usefixtures("isa")
-def test_results_that_are_written_past_the_caches(
+def test_large_results_bypass_caches(
     dtype: torch.dtype, shape: tuple[int, ...], num_models: int, axes: tuple[int, ...]
 ) -> None:
     """Of 32 MB and more, in lines that begin and end within a vector."""
@@ -146,7 +146,7 @@ def test_results_that_are_written_past_the_caches(
     assert torch.equal(permute_merge([tensor] * num_models, maps), expected)
 
 
-def test_maps_that_were_used_can_be_copied() -> None:
+def test_used_maps_can_be_copied() -> None:
     unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
     tensor = torch.tensor([1.0, 2.0])
     permute_merge([tensor], {0: unit_map})
@@ -158,7 +158,7 @@ class Marked(Tensor):
     """A tensor that other libraries extend."""
 
 
-def test_tensors_of_other_kinds_take_the_general_way() -> None:
+def test_tensor_subclasses_use_general_path() -> None:
     unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
     tensor = torch.tensor([1.0, 2.0])
     result = permute_merge([tensor.as_subclass(Marked)], {0: unit_map})
@@ -169,7 +169,7 @@ def test_tensors_of_other_kinds_take_the_general_way() -> None:
     assert torch.equal(permute_merge([tensor], MappingProxyType({0: unit_map})), tensor.flip(0))
 
 
-def test_the_environment_holds_for_plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_applies_to_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     unit_map = UnitMap.permutation(torch.tensor([[1, 0]]))
     monkeypatch.setenv("MUDSC_ISA", "avx1024")
     with pytest.raises(ValueError, match="MUDSC_ISA must be one of"):
@@ -203,7 +203,7 @@ def test_three_axes() -> None:
 
 
 @pytest.mark.usefixtures("isa")
-def test_equals_product_with_cluster_matrices() -> None:
+def test_matches_product_with_cluster_matrices() -> None:
     """Merge on the producing axis, unmerge on the consuming one, mean over models: as published."""
     torch.manual_seed(3)
     models, units = 2, 12
@@ -244,7 +244,7 @@ def test_out_is_written_and_returned(backend: str, kind: str, num_models: int) -
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_result_is_a_copy_even_where_nothing_moves(backend: str) -> None:
+def test_result_is_a_copy_even_if_nothing_moves(backend: str) -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     with use_backend(backend):
         result = permute_merge([tensor], {})
@@ -294,7 +294,7 @@ def test_half_sums_are_accumulated_in_float32() -> None:
     assert permute_merge([columns], {1: together}, weights=[1.0]).flatten().tolist() == [1025] * 3
 
 
-def test_threads_do_not_change_the_result() -> None:
+def test_threads_do_not_change_result() -> None:
     tensors = random_tensors(2, (1500, 700), torch.float32)
     maps = {0: random_map("clusters", 2, 1500), 1: random_map("clusters", 2, 700)}
     one, rows = permute_merge(tensors, maps), permute_merge(tensors, {0: maps[0]})
@@ -304,7 +304,7 @@ def test_threads_do_not_change_the_result() -> None:
 
 
 @given(data=st.data())
-def test_a_permutation_and_its_inverse_cancel(data: st.DataObject) -> None:
+def test_permutation_and_inverse_cancel(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -317,7 +317,7 @@ def test_a_permutation_and_its_inverse_cancel(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_group_is_one_merge_after_the_other(backend: str) -> None:
+def test_group_matches_single_merges(backend: str) -> None:
     torch.manual_seed(9)
     groups = [random_tensors(2, shape, torch.float32) for shape in [(5,), (6, 7), (0,), (3, 4, 2, 2)]]
     maps = [
@@ -351,7 +351,7 @@ def test_bad_groups(groups: Any, maps: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["permutation", "selection", "clusters"])
-def test_members_are_the_map_seen_from_its_results(kind: str) -> None:
+def test_members_invert_map(kind: str) -> None:
     unit_map = random_map(kind, 3, 11)
     members, starts = unit_map.members
     assert members.dtype == starts.dtype == torch.int32
@@ -367,7 +367,7 @@ def test_members_are_the_map_seen_from_its_results(kind: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.usefixtures("isa")
-def test_in_place_equals_a_copy(dtype: torch.dtype, threads: int) -> None:
+def test_in_place_matches_copy(dtype: torch.dtype, threads: int) -> None:
     torch.manual_seed(8)
     torch.set_num_threads(threads)
     for shape in [(1,), (61,), (40, 70), (20, 30, 3, 3), (6, 5, 5, 5), (5, 7, 50), (0, 3), (1500, 700)]:
@@ -385,7 +385,7 @@ def test_in_place_equals_a_copy(dtype: torch.dtype, threads: int) -> None:
 
 
 @given(data=st.data())
-def test_in_place_on_any_cycles_and_strides(data: st.DataObject) -> None:
+def test_in_place_with_any_cycles_and_strides(data: st.DataObject) -> None:
     """Runs of threads that begin within a cycle, cycles of one unit, and tensors that are not contiguous."""
     rows = data.draw(st.permutations(range(data.draw(st.integers(1, 9)))))
     torch.set_num_threads(data.draw(st.integers(1, 4)))
@@ -408,13 +408,13 @@ def test_in_place_on_any_cycles_and_strides(data: st.DataObject) -> None:
         (torch.nn.Parameter(torch.ones(3)), {}, "requires a gradient"),
     ],
 )
-def test_bad_arguments_in_place(tensor: Tensor, maps: Any, message: str) -> None:
+def test_in_place_bad_arguments(tensor: Tensor, maps: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         permute_(tensor, maps)
 
 
 @given(data=st.data())
-def test_clusters_keep_the_total(data: st.DataObject) -> None:
+def test_clusters_preserve_total(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
     axes = data.draw(st.lists(st.integers(0, len(shape) - 1), unique=True, max_size=3))
     num_models = data.draw(st.integers(1, 3))
@@ -428,7 +428,7 @@ def test_clusters_keep_the_total(data: st.DataObject) -> None:
     assert merged.sum() == torch.stack(tensors).sum()
 
 
-def test_gradients_are_refused_and_no_grad_accepted() -> None:
+def test_gradients_are_rejected_and_no_grad_is_accepted() -> None:
     parameter = torch.nn.Parameter(torch.arange(3.0))
     unit_map = UnitMap.permutation(torch.tensor([[2, 0, 1]]))
     shorter = UnitMap.permutation(torch.tensor([[2, 0]]), units_in=3)
@@ -443,7 +443,7 @@ def test_gradients_are_refused_and_no_grad_accepted() -> None:
         permute_merge([torch.ones(3)], {0: unit_map}, out=parameter)
 
 
-def test_map_holds_its_own_indices() -> None:
+def test_map_copies_its_indices() -> None:
     index = torch.tensor([[1, 0]])
     unit_map = UnitMap.permutation(index)
     index[0, 0] = 10**9
@@ -505,7 +505,7 @@ def test_bad_arguments(tensors: Any, maps: Any, options: dict[str, Any], error: 
         permute_merge(tensors, maps, **options)
 
 
-def test_out_in_the_same_storage_but_apart_is_accepted() -> None:
+def test_out_may_share_storage_without_overlap() -> None:
     storage = torch.arange(6.0)
     permute_merge([storage[:3]], {}, out=storage[3:])
     assert storage.tolist() == [0, 1, 2, 0, 1, 2]

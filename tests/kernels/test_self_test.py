@@ -45,7 +45,7 @@ def test_correct_kernels_pass(op: str) -> None:
     assert _self_test.failure(op, 0) == ""
 
 
-def test_wrong_zip_is_found_and_served_by_the_cpu(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_zip_is_detected_and_runs_on_cpu(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     skew(device, monkeypatch, "zip_units", "budget")
     assert "the self-test of zip failed" in _self_test.failure("zip", 0)
     with pytest.warns(UserWarning, match=r"does not use its CUDA kernels on cuda:0.* self-test of zip.* report this"):
@@ -60,7 +60,9 @@ def test_wrong_zip_is_found_and_served_by_the_cpu(device: Any, monkeypatch: pyte
     ("kernel", "argument"),
     [("correlation_join", "weight"), ("correlation_moments", "updates"), ("correlation_blend", "eps")],
 )
-def test_wrong_correlation_is_found(device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, argument: str) -> None:
+def test_wrong_correlation_is_detected(
+    device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, argument: str
+) -> None:
     if argument == "eps":  # no result of this case depends on it: let the wrong one drown all
         launch = getattr(device, kernel)
         monkeypatch.setattr(device, kernel, lambda **given: launch(**{**given, "eps": 1e3}))
@@ -93,7 +95,7 @@ def test_damaged_record_is_replaced(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("device")
-def test_record_that_cannot_be_written_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unwritable_record_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert _self_test.failure("zip", 0) == ""
@@ -115,7 +117,7 @@ def test_self_tests_can_be_skipped(device: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("device")
-def test_first_use_in_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_use_in_graph_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_device, "is_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="the first use of zip on a device runs a self-test, which a CUDA graph"):
         _self_test.failure("zip", 0)

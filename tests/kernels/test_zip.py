@@ -73,7 +73,7 @@ def test_published_result(number: int, backend: str) -> None:
     remaining_share=st.floats(0, 1),
     budget_share=st.floats(0, 1),
 )
-def test_kernel_equals_reference(
+def test_kernel_matches_reference(
     problem: tuple[Tensor, int], shrink: float, remaining_share: float, budget_share: float
 ) -> None:
     similarity, num_models = problem
@@ -87,7 +87,7 @@ def test_kernel_equals_reference(
 @pytest.mark.parametrize(
     "family", ["correlation", "asymmetric", "few values", "dead units", "negative powers of two, asymmetric"]
 )
-def test_kernel_equals_reference_beyond_one_block(family: str, dtype: torch.dtype, shrink: float) -> None:
+def test_kernel_matches_reference_beyond_one_block(family: str, dtype: torch.dtype, shrink: float) -> None:
     similarity = FAMILIES[family](546, 7).to(dtype)  # more than the 512 columns that are searched at once
     assert_same(similarity, num_models=3, remaining=300, budget=40, shrink=shrink)
 
@@ -164,23 +164,23 @@ class TestByHand:
         similarity[1, 2] = similarity[2, 1] = 0.75
         check(zip_units(similarity, 2), clusters=[0, 1, 1, 0], sizes=[2, 2], value=0.625)
 
-    def test_shrinking_makes_negative_similarities_grow(self) -> None:
+    def test_shrink_raises_negative_similarities(self) -> None:
         similarity = torch.tensor([[0.0, -1.0, -4.0], [-1.0, 0.0, -3.0], [-4.0, -3.0, 0.0]])
         result = zip_units(similarity, 1, ratio=2 / 3)
         check(result, clusters=[0, 0, 0], sizes=[3], value=(-1.0 - 0.5 * 4.0) / 2)
 
-    def test_first_of_equal_entries_in_row_major_order(self) -> None:
+    def test_ties_resolve_in_row_major_order(self) -> None:
         similarity = torch.zeros(4, 4)
         similarity[0, 3] = similarity[1, 2] = similarity[3, 0] = similarity[2, 1] = 1.0
         check(zip_units(similarity, 2, ratio=0.25), clusters=[0, 1, 2, 0], sizes=[2, 1, 1], value=1.0)
         similarity[0, 3] = 0.0  # the lower triangle's (2, 1) and (3, 0) now come after (1, 2)
         check(zip_units(similarity, 2, ratio=0.25), clusters=[0, 1, 1, 2], sizes=[1, 2, 1], value=1.0)
 
-    def test_either_direction_of_an_asymmetric_matrix_counts(self) -> None:
+    def test_both_triangles_of_asymmetric_matrix_count(self) -> None:
         similarity = torch.tensor([[0.0, 0.1, 0.5], [0.9, 0.0, 0.2], [0.3, 0.2, 0.0]])
         check(zip_units(similarity, 3, ratio=1 / 3), clusters=[0, 0, 1], sizes=[2, 1], value=0.9)
 
-    def test_spent_budget_forbids_merges_inside_the_model(self) -> None:
+    def test_spent_budget_forbids_merges_within_model(self) -> None:
         similarity = torch.zeros(8, 8)
         similarity[:4, :4] = 0.9  # model 0 would rather merge within itself
         similarity[:4, 4:] = similarity[4:, :4] = 0.1
@@ -188,7 +188,7 @@ class TestByHand:
             result = zip_units(similarity, 2, budget=budget, shrink=1.0)
             assert result.cluster_of_unit[:4].tolist() == clusters
 
-    def test_no_shrink_severs_the_merged_cluster_from_both_models(self) -> None:
+    def test_zero_shrink_severs_merged_cluster_from_both_models(self) -> None:
         similarity = torch.full((6, 6), -0.5)
         pairs = {(0, 2): 0.9, (0, 4): 0.8, (2, 4): 0.8, (1, 3): 0.2, (1, 2): 0.85, (1, 5): 0.1}
         for (row, column), value in pairs.items():
@@ -197,7 +197,7 @@ class TestByHand:
         result = zip_units(similarity, 3, ratio=0.5, shrink=0.0)
         check(result, clusters=[0, 1, 0, 1, 0, 2], sizes=[3, 2, 1], value=(0.9 + 0.8 + 0.2) / 3)
 
-    def test_no_merges_have_the_value_zero(self) -> None:
+    def test_value_without_merges_is_zero(self) -> None:
         check(zip_units(torch.ones(3, 3), 1), clusters=[0, 1, 2], sizes=[1, 1, 1], value=0.0)
         check(zip_units(torch.ones(4, 4), 2, ratio=0), clusters=[0, 1, 2, 3], sizes=[1] * 4, value=0.0)
 
@@ -214,7 +214,7 @@ class TestByHand:
         with pytest.raises(ValueError, match=r"budget allows 1 merges inside each of num_models=2 models, shrink=0.5"):
             zip_units(torch.ones(8, 8), 2, ratio=0.75, budget=0.5)
 
-    def test_clusters_keep_the_bans_of_their_parts(self) -> None:
+    def test_clusters_inherit_bans_of_their_parts(self) -> None:
         similarity = torch.full((6, 6), 0.1)
         for row, column in ((0, 2), (1, 4), (3, 5)):
             similarity[row, column] = similarity[column, row] = 0.9
@@ -222,7 +222,7 @@ class TestByHand:
         with pytest.raises(ValueError, match=r"no legal merge is left at 3 clusters, 2 were requested"):
             zip_units(similarity, 3, budget=0.0)
 
-    def test_severed_clusters_too_many_for_ratio(self) -> None:
+    def test_too_many_severed_clusters_for_ratio(self) -> None:
         with pytest.raises(ValueError, match=r"no legal merge is left at 2 clusters, 1 were .* shrink=-1.0"):
             zip_units(torch.eye(4).flip(0), 2, ratio=0.75, shrink=-1)
 
@@ -254,7 +254,7 @@ def test_memory_layouts(dtype: torch.dtype) -> None:
     assert_same(rows_in_one_place, 2, 3, 1, 0.5)
 
 
-def test_arguments_are_those_of_the_procedure() -> None:
+def test_arguments_match_published_procedure() -> None:
     similarity = symmetric(random_entries(24, 1))
     result = zip_units(similarity, 3, shrink=0.3, budget=0.5)
     clusters, values = reference.zip_units(similarity, 3, remaining=8, budget=2, shrink=0.3)
@@ -282,7 +282,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=rf"similarity must be finite, got {bad} at \(3, 4\)"):
             zip_units(similarity, 2)
 
-    def test_sum_beyond_the_dtype_is_finite(self) -> None:
+    def test_sum_beyond_dtype_range_is_finite(self) -> None:
         assert len(zip_units(torch.full((4, 4), 1.7e308, dtype=torch.float64), 2).sizes) == 2
 
     @pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 4, 4), ()])
@@ -305,7 +305,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=rf"ratio must be in \[0, 1\), got {ratio}"):
             zip_units(torch.ones(4, 4), 2, ratio=ratio)
 
-    def test_ratio_that_leaves_nothing(self) -> None:
+    def test_ratio_must_leave_a_cluster(self) -> None:
         with pytest.raises(ValueError, match=r"ratio must leave at least one cluster of 4 units, got 0.99"):
             zip_units(torch.ones(4, 4), 2, ratio=0.99)
 
@@ -320,7 +320,7 @@ class TestBadInput:
             zip_units(torch.ones(4, 4), 2, shrink=shrink)
 
     @pytest.mark.parametrize("shrink", [1e-60, 1e60])
-    def test_shrink_outside_the_range_of_the_computation(self, shrink: float) -> None:
+    def test_shrink_out_of_range(self, shrink: float) -> None:
         with pytest.raises(ValueError, match=r"shrink, if positive, must be in \[.*\], the range of float32, got"):
             zip_units(torch.ones(4, 4, dtype=torch.float16), 2, shrink=shrink)
         assert len(zip_units(torch.ones(4, 4, dtype=torch.float64), 2, shrink=shrink).sizes) == 2

@@ -88,7 +88,7 @@ def assert_as_reference(tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_models", [1, 3] if INTERPRETED else [3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_reference(dtype: torch.dtype, num_models: int, shape: tuple[int, ...]) -> None:
+def test_matches_reference(dtype: torch.dtype, num_models: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     tensors = [randn(shape).to(dtype) for _ in range(num_models)]
     for number, axes in enumerate(
@@ -100,7 +100,7 @@ def test_equals_reference(dtype: torch.dtype, num_models: int, shape: tuple[int,
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
-def test_one_model_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
+def test_single_model_is_copied_exactly(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[empty(0, dtype=dtype).element_size()]
     limits = torch.iinfo(integers)
@@ -163,7 +163,7 @@ def test_group(dtype: torch.dtype) -> None:
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
 
 
-def test_group_of_a_layer_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_group_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors as in a layer of LLaMA, small: aligned vectors and matrices, re-indexed by heads, rows and columns."""
     torch.manual_seed(3)
     hidden, heads, width, middle = 64, 4, 16, 96
@@ -192,7 +192,7 @@ def test_group_of_a_layer_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(result, expected, rtol=TOLERANCE[torch.bfloat16], atol=TOLERANCE[torch.bfloat16])
 
 
-def test_group_of_one_model_is_copied_bit_for_bit() -> None:
+def test_single_model_group_is_copied_exactly() -> None:
     bits = [torch.arange(-30, 30, dtype=torch.int16, device=DEVICE).view(shape) for shape in ((60,), (6, 10))]
     groups = [[(one * 1091).view(torch.bfloat16)] for one in bits]
     maps = [{0: random_map("permutation", 1, one[0].shape[0])} for one in groups]
@@ -203,7 +203,7 @@ def test_group_of_one_model_is_copied_bit_for_bit() -> None:
         assert torch.equal(result.view(torch.int16), expected.view(torch.int16))
 
 
-def test_groups_are_launched_one_by_one_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_launched_separately_in_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of a grouped launch would be copied from the host."""
     monkeypatch.setattr(_device, "is_capturing", lambda _: True)
     monkeypatch.setattr(permute_group, "merge_group_kernel", None)
@@ -215,7 +215,7 @@ def test_groups_are_launched_one_by_one_in_a_graph(monkeypatch: pytest.MonkeyPat
         permute_group.permute_merge_group([tensors], [{0: elsewhere}], [0.5, 0.5])
 
 
-def test_what_the_kernel_does_not_take_goes_to_the_reference() -> None:
+def test_unsupported_input_uses_reference() -> None:
     maps = {axis: random_map("permutation", 2, 3) for axis in range(3)}
     tensors = [randn(3, 3, 3) for _ in range(2)]
     assert torch.equal(
@@ -234,7 +234,7 @@ def test_launches_fill_the_threads_with_vectors() -> None:
             assert launch.block_items >= min(items, 32 * launch.num_warps * 16 // element_size)
 
 
-def test_fastest_launch_computes_the_same() -> None:
+def test_fastest_launch_gives_same_result() -> None:
     def seconds(call: Callable[[], object]) -> float:
         began = time.perf_counter()
         call()
@@ -302,7 +302,7 @@ def test_center(layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
-def test_center_of_what_is_not_aligned(dtype: torch.dtype) -> None:
+def test_center_unaligned(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     assert_centered(randn(1 + 20 * 31)[1:].view(1, 20, 31).to(dtype), None, summed(31))
 
@@ -326,7 +326,7 @@ def test_infinite_features_have_no_finite_mean() -> None:
 
 
 @pytest.mark.parametrize("kind", ["permutation", "scaled clusters", "selection"])
-def test_weight_vectors_are_gathered_where_they_are_summed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_vectors_are_gathered_during_summation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(7)
     features = [randn(6, 40, 5, 3) + 3 for _ in range(2)]
     for units_axis, axis in ((0, 1), (1, 0), (2, 1), (1, 2)):
