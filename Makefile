@@ -76,7 +76,7 @@ $(VENV)/demo.stamp: $(SOURCES) | $(VENV)
 
 $(VENV)/test.stamp: $(SOURCES) | $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet ".[test]" $(SIMULATED) \
+	$(BIN)/python -m pip install --quiet "$(TORCH)" ".[test]" $(SIMULATED) \
 		--config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
 	touch $@
 

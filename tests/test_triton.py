@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+from mudsc_fast.kernels import _triton
+
+REASON = _triton.unavailable_reason()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
 @pytest.mark.parametrize(
