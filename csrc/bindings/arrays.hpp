@@ -43,7 +43,7 @@ inline bool read_tensor_matrix(PyObject* object, MatrixView& matrix) {
 }
 
 // Reads an aligned array of native float32 or float64 with two axes, at least one entry and positive strides. Returns
-// false, without an exception, for anything else.
+// false, without raising an exception, for any other object.
 inline bool read_matrix(const py::detail::npy_api& numpy, PyObject* object, MatrixView& matrix) {
   using Numpy = py::detail::npy_api;
   if (Py_TYPE(object) != numpy.PyArray_Type_) return false;

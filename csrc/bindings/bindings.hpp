@@ -1,7 +1,7 @@
 // Shared by the register_<op>.cpp files.
 //
-// Bindings read and check tensors by tensors.hpp, release the GIL and call the kernel of the requested instruction level.
-// For small inputs register_assignment.cpp and fast_permute.cpp do a whole call of the public function.
+// Bindings read and check tensors by tensors.hpp, release the GIL and call the kernel of the requested instruction
+// level. For small inputs register_assignment.cpp and fast_permute.cpp do a whole call of the public function.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,8 +22,8 @@ inline T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Level for a kernel that is called without Python's own choice (mudsc_fast.ops._dispatch): the processor's best,
-// capped by MUDSC_ISA; -1 where the environment names another back end or a level that does not exist.
+// Instruction level for a kernel that is called directly, without mudsc_fast.ops._dispatch: the processor's best,
+// capped by MUDSC_ISA; -1 if the environment names another backend or an unknown level.
 inline int isa_of_environment() {
   static const int supported = static_cast<int>(supported_isa());
   const char* const backend = std::getenv("MUDSC_BACKEND");
@@ -43,8 +43,8 @@ inline int isa_of_environment() {
   return -1;
 }
 
-// A function of Python that takes its arguments as they lie, without the tuple and the conversions of module.def;
-// `self`, if there is one, is what it is called with first.
+// A Python function that receives its raw arguments, without the tuple and the conversions of module.def; `self`, if
+// there is one, is passed first.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 py::object plain_function(const char* name, py::handle self = py::handle()) {
   static PyMethodDef definition{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL,

@@ -13,7 +13,7 @@ namespace mudsc::bindings {
 
 inline cuda::Stream stream_of(int device, std::uintptr_t handle) { return {device, pointer<void>(handle)}; }
 
-// Where the tensors of a launch must be: the simulator's are in host memory.
+// Where the tensors of a launch must be: in host memory for the simulator.
 inline int memory_of([[maybe_unused]] const cuda::Stream& stream) {
 #if defined(MUDSC_CUDA_SIMULATOR)
   return kHostMemory;

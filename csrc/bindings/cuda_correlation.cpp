@@ -11,8 +11,8 @@ struct Samples {
   std::int64_t outer, units, inner;
 };
 
-// A model's features: a tuple of a tensor [outer, units, inner] of any strides, and None or [outer] int32, the places of
-// the outer axis to take. Samples at equal distances may be seen as one run, [1, units, all].
+// A model's features: a tuple of a tensor [outer, units, inner] of any strides, and None or [outer] int32, the places
+// of the outer axis to take. Samples at equal distances may be seen as one run, [1, units, all].
 struct Features {
   Features(py::handle pair, const Samples& samples, float* shift, const cuda::Stream& stream) {
     const auto [features, index] = py::reinterpret_borrow<py::tuple>(pair).cast<std::pair<py::object, py::object>>();

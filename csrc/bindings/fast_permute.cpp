@@ -1,6 +1,6 @@
-// The whole of mudsc_fast.permute_merge for common arguments: for small tensors the checks in Python take longer than
-// the sum. Reads and checks its arguments, makes the result and calls the kernel. Returns None for everything it does
-// not know, errors included, and the general path in Python then takes over.
+// A fast path of mudsc_fast.permute_merge for common arguments, because for small tensors the checks in Python take
+// longer than the sum. Reads and checks its arguments, allocates the result and calls the kernel. Returns None for
+// unsupported or invalid arguments; the general path in Python then takes over.
 #include <cmath>
 #include <memory>
 
@@ -10,7 +10,7 @@
 namespace mudsc::bindings {
 namespace {
 
-// What a call needs of Python, found once.
+// Python objects that a call needs, looked up once.
 struct Torch {
   const DlpackFunctions* functions;
   py::object tensor_type, parameter_type, map_type, empty_like, num_threads, records_gradients;
@@ -32,13 +32,13 @@ struct FastMerge {
   const void* tensors[kMaxModels];
   double weights[kMaxModels];
   MappedAxis mapped[kMaxMapped];
-  // Keeps what is read alive, even if another thread changes the arguments meanwhile.
+  // Keeps the objects alive, even if another thread changes the arguments meanwhile.
   py::object held_tensors[kMaxModels], held_maps[kMaxMapped];
 };
 
 bool is_false(const py::object& value) { return value.ptr() == Py_False; }
 
-// Other subclasses of Tensor may define what is done with them.
+// Other subclasses of Tensor may override the operation.
 bool is_plain(const Torch& torch, PyObject* object) {
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == torch.tensor_type.ptr() || type == torch.parameter_type.ptr();
@@ -57,7 +57,7 @@ bool read_plain(const Torch& torch, PyObject* object, TensorView& view) {
          view.is_float() && view.is_contiguous();
 }
 
-// Such tensors, of one shape and type and not empty.
+// Tensors of this kind that share a shape and dtype and are not empty.
 bool read_tensors(const Torch& torch, PyObject* list, FastMerge& merge) {
   if (!PyList_CheckExact(list) && !PyTuple_CheckExact(list)) return false;
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
@@ -189,7 +189,7 @@ void run(const Torch& torch, const FastMerge& merge, int isa, void* out, bool ou
   problem.out_is_new = out_is_new && written * kScalarBytes[static_cast<int>(problem.dtype)] >= kHugePages;
   problem.threads = threads_for(torch, entries);
   if (entries <= kFewEntries) {
-    // Done before another thread could take the lock.
+    // Runs before another thread can take the lock.
     MUDSC_CALL_KERNEL(static_cast<Isa>(isa), permute_merge, problem);
   } else {
     const py::gil_scoped_release released;
@@ -216,7 +216,7 @@ PyObject* merge_fast(PyObject* self, PyObject* const* arguments, Py_ssize_t coun
     if (is_new && (!TensorView::try_read(*torch.functions, result.ptr(), out) || !out.is_contiguous())) Py_RETURN_NONE;
     run(torch, merge, isa, out.data, is_new);
     return result.release().ptr();
-  } catch (const py::builtin_exception&) {  // a map that does not fit the tensors: the general path says so
+  } catch (const py::builtin_exception&) {  // the map does not fit the tensors: the general path raises the error
     PyErr_Clear();
     Py_RETURN_NONE;
   } catch (py::error_already_set& error) {

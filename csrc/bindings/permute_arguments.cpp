@@ -30,7 +30,7 @@ bool read_length(PyObject* object, const py::str& name, std::int64_t& length) {
 }  // namespace
 
 PermuteView permute_view(const std::int64_t* shape, int num_axes, const int* mapped, int num_mapped) {
-  // With fewer entries behind each unit, a single mapped axis is taken as columns: longer lines, fewer loops.
+  // With fewer entries per unit, a single mapped axis is treated as columns: longer lines, fewer loops.
   constexpr std::int64_t kShortLine = 64;
   PermuteView view;
   if (num_mapped == 0) {

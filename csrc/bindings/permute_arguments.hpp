@@ -34,21 +34,22 @@ struct MappedAxis {
 PermuteProblem permute_problem(ScalarType type, const std::int64_t* shape, int num_axes, const MappedAxis* mapped,
                                int num_mapped);
 
-// The names of attributes of UnitMap.
+// Names of the attributes of UnitMap.
 struct UnitMapNames {
   py::str on_cpu{"on_cpu"}, is_permutation{"is_permutation"}, units_in{"units_in"}, units_out{"units_out"};
 };
 
-// Reads a UnitMap of `num_models` models and `length` input units; false, perhaps with an exception set, if it is none.
-// `arrays` keeps the memory that the map points to.
+// Reads a UnitMap of `num_models` models and `length` input units. Returns false, possibly with an exception set, if
+// the object is not one. `arrays` keeps the memory that the map points to alive.
 bool read_unit_map(const UnitMapNames& names, PyObject* object, std::int64_t length, std::int64_t num_models,
                    AxisMap& map, py::object& arrays);
 
-// A new result from this size on is placed on huge pages: its first touch costs more than the sum itself, and less on
-// huge pages.
+// Results of at least this size are placed on huge pages: touching new memory costs more than the sum itself, and less
+// on huge pages.
 constexpr std::int64_t kHugePages = 1 << 22;
 
-// Whole calls of mudsc_fast.permute_merge, for common arguments. Returns a function, or None where torch is too old.
+// Returns a function that runs whole calls of mudsc_fast.permute_merge for common arguments, or None if torch is too
+// old.
 py::object fast_permute_merge(const py::object& torch_module, const py::object& map_type);
 
 }  // namespace mudsc::bindings

@@ -107,8 +107,8 @@ PyObject* assign_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   });
 }
 
-// What a result needs besides the columns, in one array because each array takes time to make: objective, gap, row duals
-// and column duals.
+// What a result needs besides the columns, in one array because each array takes time to make: objective, gap, row
+// duals and column duals.
 class Numbers {
  public:
   Numbers(const NumpyApi& numpy, const MatrixView& matrix) : array_(numpy, 2 + matrix.rows + matrix.columns) {}

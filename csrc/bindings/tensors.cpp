@@ -10,7 +10,7 @@ constexpr const char* kTypeNames[] = {"float16", "bfloat16", "float32", "float64
 
 bool by_attributes = false;
 
-// What reading needs of torch. Found once and kept: modules cannot be unloaded.
+// Torch objects needed to read tensors. Looked up once and kept, since modules cannot be unloaded.
 struct Torch {
   py::object tensor_type, parameter_type;
   py::str is_neg{"is_neg"};

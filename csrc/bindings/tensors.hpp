@@ -1,7 +1,7 @@
 // Tensors as arguments of bindings: read and checked here, without torch's headers.
 //
 // Recent versions of torch publish a table of functions on the tensor type that describes a tensor in about 50 ns (the
-// exchange API of DLPack 1.2). For older versions the same is read from the tensor's attributes.
+// exchange API of DLPack 1.2). With older versions the tensor's attributes are read.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -38,14 +38,14 @@ struct DlpackFunctions {
   void* allocate;
   void* to_managed;
   void* from_managed;
-  int (*read)(void* object, DlpackTensor* tensor);  // not zero, with an exception set, if it cannot be described
+  int (*read)(void* object, DlpackTensor* tensor);  // nonzero, with an exception set, if the tensor cannot be described
   void* current_stream;
 };
 
 // The table of a tensor type, or null if this version of torch has none.
 const DlpackFunctions* dlpack_functions(const py::object& tensor_type);
 
-// The types of entries that bindings take.
+// Entry types that bindings accept.
 enum class EntryType : std::int32_t { float16, bfloat16, float32, float64, int32, int64, other };
 template <class T>
 constexpr EntryType kEntryType = EntryType::other;
@@ -58,16 +58,16 @@ inline constexpr EntryType kEntryType<std::int32_t> = EntryType::int32;
 template <>
 inline constexpr EntryType kEntryType<std::int64_t> = EntryType::int64;
 
-// Instead of the index of a CUDA device.
+// Used instead of a CUDA device index.
 constexpr int kHostMemory = -1;
 
 // A dense tensor in host memory or on a CUDA device. Valid as long as the object it was read from.
 class TensorView {
  public:
-  // `name` is what errors call the argument. Raises TypeError if the object is not a tensor, and ValueError if it is
-  // elsewhere than in host memory or on the device of that index.
+  // Errors refer to the argument as `name`. Raises TypeError if the object is not a tensor, and ValueError if it is
+  // neither in host memory nor on the device of that index.
   TensorView(py::handle object, const char* name, int device = kHostMemory);
-  // The same without an exception: false if the object is not such a tensor. For fast paths.
+  // The same without exceptions, for fast paths: returns false if the object is not such a tensor.
   static bool try_read(const DlpackFunctions& functions, PyObject* object, TensorView& view);
   // Reads a torch.Tensor or Parameter (no other subclass) in host memory whose entries are as they are in memory. For
   // callers that compute no gradient and are not traced. False for anything else, without an exception.
@@ -114,7 +114,7 @@ class TensorView {
   [[noreturn]] void fail(const std::string& expected) const;
 
   const char* name_ = "";
-  std::vector<std::int64_t> lengths_;  // shape and strides where the tensor itself does not hold them
+  std::vector<std::int64_t> lengths_;  // shape and strides if the tensor object does not hold them itself
 };
 
 // The entries of an optional tensor; null for None.

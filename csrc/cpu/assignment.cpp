@@ -7,8 +7,8 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// What a sample of rows shows of a problem in which nearly all pairs share one cost, the highest of their row: forbidden
-// pairs with one large cost, or boxes that mostly do not overlap.
+// What a sample of rows shows of a problem in which nearly all pairs share one cost, the highest of their row:
+// forbidden pairs with one large cost, or boxes that mostly do not overlap.
 struct Background {
   bool found = false;       // in all rows that are not constant
   bool two_valued = false;  // and the other pairs, several in some row, share another cost

@@ -1,10 +1,11 @@
-// Lists of the smallest reduced costs of each row, as the searches read them (assignment_bids.hpp, assignment_paths.hpp).
+// Lists of the smallest reduced costs of each row, as the searches read them (assignment_bids.hpp,
+// assignment_paths.hpp).
 //
 // A list has a floor: a lower bound of the row's unlisted reduced costs. Column duals only fall, so reduced costs only
 // rise and floors stay valid. A search that reaches a floor needs the row listed again. Where lists come from is up to
-// the derived class, which is the base of the searches: RowLists (assignment_lists.hpp) scans the row in memory at once;
-// RequestedLists (csrc/cuda/assignment_search.cpp) requests the list from the device, and the search is put off. The
-// derived class defines:
+// the derived class, which is the base of the searches: RowLists (assignment_lists.hpp) scans the row in memory at
+// once; RequestedLists (csrc/cuda/assignment_search.cpp) requests the list from the device, and the search is put off.
+// The derived class defines:
 //   kScansNow                         whether rows are listed again at once
 //   list_for_bid(row)                 the row whose list holds the bids of `row`
 //   find_bids(rows, count, known)     writes bids_; column -1 for a row whose list is requested

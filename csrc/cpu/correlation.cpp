@@ -1,11 +1,10 @@
 // The passes before and after the matrix product of a correlation. The product itself is torch's.
 //
-// center_features: x - mean(x) in float32 (float64 where asked for), NaN as 0, with the sums in double. The features
-// are read in their own layout and dtype, in the order that indices of the samples give, so that a gathered copy never
-// exists, and the centred copy is written: unit-major, a tile of units at a time is read once and centred in cache;
-// sample-major, the features are read a second time. Where samples are sums of several (clusters), they are added on
-// the way, with what a copy of the sums would have been rounded to; sample-major, the sums are then read again from
-// where they were written. Threads take disjoint units.
+// center_features: x - mean(x) in float32 (float64 on request), NaN as 0, with sums in double. Features are read in
+// their own layout and dtype, in the order given by the sample indices, so no gathered copy is made; only the centered
+// copy is written. Unit-major: a tile of units at a time is read once and centered in cache. Sample-major: the features
+// are read twice. If samples are sums of several (clusters), the sums are computed while reading and rounded like a
+// stored copy; sample-major, they are read back from where they were written. Threads take disjoint units.
 //
 // accumulate_comoment: one read of the product, one read and write of the double co-moments. Threads take rows.
 //
@@ -27,7 +26,7 @@ constexpr std::int64_t kUnitTile = 16;
 // Number of independent partial sums per unit, so that additions overlap and vectorize.
 constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kTile = 32;
-// Minimum number of elements that is worth starting a thread for.
+// Minimum number of elements worth starting a thread for.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
 
 // NaN as 0.
@@ -65,7 +64,7 @@ double sum_of_row(const Out* row, std::int64_t count) {
   return sum_of(lanes);
 }
 
-// Subtracts the mean and returns the sum of squares of what is left.
+// Subtracts the mean and returns the sum of squares of the remainder.
 template <class Out>
 double center_row(Out* row, double mean, std::int64_t count) {
   double lanes[kLanes] = {};
@@ -93,7 +92,7 @@ void read_run(Out* __restrict to, const T* __restrict from, std::int64_t stride,
   }
 }
 
-// Sample index[e] at place e. Meanwhile the same part of the next run is fetched: the processor sees no pattern.
+// Sample index[e] at position e. The same part of the next run is prefetched, because the processor sees no pattern.
 template <class T, class Out>
 void read_indexed(Out* __restrict to, const T* __restrict from, std::int64_t stride,
                   const std::int32_t* __restrict index, std::int64_t count, const T* next) {
@@ -109,7 +108,7 @@ inline std::int64_t place(const SampleOrder& order, std::int64_t at) {
   return order.members == nullptr ? at : order.members[at];
 }
 
-// ---- Samples that are sums of several ---------------------------------------------------------------------------
+// ---- Samples that are sums of several members -------------------------------------------------------------------
 
 template <class T>
 using SumOf = typename ArithmeticOf<T>::type;
@@ -133,8 +132,8 @@ void add_run(SumOf<T>* __restrict sums, const T* __restrict from, std::int64_t s
   }
 }
 
-// The samples of an axis that are sums, for one call. The first member of each is part of an indexed pass over all; the
-// others, few in practice, follow one by one.
+// The samples of an axis that are sums, for one call. An indexed pass reads the first member of every sum; the other
+// members, few in practice, are added one by one.
 template <class T>
 class Clusters {
  public:
@@ -149,7 +148,7 @@ class Clusters {
     extras = 0;
     for (std::int64_t k = 0; k < samples; ++k) {
       const std::int32_t begin = order.starts[k], end = order.starts[k + 1];
-      // Of none, some member is read, times nothing.
+      // For an empty sum, some member is read and multiplied by zero.
       if (begin < end) first_[k] = order.members[begin];
       factor_[k] = begin == end ? Sum(0) : order.scale == nullptr ? Sum(1) : static_cast<Sum>(order.scale[k]);
       for (std::int32_t e = begin + 1; e < end; ++e) {
@@ -158,7 +157,7 @@ class Clusters {
     }
   }
 
-  // `to` becomes the sums of a run along this axis. Meanwhile the same part of the next run is fetched.
+  // Writes the sums of a run along this axis to `to`, and prefetches the same part of the next run.
   template <class Out>
   void sum_along(Out* __restrict to, Sum* __restrict sums, const T* __restrict from, std::int64_t stride,
                  const T* next) const {
@@ -175,7 +174,7 @@ class Clusters {
     for (std::int64_t k = 0; k < samples_; ++k) to[k] = number_of_sum<Out, T>(sums[k] * factor[k]);
   }
 
-  // `sums` becomes those of sample k along a run across this axis, whose members lie `member_stride` apart.
+  // Writes the sums of sample k, along a run across this axis, to `sums`. Its members are `member_stride` apart.
   void sum_across(Sum* __restrict sums, std::int64_t k, const T* from, std::int64_t member_stride, std::int64_t stride,
                   std::int64_t count) const {
     add_run<true>(sums, from + first_[k] * member_stride, stride, count);
@@ -200,7 +199,7 @@ class Clusters {
   Buffer<Extra> extras_;
 };
 
-// The sums of the axis that has clusters.
+// Sums of the axis that has clusters.
 template <class T>
 struct Sums {
   explicit Sums(const CenterProblem& p) {
@@ -258,7 +257,7 @@ void center_unit_major(const CenterProblem& p, const Sums<T>& clusters, std::int
   }
 }
 
-// One sample of some units is added to their sums.
+// Adds one sample of some units to their sums.
 template <class T, class Out>
 void add_sample(const T* __restrict from, std::int64_t units, double* __restrict sums) {
   for (std::int64_t unit = 0; unit < units; ++unit) sums[unit] += static_cast<double>(number_of<Out>(from[unit]));
@@ -274,7 +273,7 @@ void center_sample(const T* __restrict from, std::int64_t units, const double* _
   }
 }
 
-// The same where the sample stands already where it is to be centred.
+// The same if the sample is already stored where it will be centered.
 template <class Out>
 void center_sum(Out* __restrict to, std::int64_t units, const double* __restrict mean, double* __restrict squares) {
   for (std::int64_t unit = 0; unit < units; ++unit) {
@@ -367,7 +366,7 @@ void accumulate(const AccumulateProblem& p) {
   parallel_for(p.threads, p.units, 1 + kElementsPerThread / p.units, body);
 }
 
-// float64 results are written as they are, others by way of float32.
+// float64 results are written directly, others through float32.
 inline void round_to(double value, double& out) { out = value; }
 template <class T>
 void round_to(double value, T& out) {

@@ -1,8 +1,8 @@
 // What every kernel source needs: scalar loads and scratch memory, in the namespace of its instruction level.
 //
-// Kernels are compiled several times with different instruction sets. A std inline function or template emitted
-// by the AVX-512 object could be the copy that the linker keeps for all, and crash an older processor; so nothing
-// of std that is not a plain type enters a kernel, and these helpers live in the level's own namespace.
+// Kernels are compiled several times with different instruction sets. The linker keeps one copy of a std inline
+// function or template; if it is the one of the AVX-512 object, an older processor crashes. So kernels use only plain
+// types of std, and these helpers live in the level's own namespace.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ constexpr std::int64_t kVectorBytes = 32;
 constexpr std::int64_t kVectorBytes = 16;
 #endif
 
-// Thrown by Buffer; bindings turn it into MemoryError.
+// Thrown by Buffer; bindings convert it to MemoryError.
 using mudsc::OutOfMemory;
 
 // Call this before the first use of a large array that is read out of order or written all at once. Most of the cost is
@@ -48,7 +48,7 @@ inline void prefer_huge_pages(void* data, std::int64_t bytes) {
 #endif
 }
 
-// 64-byte aligned uninitialised array of a trivial type.
+// 64-byte aligned, uninitialized array of a trivial type.
 template <class T>
 class Buffer {
  public:

@@ -1,25 +1,25 @@
 // Weighted sum of tensors re-indexed along rows and columns of [outer, rows, middle, columns, inner].
 //
-// Computes  out[o, r, m, k, t] = sum_i weight_i * sum over rows s of r, columns c of k of tensor_i[o, s, m, c, t],
-// where a gather gives each output unit one input unit and clusters give it any number, times the clusters' scales.
+// Computes out[o, r, m, k, t] = sum_i weight_i * sum over rows s of r, columns c of k of tensor_i[o, s, m, c, t]. A
+// gather maps one input unit to each output unit; clusters map any number, multiplied by the clusters' scales.
 //
-// Memory traffic: one read of each input, one write of the output. A line (the [columns, inner] part of one row)
-// is accumulated in float32 (float64 for float64) in cache. Rows that fall into one cluster are added before the
-// columns are touched, so the indexed part runs once per line. One model with weight 1 and gathers only is a copy
-// of bits: exact for every value, NaN payloads and signed zeros included.
+// Memory traffic: one read of each input, one write of the output. A line (the [columns, inner] part of one row) is
+// accumulated in float32 (float64 for float64) in cache. Rows of one cluster are added before columns are indexed, so
+// the indexed part runs once per line. One model with weight 1 and gathers only is a bitwise copy: exact for every
+// value, including NaN payloads and signed zeros.
 //
 // Sums of gathers in float32 and indexed copies of 4-byte entries, the common case, are one fused loop: a block of
-// outputs is summed in registers over all models and written past the caches where the result is large; meanwhile the
-// same part of the next line is fetched, since indexed reads give the processor's own prefetcher nothing to follow.
-// Copies of rows are copies of bytes, of any type.
+// outputs is summed in registers over all models; large results are written past the caches. The same part of the next
+// line is prefetched, since the hardware prefetcher cannot follow indexed reads. Copies of rows are byte copies, for
+// any type.
 //
-// In place, the lines of one tensor move along the cycles of the row permutation: each is read once and written once.
+// In place, the lines of one tensor move along the cycles of the row permutation; each is read once and written once.
 //
 // Columns are indexed from a line that is in cache. Short runs (inner < 16) are expanded to one index per element;
-// longer ones are contiguous loops. Of a cluster's columns, the first is part of an indexed pass over all
-// clusters (a zero behind the line stands for "none"), the others, few in practice, follow one by one.
+// longer ones are contiguous loops. An indexed pass reads the first column of every cluster (a zero after the line
+// represents "none"); the other columns, few in practice, are added one by one.
 //
-// Parallel shape: threads take disjoint ranges of output lines; each has its own scratch, no line is shared.
+// Parallel shape: threads take disjoint ranges of output lines; each has its own scratch memory.
 #include "mudsc/permute.hpp"
 
 #include "mudsc/threads.hpp"
@@ -28,13 +28,13 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// Copies of columns take runs of fewer bytes apart: from here on a run is two vectors.
+// Minimum run length in bytes for copying a run as two vectors; shorter runs are split into single elements.
 constexpr std::int64_t kShortCopy = 8;
 // Elements of a line that are accumulated at a time where columns stay in place: sums remain in the L1 cache.
 constexpr std::int64_t kTile = 2048;
-// Elements read per thread that outweigh starting it.
+// Minimum number of elements read per thread to outweigh starting it.
 constexpr std::int64_t kElementsPerThread = 1 << 18;
-// Results of so many bytes bypass the caches: by the time they are read again they would have been evicted.
+// Results of at least this many bytes bypass the caches: they would be evicted before they are read again.
 constexpr std::int64_t kStreamedBytes = 32 << 20;
 // Shorter lines are mostly heads and tails that do not fill a vector.
 constexpr std::int64_t kLeastStreamedLine = 256;
@@ -136,7 +136,8 @@ class Merge {
     store(out, sums, row_scale(line), count);
   }
 
-  // Returns the sum of a model's input lines, in `scratch` where it is not an input line itself; null if none.
+  // Returns the sum of a model's input lines: a pointer to the line if there is only one, else to `scratch`; null if
+  // there is none.
   const Accumulator* gathered_line(std::int64_t model, std::int64_t line, Accumulator* scratch) const {
     const std::int64_t length = problem_.columns.units_in * problem_.inner;
     const T* only = nullptr;
@@ -186,21 +187,21 @@ inline bool is_copy(const PermuteProblem& problem) {
   return problem.num_models == 1 && problem.weights[0] == 1.0 && gathers(problem);
 }
 
-// Copies of float32 that are not of single entries; those of runs are fused where the result is streamed.
+// Gathers of float32 runs, which are fused if the result is streamed.
 inline bool is_copy_of_runs(const PermuteProblem& problem) {
   if (!is_copy(problem)) return false;
   if (problem.columns.kind == UnitMapKind::identity) return true;
   return problem.inner > 1 && num_lines(problem) * problem.columns.units_out * problem.inner * 4 < kStreamedBytes;
 }
 
-// Long runs of columns are left to copies of runs; other gathers of float32 are fused.
+// Long runs of columns use run copies; other gathers of float32 are fused.
 inline bool is_fused(const PermuteProblem& problem) {
   return gathers(problem) && problem.num_models <= kFusedModels &&
          (problem.columns.kind == UnitMapKind::identity ||
           (problem.inner < kShortRun && problem.columns.units_in < (INT32_MAX - 1) / kShortRun));
 }
 
-// Walks the lines of the result in order, and says which input lines each is made of: without a division per line.
+// Walks the lines of the result in order and yields the input lines of each, without a division per line.
 template <class T>
 class LineSources {
  public:
@@ -229,8 +230,7 @@ class LineSources {
   }
 
  private:
-  // What lines depend on is held by value: as far as a compiler knows, each line that is written may change the
-  // problem.
+  // Holds its data by value, because the compiler must assume that writing a line may change the problem.
   const void* const* tensors_;
   const std::int64_t* index_;
   std::int64_t items_, rows_in_, rows_out_, middles_;
@@ -241,7 +241,8 @@ inline bool is_streamed(const PermuteProblem& problem, std::int64_t bytes_per_li
   return num_lines(problem) * bytes_per_line >= kStreamedBytes && bytes_per_line >= kLeastStreamedLine;
 }
 
-// What all lines share. `weights` has room for kFusedModels and lives as long as the result; no columns stay in place.
+// Data that all lines share. `weights` has room for kFusedModels entries and lives as long as the result; every line is
+// gathered.
 FusedLine fused_line(const PermuteProblem& problem, const ColumnIndex* columns, float* weights) {
   FusedLine line{problem.num_models,
                  weights,
@@ -290,7 +291,7 @@ void merge_fused(const PermuteProblem& problem) {
   }
 }
 
-// Halves whose columns are gathered: the lines of all models are widened in order, then summed as those of float32 are.
+// Half types with gathered columns: the lines of all models are first widened, then summed like float32 lines.
 template <class T>
 void merge_fused_halves(const PermuteProblem& problem) {
   const ColumnIndex columns(problem.columns, problem.inner, problem.num_models);
@@ -317,7 +318,7 @@ void merge_fused_halves(const PermuteProblem& problem) {
   parallel_for(problem.threads, num_lines(problem), 1 + kElementsPerThread / (1 + shape.items_out), body);
 }
 
-// ---- Pure gathers: copies of bits -----------------------------------------------------------------------------
+// ---- Pure gathers: bitwise copies -----------------------------------------------------------------------------
 
 template <class Bits>
 void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::int32_t* __restrict index,
@@ -325,7 +326,7 @@ void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::i
   for (std::int64_t e = 0; e < count; ++e) to[e] = line[index[e]];
 }
 
-// Copies runs of at least `vector` bytes and at most two of them as two vectors, which overlap.
+// Copies runs of one to two vectors' length as two overlapping vectors.
 template <std::size_t vector, class Index>
 void copy_as_two(char* to, const char* from, const Index* index, std::size_t run, std::int64_t count) {
   for (std::int64_t k = 0; k < count; ++k, to += run) {
@@ -351,7 +352,7 @@ void copy_runs(char* to, const char* from, const Index* index, std::size_t run, 
   }
 }
 
-// Copies a line past the caches, and fetches the one that is copied next.
+// Copies a line past the caches and prefetches the next one.
 inline void stream_line(char* to, const char* from, const char* next, std::int64_t bytes) {
   constexpr std::int64_t kVector = sizeof(Lanes);
   const auto stream = [&](std::int64_t at) {
@@ -359,7 +360,8 @@ inline void stream_line(char* to, const char* from, const char* next, std::int64
     std::memcpy(&lanes, from + at, sizeof lanes);
     stream_lanes(reinterpret_cast<float*>(to + at), lanes);
   };
-  // Where a line begins and ends within a vector, only its own bytes: to write again what was streamed would fetch it.
+  // If a line begins or ends within a vector, only its own bytes are written: rewriting streamed bytes would fetch them
+  // again.
   std::int64_t at = -static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to)) & (kVector - 1);
   std::memcpy(to, from, static_cast<std::size_t>(at));
   for (; at + 4 * kVector <= bytes; at += 4 * kVector) {
@@ -453,10 +455,10 @@ void run_halves(const PermuteProblem& problem) {
 
 // ---- In place --------------------------------------------------------------------------------------------------
 
-// The lines of one tensor, in the order in which they can move: along the cycles of the row permutation, cycle after
-// cycle, the same in every slice (outer, middle). Line k of the order takes what line k + 1 held; the last of a cycle
-// takes the first. Threads move disjoint runs of this order. What a run needs of lines that other runs overwrite, the
-// first line of the next run and the first of the cycle that its own beginning lies in, is saved before any starts.
+// The lines of one tensor in the order in which they can move: along the cycles of the row permutation, cycle by cycle,
+// the same in every slice (outer, middle). Line k of the order is overwritten by line k + 1; the last line of a cycle
+// by its first. Threads move disjoint runs of this order. Lines that a run needs but other runs overwrite are saved
+// before any run starts: the first line of the next run, and the first line of the cycle in which the run begins.
 template <class Bits>
 class MoveInPlace {
  public:
@@ -477,7 +479,7 @@ class MoveInPlace {
     const std::int64_t most = (lines + grain - 1) / grain;
     const std::int64_t runs = most < problem_.threads ? most : problem_.threads;
     const auto bound = [&](std::int64_t run) { return lines / runs * run + (lines % runs < run ? lines % runs : run); };
-    // Of each run: its first line, the first of that line's cycle, the first of the cycle it is in.
+    // For each run: its first line, the first of that line's cycle, the first of the cycle it is in.
     Buffer<Bits> saved((runs + 1) * 3 * line_);
     const auto scratch = [&](std::int64_t run, std::int64_t which) { return saved.data() + (run * 3 + which) * line_; };
     for (std::int64_t run = 0; run < runs; ++run) {
@@ -509,7 +511,7 @@ class MoveInPlace {
     }
   }
 
-  // The first place of the cycle that place k of the whole order is in.
+  // The first position of the cycle that contains position k of the whole order.
   std::int64_t first_of_cycle(std::int64_t k) const { return k / rows_ * rows_ + start_[k % rows_]; }
 
   bool ends_cycle(std::int64_t k) const {

@@ -1,4 +1,4 @@
-// What each output is made of: the input rows of every output row, and the columns of a line.
+// The sources of each output: the input rows of every output row, and the columns of a line.
 #pragma once
 
 #include "kernel.hpp"
@@ -42,7 +42,7 @@ class RowMembers {
     for (std::int64_t c = 0; c < map_.units_in; ++c) ++start[cluster[c]];
     std::int64_t end = 0;
     for (std::int64_t k = 0; k <= map_.units_out; ++k) start[k] = end += start[k];
-    // Placed from the back: each start moves down to where its cluster begins.
+    // Filled from the back: each start moves down to the beginning of its cluster.
     for (std::int64_t c = map_.units_in; c-- > 0;) members[--start[cluster[c]]] = c;
   }
 

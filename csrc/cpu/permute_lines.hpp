@@ -11,7 +11,7 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// Models whose sums stay in registers.
+// Maximum number of models whose sums stay in registers.
 constexpr std::int64_t kFusedModels = 8;
 
 // ---- Vectors of float32 bits ----------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ inline void store_lanes(Lanes lanes, BFloat16* to) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
-// The processor's own conversions where it has them; its NaN keep their payload, so they are made the one of `narrow`.
+// The processor's own conversions if it has them. They keep NaN payloads, so NaN is replaced by that of `narrow`.
 inline Lanes load_lanes(const Half* from) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(
@@ -170,13 +170,13 @@ inline void write_lanes(Lanes lanes, float* to) {
   }
 }
 
-// Entries up to where vectors may be streamed.
+// Number of entries before the first vector that may be streamed.
 inline std::int64_t entries_to_alignment(const float* to) {
   const std::uintptr_t beyond = reinterpret_cast<std::uintptr_t>(to) % sizeof(Lanes);
   return beyond == 0 ? 0 : static_cast<std::int64_t>((sizeof(Lanes) - beyond) / sizeof(float));
 }
 
-// One output line as the sum of one input line of each model. Members that do not apply are null.
+// One output line as the sum of one input line of each model. Unused members are null.
 struct FusedLine {
   std::int64_t num_models;
   const float* weights;              // null: one model, copied bit for bit
@@ -209,8 +209,8 @@ inline void write_vectors(const FusedLine& line, std::int64_t at, float* out) {
   for (int v = 0; v < vectors; ++v) write_lanes<streamed>(sums[v], out + at + v * kLanes);
 }
 
-// Writes `count` entries of the vector at `at`, from its entry `first` on, and nothing else: to write again what was
-// streamed would fetch it from memory.
+// Writes only entries [first, first + count) of the vector at `at`: rewriting streamed entries would fetch them from
+// memory.
 template <bool indexed, bool weighted>
 inline void write_part(const FusedLine& line, std::int64_t at, std::int64_t first, std::int64_t count, float* out) {
   float vector[kLanes];
@@ -238,8 +238,8 @@ void write_line(const FusedLine& line, float* out) {
     for (std::int64_t e = 0; e < line.items_out; ++e) write_one<indexed, weighted>(line, e, out);
     return;
   }
-  // A line begins wherever the one before ended: what does not fill a vector, before the first that may be streamed and
-  // behind the last, is part of a vector that overlaps it.
+  // A line begins where the previous one ended. Entries before the first and after the last full vector are part of
+  // vectors that overlap others.
   std::int64_t e = streamed ? entries_to_alignment(out) : 0;
   if (e > 0) write_part<indexed, weighted>(line, 0, 0, e, out);
   for (; e + kBlock <= line.items_out; e += kBlock) {

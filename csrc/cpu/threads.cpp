@@ -43,7 +43,7 @@ void parallel_ranges(int threads, std::int64_t count, std::int64_t grain,
   try {
     for (; started < parts; ++started) workers.emplace_back(body, context, bound(started), bound(started + 1));
   } catch (const std::system_error&) {
-    // The system refuses more threads: the caller does the remaining work.
+    // No more threads can be created: the caller does the remaining work.
   }
   body(context, 0, bound(1));
   if (started < parts) body(context, bound(started), count);
@@ -51,8 +51,9 @@ void parallel_ranges(int threads, std::int64_t count, std::int64_t grain,
 }
 
 struct Team::State {
-  // Odd while a phase is open. Workers enter an open phase by counting themselves busy and looking whether it is still
-  // open; the caller closes it and waits until nobody is busy, so that what follows is written while nobody reads it.
+  // Odd while a phase is open. A worker enters a phase by incrementing `busy` and checking that the phase is still
+  // open. The caller closes the phase and waits until no worker is busy, so nobody reads the members below while they
+  // change.
   alignas(64) std::atomic<std::uint64_t> phase{0};
   std::int64_t count = 0, grain = 1;
   void (*body)(void*, std::int64_t, std::int64_t, int) = nullptr;
@@ -116,7 +117,7 @@ Team::Team(int threads) : state_(nullptr) {
       state->workers.emplace_back([shared = state.get(), member] { shared->serve(member); });
     }
   } catch (const std::system_error&) {
-    // The system refuses more threads: the existing ones do the work.
+    // No more threads can be created: the existing ones do the work.
   }
   state_ = state.release();
 }

@@ -10,7 +10,7 @@ __device__ __forceinline__ T shuffle_xor(T value, int distance) {
   return __shfl_xor_sync(kWholeWarp, value, distance);
 }
 
-// A number and where it stands.
+// A value and its position.
 template <class Real>
 struct Entry {
   Real value;
@@ -22,7 +22,7 @@ __device__ __forceinline__ Entry<Real> shuffle_xor(Entry<Real> entry, int distan
   return {shuffle_xor(entry.value, distance), shuffle_xor(entry.index, distance)};
 }
 
-// The larger; of equal ones the first.
+// The larger one; among equals the first.
 struct FirstLargest {
   template <class Real>
   __device__ __forceinline__ Entry<Real> operator()(Entry<Real> a, Entry<Real> b) const {
@@ -43,14 +43,14 @@ struct Minimum {
   }
 };
 
-// What `combine`, in any order, makes of the values of a warp; every lane gets it.
+// Reduces the values of a warp with `combine`, in any order; every lane gets the result.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_combine(T value, const Combine& combine) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shuffle_xor(value, distance));
   return value;
 }
 
-// The same for a block of whole warps. A barrier for memory too. `identity` changes nothing when combined.
+// The same for a block of whole warps. Also a memory barrier. `identity` is the neutral element of `combine`.
 template <class T, class Combine>
 __device__ __forceinline__ T block_combine(T value, const Combine& combine, T identity) {
   MUDSC_SHARED(T, of_warp, kWarp);
@@ -59,7 +59,7 @@ __device__ __forceinline__ T block_combine(T value, const Combine& combine, T id
   if (lane == 0) of_warp[warp] = value;
   __syncthreads();
   value = warp_combine(lane < warps ? of_warp[lane] : identity, combine);
-  __syncthreads();  // of_warp may be written again
+  __syncthreads();  // of_warp may be overwritten
   return value;
 }
 

@@ -3,13 +3,13 @@
 // correlation_shift estimates the mean of each unit of all models from a few hundred samples. Subtracted before the
 // product, it keeps E[xy] - E[x] E[y] from cancelling; any value near the mean serves as well as the mean itself.
 //
-// correlation_moments turns the sums beside the products into means, squares and whether features were in range, and
-// joins them to the moments of the samples before.
+// correlation_moments turns the sums of the product kernel into means, squares and a range check of the features, and
+// combines them with the moments of earlier samples.
 //
 // correlation_join adds products to float64 co-moments. Per entry it moves 4 bytes for each part and 16 more.
 //
 // correlation_blend reads a co-moment (8 bytes) and, for a blend, the other similarity, and writes the solver's input.
-// The mirror image is written from the same tile.
+// The mirrored entries are written from the same tile.
 //
 // An update of two models is four launches: shift, product, moments and join. "full" has two more products and joins.
 // No atomics: results do not depend on the order of blocks.
@@ -18,11 +18,11 @@
 namespace mudsc::cuda {
 namespace {
 
-// A shift is estimated from at least this many samples, if there are as many, and from less than twice as many.
+// A shift is estimated from at least this many samples, if available, and from fewer than twice as many.
 constexpr std::int64_t kShiftSamples = 256;
 constexpr int kShiftUnits = 32, kShiftThreads = block_threads(256, 64), kShiftShares = kShiftThreads / kShiftUnits;
-// A unit of a half format is shifted if its mean is more than this many deviations from zero. Otherwise only a few bits
-// of a float32 sum cancel, and features that are not shifted are three times as fast.
+// A unit in a half format is shifted if its mean is more than this many deviations from zero. Otherwise only a few bits
+// of a float32 sum cancel, and unshifted features are three times as fast.
 constexpr double kUnshiftedDeviations = 2;
 
 template <class Source>
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kShiftThreads) correlation_shift_kernel(const 
   const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kShiftUnits + threadIdx.x % kShiftUnits;
   const Samples samples{problem.outer, problem.inner, problem.outer * problem.inner};
   FeatureView features = problem.features[0];
-  MUDSC_UNROLL for (int model = 1; model < kShiftModels; ++model) {  // constant indices: no copy in local memory
+  MUDSC_UNROLL for (int model = 1; model < kShiftModels; ++model) {  // constant indices, so no copy in local memory
     if (blockIdx.y == static_cast<unsigned>(model)) features = problem.features[model];
   }
   const std::int64_t step = samples.end > kShiftSamples ? samples.end / kShiftSamples : 1;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMomentsThreads) correlation_moments_kernel(co
     sum += sums[part * 2 * units];
     square += sums[part * 2 * units + units];
   }
-  if (!(square <= kLargestFloat)) *problem.in_range = 0;  // every thread that writes, writes the same
+  if (!(square <= kLargestFloat)) *problem.in_range = 0;  // all threads write the same value
   const std::int64_t at = model * units + unit;
   const double mean = static_cast<double>(problem.shifts[at]) + sum / problem.count;
   const double about_mean = square - sum * sum / problem.count;

@@ -4,7 +4,7 @@
 // of squares from the same tiles. A block has a tile of 128 x 128 pairs and a range of samples; features pass through
 // shared memory in slabs of 128 bytes a unit, in their own layout, two or three in flight by cp.async.
 //   float32: operands are split in registers into two TF32 numbers, a = big + small, and the product is
-//     big big + big small + small big. What is left out is 2^-22 of a product: as accurate as float32.
+//     big big + big small + small big. The omitted term is 2^-22 of a product, so the result is as accurate as float32.
 //   half formats, units whose mean is small relative to their deviation: directly into the tensor core, at full rate.
 //   half formats, units far from zero: as float32, since the shifted value needs more digits. Both kernels are launched
 //     and each tile is computed by the one that its units' shifts call for, so that the host need not know.
@@ -19,21 +19,21 @@
 namespace mudsc::cuda {
 namespace {
 
-// The simulated tile is smaller, with more than one warp and one fragment in each direction where it can.
+// The simulated tile is smaller, with more than one warp and fragment in each direction if possible.
 constexpr int kRowWarps = 2, kColumnWarps = block_threads(4, 2);
 constexpr int kRowFragments = block_threads(4, 1), kColumnFragments = block_threads(4, 2);
 constexpr int kFragmentRows = 16, kFragmentColumns = 8;
 static_assert(kTile == kRowWarps * kRowFragments * kFragmentRows, "tiles are square");
 static_assert(kTile == kColumnWarps * kColumnFragments * kFragmentColumns, "tiles are square");
 constexpr int kThreads = kWarp * kRowWarps * kColumnWarps;
-// Slabs in shared memory: three where a block can have so much (a data-centre device), else two.
+// Slabs in shared memory: three if a block can have enough (data-center devices), else two.
 constexpr int kMaxStages = 3, kMinStages = 2;
 
 struct Products {
   Accumulator of[kRowFragments][kColumnFragments];
 };
 
-// Places of a lane in the fragments of its warp.
+// Positions of a lane in the fragments of its warp.
 struct Lane {
   int group, within, first_row, first_column;
 
@@ -66,7 +66,7 @@ __device__ __forceinline__ void multiply_slab(const float* rows, const float* co
       const int unit = lane.first_row + m * kFragmentRows + lane.group;
       MUDSC_UNROLL
       for (int k = 0; k < 4; ++k) a.set(k, rows[Place::at(unit + k % 2 * 8, first + lane.within + k / 2 * 4)]);
-      // Small terms first; the same accumulator not twice in a row, for each addition waits for the last.
+      // Small terms first. No accumulator is used twice in a row, because each addition waits for the previous one.
       MUDSC_UNROLL
       for (int n = 0; n < kColumnFragments; ++n) multiply_tf32(sums.of[m][n], a.small, b[n].big);
       MUDSC_UNROLL
@@ -130,7 +130,7 @@ class ProductTile {
       }
       row_feed.repair(row_tile(stage), all - slab * Place::kSamples);
       column_feed.repair(column_tile(stage), all - slab * Place::kSamples);
-      __syncthreads();  // the slab is there, and nobody reads the one before it, which the next copies overwrite
+      __syncthreads();  // the slab has arrived; nobody reads the previous one, which is overwritten next
       fetch(row_feed, column_feed, copies, slab + ahead < slabs, stage == 0 ? ahead : stage - 1);
       add_slab(row_tile(stage), column_tile(stage));
     }
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1) correlation_product_kernel(const 
   ProductTile<Source, Stored, kUnitsAdjacent>(problem, work).run();
 }
 
-// Static shared memory of the product, and what the device keeps of a block's.
+// Static shared memory of the product, and the device's reserve per block.
 constexpr std::size_t kReservedShared = 4 * 1024;
 
 // How the kernels are launched.

@@ -1,5 +1,5 @@
-// What both kernels of the product (correlation_product.cu, correlation_wgmma.cu) are made of: what a block computes,
-// how features come into shared memory, sums beside the product, and the split of float32 into TF32.
+// Shared parts of both product kernels (correlation_product.cu, correlation_wgmma.cu): what a block computes, how
+// features are loaded into shared memory, per-unit sums, and the split of float32 into TF32.
 #pragma once
 
 #include <type_traits>
@@ -10,12 +10,12 @@
 
 namespace mudsc::cuda {
 
-// Units of a tile's side. In the simulator fewer, so that small problems have several tiles.
+// Units per side of a tile. Fewer in the simulator, so that small problems have several tiles.
 constexpr int kTile = block_threads(128, 32);
 constexpr int kSlabBytes = 128;  // of each unit: 32 or 64 samples
 
-// 16 bytes, which are read and written by one instruction: as single numbers, a warp's accesses 16 bytes apart would
-// meet only 8 of the 32 banks.
+// 16 bytes that are read and written by one instruction. Scalar accesses of a warp, 16 bytes apart, would hit only 8 of
+// the 32 banks.
 struct alignas(16) Quad {
   float of[4];
 };
@@ -42,7 +42,7 @@ __device__ __forceinline__ void write_16(void* to, const T& value) {
   note_write(to, sizeof(T));
 }
 
-// Where the numbers of a tile are in shared memory. Rows are padded so that the lanes of a warp meet different banks.
+// Layout of a tile in shared memory. Rows are padded so that the lanes of a warp access different banks.
 template <class T, bool kUnitsAreAdjacent, int kUnitsOfTile>
 struct PaddedLayout {
   using Number = T;
@@ -54,7 +54,7 @@ struct PaddedLayout {
   static constexpr int kPad = kPadBytes / static_cast<int>(sizeof(T));
   static constexpr int kStride = kRow + kPad;
   static constexpr int kNumbers = kRows * kStride;
-  static constexpr int kPeriod = 1;  // rows so far apart are laid out alike, kStride numbers a row apart
+  static constexpr int kPeriod = 1;  // rows this far apart have the same layout, kStride numbers per row apart
   __device__ static __forceinline__ int at(int unit, int sample) {
     return kUnitsAdjacent ? sample * kStride + unit : unit * kStride + sample;
   }
@@ -79,7 +79,7 @@ struct Samples {
   }
 };
 
-// The place of a sample in a model's features. Moving on by a fixed number of samples takes no division.
+// The position of a sample in a model's features. Advancing by a fixed number of samples takes no division.
 class Cursor {
  public:
   __device__ Cursor(const FeatureView& view, const Samples& samples, std::int64_t first, int step)
@@ -108,7 +108,7 @@ class Cursor {
     }
   }
 
-  // In elements from the features' first; of a sample beyond the last, the offset of another one.
+  // Offset in elements from the first feature; past the last sample, the offset of some valid sample.
   __device__ __forceinline__ std::int64_t offset() const {
     if (index_ == nullptr) return offset_;
     return (run_ < outer_ ? index_[run_] : 0) * outer_stride_ + within_ * inner_stride_;
@@ -122,7 +122,7 @@ class Cursor {
   std::int64_t offset_, step_, wrap_;
 };
 
-// NaN has a magnitude above infinity's: the addition carries it into the sign's place.
+// The magnitude bits of NaN exceed those of infinity, so the addition carries into the sign bit.
 template <class T>
 __device__ __forceinline__ std::uint32_t without_nan(std::uint32_t two_halves);
 template <class T, std::uint32_t kAboveInfinity>
@@ -171,8 +171,8 @@ struct NanFinder<Half> {
 #endif
 };
 
-// Brings slabs of one side into shared memory, one after another. A thread repairs the numbers that it copied itself,
-// so that this needs no barrier: NaN becomes 0, shifts are subtracted, and what lies outside is 0.
+// Loads slabs of one side into shared memory, one after another. Each thread fixes the numbers that it copied itself,
+// so this needs no barrier: NaN becomes 0, shifts are subtracted, and numbers out of range are 0.
 template <class Source, class Place, int kThreads>
 class Feeder {
  public:
@@ -183,7 +183,7 @@ class Feeder {
 
   __device__ Feeder(const Side& side, const Samples& samples, std::int64_t begin)
       : vectors_(kAsIs && side.vectors),
-        // With adjacent units a slab's turns walk along its samples; else a slab is one step.
+        // With adjacent units, the iterations of a slab advance along its samples; otherwise a slab is one step.
         cursor_(side.view, samples, begin + (kUnitsAdjacent ? across() : along()),
                 kUnitsAdjacent ? rows_apart() : Place::kSamples),
         values_(static_cast<const Source*>(side.view.values) +
@@ -200,7 +200,7 @@ class Feeder {
     left_ -= Place::kSamples;
   }
 
-  // A slab that was fetched, of which so many samples are inside.
+  // A slab that was fetched, with the number of its samples in range.
   __device__ __forceinline__ void repair(Stored* tile, int inside) const {
     if (vectors_) {
       repair_vectors(tile, inside);
@@ -210,7 +210,7 @@ class Feeder {
   }
 
  private:
-  // Rows of a tile between two turns of a thread, and the first number of its first turn: along a row, and the row.
+  // Rows between two iterations of a thread, and the first number of its first iteration: position in the row, and row.
   template <int kNumbers>
   static constexpr int kRowsApart = kThreads / (Place::kRow / kNumbers);
   template <int kNumbers>
@@ -236,13 +236,13 @@ class Feeder {
     if constexpr (kNumbers > 1) {
       MUDSC_UNROLL
       for (int turn = 0; turn < kTurns; ++turn) turn_body(turn);
-    } else {  // many turns, which unrolled would take the registers of the sums
+    } else {  // many iterations; unrolling them would use up the registers of the sums
       MUDSC_UNROLL_4
       for (int turn = 0; turn < kTurns; ++turn) turn_body(turn);
     }
   }
 
-  // Where a turn's numbers are in a tile.
+  // Position of an iteration's numbers in a tile.
   template <int kNumbers>
   __device__ __forceinline__ int place(int turn, int unit, int sample) const {
     if constexpr (kRowsApart<kNumbers> % Place::kPeriod == 0) {
@@ -283,7 +283,7 @@ class Feeder {
     if constexpr (!kUnitsAdjacent) cursor_.advance();
   }
 
-  // Vectors of samples are all inside or all outside.
+  // A vector of samples is entirely in range or entirely out of range.
   __device__ __forceinline__ void repair_vectors(Stored* tile, int inside) const {
     if constexpr (sizeof(Stored) == 4) {
       for_each<kVector>([&](int turn, int unit, int sample) {
@@ -317,7 +317,7 @@ class Feeder {
   __device__ __forceinline__ void repair_number(Stored* tile, int unit, int sample, int inside) const {
     Stored* const number = tile + Place::at(unit, sample);
     if constexpr (sizeof(Stored) == 4) {
-      // Shifts of units outside are 0.
+      // Shifts of units out of range are 0.
       const float value = *number == *number ? *number : 0.0f;
       *number = sample < inside ? value - shift_[unit] : 0.0f;
     } else {
@@ -338,7 +338,7 @@ __device__ __forceinline__ std::uint32_t round_to_tf32(float value) {
   return (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
 }
 
-// big + small is the value but for 2^-22 of it; both are TF32.
+// big + small equals the value up to a relative error of 2^-22; both are TF32.
 template <int kRegisters>
 struct Split {
   std::uint32_t big[kRegisters], small[kRegisters];
@@ -367,7 +367,7 @@ struct UnitSums {
     float slab_sum = 0, slab_squares = 0;
     MUDSC_UNROLL_4
     for (int k = 0; k < kShare; ++k) {
-      // Units eight apart begin at different samples: their rows begin in the same bank.
+      // Units eight apart start at different samples, because their rows begin in the same bank.
       const float value = widen(tile[Place::at(unit, begin + (k + unit / 8) % kShare)]);
       slab_sum += value;
       slab_squares += value * value;
@@ -391,7 +391,7 @@ struct UnitSums {
   }
 };
 
-// A problem as the kernel takes it.
+// A problem in the form that the kernel takes.
 struct Product {
   FeatureView rows, columns;
   std::int64_t outer, units, inner, samples_per_part;
@@ -401,7 +401,8 @@ struct Product {
   int stages;
   bool symmetric, row_vectors, column_vectors;
 };
-// What one block computes: the products of two sides over its samples and, if it was chosen for them, a side's sums.
+// The work of one block: the products of two sides over its samples and, if it was selected for that, the sums of a
+// side.
 struct Work {
   Side rows, columns;
   std::int64_t begin, end;
@@ -421,7 +422,7 @@ struct Work {
       is_shifted |= shifts[k] != 0.0f;
     }
     const bool any_shifted = __syncthreads_count(is_shifted) > 0;
-    // Of halves, one of two kernels takes the tile.
+    // For half formats, one of two kernels handles the tile.
     if (sizeof(Source) == 2 && any_shifted == std::is_same_v<Source, Stored>) return false;
     rows = {problem.rows, first_row, problem.units, shifts, problem.row_vectors};
     columns = {problem.columns, first_column, problem.units, shifts + kUnits, problem.column_vectors};
@@ -439,7 +440,7 @@ struct Work {
     if (y < units && x < units) problem.products[(blockIdx.z * units + y) * units + x] = value;
   }
 
-  // The sums of a side that were asked for; all threads call it. `shares` is [2, kThreads] in shared memory.
+  // The requested sums of a side. All threads call it. `shares` is [2, kThreads] in shared memory.
   template <class Sums>
   __device__ void write_sums(const Product& problem, const Sums& of_rows, const Sums& of_columns,
                              double* shares) const {
@@ -463,7 +464,7 @@ inline bool in_vectors(const FeatureView& view, const ProductProblem& problem, b
                        std::int64_t numbers) {
   const auto aligned = [&](std::int64_t stride, std::int64_t extent) { return extent == 1 || stride % numbers == 0; };
   if (reinterpret_cast<std::uintptr_t>(view.values) % 16 != 0) return false;
-  // One sample, of an index, may stand anywhere.
+  // A single sample that is read through an index may be anywhere.
   if (!aligned(view.outer_stride, view.outer_index == nullptr ? problem.outer : 0)) return false;
   if (units_adjacent) {
     return view.unit_stride == 1 && problem.units % numbers == 0 && aligned(view.inner_stride, problem.inner);

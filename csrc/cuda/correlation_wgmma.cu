@@ -1,8 +1,8 @@
 // The product of a correlation by wgmma, for devices of compute capability 9.0 (code for 9.0a).
 //
-// It computes what correlation_product.cu computes, and rounds alike. A block of two warpgroups has a tile of 128 x 128
-// pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go on:
-// a slab is multiplied while the next one is prepared and two more are copied.
+// It computes the same as correlation_product.cu, with the same rounding. A block of two warpgroups has a tile of 128 x
+// 128 pairs, 64 rows each. wgmma reads both operands from swizzled shared memory (SwizzledLayout) while its threads go
+// on: a slab is multiplied while the next one is prepared and two more are copied.
 //   float32 (and half formats that are shifted): TF32 operands must be contiguous along the samples. Threads read what
 //     was copied, in its own layout, repair it, split it, and store both parts swizzled; two pairs of such tiles
 //     alternate.
@@ -25,7 +25,7 @@ static_assert(kUnits % kTile == 0,
 // Slabs in flight by cp.async.
 constexpr int kAhead = 2;
 
-// What both kinds of stages have: the work, and shared memory from where the swizzled pattern begins.
+// Common to both kinds of stages: the work, and shared memory from the start of the swizzle pattern.
 class StageMemory {
  public:
   __device__ explicit StageMemory(const Work& work)
@@ -46,14 +46,14 @@ class StageMemory {
   int first_;
 };
 
-// Where features are copied to and what wgmma multiplies: halves as they are.
+// Half formats: features are copied to where wgmma reads them.
 template <class Source, class Stored, bool kUnitsAdjacent>
 class Stages : StageMemory {
  public:
   using Operands = SwizzledLayout<Stored, kUnitsAdjacent, kUnits>;
   using Sums = WarpgroupSums<Stored, kUnitsAdjacent>;
   using Feed = Feeder<Source, Operands, kThreads>;
-  // What is multiplied, what was multiplied last, and what is copied.
+  // The slab being multiplied, the previous one, and those being copied.
   static constexpr int kStages = kAhead + 2;
   static constexpr int kTileBytes = sizeof(Stored) * Operands::kNumbers;
   static constexpr std::size_t kBytes = Operands::kPatternBytes + kStages * 2 * kTileBytes;
@@ -69,14 +69,14 @@ class Stages : StageMemory {
     copies_.close_group();  // also without copies, so that groups count slabs
   }
 
-  // Until the slab can be multiplied. Products of slabs before the last must be over in this thread.
+  // Waits until the slab can be multiplied. In this thread, products of slabs before the last must have finished.
   __device__ __forceinline__ void prepare(int slab) {
     copies_.wait<kAhead - 1>();
     const int inside = all_ - slab * Operands::kSamples;
     row_feed_.repair(rows(slab), inside);
     column_feed_.repair(columns(slab), inside);
     fence_writes();
-    __syncthreads();  // the slab is there, and that before the last, which the next copies overwrite, was multiplied
+    __syncthreads();  // the slab has arrived, and the one to be overwritten has been multiplied
     fetch(slab + kAhead);
     if (sums_rows_) row_sums_.template add<Operands>(rows(slab));
     if (sums_columns_) column_sums_.template add<Operands>(columns(slab));
@@ -134,7 +134,7 @@ class Stages<Source, float, kUnitsAdjacent> : StageMemory {
 
   __device__ __forceinline__ void prepare(int slab) {
     copies_.wait<kAhead - 1>();
-    __syncthreads();  // the slab is there, and that before the last, which is overwritten now, was multiplied
+    __syncthreads();  // the slab has arrived, and the one to be overwritten has been multiplied
     const int inside = all_ - slab * Operands::kSamples;
     split(copied_rows(slab), rows(slab), inside, row_shift_, sums_rows_, row_sums_);
     split(copied_rows(slab) + Copied::kNumbers, rows(slab) + 2 * Operands::kNumbers, inside, column_shift_,
@@ -230,7 +230,7 @@ __device__ __forceinline__ void multiply_tile(const Product& problem, const Work
   static_assert(Sums::kColumns == kUnits && Sums::kRows * kThreads / Sums::kThreads == kUnits,
                 "warpgroups fill the tile");
   constexpr int kSamples = Stages::Operands::kSamples;
-  // The same in all lanes, so that descriptors can be made in uniform registers.
+  // The same in all lanes, so that descriptors can be kept in uniform registers.
   const int first_row = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / Sums::kThreads, 0) * Sums::kRows;
   const int slabs = static_cast<int>((work.end - work.begin + kSamples - 1) / kSamples);
   Stages stages(work, {problem.outer, problem.inner, work.end});
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1) correlation_wgmma_kernel(const Pr
   if (!work.find<Source, Stored, kUnits, kThreads>(problem, shifts)) return;
   multiply_tile<Stages<Source, Stored, kUnitsAdjacent>>(problem, work);
 #else
-  // No result that could be taken for one.
+  // NaN, so that nobody takes it for a result.
   const std::int64_t units = problem.units, row = static_cast<std::int64_t>(blockIdx.y) * kUnits + threadIdx.x % kUnits;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kUnits;
   for (std::int64_t column = first + threadIdx.x / kUnits; column < first + kUnits; column += kThreads / kUnits) {

@@ -54,8 +54,8 @@ std::string find_reason(int device) {
 
 }  // namespace
 
-// Asked in a thread of its own: which device is current belongs to a thread, and putting the caller's device back would
-// create a context (some hundred MB) on a device that the caller may never have used.
+// Queried in a separate thread: the current device is per thread, and restoring the caller's device would create a
+// context (some hundred MB) on a device that the caller may never have used.
 std::string unavailable_reason(int device) {
   std::string reason;
   std::thread([&] { reason = find_reason(device); }).join();

@@ -1,7 +1,7 @@
 // What every .cu source includes: CUDA under nvcc, and under a C++ compiler the simulator that runs threads as fibers.
 //
-// Sources are plain CUDA but for four things, which differ between the two: shared arrays (MUDSC_SHARED), dynamic
-// shared memory (dynamic_shared), the grid's barrier (grid_barrier) and launches (launch, launch_cooperative).
+// Sources are plain CUDA except for four things that differ between the two: shared arrays (MUDSC_SHARED), dynamic
+// shared memory (dynamic_shared), the grid barrier (grid_barrier) and launches (launch, launch_cooperative).
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@
   type* const name = static_cast<type*>(::mudsc::cuda_sim::shared_array(&name##_key, sizeof(type) * (count)))
 #endif
 
-// Before a loop: four independent loads in flight at once; or all turns, so that arrays stay in registers.
+// Loop unrolling: by four, for independent loads in flight; or fully, so that arrays stay in registers.
 #if defined(__CUDACC__)
 #define MUDSC_UNROLL _Pragma("unroll")
 #define MUDSC_UNROLL_4 _Pragma("unroll 4")
@@ -47,7 +47,7 @@ struct LaunchShape {
   std::size_t shared_bytes;
 };
 
-// Parameters of a kernel take no part in deduction, so that arguments convert as in a call.
+// Kernel parameters are excluded from template deduction, so arguments are converted as in a normal call.
 template <class T>
 struct Exactly {
   using type = T;
@@ -74,8 +74,8 @@ inline std::size_t shared_memory_limit(const char* name, Stream stream) {
   return static_cast<std::size_t>(bytes);
 }
 
-// Without being asked a device gives a block 48 KB, from which static arrays are taken too. What is asked for is always
-// all that these leave: less, for this launch, could be too little for one that another thread is about to make.
+// By default a block gets 48 KB, static arrays included. Always request all that the static arrays leave: a smaller
+// limit, enough for this launch, could be too small for one that another thread is about to make.
 template <class... Parameters>
 void prepare_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream) {
   check(cudaSetDevice(stream.device), name);
@@ -146,7 +146,7 @@ inline std::size_t shared_memory_limit(const char*, Stream) { return cuda_sim::s
 
 #endif
 
-// Unsigned numbers in the order of the floating-point numbers; 0 is less than every one of them but a NaN.
+// Unsigned keys in the order of the floating-point numbers; 0 is less than the key of every number except NaN.
 __device__ __forceinline__ std::uint32_t ordered(float value) {
   const std::uint32_t bits = __float_as_uint(value);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -162,7 +162,7 @@ __device__ __forceinline__ double from_ordered(unsigned long long key) {
   return __longlong_as_double(static_cast<long long>(key >> 63 ? key & 0x7fffffffffffffffull : ~key));
 }
 
-// Threads of a block: in the simulator few, where every thread of every barrier costs time.
+// Threads per block. Few in the simulator, where every thread of every barrier costs time.
 #if defined(__CUDACC__)
 constexpr int block_threads(int on_device, int /* simulated */) { return on_device; }
 #else

@@ -18,7 +18,7 @@
 
 namespace mudsc::cuda {
 
-// A warp's share of a 16 x 8 result: lane l has rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+// A warp's fragment of a 16 x 8 result: lane l has rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 struct Accumulator {
   float values[4];
 };
@@ -38,7 +38,7 @@ struct SwizzledLayout {
   static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
   static constexpr int kSamples = kRowNumbers;
   static constexpr int kRow = kUnitsAdjacent ? kUnits : kSamples, kRows = kUnitsAdjacent ? kSamples : kUnits;
-  static constexpr int kStride = kRowNumbers, kPeriod = 8;  // rows so far apart are laid out alike
+  static constexpr int kStride = kRowNumbers, kPeriod = 8;  // rows this far apart have the same layout
   static constexpr int kNumbers = kUnits * kSamples;
   __device__ static __forceinline__ int at(int unit, int sample) {
     const int row = kUnitsAdjacent ? unit / kRowNumbers * kSamples + sample : unit;
@@ -46,7 +46,7 @@ struct SwizzledLayout {
     return row * kRowNumbers + ((along / kChunk ^ row % 8) * kChunk) + along % kChunk;
   }
 
-  // Where in shared memory a tile can begin: where the pattern does.
+  // Alignment of a tile in shared memory: that of the swizzle pattern.
   __device__ static __forceinline__ unsigned char* first_pattern(unsigned char* memory) {
     return memory + (0u - shared_address(memory)) % kPatternBytes;
   }
@@ -74,9 +74,10 @@ class WarpgroupSums {
     return number / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + number % 2;
   }
 
-  // Before the first product after `values` were touched.
+  // Call it before the first product after `values` were accessed.
   __device__ __forceinline__ void begin();
-  // Adds a b, or starts from it, some time before `wait`: `kDepth` samples of the descriptors' operands.
+  // Adds a b (or stores it, if it is the first product), to be finished by `wait`: `kDepth` samples of the descriptors'
+  // operands.
   __device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, bool from_zero);
   __device__ __forceinline__ void close_group();
   // Waits until no product is in flight.
@@ -130,10 +131,9 @@ class AsyncCopies {
   }
 };
 
-// Stores to shared memory that wgmma will read are noted for the simulator, which then misses a fence.
+// Stores to shared memory that wgmma will read are recorded, so that the simulator detects a missing fence.
 __device__ __forceinline__ void note_write(const void*, std::size_t) {}
-// After a thread's stores, before the barrier behind which wgmma reads them: it reads past the path of loads and
-// stores.
+// Call it after a thread's stores and before the barrier that precedes wgmma, which reads through the async proxy.
 __device__ __forceinline__ void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // c += a b in TF32: a is 16 x 8, b is 8 x 8.
@@ -163,8 +163,8 @@ __device__ __forceinline__ void multiply_halves<Half>(Accumulator& c, const std:
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices of halves from shared memory. Lane l gives the address of row l % 8 of matrix l / 8 and gets of
-// each matrix row l / 4, columns 2 (l % 4) and the next; if kTransposed, of its transpose.
+// Loads four 8 x 8 matrices of halves from shared memory. Lane l passes the address of row l % 8 of matrix l / 8 and
+// receives row l / 4, columns 2 (l % 4) and the next, of each matrix (of its transpose if kTransposed).
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
   if constexpr (kTransposed) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&matrices)[4], cons
   }
 }
 
-// The registers of a warpgroup's share of a sum, as operands of assembly.
+// The accumulator registers of a thread, as operands of inline assembly.
 #define MUDSC_8_REGISTERS(first)                                                                  \
   "+f"(values[first]), "+f"(values[first + 1]), "+f"(values[first + 2]), "+f"(values[first + 3]), \
       "+f"(values[first + 4]), "+f"(values[first + 5]), "+f"(values[first + 6]), "+f"(values[first + 7])
@@ -225,7 +225,7 @@ __device__ __forceinline__ void WarpgroupSums<T, kUnitsAdjacent>::wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   hold();
 }
-// Keeps the compiler from moving what it does with the registers across.
+// Keeps the compiler from moving uses of the registers across it.
 template <class T, bool kUnitsAdjacent>
 __device__ __forceinline__ void WarpgroupSums<T, kUnitsAdjacent>::hold() {
   asm volatile("" : MUDSC_64_REGISTERS : : "memory");
@@ -355,7 +355,7 @@ inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
 
 namespace twin {
 
-// An operand of wgmma as its descriptor says.
+// An operand of wgmma, addressed through its descriptor.
 template <class T, bool kTransposed>
 class Operand {
  public:
@@ -365,7 +365,7 @@ class Operand {
     if ((descriptor >> 49 & 7) != 0) cuda_sim::fail("a matrix descriptor with a base offset");
   }
 
-  // The number of row or column `outside` at place k of the sum.
+  // The number in row or column `outside` at position k of the sum.
   float at(unsigned outside, unsigned k) const {
     constexpr unsigned kSize = sizeof(T), kRowBytes = 128, kPerRow = kRowBytes / kSize;
     const unsigned offset =
@@ -443,7 +443,7 @@ __device__ __forceinline__ std::uint64_t SwizzledLayout<T, kUnitsAreAdjacent, kU
   // Either way 64 units take 64 rows of 128 bytes. Shared memory has less than 2^18 bytes, so that the address stays in
   // its field of 14 bits when steps are added.
   const unsigned address = shared_address(tile) + static_cast<unsigned>(first_unit * kRowBytes);
-  // From the units of one row to those of the next tile; without meaning where a row holds samples.
+  // From the units of one row to those of the next tile; unused if a row holds samples.
   constexpr std::uint64_t kLeadingBytes = kUnitsAdjacent ? kSamples * kRowBytes : kChunkBytes;
   constexpr std::uint64_t kSwizzle128 = 1;
   return kSwizzle128 << 62 | static_cast<std::uint64_t>(kPatternBytes) / 16 << 32 | kLeadingBytes / 16 << 16 |

@@ -1,7 +1,7 @@
-// Greedy zip of units into clusters on the device, merge for merge what csrc/cpu/zip.cpp does; see there for the
+// Greedy zip of units into clusters on the device. Makes the same merges as csrc/cpu/zip.cpp, which describes the
 // algorithm.
 //
-// Three launches, and no word with the host between them:
+// Three launches, without synchronizing with the host in between:
 //   1. zip_load, a block per row: a working copy of the matrix and each row's first largest entry;
 //   2. zip_symmetry, over tiles: whether the matrix equals its transpose;
 //   3. zip_merge, one block for all merges. A merge searches the rows' bounds, reads two rows, and touches one entry
@@ -42,21 +42,21 @@ struct Zip {
   std::int64_t* merges;
 
   __device__ Real* row(std::int64_t unit) const { return similarity + unit * units; }
-  // Units are counted in 32 bits, in which a division is several times cheaper than in 64.
+  // Units are counted in 32 bits, because a division is several times cheaper than in 64 bits.
   __device__ std::uint32_t model_of(std::int64_t unit) const {
     return static_cast<std::uint32_t>(unit) / static_cast<std::uint32_t>(model_units);
   }
-  // Without a division: this is asked for every entry of a merge.
+  // Avoids a division, because it runs for every entry of a merge.
   __device__ bool is_of_model(std::int64_t unit, std::uint32_t model) const {
     const std::uint32_t size = static_cast<std::uint32_t>(model_units);
     return static_cast<std::uint32_t>(unit) - model * size < size;
   }
 };
 
-// What changes with every merge, wherever it fits.
+// Data that changes with every merge, in shared memory if it fits.
 template <class Real>
 struct RowBests {
-  Real* bound;         // no entry of the row exceeds it; -inf for a row that is gone
+  Real* bound;         // upper bound of the row's entries; -inf for a removed row
   std::int32_t* best;  // first column whose entry equals the bound, or kUnknown
   std::uint8_t* alive;
 };
@@ -172,14 +172,14 @@ class Merger {
     if (zip_.is_of_model(gone, model)) spend(model);
   }
 
-  // Each thread joins its entries of the two rows, and then those rows' entries in the two columns: nothing that one
-  // thread writes is read by another before the end. Returns the largest of its entries in the kept row.
+  // Each thread joins its entries of the two rows, then the same entries of the two columns, so no thread reads another
+  // thread's writes before the end. Returns the largest of its entries in the kept row.
   template <bool kSevers>
   __device__ Entry<Real> join_rows(std::int32_t kept, std::int32_t gone) {
     Real* const entries = zip_.row(kept);
     const Real* const others = zip_.row(gone);
     Entry<Real> best{-infinity<Real>, 0};
-    __syncthreads();  // all threads have read the bounds that led here
+    __syncthreads();  // all threads have read the bounds of this merge
     for (std::int64_t k = threadIdx.x; k < zip_.units; k += kMergeThreads) {
       if (!rows_.alive[k]) continue;
       if (k == gone) {
@@ -232,7 +232,7 @@ class Merger {
     if (left == 0) separate(model);
   }
 
-  // The model's budget is spent: no further merges between clusters of its own.
+  // The model's budget is spent: forbid further merges within the model.
   __device__ void separate(std::int64_t model) {
     const std::int64_t begin = model * zip_.model_units, end = begin + zip_.model_units;
     for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMergeThreads) zip_merge(const Zip<Real> zip, 
   Merger<Real>(zip, rows).run();
 }
 
-// Static shared memory of zip_merge, which leaves that much less for the rows' bests.
+// Static shared memory of zip_merge, which reduces the space for the row maxima.
 constexpr std::size_t kReservedShared = 8 * 1024;
 
 template <class Real>
@@ -299,7 +299,7 @@ std::size_t bytes_per_row_best() {
   return sizeof(Real) + sizeof(std::int32_t) + sizeof(std::uint8_t);
 }
 
-// Lays the arrays out one behind the other, the widest types first; returns the bytes they take.
+// Lays out the arrays one after another, widest types first; returns their total size in bytes.
 template <class Real>
 std::int64_t lay_out(Zip<Real>& zip, unsigned char* memory) {
   unsigned char* next = memory;

@@ -1,5 +1,5 @@
-// The auction of csrc/cuda/assignment_large.cu, round for round, as plain loops: it gives the same prices and pairs to
-// the bit at sizes that the simulator cannot reach, and counts rounds and bids there.
+// The auction of csrc/cuda/assignment_large.cu, round by round, as plain loops. It gives bitwise the same prices and
+// pairs at sizes that are too large for the simulator, and counts rounds and bids.
 #include "auction_rounds.hpp"
 
 #include <cmath>
@@ -20,7 +20,7 @@ struct BestTwo {
 };
 
 BestTwo best_two(const float* values, const float* prices, std::int64_t columns, float sign) {
-  // Lanes first, as a chain of comparisons through one pair of numbers would be slow.
+  // Reduces per lane first, because a single chain of dependent comparisons would be slow.
   constexpr int kLanes = 16;
   float first[kLanes], second[kLanes];
   for (int k = 0; k < kLanes; ++k) first[k] = second[k] = -std::numeric_limits<float>::infinity();

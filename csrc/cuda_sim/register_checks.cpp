@@ -1,4 +1,4 @@
-// Kernels that are wrong on purpose, and one that is right: they prove what the simulator finds.
+// Kernels that are wrong on purpose, and a correct one, to test what the simulator detects.
 #include <pybind11/stl.h>
 
 #include <vector>
@@ -34,13 +34,13 @@ __global__ void wait_apart() {
   }
 }
 
-// Lane 0 leaves, and the others wait for it.
+// Lane 0 exits, and the others wait for it.
 __global__ void wait_for_the_exited() {
   if (threadIdx.x == 0) return;
   __syncwarp();
 }
 
-// What a warpgroup forgets.
+// The step that a warpgroup omits.
 enum class Forgotten { nothing, fence_of_stores, fence_of_registers, wait };
 
 using Tile = cuda::SwizzledLayout<float, false, 128>;
@@ -64,7 +64,7 @@ __global__ void multiply_once(Forgotten forgotten, float* result) {
   sums.multiply(Tile::operand(a, 0), Tile::operand(b, 0), true);
   sums.close_group();
   if (forgotten != Forgotten::wait) sums.wait();
-  // Without the wait, this overwrites what is not read yet.
+  // Without the wait, this overwrites operands that have not been read yet.
   __syncthreads();
   a[Tile::at(unit, 0)] = 1e9f;
   __syncthreads();

@@ -1,5 +1,5 @@
-// The lists of csrc/cuda/assignment_large.cu as plain loops: the same entries, to the bit and ties included, at sizes
-// that the simulator cannot reach.
+// The lists of csrc/cuda/assignment_large.cu as plain loops: bitwise the same entries, ties included, at sizes that are
+// too large for the simulator.
 #include "row_lists.hpp"
 
 #include <algorithm>
@@ -36,7 +36,7 @@ class RowLister {
   }
 
  private:
-  // Lists columns, and returns what no other costs less than.
+  // Lists columns, and returns a lower bound of the cost of all others.
   double choose(std::int64_t row) {
     if (request_.capacity >= problem_.columns) {
       for (std::int32_t j = 0; j < problem_.columns; ++j) listed_.push_back(j);
@@ -61,7 +61,7 @@ class RowLister {
     return in_order(bound);
   }
 
-  // The key of rank `wanted` among the least of each thread.
+  // The key of rank `wanted` among the smallest keys of each thread.
   double bound_of_threads() {
     ranked_.assign(threads_, kInfinity);
     for (std::int64_t first = 0; first < problem_.columns; first += threads_) {

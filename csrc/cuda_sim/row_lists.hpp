@@ -5,7 +5,7 @@
 
 namespace mudsc::cuda_sim {
 
-// assignment_list on float32 values, with so many threads in a block.
+// assignment_list on float32 values, with the given number of threads per block.
 void list_rows(const cuda::LargeProblem& problem, const cuda::ListRequest& request, std::int64_t threads);
 
 }  // namespace mudsc::cuda_sim

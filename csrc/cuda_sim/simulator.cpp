@@ -1,7 +1,7 @@
 // The scheduler of fibers; see simulator.hpp.
 //
-// With ThreadSanitizer, the kernels are compiled under it and this file is not: it touches the memory of all fibers
-// without being part of what they do. MUDSC_THREAD_SANITIZER then tells it to announce fibers and barriers.
+// With ThreadSanitizer, the kernels are instrumented but this file is not, because it accesses the memory of all
+// fibers. MUDSC_THREAD_SANITIZER makes it announce fibers and barriers to ThreadSanitizer.
 #include "simulator.hpp"
 
 #include <sys/mman.h>
@@ -43,10 +43,10 @@ constexpr unsigned kLanes = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned char kPoison = 0xcd;
 constexpr std::size_t kLargestSharedMemory = 227 * 1024;
-constexpr std::uint32_t kDynamicSharedBegin = 1040;  // on a device, behind what is static
+constexpr std::uint32_t kDynamicSharedBegin = 1040;  // on a device, after the static arrays
 constexpr std::size_t kFenceBytes = 16;              // stores are fenced in pieces of so many
 
-// A place of execution with a stack of its own.
+// An execution context with its own stack.
 struct Context {
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -60,8 +60,8 @@ struct Context {
 };
 
 #if defined(__x86_64__)
-// Saves the registers that a call preserves on this stack, and goes on where the other stack was left.
-// Its parameters stand in rdi and rsi.
+// Saves the callee-saved registers on this stack, and continues where the other stack was left. Parameters are in rdi
+// and rsi.
 __attribute__((naked, noinline)) void switch_stacks(void** /* save */, void* /* other */) {
   asm volatile(R"(
     pushq %rbp
@@ -126,8 +126,8 @@ void acquire_order([[maybe_unused]] void* address) {
 #endif
 }
 
-// While it lives, what the current fiber or the scheduler does is not part of the kernel to ThreadSanitizer, not even
-// what it allocates and frees.
+// During its lifetime, ThreadSanitizer ignores what the current fiber or the scheduler does, including allocations and
+// frees.
 struct Aside {
   Aside() {
 #if defined(MUDSC_THREAD_SANITIZER)
@@ -185,7 +185,7 @@ class Launch {
       for (unsigned k = 0; k < together; ++k) blocks.push_back(make_block(order[begin + k]));
       run_together(blocks);
 #if defined(MUDSC_THREAD_SANITIZER)
-      // To it, blocks are unordered until the launch ends: their memory must not serve the next.
+      // For ThreadSanitizer, blocks are unordered until the launch ends, so their memory must not be reused before.
       for (auto& block : blocks) finished_.push_back(std::move(block));
 #else
       stacks_used_ = 0;
@@ -199,7 +199,7 @@ class Launch {
     if (!error_.empty()) throw std::runtime_error(std::string("simulated kernel ") + name_ + ": " + error_);
   }
 
-  // Leaves the current fiber until it is made ready again.
+  // Suspends the current fiber until it is made ready again.
   void wait(State state) {
     Fiber& me = *current;
     me.state = state;
@@ -316,7 +316,7 @@ class Launch {
 #endif
   }
 
-  // Stacks are kept for later blocks and launches, clean of what AddressSanitizer knew of the last that ran there.
+  // Stacks are kept for later blocks and launches, without AddressSanitizer's records of the previous fiber.
   unsigned char* take_stack() {
     static thread_local std::vector<unsigned char*> stacks;
     if (stacks_used_ == stacks.size()) {
@@ -380,7 +380,7 @@ class Launch {
     finish_switch(from, nullptr);
   }
 
-  // Back in `here`. A fiber that runs for the first time learns the stack of the scheduler that it came from.
+  // Back in `here`. A fiber that runs for the first time records the stack of its scheduler.
   static void finish_switch([[maybe_unused]] Context& here, [[maybe_unused]] Context* came_from) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(here.fake_stack, came_from == nullptr ? nullptr : &came_from->stack,

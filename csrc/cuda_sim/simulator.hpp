@@ -1,10 +1,9 @@
-// Runs CUDA kernels on a CPU: the device's functions as C++, threads as fibers that switch at barriers and warp
-// functions.
+// Runs CUDA kernels on a CPU: device functions are C++, threads are fibers that switch at barriers and warp functions.
 //
-// For tests only. Within a launch, fibers run one at a time, in an order that a seed shuffles: a missing barrier shows
-// as a result that depends on the seed, and under ThreadSanitizer, which is told of barriers and of nothing else, as a
-// race. Blocks run one after another, those of a cooperative launch together. Shared memory is allocated to the byte,
-// so that AddressSanitizer sees its bounds, and filled with a pattern, so that reading what was never written shows.
+// For tests only. Within a launch, fibers run one at a time, in an order shuffled by a seed. A missing barrier makes
+// results depend on the seed, and is a race under ThreadSanitizer, which is informed of barriers only. Blocks run one
+// after another, those of a cooperative launch together. Shared memory is allocated to the exact byte, so that
+// AddressSanitizer checks its bounds, and filled with a pattern, so that reads of uninitialized memory are noticed.
 // Misuse of barriers and warp functions (exited or disagreeing lanes, threads at different barriers) is an error.
 #pragma once
 
@@ -59,12 +58,13 @@ void* dynamic_shared();
 // Ends the launch with an error.
 void fail(const char* message);
 
-// Addresses in the block's dynamic shared memory, which on a device does not begin at a round one.
+// Addresses in the block's dynamic shared memory, which does not start at a round address on a device.
 std::uint32_t shared_address(const void* pointer);
-// A store of this thread that tensor cores may read, and its fence.proxy.async, which makes its stores visible to them.
+// Records a store of this thread that tensor cores may read, and a fence.proxy.async, which makes its stores visible to
+// them.
 void note_write(const void* to, std::size_t bytes);
 void fence_writes();
-// Where they read. Reading what lies outside, or was stored without a fence since, is an error.
+// Memory that tensor cores read. Reading out of bounds, or data stored since the last fence, is an error.
 const void* read_by_tensor_core(std::uint32_t address, std::size_t bytes);
 
 template <class T>
@@ -137,7 +137,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   return mudsc::cuda_sim::reduce(mask, value, [](unsigned a, unsigned b) { return a + b; });
 }
 
-// Relaxed, as on the device: they order nothing else.
+// Relaxed, as on the device: they do not order other accesses.
 template <class T>
 inline T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);

@@ -34,7 +34,8 @@ std::vector<float> random_values(std::size_t count, std::mt19937& generator, boo
   return values;
 }
 
-// ---- Assignment: feasible duals whose sum is the objective prove the optimum ------------------------------------------
+// ---- Assignment: feasible duals whose sum is the objective prove the optimum
+// ------------------------------------------
 
 void check_assignment(Index rows, Index columns, bool maximize, bool ties, std::mt19937& generator) {
   const std::vector<float> values = random_values(static_cast<std::size_t>(rows * columns), generator, ties);
@@ -84,7 +85,8 @@ void check_assignment(Index rows, Index columns, bool maximize, bool ties, std::
   expect(gap <= tolerance, "assignment gap", rows);
 }
 
-// ---- Zip: the greedy search, step by step on the whole matrix ---------------------------------------------------------
+// ---- Zip: the greedy search, step by step on the whole matrix
+// ---------------------------------------------------------
 
 struct Greedy {
   std::vector<Index> cluster_of_unit;
@@ -168,7 +170,8 @@ void check_zip(Index per_model, Index num_models, bool ties, std::mt19937& gener
   }
 }
 
-// ---- Permute ----------------------------------------------------------------------------------------------------------
+// ---- Permute
+// ----------------------------------------------------------------------------------------------------------
 
 void check_permute(Index rows, Index columns, Index inner, std::mt19937& generator) {
   const std::size_t size = static_cast<std::size_t>(rows * columns * inner);
@@ -218,7 +221,8 @@ void check_permute(Index rows, Index columns, Index inner, std::mt19937& generat
   expect(worst < 1e-6, "permuted and merged values", rows);
 }
 
-// ---- Correlation: centered features and the final quotient -------------------------------------------------------------
+// ---- Correlation: centered features and the final quotient
+// -------------------------------------------------------------
 
 void check_correlation(Index units, Index samples, bool unit_major, std::mt19937& generator) {
   std::vector<float> features = random_values(static_cast<std::size_t>(units * samples), generator, false);

@@ -10,12 +10,12 @@ namespace mudsc {
 
 enum class AssignmentStatus : std::int32_t {
   optimal = 0,
-  invalid = 1,     // an entry is NaN, or infinitely good
-  infeasible = 2,  // infinite costs leave no assignment of all rows
+  invalid = 1,     // an entry is NaN, or has a cost of -inf
+  infeasible = 2,  // forbidden pairs leave no assignment of all rows
 };
 
 // `batch` problems of [rows, columns] contiguous values, rows <= columns. An entry's cost is its value, or minus its
-// value if `maximize`; a cost of +inf forbids the pair. Arrays of results hold one problem after the other.
+// value if `maximize`; a cost of +inf forbids the pair. Result arrays hold the problems one after another.
 struct AssignmentProblem {
   const void* values;
   ScalarType type;

@@ -1,4 +1,4 @@
-// What surrounds the matrix product of a correlation: centring of features, sums of co-moments, the final quotient.
+// The steps around the matrix product of a correlation: centering features, summing co-moments, the final quotient.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace mudsc {
 
-// Which samples of the features are taken along one of their axes, and where they are summed, which.
+// Which samples are read along one axis of the features, and which of them are summed.
 struct SampleOrder {
   const std::int32_t* members;  // places in the features' axis; null: all in order
-  const std::int32_t* starts;   // [samples + 1] where each sample's members begin; null: each has one, at its own place
+  const std::int32_t* starts;   // [samples + 1] start of each sample's members; null: each sample is a single member
   const double* scale;          // [samples] factor of each sum, or null
 };
 
@@ -26,7 +26,7 @@ struct CenterProblem {
   std::int64_t unit_stride;
   std::int64_t inner_stride;
   SampleOrder outer_order;
-  SampleOrder inner_order;    // if one of the two has `starts`, the other has nothing, and features are not empty
+  SampleOrder inner_order;    // if one of the two has `starts`, the other is empty, and features are not empty
   ScalarType centered_dtype;  // float32, or float64; float64 features need float64
   bool unit_major;            // whether `centered` is [units, samples] or, for unit_stride 1 only, [samples, units]
   void* centered;
@@ -57,9 +57,9 @@ struct CorrelateProblem {
   double eps;
   ScalarType dtype;
   void* out;
-  void* mirror;             // null, or where the transpose goes; `out` itself: the upper triangle is mirrored
+  void* mirror;             // null, or where to write the transpose; `out` itself: the upper triangle is mirrored
   std::int64_t row_stride;  // of `out` and `mirror`, in elements
-  const void* other;        // null, or of the dtype of `out`; where there is a mirror, its mirror image is the same
+  const void* other;        // null, or of the dtype of `out`; symmetric if `mirror` is given
   std::int64_t other_stride;
   double balance;  // in [0, 1]
   std::int32_t threads;

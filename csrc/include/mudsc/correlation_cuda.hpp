@@ -1,4 +1,4 @@
-// Contract of the correlation op on a CUDA device. All pointers are on the device; nothing waits for it.
+// Contract of the correlation op on a CUDA device. All pointers are on the device; no function waits for it.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +14,9 @@ struct FeatureView {
   std::int64_t outer_stride;
   std::int64_t unit_stride;
   std::int64_t inner_stride;
-  // [outer]: which place of the features' outer axis stands at each; null for the same one.
+  // [outer]: index along the features' outer axis; null for the identity.
   const std::int32_t* outer_index;
-  float* shift;  // [units], which correlation_shift writes: what is subtracted from the unit's values
+  float* shift;  // [units], written by correlation_shift: subtracted from the unit's values
 };
 
 // Models whose shifts are estimated in one launch.
@@ -49,7 +49,8 @@ struct ProductProblem {
   bool warpgroups;
 };
 
-// The moments of a batch, from its sums, and what joins it to the moments of the samples before: one thread a unit.
+// The moments of a batch, from its sums, and the terms that combine it with the moments of earlier samples. One thread
+// per unit.
 struct MomentsProblem {
   const double* sums;   // [models, parts, 2, units]: of x - shift, and of its square
   const float* shifts;  // [models, units]
@@ -61,10 +62,10 @@ struct MomentsProblem {
   double* mean;        // [models, units] of the samples before
   double* squares;     // [models, units]
   bool updates;        // whether `mean` and `squares` take the batch in
-  // Out, [models, 3, units]: the sum of x - shift; the mean of the batch minus the mean before; the sum of squares about
-  // the mean of the batch.
+  // Out, [models, 3, units]: the sum of x - shift; the mean of the batch minus the mean before; the sum of squares
+  // about the mean of the batch.
   double* batch;
-  std::uint8_t* in_range;  // set to 0 if a value is not finite, or float32 cannot hold a sum of squares
+  std::uint8_t* in_range;  // set to 0 if a value is not finite, or a sum of squares overflows float32
 };
 
 // comoment += weight * (sum of products - outer(row_sums, column_sums) / count

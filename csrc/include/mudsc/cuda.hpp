@@ -1,4 +1,4 @@
-// What the CUDA contracts share: where to launch, and what a failed launch throws.
+// Shared by the CUDA contracts: where to launch, and the error of a failed launch.
 #pragma once
 
 #include <stdexcept>
@@ -18,10 +18,10 @@ struct LaunchError : std::runtime_error {
       : std::runtime_error("CUDA kernel " + kernel + " could not be launched: " + reason) {}
 };
 
-// Why no kernel can run on a device or, if it is negative, on any device; empty if they can.
+// Why no kernel can run on a device (on any device, if the index is negative); empty if kernels can run.
 std::string unavailable_reason(int device);
 
-// As CUDA counts them: 13000 is 13.0. Of the driver, the newest version it supports; 0 without a driver.
+// CUDA's version numbers: 13000 is 13.0. For the driver, the newest version that it supports; 0 without a driver.
 struct Versions {
   int toolkit, driver;
 };

@@ -18,7 +18,7 @@ namespace mudsc {
 
 enum class Isa : std::int32_t { baseline = 0, avx2 = 1, avx512 = 2 };
 
-// Highest level that was compiled and that this processor runs.
+// The highest level that was compiled and that this processor supports.
 Isa supported_isa();
 
 }  // namespace mudsc

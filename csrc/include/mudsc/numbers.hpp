@@ -19,7 +19,7 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-// The type that numbers of storage type T are computed in.
+// The type in which numbers of storage type T are computed.
 template <class T>
 struct ArithmeticOf {
   using type = float;
@@ -48,7 +48,7 @@ MUDSC_NUMBERS_FUNCTION std::uint32_t float_to_bits(float value) {
 #endif
 }
 
-// A choice by a mask: compilers do not vectorize loops over branches, nor over choices between floating-point
+// Selects by a mask, because compilers do not vectorize loops with branches, nor selections between floating-point
 // operations, which might trap.
 template <class Bits>
 MUDSC_NUMBERS_FUNCTION Bits chosen(bool condition, Bits if_true, Bits if_false) {

@@ -31,7 +31,7 @@ struct PermuteProblem {
   AxisMap rows;
   AxisMap columns;  // fewer than 2^31 - 1 units
   void* out;
-  bool out_is_new;  // allocated for this call and never touched, so that its pages may be chosen
+  bool out_is_new;  // newly allocated and never touched, so that huge pages can be requested for it
   std::int32_t threads;
 };
 

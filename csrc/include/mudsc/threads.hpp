@@ -22,19 +22,19 @@ inline void parallel_for(int threads, std::int64_t count, std::int64_t grain, Bo
       [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
-// A team of threads for work that consists of many short parallel phases of a few microseconds each. Between phases
-// the threads spin for a moment, then sleep. They are joined at the end.
+// A team of threads for many short parallel phases of a few microseconds each. Between phases the threads spin briefly,
+// then sleep. They are joined at the end.
 //
-// The work must not depend on which member runs it: members take items as they become free.
+// Results must not depend on which member runs an item: members take items as they become free.
 class Team {
  public:
-  // At most `threads` members, the caller's thread among them; fewer if the system refuses more.
+  // At most `threads` members, including the calling thread; fewer if the system cannot create more.
   explicit Team(int threads);
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
   ~Team();
 
-  // How many members there are; 1 is the caller alone.
+  // The number of members; 1 is the caller alone.
   int size() const;
 
   // Calls body(context, begin, end, member) on disjoint ranges of `grain` items, or less, that cover [0, count), and

@@ -8,7 +8,7 @@
 
 namespace mudsc::cuda {
 
-// Bytes that `workspace` must have.
+// Required size of `workspace` in bytes.
 std::int64_t zip_workspace_bytes(const ZipProblem& problem);
 
 // All pointers are on the device. Writes the number of merges to `merges`; does not wait for the device.
