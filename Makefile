@@ -1,6 +1,6 @@
 # make demo: merge networks on real data and show the result.    make test: run all checks.
 # make docs: build the documentation in site/.    make test-oldest: run the tests with the oldest supported torch.
-# Each creates a virtual environment in $(VENV) and installs what it needs.
+# Each target creates a virtual environment in $(VENV) and installs its requirements there.
 PYTHON ?= python3
 VENV ?= .venv
 # A fixed release, so that the demo and the tests run with the version they were measured with.
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 SANITIZED := build/sanitized
-# One process per core; eight bound what a large machine spends on importing torch.
+# One process per core, but at most eight, because every process imports torch.
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 # The tests run the CUDA kernels in the simulator, which needs no CUDA compiler; `compiled` is for those who have one.
 SIMULATED := --config-settings=cmake.define.MUDSC_CUDA=OFF --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON

@@ -1,4 +1,4 @@
-"""What the CUDA auction of one large assignment does round by round, counted on a CPU: no device, and no time of one.
+"""Count rounds and bids of the CUDA auction of one large assignment on a CPU, without a device and without its timing.
 
     MUDSC_BENCHMARK_SIZES=1024,4096 python benchmarks/auction_rounds.py
 
@@ -43,7 +43,7 @@ class HostProblem(assignment._LargeProblem):
         self.maximize = True
         self.where = {}
         self.simulator = simulator
-        # What the searches need of the extension.
+        # Functions of the extension that the searches need.
         self.cuda = SimpleNamespace(assignment_list=self._list_rows, ListSearch=self._timed_search)
         self.timed: TimedSearch | None = None
         self.counts: tuple[int, int, int] = (0, 0, 0)
@@ -85,7 +85,7 @@ class HostProblem(assignment._LargeProblem):
 
 
 class TimedSearch:
-    """A search that adds up the time it takes, and what it requests after the first lists."""
+    """A search that adds up its time and its requests after the first lists."""
 
     def __init__(self, search: Any) -> None:
         self._search = search

@@ -48,7 +48,7 @@ LARGEST_FOR_SCIPY, LARGEST_FOR_CPU, LARGEST_FOR_COPY = 2048, 8192, 4096
 SMOKE_ROWS = 8
 #: After so long a row is given up.
 SECONDS_OF_A_ROW = 45
-#: What a row that begins before the end of the time may take after it.
+#: Seconds that a row may take after the time limit if it began before.
 GRACE = 10
 #: Samples of a row's features: as many as make the products what a row is about.
 SAMPLES = 65536
@@ -242,7 +242,7 @@ def instructions_in_use() -> str:
 
 
 def instructions_to_measure() -> list[str]:
-    """Return what multiplies: on a device that has wgmma both, whatever a comparison says of it."""
+    """Return the tensor-core instructions to measure: both on a device that has wgmma, whatever the self-test found."""
     both = torch.cuda.get_device_capability() == (9, 0)
     return [_tensor_cores.WGMMA, _tensor_cores.MMA_SYNC] if both else [_tensor_cores.MMA_SYNC]
 

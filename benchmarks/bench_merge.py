@@ -168,7 +168,7 @@ def _matrix_rate() -> float:
 
 
 def _resident_bytes_from_now() -> int:
-    """Return the memory in use, and let the peak be counted anew."""
+    """Return the memory in use, and reset the peak."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

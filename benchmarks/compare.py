@@ -3,7 +3,7 @@
     pytest benchmarks/bench_merge.py --benchmark-only --benchmark-json=new.json
     python benchmarks/compare.py benchmarks/results/merge.json new.json
 
-Either file is what pytest-benchmark writes, or what ``--reduce`` makes of it: the ratios alone, which is what is kept
+Either file is the output of pytest-benchmark, or its ratios alone as reduced by ``--reduce``, the form that is kept
 with the project, because seconds mean nothing on another machine.
 
     python benchmarks/compare.py --reduce new.json benchmarks/results/merge.json
@@ -20,7 +20,7 @@ from typing import Any
 
 from mudsc_fast._files import atomic_write
 
-#: A ratio may fall to this share of what it was.
+#: A ratio may fall to this share of its old value.
 LEAST_SHARE = 0.8
 
 #: For each benchmark its ratios by name; the higher, the better.
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(fallen) if fallen else f"no ratio fell below {LEAST_SHARE:g} of what it was")
+    print("\n".join(fallen) if fallen else f"no ratio fell below {LEAST_SHARE:g} of its old value")
     return 1 if fallen else 0
 
 

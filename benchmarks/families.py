@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 Matrix = NDArray[np.float32]
 
-#: Part of the name of a kept file: to be changed with what a family means.
+#: Part of the names of cached files; change it when the definition of a family changes.
 EDITION = 1
 SAMPLES = 2000
 LATENT = 16

@@ -2,7 +2,7 @@
 
 Written from the description in Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024: dense permutation and
 cluster matrices multiplied into every tensor, whole correlation matrices, scipy's assignment, the greedy loop with a
-search of the whole matrix for every merge, and every node computed anew in every sweep.
+search of the whole matrix for every merge, and every node recomputed in every sweep.
 """
 
 from __future__ import annotations

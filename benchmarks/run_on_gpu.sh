@@ -158,7 +158,7 @@ else
 fi
 export PYTHONPATH=$scratch/site
 
-# The Triton kernels and the reference run without these: go on whatever this says.
+# The Triton kernels and the reference run without these: continue whatever the result is.
 shown=1 step kernels 60 "$python" -c '
 import sys, warnings
 import torch, mudsc_fast

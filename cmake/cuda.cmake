@@ -48,7 +48,7 @@ endfunction()
 
 # Sets `result` to those of the `wanted` architectures (as in CMAKE_CUDA_ARCHITECTURES) that this nvcc can compile.
 # Instead of 90a an older nvcc compiles 90, and instead of PTX that it does not know, PTX of the newest that it knows:
-# the driver compiles that for newer devices. `dropped` is what was left out or replaced.
+# the driver compiles that for newer devices. `dropped` lists what was left out or replaced.
 function(mudsc_keep_known_architectures wanted version known result dropped)
   set(kept)
   set(left)

@@ -83,7 +83,7 @@ class Row:
 
     @property
     def train_accuracy(self) -> float:
-        """Mean over the tasks on training images: what the balance is chosen by."""
+        """Mean over the tasks on training images, by which the balance is chosen."""
         return sum(self.train_accuracies) / len(self.train_accuracies)
 
     @property
@@ -151,7 +151,7 @@ def merge_all(
     test_images: Images,
     quiet: bool,
 ) -> list[Row]:
-    """Merge by every method; where there is a balance to choose, take the best on the training images."""
+    """Merge by every method, with the best balance on the training images if there is one to choose."""
     averaged = average(models)
     rows = {
         "average": Row(

@@ -48,7 +48,7 @@ class DeviceMatcher:
 def make_batch(
     device: torch.device, images: int = 16, queries: int = 300, classes: int = 91
 ) -> tuple[Outputs, Targets]:
-    """Return random predictions, and for each image a number of its own of random targets."""
+    """Return random predictions, and a different number of random targets for each image."""
     generator = torch.Generator().manual_seed(0)
 
     def boxes(*shape: int) -> Tensor:
@@ -75,7 +75,7 @@ def main() -> None:
     outputs, targets = make_batch(device)
     weights = {"class_cost": 1.0, "bbox_cost": 5.0, "giou_cost": 2.0}
     matcher, on_device = HungarianMatcher(**weights), DeviceMatcher(**weights)
-    on_device(outputs, targets)  # the first call loads what it needs
+    on_device(outputs, targets)  # the first call loads modules
     began = time.perf_counter()
     expected = matcher(outputs, targets)
     after_scipy = time.perf_counter()

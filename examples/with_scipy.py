@@ -11,7 +11,7 @@ import mudsc_fast
 
 
 def someone_elses_tool(similarity: np.ndarray) -> float:
-    """Return the summed similarity of the best pairs; knows of scipy only."""
+    """Return the summed similarity of the best pairs; uses scipy only."""
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     return float(similarity[rows, columns].sum())
 

@@ -1,4 +1,4 @@
-"""ZipIt's matching from mudsc_fast: in ZipIt's scripts the import is what changes."""
+"""ZipIt's matching from mudsc_fast: in ZipIt's scripts only the import changes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class HasDlpack(Protocol):
         ...
 
 
-#: What the ops take where they read a tensor.
+#: Types that the ops accept for tensors that they read.
 Array: TypeAlias = Tensor | HasArray | HasDlpack
 
 

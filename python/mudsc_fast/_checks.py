@@ -89,5 +89,5 @@ def check_share(argument: str, value: object) -> float:
 
 
 def _scalar(value: object) -> object:
-    """Return what a tensor or an array without axes holds; other values as they are."""
+    """Return the number in a tensor or array without axes; other values unchanged."""
     return value.item() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 else value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLES, _TOKENS = 2, 16
-#: Frames of a sound behind the convolutions that shorten it.
+#: Number of audio frames after the convolutions.
 _FRAMES = 40
 #: Side of the images for models whose configuration does not name one: they take any.
 _IMAGE_SIDE = 64
@@ -65,7 +65,7 @@ def build_without_weights(config: Mapping[str, Any]) -> nn.Module:
         with torch.device("meta"):
             automatic = network is transformers.AutoModel
             model: nn.Module = network.from_config(configuration) if automatic else network(configuration)
-    except Exception as error:  # whatever transformers raises
+    except Exception as error:  # transformers may raise anything
         raise ValueError(
             f"building a network of the model type {kind!r} by transformers failed: {type(error).__name__}: {error}"
         ) from error

@@ -35,7 +35,7 @@ _KINDS: dict[str, Any] = {"modules": nn.Module, "state dicts": Mapping, "paths":
 
 @dataclass(frozen=True)
 class Networks:
-    """Two or more networks with the same tensors, but for task heads.
+    """Two or more networks with the same tensors, except for task heads.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Networks:
         Raises
         ------
         TypeError
-            If `models` is no sequence, holds something else or a mixture, or if the networks' dtypes differ.
+            If `models` is not a sequence, holds other objects or different kinds of models, or if the dtypes differ.
         ValueError
             If there are fewer than two, if a file cannot be read, or if the networks differ in the names or the devices
             of their tensors.

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-#: Seconds before a bar that was not asked for appears: short work shows none.
+#: Seconds before an automatic progress bar appears, so that short work shows none.
 _DELAY = 2.0
 
 

@@ -36,7 +36,7 @@ def reset_batch_norm(
         Batches, as for :func:`mudsc_fast.collect_statistics`; some thousand samples are enough. All batches count
         alike, but a layer skips batches in which it sees one value for each unit.
     forward
-        Runs the model on a batch where that is not what the model needs.
+        Runs the model on a batch, if the batch cannot be passed to the model directly.
     progress
         Whether to show a progress bar; by default in a terminal, if the work is long.
 
@@ -49,7 +49,7 @@ def reset_batch_norm(
     ------
     ValueError
         If the data yields nothing, or a layer saw batches with one value for each unit alone. After this and any other
-        error the statistics are what they were.
+        error the statistics are unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -108,7 +108,7 @@ class _Average:
         """Let the layer learn from a call, unless there is no variance to learn from."""
         if _values_per_unit(layer, inputs[0]) < 2:
             self.num_skipped += 1
-            layer.training = False  # it normalizes by what it has learned so far
+            layer.training = False  # it normalizes by its current statistics
             return
         self.num_batches += 1
         layer.training = True

@@ -123,9 +123,9 @@ Activations = Iterable[Any] | MatchingStatistics | Callable[[], MatchingStatisti
 
 
 class PreparedMatching:
-    """All that a matching needs but for the balance: one pass over the data serves every balance.
+    """Everything a matching needs except the balance, so that one pass over the data serves every balance.
 
-    State dicts may make a tensor when it is asked for, as those of files do: each is asked for again and again, and
+    State dicts may create tensors on access, as those of files do: each is accessed repeatedly, and
     kept no longer than it is needed.
 
     Parameters

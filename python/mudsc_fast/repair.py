@@ -67,7 +67,7 @@ def repair(
         How to treat layers without a bias, whose mean cannot be set: ``"error"``, ``"add"`` (the layer gets a bias, a
         new tensor in the state dict), or ``"skip"`` (the layer stays as it is).
     forward
-        Runs a model on a batch where that is not what the model needs.
+        Runs a model on a batch, if the batch cannot be passed to the model directly.
     progress
         Whether to show a progress bar; by default in a terminal, if the work is long.
 

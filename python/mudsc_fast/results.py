@@ -410,7 +410,7 @@ class MergeResult:
         Parameters
         ----------
         evaluate
-            Returns the value of a module, or several values by name, each of which gets a curve of its own. Networks
+            Returns the value of a module, or several values by name, each drawn as a separate curve. Networks
             with BatchNorm need their running statistics recomputed here (:func:`mudsc_fast.reset_batch_norm`).
         steps
             Number of points, both ends included; at least 2.
@@ -603,7 +603,7 @@ def check_merged_models(result: object, models: object, reason: str) -> None:
         own = model.state_dict()
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
-                continue  # what a module keeps besides its tensors
+                continue  # extra state of a module
             if name not in own or (own[name].shape != tensor.shape):
                 found = tuple(own[name].shape) if name in own else "none"
                 raise ValueError(

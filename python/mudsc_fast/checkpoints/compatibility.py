@@ -18,7 +18,7 @@ _MAX_LISTED = 20
 #: Embedding tables: their rows belong to the tokens of one tokenizer.
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$")
 
-#: What `task_heads` is to find the layers that differ by itself.
+#: Value of `task_heads` with which the layers that differ are found automatically.
 AUTO = "auto"
 
 

@@ -157,7 +157,7 @@ def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any) -> list[Ch
     try:
         return [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]
     except ValueError:
-        return list(checkpoints)  # not of transformers, or not as it knows them: the names are compared as they are
+        return list(checkpoints)  # not a network of transformers, or unknown to it: compare the names as they are
 
 
 def model_of(checkpoint: Checkpoint) -> nn.Module:

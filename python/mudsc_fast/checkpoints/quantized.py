@@ -27,7 +27,7 @@ FLOAT8_DTYPES = tuple(
 #: Weights are stored in one of these; all other integers are indices, counters and masks.
 _QUANTIZED_DTYPES = (*FLOAT8_DTYPES, torch.int8, torch.uint8)
 
-#: What stands in the place of `weight` in the name of a scale, and its divisor: bitsandbytes stores the largest entry.
+#: The word that replaces `weight` in the name of a scale, and its divisor: bitsandbytes stores the largest entry.
 _SCALES = {"weight_scale": 1.0, "weight_scale_inv": 1.0, "SCB": 127.0}
 
 #: Tensors that only quantized layers have.

@@ -1,6 +1,6 @@
 """Tied tensors that one file stores once and another one twice, or that are tied in one network alone.
 
-An output layer that is the embedding table is often left out of a file. What is tied is told by the contents, as
+An output layer that is the embedding table is often left out of a file. Ties are found by the contents, as
 ``from_pretrained`` of transformers does: a configuration that ties two tensors which the file holds with other values
 is not followed.
 """

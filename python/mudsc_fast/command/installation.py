@@ -1,4 +1,4 @@
-"""What there is to know of an installation."""
+"""Information about the installation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the subcommands do: they turn arguments into calls of :mod:`mudsc_fast.io`."""
+"""The subcommands, which turn arguments into calls of :mod:`mudsc_fast.io`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def align(given: argparse.Namespace) -> str:
 
 
 def inspect(given: argparse.Namespace) -> str:
-    """Return what a network holds."""
+    """Return the inspection of a network."""
     from mudsc_fast.io.inspection import inspect_checkpoint
 
     data, build = _data_and_model(given)

@@ -34,7 +34,7 @@ class Messages(logging.Handler):
         self._quiet = quiet
 
     def __enter__(self) -> Messages:
-        """Begin to show what the package logs."""
+        """Start to show the package's log messages."""
         self._propagated = _LOGGER.propagate
         _LOGGER.propagate = False
         _LOGGER.addHandler(self)

@@ -27,7 +27,7 @@ class Replacement:
     homes: tuple[tuple[str, str], ...]
     """Modules and names where it may be found once the library is loaded, the first one first."""
     function: Callable[..., Any]
-    """What replaces it: an object of its own, so that names bound to functions of `compat` are left alone."""
+    """The replacement. A separate object, so that names bound to functions of `compat` are not restored by mistake."""
 
 
 def _replace(name: str, function: Any, *homes: str) -> Replacement:

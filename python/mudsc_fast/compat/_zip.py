@@ -34,7 +34,7 @@ def zip_published(
     """Cluster units greedily, merge for merge as the published programs do.
 
     They differ from :func:`mudsc_fast.zip_units` in two ways. A budget is looked at only after it was drawn on, so that
-    one merge inside a model is allowed where the budget is 0. And where `shrink` is not positive, what a merged cluster
+    one merge inside a model is allowed where the budget is 0. And if `shrink` is not positive, what a merged cluster
     is severed from are the places that its units' models had in the matrix at the start, though clusters have moved up
     since.
 

@@ -1,4 +1,4 @@
-"""The order of samples that kernels center features in, and what these kernels return."""
+"""The order in which kernels read samples, and the results of the centering kernels."""
 
 from __future__ import annotations
 

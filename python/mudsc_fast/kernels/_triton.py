@@ -48,7 +48,7 @@ def _compile_problem(index: int) -> str:
         from mudsc_fast.kernels.triton import probe
 
         probe.launch(torch.device("cuda", index))
-    except Exception as error:  # whatever the compiler, the linker or the driver raise
+    except Exception as error:  # the compiler, the linker or the driver may raise anything
         # Triton builds its launchers with a C compiler and Python's headers, which machines for serving often lack.
         return (
             f"triton cannot compile kernels ({type(error).__name__}: {error}); it needs a C compiler such as gcc and "

@@ -114,7 +114,7 @@ class MatchingStatistics:
         Raises
         ------
         ValueError
-            If all blocks are asked for and only those with model 0 were collected.
+            If all blocks are requested and only those with model 0 were collected.
         """
         if blocks == "full" and self.blocks == "cross":
             raise ValueError("zip needs the similarities of all models: collect them with blocks='full', got 'cross'")
@@ -266,7 +266,7 @@ def collect_statistics(
     blocks
         ``"full"`` for zip and align, ``"cross"`` for align alone, which is faster.
     forward
-        Runs a model on a batch where that is not what the model needs.
+        Runs a model on a batch, if the batch cannot be passed to the model directly.
     autocast
         Run the models under ``torch.autocast`` in this dtype, e.g. ``torch.bfloat16``. Features of that dtype are still
         centered and summed in float32 and float64.

@@ -172,7 +172,7 @@ def permute_state_dict(
         under two names whose axes the spec permutes differently.
     """
     units = spec.units(state_dict)
-    _main_names([state_dict], spec, list(state_dict))  # raises if tied tensors would come apart
+    _main_names([state_dict], spec, list(state_dict))  # raises if tied tensors would get different orders
     for node, permutation in permutations.items():
         if node not in units:
             raise ValueError(f"permutations names the node {node!r}, which spec does not have")

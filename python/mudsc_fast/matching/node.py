@@ -17,7 +17,7 @@ from mudsc_fast.spec.axes import Role
 
 Mode = Literal["align", "zip"]
 
-#: With at least so many units, a solution is kept to warm-start the next visit. Smaller problems are solved in
+#: With at least this many units, a solution is kept to warm-start the next visit. Smaller problems are solved in
 #: milliseconds, and their solutions would fragment the heap.
 _MIN_UNITS_TO_KEEP = 2048
 
@@ -249,7 +249,7 @@ def _pair_groups(
         split = similarity.view(models, groups, size, groups, size).transpose(2, 3)
         solution = linear_assignment(split, warm_start=None if earlier is None else earlier.get(node))
         if earlier is not None and similarity.shape[-1] >= _MIN_UNITS_TO_KEEP:
-            # Copies: what the solver returns lies between its workspaces and would keep their memory from being reused.
+            # Copies, because the solver's results share memory with its workspaces and would keep that memory in use.
             earlier[node] = solution.clone()
         inner[node] = solution.columns
         gaps[node] = _largest(solution.gap) / max(size, 1)

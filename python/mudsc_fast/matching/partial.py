@@ -140,7 +140,7 @@ def _stop_tensors(spec: PermutationSpec, entry: str) -> list[str]:
 
 
 def _linked_parts(spec: PermutationSpec) -> dict[str, str]:
-    """Return for each tensor with a node the first tensor of its part, the tensors that nodes link to one another."""
+    """Return the first tensor of the part of each tensor with a node; a part is a set of tensors linked by nodes."""
     part_of: dict[str, str] = {}
     for node in spec.nodes:
         tensors = [use.tensor for use in spec.uses(node)]

@@ -1,4 +1,4 @@
-"""What the similarity of a node in weight space is computed from: its slices of tensors."""
+"""Slices of tensors from which the similarity of a node in weight space is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a spec fits what a network computes: a network with its units in another order must compute the same."""
+"""Checks a spec against a network's outputs: after a permutation of its units, the network must compute the same."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class WeightSimilarity:
         return _selection(axis.node, matched, len(self._state_dicts), self._units[axis.node], merged)
 
     def _add(self, sums: CorrelationAccumulator, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> None:
-        """Add what a part holds of the node: the features of :meth:`_slices`, re-indexed where they are summed."""
+        """Add the node's features in one part: those of :meth:`_slices`, re-indexed during summation."""
         if part.chosen is not None:
             sums.update(*self._features(part, around), channel_axis=part.position + 1)
             return
@@ -304,7 +304,7 @@ class _Selection:
     cluster_of_member: Sequence[Tensor] | None
 
     def of(self, model: int, tensor: Tensor, layout: Sequence[Axis | None]) -> Tensor:
-        """Return what a model's tensor holds of the members."""
+        """Return the members' part of a model's tensor."""
         for position, axis in enumerate(layout):
             if axis is not None and axis.node == self.node:
                 split = tensor.unflatten(position, (axis.outer, -1, axis.inner))

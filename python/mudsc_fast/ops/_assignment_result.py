@@ -1,4 +1,4 @@
-"""What a linear assignment returns."""
+"""The result of a linear assignment."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from mudsc_fast.ops import _dispatch
 from mudsc_fast.ops._features import Samples
 from mudsc_fast.ops._moments import Moments
 
-#: What the operands of the matrix products are rounded to.
+#: Precision to which the operands of the matrix products are rounded.
 Precision = Literal["float32", "bfloat16"]
 
 #: Samples that are centered and multiplied at a time: enough that the product dominates (at least this many, and half
@@ -28,8 +28,9 @@ Precision = Literal["float32", "bfloat16"]
 _MIN_CHUNK = 2048
 _CHUNK_NUMBERS = 2**23
 
-#: Rows of a symmetric product that are computed at a time. Fewer rows compute less of the other triangle, more rows
-#: let torch reuse what it packs. For 1024 units, blocks of 192 rows take 1.21 times half a product, blocks of 256 1.31.
+#: Rows of a symmetric product that are computed at a time. Fewer rows compute less of the other triangle, more rows let
+#: torch reuse its packed operands. For 1024 units, blocks of 192 rows take 1.21 times half a product, blocks of 256
+#: 1.31.
 _TRIANGLE_BLOCK = 192
 
 

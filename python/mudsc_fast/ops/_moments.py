@@ -81,7 +81,7 @@ class Moments:
             return
         total = self.num_samples + count
         shift = mean - self.mean
-        # n_a n_b / (n_a + n_b): what the distance of the two means adds to each (co-)moment.
+        # n_a n_b / (n_a + n_b): the factor with which the difference of the means enters each (co-)moment.
         weighted = shift * (self.num_samples * (count / total))
         for (i, j), own, joined in zip(self.pairs, self.comoments, comoments, strict=True):
             self.accumulate(own, joined, weighted[i], shift[j])

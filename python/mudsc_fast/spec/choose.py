@@ -46,7 +46,7 @@ def choose_spec(
     batch
         Returns a batch that the model can run on. Not needed for models of Hugging Face that take tokens or pixels.
     verify
-        Returns whether a spec fits what the model computes. Asked where a family is recognized by the tensors' names
+        Returns whether a spec fits the model's outputs. Called if a family is recognized by the tensors' names
         alone; if it does not fit, the spec is derived.
 
     Raises

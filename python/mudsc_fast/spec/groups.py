@@ -24,7 +24,7 @@ class Groups:
 
 
 def tied_nodes(groups: Mapping[str, Groups]) -> tuple[tuple[str, ...], ...]:
-    """Return all nodes in bundles: the nodes of one tie form a bundle, every other node is a bundle of its own.
+    """Return all nodes in bundles: the nodes of one tie form a bundle, every other node is its own bundle.
 
     Raises
     ------

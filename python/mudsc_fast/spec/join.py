@@ -1,4 +1,4 @@
-"""One spec for networks that share a backbone but have other layers behind it."""
+"""One spec for networks that share a backbone but have different layers after it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _JoinedNodes:
         return self._names[self._root((index, node))]
 
     def entry(self, index: int, segments: Sequence[Segment]) -> Entry:
-        """Return what stands for an axis in the axes map of the joined spec."""
+        """Return the entry of an axis in the axes map of the joined spec."""
         axes = [self._axis(index, segment) for segment in segments]
         if segments[0].width is None:
             return axes[0]

@@ -1,4 +1,4 @@
-"""Families of networks: recognized by their tensors' names or configuration, and built from what these tell."""
+"""Families of networks: recognized by tensor names or configuration, and built from the information in them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_family(name: str, numbers: Mapping[str, int], tensors: Tensors, config
     name
         The family, one of :func:`family_names`.
     numbers
-        What the tensors' shapes do not tell, e.g. ``{"num_heads": 12}``.
+        Numbers that tensor shapes do not determine, e.g. ``{"num_heads": 12}``.
     tensors
         The tensors by name.
     config

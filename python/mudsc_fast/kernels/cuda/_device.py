@@ -1,4 +1,4 @@
-"""The extension with the CUDA kernels, what it was built for, and where to launch them."""
+"""The extension with the CUDA kernels, the devices it was built for, and where to launch kernels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def refuse_capture(what: str, device: torch.device) -> None:
 
 
 def code_for(capability: tuple[int, int], architectures: str) -> Literal["machine code", "PTX", ""]:
-    """Return what a build for `architectures` has for devices of a compute capability.
+    """Return the kind of code that a build for `architectures` has for devices of a compute capability.
 
     Parameters
     ----------

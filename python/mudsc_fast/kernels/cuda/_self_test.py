@@ -136,7 +136,7 @@ def cache_directory() -> Path:
 
 
 def _identity(device: torch.device) -> str:
-    """Return what a test that passed is valid for: the device, its driver and the build of the kernels."""
+    """Return the key of a passed test: the device, its driver and the build of the kernels."""
     file = Path(_device.extension().__file__)
     status = file.stat()
     build = f"{file} {status.st_size} {status.st_mtime_ns} {torch.__version__}"

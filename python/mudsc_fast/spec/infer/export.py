@@ -18,7 +18,7 @@ from torch.nn.modules import transformer
 from mudsc_fast._forward import preserve_training_mode
 from mudsc_fast.spec.observation import Port
 
-#: Selects from what a model returns.
+#: Selects from the outputs of a model.
 Outputs = Callable[[Any], Any]
 
 #: Outputs of Hugging Face models that are only meant for the model itself.

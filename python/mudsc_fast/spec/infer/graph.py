@@ -257,7 +257,7 @@ class _GraphReader:
         return result
 
     def _follow_modules(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        """Note what a node carries into the module calls it belongs to, and out of others."""
+        """Record the values that a node carries into its module calls, and out of others."""
         stack = node.meta.get("nn_module_stack") or {}
         self._stack_of[node] = tuple(stack)
         for key, (path, _) in stack.items():
@@ -282,7 +282,7 @@ class _GraphReader:
 
 
 def _described_input(placeholder: str) -> str:
-    """Return what a user calls an input of the exported program."""
+    """Return the user's name of an input of the exported program."""
     if placeholder.startswith("keywords_"):
         return f"input {placeholder.removeprefix('keywords_')!r} of the model"
     return f"input {placeholder.removeprefix('arguments_')} of the model"

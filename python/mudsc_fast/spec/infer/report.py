@@ -1,4 +1,4 @@
-"""What keeps axes in their order, in words."""
+"""Descriptions of the reasons that keep axes in their order."""
 
 from __future__ import annotations
 
