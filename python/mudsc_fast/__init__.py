@@ -1,4 +1,4 @@
-"""Training-free merging of pretrained networks, and the fast kernels under it."""
+"""Training-free merging of pretrained networks, built on fast kernels."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The interfaces of other libraries are loaded at first use, so that they do not slow down the import.
+    # The interfaces of other libraries are loaded on first use, so that they do not slow down the import.
     if name == "compat":
         return import_module("mudsc_fast.compat")
     if name == "patch":

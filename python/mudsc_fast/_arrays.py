@@ -20,7 +20,7 @@ class HasArray(Protocol):
 
 
 class HasDlpack(Protocol):
-    """An object that hands out its memory by DLPack."""
+    """An object that shares its memory by DLPack."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the capsule."""
@@ -45,7 +45,7 @@ def as_tensor(argument: str, value: object) -> Tensor:
         If it is a tensor without data.
     """
     if isinstance(value, Tensor):
-        # A view may hold its entries' negatives and say so in a flag, which kernels that read its memory do not see.
+        # A view may store negated entries and set a flag, which kernels that read its memory do not see.
         return _checks.check_tensor(argument, value).resolve_neg()
     if isinstance(value, np.ndarray):
         return _from_numpy(argument, value)

@@ -38,7 +38,7 @@ def check_finite(argument: str, value: Tensor) -> None:
         value = torch.view_as_real(value)
     if not value.is_floating_point():
         return
-    # The extremes carry NaN and inf along: one read, without a mask or a copy of the tensor's size.
+    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size.
     if value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value)):
         return
     bad = (~torch.isfinite(value)).nonzero()

@@ -11,7 +11,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def copy_module(model: _Module) -> _Module:
-    """Return a deep copy of a module, also if it keeps computed tensors, which ``copy.deepcopy`` refuses.
+    """Return a deep copy of a module, even if it keeps computed tensors, which ``copy.deepcopy`` rejects.
 
     ``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` keep a weight that the layer recomputes in every
     forward. The copy holds its values.

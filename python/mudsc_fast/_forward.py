@@ -35,7 +35,7 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
             return
         try:
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        except TypeError as error:  # most often of the call: missing or unexpected arguments
+        except TypeError as error:  # usually missing or unexpected arguments
             raise TypeError(
                 f"the model cannot run on a batch as data yields it: {error}. Pass forward=, e.g. "
                 "forward=lambda model, batch: model(batch['image'])"
@@ -62,7 +62,7 @@ def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
 
 
 class Rewindable(Iterable[Any]):
-    """Batches whose first can be looked at without losing it, even if they can be iterated over only once."""
+    """Batches whose first batch can be read in advance, even if they can be iterated over only once."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -81,7 +81,7 @@ class Rewindable(Iterable[Any]):
             yield batch
 
     def first(self) -> Any:
-        """Return the first batch.
+        """Return the first batch without consuming it.
 
         Raises
         ------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 _SAMPLES, _TOKENS = 2, 16
 #: Number of audio frames after the convolutions.
 _FRAMES = 40
-#: Side of the images for models whose configuration does not name one: they take any.
+#: Side of the images for models whose configuration does not name one; they accept any size.
 _IMAGE_SIDE = 64
 
 

@@ -1,4 +1,4 @@
-"""Matchings in files: the clusters as tensors of a .safetensors file, all else as JSON in its metadata."""
+"""Matchings in files: clusters are tensors of a .safetensors file, everything else is JSON in its metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORMAT = "mudsc_fast matching 1"
 
 def save(path: PathLike, spec: PermutationSpec, nodes: Mapping[str, NodeMatching], fields: Mapping[str, Any]) -> None:
     """Write a matching to a file; a file that cannot be written completely is left as it was."""
-    from safetensors.torch import save_file  # only users of files pay for the import
+    from safetensors.torch import save_file  # imported only if files are used
 
     figures = {
         node: {
@@ -60,7 +60,7 @@ def load(path: PathLike, device: torch.device) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     with Path(path).open("rb"):
-        pass  # a file that cannot be read raises OSError, whatever safetensors makes of it
+        pass  # raise OSError for an unreadable file, whatever safetensors raises
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}

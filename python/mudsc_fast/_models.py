@@ -1,4 +1,4 @@
-"""What users pass as models: modules, state dicts, or paths of checkpoints."""
+"""Models as users pass them: modules, state dicts, or paths of checkpoints."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Networks:
     def of_tensors(
         cls, tensors: Sequence[Mapping[str, Tensor]], configs: Sequence[Mapping[str, Any] | None] | None = None
     ) -> Networks:
-        """Return networks of which only the tensors are known, all entries being tensors."""
+        """Return networks of which only the tensors are known; all entries are tensors."""
         count = len(tensors)
         known = (None,) * count if configs is None else tuple(configs)
         return cls((), tuple(tensors), tuple(tensors), ({},) * count, known, (frozenset(),) * count)

@@ -30,7 +30,7 @@ def as_text(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
 
 def as_html(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """Return the same for a notebook."""
-    from html import escape  # costs a millisecond, and only notebooks need it
+    from html import escape  # takes a millisecond to import, and only notebooks need it
 
     header, *body = rows
     parts = ["<table><thead><tr>", *(f"<th>{escape(cell)}</th>" for cell in header), "</tr></thead><tbody>"]

@@ -14,7 +14,7 @@ _INT_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Padded(Mapping[str, Tensor]):
-    """The tensors of one network, and those of others under names that it does not have."""
+    """The tensors of one network, plus tensors of others under names that it does not have."""
 
     def __init__(self, own: Mapping[str, Tensor], networks: Sequence[Mapping[str, Tensor]]) -> None:
         self._own = own
@@ -54,7 +54,7 @@ def tied_tensors(state_dicts: Sequence[Mapping[str, Tensor]]) -> list[tuple[str,
 
     A tensor that only some of the models share between names is not among them: its names have values of their own.
     """
-    held = [dict(state_dict) for state_dict in state_dicts]  # so that no two that are read from a file get one address
+    held = [dict(state_dict) for state_dict in state_dicts]  # so that no two tensors read from a file share an address
     names: dict[tuple[object, ...], list[str]] = {}
     for name, first in held[0].items():
         if first.numel():
@@ -76,7 +76,7 @@ def same_values(first: Tensor, second: Tensor) -> bool:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor of any dtype: not all dtypes can be compared or indexed, and NaN differs from NaN."""
+    """Return the bits of a tensor of any dtype, because not all dtypes can be compared or indexed, and NaN != NaN."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.detach().view(_INT_OF_WIDTH[tensor.itemsize])

@@ -84,7 +84,7 @@ def reset_batch_norm(
 
 
 class _Average:
-    """Lets a layer average its statistics over the batches; gives all back after an error."""
+    """Lets a layer average its statistics over the batches; restores everything after an error."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
@@ -105,18 +105,18 @@ class _Average:
                 buffer.copy_(self._before[name])
 
     def _prepare(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        """Let the layer learn from a call, unless there is no variance to learn from."""
+        """Let the layer update its statistics in a call, unless there is only one value per unit."""
         if _values_per_unit(layer, inputs[0]) < 2:
             self.num_skipped += 1
             layer.training = False  # it normalizes by its current statistics
             return
         self.num_batches += 1
         layer.training = True
-        layer.momentum = 1 / self.num_batches  # which makes the running value the plain average over all batches
+        layer.momentum = 1 / self.num_batches  # makes the running value the plain average over all batches
 
 
 def _values_per_unit(layer: Any, inputs: Tensor) -> int:
-    """Return over how many values the layer takes each mean."""
+    """Return the number of values over which the layer takes each mean."""
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
         return inputs.shape[1 - layer._get_no_batch_dim() :].numel()  # the positions of one channel of one sample
     return inputs.numel() // max(1, int(layer.num_features))

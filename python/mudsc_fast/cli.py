@@ -20,7 +20,7 @@ _PLAIN = (ValueError, OSError, DistributedError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    Every error goes to stderr with status 2, and nothing of an output is left behind. ``--debug`` shows the traceback.
+    Errors go to stderr with status 2, and no partial output is left behind. ``--debug`` shows the traceback.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How good a merged network is: accuracies over the classes of several tasks, losses, ensembles, barriers.
+"""Evaluation of merged networks: accuracies over the classes of several tasks, losses, ensembles, barriers.
 
 Networks whose outputs are compared with one vector per class (by cosine, as CLIP does) can be merged whole, output
 layer included; ``class_vectors`` are these vectors. Without them the outputs of a network are its logits.
@@ -117,7 +117,7 @@ def cross_entropy(
 
 
 class Ensemble(nn.Module):
-    """The mean of the outputs of several networks: what a merged network is measured by.
+    """The mean of the outputs of several networks, the reference for a merged network.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Models, a spec and data in; a matching of their units out."""
+"""Match the units of models, given a spec and optionally data."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def choose_spec_and_data(
 
 
 def _kind_of(given: object) -> str:
-    """Return what processes must be given alike for all to go through the same steps; data differ between them."""
+    """Return the arguments that must be equal in all processes, so that they take the same steps; data may differ."""
     if given is None:
         return "None"
     if isinstance(given, (PermutationSpec, MatchingStatistics)):
@@ -188,7 +188,8 @@ class PreparedMatching:
         )
         if options.space != "weight":
             self._match_activations(data)
-        # Weights of 0 do not say how a cluster's members count: the units are then matched as for equal weights.
+        # With weights of 0 the shares of a cluster's members are undefined; units are then matched as for equal
+        # weights.
         shares = self._weights if min(self._weights) > 0 else [1 / len(networks)] * len(networks)
         self._weight_similarity = WeightSimilarity(
             networks.state_dicts,

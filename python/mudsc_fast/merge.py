@@ -1,4 +1,4 @@
-"""Models in, a merged model out; and a search for the balance of weights and activations."""
+"""Merge models, and search the balance of weights and activations."""
 
 from __future__ import annotations
 

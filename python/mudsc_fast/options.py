@@ -1,4 +1,4 @@
-"""The options of a matching, checked once and handed on as one value."""
+"""The options of a matching, checked once and passed on as one value."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def default_shrink(shrink: float | None, num_models: int) -> float:
 
 
 def default_space(space: Space | None, has_data: bool) -> Space:
-    """Return the space to match in: both if there is data, else that of the weights."""
+    """Return the space to match in: dual if there is data, else weight."""
     if space is not None:
         return space
     return "dual" if has_data else "weight"

@@ -24,7 +24,7 @@ __all__ = [
 
 _GRAY, _BLUE, _BLACK = "#9aa0a6", "#1a73e8", "#202124"
 _COLORS = (_BLUE, "#e8710a", "#188038", "#9334e6")
-#: With more nodes their names are written upright.
+#: With more nodes, their names are rotated.
 _MAX_LEVEL_NAMES = 6
 
 
@@ -104,7 +104,7 @@ def plot_accuracies(
     axes
         Where to draw; by default in a new figure.
     highlight
-        Methods whose names contain it stand out.
+        Methods whose names contain this text are highlighted.
     """
     axes = new_axes() if axes is None else axes
     methods = list(accuracies)

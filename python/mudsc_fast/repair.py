@@ -290,7 +290,7 @@ def _affine(moments: _Moments, target: _Moments) -> tuple[Tensor, Tensor]:
 def _fold(layer: nn.Module, weight_axis: int, scale: Tensor, shift: Tensor) -> None:
     """Scale and shift a layer's outputs by its weight and bias, in place."""
     weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)  # of every layer that was chosen
+    assert isinstance(weight, Tensor)  # every chosen layer has one
     along_axis = [-1 if i == weight_axis else 1 for i in range(weight.ndim)]
     weight.copy_(weight.double() * scale.view(along_axis))
     if isinstance(bias, Tensor):

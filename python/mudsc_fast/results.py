@@ -1,4 +1,4 @@
-"""Matchings and merged networks: what can be done with them, and how they came about."""
+"""Results of matching and merging."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Names = str | Sequence[str]
 class Matching(Mapping[str, NodeMatching]):
     """How the units of several networks correspond: a mapping from the nodes of a spec to :class:`NodeMatching`.
 
-    Made by :func:`match`. It merges and aligns the networks any number of times without matching them again, also
-    later on and elsewhere: it can be saved and loaded. ``print(matching)`` shows the table of nodes.
+    Made by :func:`match`. It merges and aligns the networks any number of times without matching them again. It can be
+    saved and loaded. ``print(matching)`` shows the table of nodes.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Matching(Mapping[str, NodeMatching]):
     task_heads: tuple[str, ...] = ()
     distribution: Distribution | None = None
 
-    # A mapping compares its entries, whose tensors have no single truth value.
+    # Compare by identity: a mapping would compare its entries, and tensors have no single truth value.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -185,7 +185,7 @@ class Matching(Mapping[str, NodeMatching]):
             permutations = matched.permutations
             assert permutations is not None  # of an alignment
             orders[node] = permutations[index]
-        lacking = {name for name in self.spec.layouts if name not in tensors}  # heads of other tasks
+        lacking = {name for name in self.spec.layouts if name not in tensors}  # task heads of other networks
         spec = self.spec.without(lacking) if lacking else self.spec
         permuted = like(permute_state_dict(tensors, spec, orders), network, 0)
         return with_state(model, permuted) if isinstance(model, nn.Module) else permuted
@@ -212,7 +212,7 @@ class Matching(Mapping[str, NodeMatching]):
         axes
             Where to draw; by default in a new figure. Needs matplotlib (the extra ``plot``).
         """
-        from mudsc_fast.plot import plot_similarities  # only those who plot pay for the import
+        from mudsc_fast.plot import plot_similarities  # imported only for plots
 
         return plot_similarities(self.nodes, axes)
 
@@ -307,7 +307,7 @@ class RefitLayer:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MergeResult:
-    """A merged network and how it came about. ``print(result)`` shows a table.
+    """A merged network, with its matching and report. ``print(result)`` shows a table.
 
     Attributes
     ----------

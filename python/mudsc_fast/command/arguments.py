@@ -41,7 +41,7 @@ of torch.save with a state dict (.pt, .pth, .bin, .ckpt), or a directory of Hugg
 _MERGE_EXAMPLES = _EXAMPLES
 
 _ALIGN = """\
-Write a network with its units in the order of those of another network. It computes the same as before, and can then be
+Write a network with its units in the order of another network's units. It computes the same as before, and can then be
 averaged with BASE by any tool, tensor by tensor.
 """
 
@@ -71,7 +71,7 @@ examples:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps the description, and keeps examples as they are."""
+    """Wraps the description, but not the examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("examples:"):

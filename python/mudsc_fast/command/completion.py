@@ -108,7 +108,7 @@ def _bash(prog: str, commands: list[_Command]) -> str:
             *cases,
             "  esac",
             "}",
-            # Where nothing is offered, names of files are.
+            # If there are no other choices, file names are completed.
             f"complete -o default -F {function} {prog}",
         ]
     )

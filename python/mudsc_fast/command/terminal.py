@@ -13,7 +13,7 @@ _LOGGER = logging.getLogger("mudsc_fast")
 
 
 def in_color() -> bool:
-    """Tell whether stderr is a terminal that shows colors (https://no-color.org)."""
+    """Return whether stderr is a terminal that shows colors (https://no-color.org)."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -43,7 +43,7 @@ class Messages(logging.Handler):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the logging as it was."""
+        """Restore the previous logging."""
         _LOGGER.removeHandler(self)
         _LOGGER.propagate = self._propagated
 

@@ -1,4 +1,4 @@
-"""mudsc_fast by the interfaces of other libraries, one module for each; none of these libraries is imported."""
+"""mudsc_fast with the interfaces of other libraries, one module for each; none of these libraries is imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded at first use: most programs need one of these modules or none.
+    # Loaded on first use: most programs need one of these modules or none.
     if name in ("Patch", "patch"):
         return getattr(import_module("mudsc_fast.compat._patch"), name)
     if name in __all__:

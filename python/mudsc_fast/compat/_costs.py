@@ -1,4 +1,4 @@
-"""Costs as other assignment libraries read them: pairs without an edge, and problems without a complete assignment."""
+"""Costs with the semantics of other assignment libraries: missing edges, and problems without a complete assignment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def as_costs(argument: str, cost: Any, axes: int = 2) -> NDArray[Any]:
 
 
 def solve_complete(cost: NDArray[Any]) -> tuple[Indices, Indices]:
-    """Return rows and columns of min(n, m) pairs: as few pairs without an edge (+inf) as possible, then the least cost.
+    """Return rows and columns of min(n, m) pairs with the fewest missing edges (+inf), then at minimum cost.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def solve_complete(cost: NDArray[Any]) -> tuple[Indices, Indices]:
 
 
 def solve_edges(cost: NDArray[Any]) -> tuple[Indices, Indices]:
-    """Return rows and columns of the pairs with an edge in that assignment; every entry that is not finite is none."""
+    """Return the rows and columns of the pairs with an edge in that assignment; others are missing edges."""
     edges = np.isfinite(cost)
     rows, columns = solve_complete(cost if edges.all() else np.where(edges, cost, np.inf))
     kept = edges[rows, columns]
@@ -65,7 +65,7 @@ def solve_batch_tensor(argument: str, cost: Any) -> Any:
 
 
 def _with_expensive_edges(cost: NDArray[Any]) -> NDArray[np.float64]:
-    """Return costs in which one pair without an edge costs more than any change of all the others."""
+    """Return costs in which one missing edge costs more than any change of all other pairs."""
     exact = cost.astype(np.float64)
     finite = np.abs(exact[np.isfinite(exact)])
     return np.where(np.isposinf(exact), 2 * min(exact.shape) * (finite.max(initial=0.0) + 1.0) + 1.0, exact)

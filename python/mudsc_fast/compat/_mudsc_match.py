@@ -1,4 +1,4 @@
-"""How the MuDSC program matches the units of one node: as they are, by permutations, or by clusters."""
+"""Matching the units of one node like the MuDSC program: by index, by permutations, or by clusters."""
 
 from __future__ import annotations
 

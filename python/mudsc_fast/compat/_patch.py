@@ -70,13 +70,13 @@ class Patch:
         return "\n".join(lines)
 
     def covers(self, module: str, function: str) -> bool:
-        """Return whether names of that module are to be replaced where they are bound to that function."""
+        """Return whether names of that module that are bound to the function are to be replaced."""
         if self._functions is not None and function not in self._functions:
             return False
         return self._only is None or any(module == name or module.startswith(f"{name}.") for name in self._only)
 
     def note(self, place: str, function: str) -> None:
-        """Add a name to those that were replaced."""
+        """Record a replaced name."""
         self._patched[place] = function
 
 
@@ -152,7 +152,7 @@ class _Switch(MetaPathFinder):
         # By the id of the original and of the replacement, both of which `_found` keeps alive.
         self._by_id: dict[int, _Found] = {}
         self._replaced: dict[tuple[int, str], tuple[str, dict[str, Any], _Found]] = {}
-        self._followed: dict[int, tuple[Any, Any]] = {}  # loaders by id, with an `exec_module` of their own if any
+        self._followed: dict[int, tuple[Any, Any]] = {}  # loaders by id, with their own `exec_module` if they have one
         self._searching = threading.local()
 
     def holds(self, patch: Patch) -> bool:
@@ -205,22 +205,22 @@ class _Switch(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a module by the other finders, and have it patched once it is executed."""
+        """Find a module by the other finders, and patch it once it is executed."""
         names: set[str] = self._searching.__dict__.setdefault("names", set())
-        if fullname in names:  # asked by another finder that asks all finders in turn
+        if fullname in names:  # called by another finder that queries all finders
             return None
         names.add(fullname)
         try:
             spec = _find_by_others(self, fullname, path, target)
         finally:
             names.remove(fullname)
-        # Loaders that are classes, those of built-in modules, are shared: they stay as they are.
+        # Loaders that are classes (of built-in modules) are shared and left unchanged.
         if spec is not None and hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, type):
             self._follow(spec.loader)
         return spec
 
     def _follow(self, loader: Any) -> None:
-        """Have the modules that a loader executes patched, until the last patch ends."""
+        """Patch the modules that a loader executes, until the last patch ends."""
         with self._lock:
             if not self._active or id(loader) in self._followed or not hasattr(loader, "__dict__"):
                 return
@@ -231,7 +231,7 @@ class _Switch(MetaPathFinder):
                 self.imported(module)
 
             self._followed[id(loader)] = (loader, loader.__dict__.get("exec_module"))
-            # On the loader itself, not around it: others compare loaders and ask them for sources and resources.
+            # Changes the loader itself instead of wrapping it, because others compare loaders and ask them for sources.
             loader.__dict__["exec_module"] = execute_and_patch
 
     def _unfollow(self) -> None:
@@ -276,7 +276,7 @@ class _Switch(MetaPathFinder):
 
 
 def _namespaces() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and namespace of every loaded module, without waking modules that load themselves lazily."""
+    """Yield name and namespace of every loaded module, without triggering lazy modules."""
     for module, value in sys.modules.copy().items():
         if isinstance(value, ModuleType) and module.partition(".")[0] != "mudsc_fast":
             yield module, vars(value)

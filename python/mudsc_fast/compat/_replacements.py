@@ -33,7 +33,7 @@ class Replacement:
 def _replace(name: str, function: Any, *homes: str) -> Replacement:
     """Return the replacement of a function; `homes` are modules besides that of `name` that may have it."""
     module, _, attribute = name.rpartition(".")
-    # A copy rather than a wrapper, which would take as long as a small problem. It is pickled by its name here.
+    # A copy, because the call of a wrapper takes as long as a small problem. It is pickled by its name here.
     copy = FunctionType(function.__code__, function.__globals__, attribute, function.__defaults__)
     copy.__doc__, copy.__annotations__ = function.__doc__, function.__annotations__
     copy.__module__, copy.__qualname__ = __name__, name.replace(".", "_")
@@ -44,7 +44,7 @@ def _replace(name: str, function: Any, *homes: str) -> Replacement:
 def _linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any, Any]:
     """Solve the linear sum assignment problem: mudsc_fast's replacement of scipy.optimize.linear_sum_assignment."""
     rows, columns = assignment.linear_sum_assignment(cost_matrix, maximize)
-    # scipy answers tensors, which it reads as arrays, with arrays.
+    # scipy returns arrays for tensors, which it reads as arrays.
     return (rows.cpu().numpy(), columns.cpu().numpy()) if isinstance(rows, Tensor) else (rows, columns)
 
 

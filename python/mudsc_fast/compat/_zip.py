@@ -1,4 +1,4 @@
-"""The greedy zip of the published programs of ZipIt and MuDSC, by the fast kernel where results are the same."""
+"""The greedy zip of the published programs of ZipIt and MuDSC, with the fast kernel if results are the same."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _zip_literally(
 
 
 def _join_rows(rows: Tensor, kept: int, gone: int, shrink: float, severed: Sequence[slice]) -> Tensor:
-    """Return the matrix with row `gone` merged into row `kept`: the elementwise minimum, shrunk or cut off."""
+    """Return the matrix with row `gone` merged into row `kept`: the elementwise minimum, shrunk or severed."""
     joined = torch.minimum(rows[kept], rows[gone])
     if shrink > 0:
         joined *= shrink

@@ -21,8 +21,8 @@ from mudsc_fast.ops.assignment import linear_assignment
 
 __all__ = ["lapjv", "lapjvx", "lapjvx_batch", "lapjvxa", "lapjvxa_batch", "lapmod"]
 
-#: Up to this many rows, missing entries of a sparse problem are infinite in the dense one; beyond, they are expensive,
-#: which the solver for large problems is faster on.
+#: Up to this many rows, missing entries of a sparse problem are infinite in the dense one; beyond, they are a large
+#: finite cost, on which the solver for large problems is faster.
 _MAX_INFINITE = 256
 
 Array = NDArray[Any]

@@ -226,7 +226,8 @@ class WeightFusion:
             for index in torch.randperm(len(nodes), generator=generator, device="cpu").tolist():
                 node = nodes[index]
                 seen = {other: self._matching[other] for other in neighbours[node] if other in self._matching}
-                # If its neighbours are matched as at its last visit, a node's weight vectors have not changed.
+                # If the matchings of its neighbors have not changed since the last visit, neither have a node's weight
+                # vectors.
                 if node not in visits or not same_matching(visits[node][0], seen):
                     similarity = self._weight_similarity(node)
                     if node in activations:
@@ -260,7 +261,7 @@ class WeightFusion:
                 tensor = state[use.tensor].detach()
                 if use.scaled:
                     tensor = tensor / (state[use.tensor.rpartition(".")[0] + ".running_var"] + 1e-7).sqrt()
-                # The opposite of the merge: what a tensor consumes is averaged, what it produces is summed.
+                # The opposite of the merge: consumed axes are averaged, produced axes are summed.
                 maps = {axis: match.map(consumes, i) for axis, match, consumes in others}
                 tensor = permute_merge([tensor], maps, weights=[1.0]) if maps else tensor
                 vectors[i].append(tensor.movedim(use.axis, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None])

@@ -1,7 +1,7 @@
 """optax's assignment function, by name, argument and result; the arrays of JAX stay on their device.
 
-Verified against optax 0.2.8 with jax 0.10.2. JAX is not imported: whoever has an array of it has done that. Under
-``jax.jit`` there are no values to solve; :func:`mudsc_fast.patch` calls optax's own function there.
+Verified against optax 0.2.8 with jax 0.10.2. JAX is not imported: a caller with a JAX array has already imported it.
+Under ``jax.jit`` there are no values to solve; :func:`mudsc_fast.patch` calls optax's own function there.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 class PermutationSpec(NamedTuple):
-    """Which axes each permutation permutes.
+    """Mapping between permutations and the axes that they permute.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ def weight_matching(
         progress = False
         for index in torch.randperm(len(names), device="cpu").tolist():
             p = names[index]
-            # If no neighbour has changed since its last visit, its products and its permutation are the same.
+            # If no neighbor has changed since the last visit, the products and the permutation are the same.
             if max((changed_at[other] for other in _neighbours(ps, p)), default=0) <= visited_at[p]:
                 continue
             visited_at[p] = changes

@@ -1,6 +1,6 @@
 """The function of the package torch-lap-cuda, by name, argument and result.
 
-Read off the source of torch-lap-cuda 0.0.3, which needs a GPU; this function takes tensors on any device.
+Follows the source of torch-lap-cuda 0.0.3, which needs a GPU; this function takes tensors on any device.
 """
 
 from __future__ import annotations

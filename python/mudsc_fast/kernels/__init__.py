@@ -1,1 +1,1 @@
-"""Back ends: every folder holds the same file names, one per op; `reference` defines what is correct."""
+"""Backends: every folder has the same file names, one per op; `reference` defines the correct results."""

@@ -1,4 +1,4 @@
-"""The numbers by which C++ and CUDA kernels know dtypes."""
+"""Numbers that represent dtypes in C++ and CUDA kernels."""
 
 from __future__ import annotations
 

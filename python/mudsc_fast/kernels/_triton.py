@@ -33,7 +33,7 @@ def _version_problem() -> str:
         return "triton is not installed: pip install triton"
     try:
         installed = version("triton")
-    except PackageNotFoundError:  # built into torch under another name, as recent as torch
+    except PackageNotFoundError:  # part of torch under another name, as recent as torch
         return ""
     if tuple(int(part) for part in installed.split(".")[:2]) < _OLDEST:
         needed = ".".join(map(str, _OLDEST))

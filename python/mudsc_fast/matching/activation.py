@@ -172,7 +172,7 @@ class MatchingStatistics:
         all_reduce_sums(list(self._sums.values()), ranks, "summing activations")
 
     def checksum(self) -> str:
-        """Return a short text that tells statistics of other data."""
+        """Return a short text that distinguishes statistics of different data."""
         digest = hashlib.sha256()
         for node, sums in self._sums.items():
             digest.update(f"{node} {sums.num_samples} ".encode())
@@ -407,7 +407,7 @@ class _Observer:
         self._units = units
         self._device = next(iter(model.state_dict().values())).device
         self._observations = {node: _checked_observations(model, spec, node) for node in observed_nodes(spec)}
-        #: What was seen of each node, while this model runs; empty while another runs that has modules in common.
+        #: Observations of each node while this model runs; empty while another model with shared modules runs.
         self._features: dict[str, list[_Feature]] = {}
 
     @contextmanager
@@ -511,7 +511,7 @@ def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: M
         return nn.functional.linear(read, attention.in_proj_weight, attention.in_proj_bias)
     weight = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[place]
     bias = None if attention.in_proj_bias is None else attention.in_proj_bias.narrow(0, place * width, width)
-    # Only the projection that is observed, at its place among the three.
+    # Only the observed projection, in its position among the three.
     return nn.functional.pad(nn.functional.linear(read, weight, bias), (place * width, 0))
 
 

@@ -18,7 +18,7 @@ from mudsc_fast.ops.permute import UnitMap, permute_merge, permute_merge_group
 from mudsc_fast.spec.axes import Axis, Segment
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: How the units of an axis are re-indexed; None leaves them as they are.
+#: How the units of an axis are re-indexed; None leaves them unchanged.
 MapOfAxis = Callable[[Axis], UnitMap | None]
 
 
@@ -60,7 +60,7 @@ def merge_state_dicts(
         else:
             tensors = [state_dict[name].detach() for state_dict in state_dicts]
             merged[name] = reindex(tensors, layout, map_of, model_weights)
-    # Biases and norms, many and small: all together.
+    # Biases and norms are many and small, so they are merged in one call.
     for alike in vectors.values():
         splits = [split_axes(state_dicts[0][name].shape, spec.layouts.get(name, ()), map_of) for name in alike]
         groups = [
@@ -90,7 +90,7 @@ def _main_names(
 
 
 def _mapped(layout: Sequence[Sequence[Segment]]) -> list[tuple[int, int, str]]:
-    """Return where a layout has nodes."""
+    """Return the axes of a layout that have nodes."""
     return [
         (position, segment.start, segment.axis.node)
         for position, segments in enumerate(layout)
@@ -216,14 +216,14 @@ def reindex(
         One factor per model.
     """
     if tensors[0].is_complex():
-        # Real and imaginary parts are two more entries of each unit, behind all axes.
+        # Real and imaginary parts become two more entries of each unit, on a new last axis.
         parts = [torch.view_as_real(tensor.resolve_conj()) for tensor in tensors]
         return torch.view_as_complex(reindex(parts, layout, map_of, weights).contiguous())
     for position, segments in enumerate(layout):
         if len(segments) > 1:
             parts = []
             for segment in segments:
-                assert segment.width is not None  # only a lone segment has the width of its axis
+                assert segment.width is not None  # only a single segment has the width of its axis
                 windows = [tensor.narrow(position, segment.start, segment.width) for tensor in tensors]
                 whole = [*layout[:position], (Segment(segment.axis),), *layout[position + 1 :]]
                 parts.append(reindex(windows, whole, map_of, weights))

@@ -1,4 +1,4 @@
-"""What an interrupted run continues from: the statistics of the activations, and the state after each sweep."""
+"""Checkpoints of interrupted runs: the statistics of the activations, and the state after each sweep."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Checkpoint:
             )
 
     def load_statistics(self, device: torch.device) -> MatchingStatistics | None:
-        """Return the statistics of the activations, None if they were not complete."""
+        """Return the statistics of the activations, or None if they are incomplete."""
         with self._ranks.step("reading the checkpoint"):
             file = self._path / "statistics.pt"
             return MatchingStatistics.load(file, device=device) if file.exists() else None

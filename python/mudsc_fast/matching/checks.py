@@ -15,9 +15,9 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 _logger = logging.getLogger(__name__)
 
-#: Two tensors whose entries correlate as much are taken for a weight and its moving average.
+#: Two tensors whose entries have at least this correlation are considered a weight and its moving average.
 _COPY_CORRELATION = 0.7
-#: Entries that are compared for that; fewer say too little.
+#: Minimum number of entries for that comparison.
 _MIN_COMPARED, _MAX_COMPARED = 64, 4096
 
 
@@ -127,7 +127,7 @@ def _copies_of_weights(state_dict: Mapping[str, Tensor], spec: PermutationSpec) 
     for name, tensor in state_dict.items():
         if name in spec.layouts or tensor.dtype not in FLOAT_DTYPES or tensor.numel() < _MIN_COMPARED:
             continue
-        if tensor.is_meta:  # another process has it
+        if tensor.is_meta:  # on another process
             continue
         candidates = [weight for weight in matched.get(tuple(tensor.shape), ()) if state_dict[weight] is not tensor]
         for weight in sorted(candidates, key=lambda weight: weight.rpartition(".")[2] not in name):

@@ -1,4 +1,4 @@
-"""What a matching depends on, in short texts: processes compare them, and a resumed run compares them with its own."""
+"""The inputs of a matching as short texts, which are compared between processes and with an interrupted run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mudsc_fast._tensors import as_integers
 from mudsc_fast.options import MatchOptions
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: Entries at the beginning, in the middle and at the end of each tensor that tell other weights.
+#: Number of entries at the beginning, middle and end of each tensor by which different weights are detected.
 _ENTRIES = 64
 
-#: Options that change what is shown, not what is computed.
+#: Options that change the display but not the result.
 _NOT_COMPARED = ("progress", "forward")
 
 
@@ -26,7 +26,7 @@ def input_parts(
     weights: Sequence[float],
     task_heads: Sequence[str],
 ) -> dict[str, str]:
-    """Return by name what a matching depends on; equal inputs have equal texts.
+    """Return the inputs of a matching as texts by name; equal inputs have equal texts.
 
     Of each tensor the name, shape, dtype and some entries count, so that large files need not be read.
     """

@@ -21,7 +21,7 @@ Mode = Literal["align", "zip"]
 #: milliseconds, and their solutions would fragment the heap.
 _MIN_UNITS_TO_KEEP = 2048
 
-#: A weight that stands for 0: below the rounding of float64 beside 1, and far from the end of float32's range.
+#: A weight used instead of 0: it vanishes beside 1 in float64, and float32 can represent it.
 _VANISHING = 1e-18
 
 #: The similarity blocks that a mode reads: model 0 with every other model, or all with all.
@@ -255,7 +255,7 @@ def _pair_groups(
         gaps[node] = _largest(solution.gap) / max(size, 1)
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
         scores = matched if scores is None else scores + matched
-    assert scores is not None  # a bundle has at least one node
+    assert scores is not None  # not empty: a bundle has at least one node
     paired = linear_assignment(scores)
     across = _largest(paired.gap) / groups if groups > 1 else 0.0
     return paired.columns, inner, {node: gap + across for node, gap in gaps.items()}

@@ -1,4 +1,4 @@
-"""Which process computes what: nodes and tensors packed onto ranks by work.
+"""Distribution of nodes and tensors over ranks by work.
 
 The similarity of a node with C units takes C² operations for every sample, and a tensor of S entries has S / C samples
 for each node on one of its axes. A node whose tensors fit into the share of one rank is computed there, by its owner. A
@@ -26,13 +26,13 @@ _TOLERANCE = 0.05
 #: Smaller shares of a slice than this are rounding.
 _MIN_PIECE = 1e-3
 
-#: Samples of a node that are worth moving: summing the co-moments of two ranks takes as long as computing some hundred.
+#: Minimum number of samples worth moving: summing the co-moments of two ranks takes as long as some hundred samples.
 _MIN_MOVED_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
 class Owners:
-    """How work is packed.
+    """The distribution of work.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ def pack(spec: PermutationSpec, state_dict: Mapping[str, Tensor], ranks: int) ->
 
 
 class _Packing:
-    """The state of :func:`pack`: the load of each rank, and who has what."""
+    """The state of :func:`pack`: the load of each rank, and the owners."""
 
     def __init__(self, spec: PermutationSpec, state_dict: Mapping[str, Tensor], ranks: int) -> None:
         self._spec, self._ranks = spec, ranks

@@ -1,4 +1,4 @@
-"""Matching the nodes of a wave in several processes: on their owners, all at once."""
+"""Matching the nodes of a wave in several processes, each node on its owner."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class Exchange:
         Of the matching.
     """
 
-    #: Numbers of 32 bits that hold the three numbers of 64 bits beside a matching's clusters.
+    #: Number of 32-bit words for the three 64-bit numbers stored with a matching's clusters.
     _FIGURES = 6
 
     def __init__(

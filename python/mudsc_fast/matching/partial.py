@@ -20,7 +20,7 @@ class Division:
     task_heads
         Names of the tensors that cannot be compared between the models.
     comparable
-        The specification without the task heads: what is matched.
+        The specification without the task heads, which is matched.
     shared
         Names of the tensors that are merged into one trunk, in the order of the state dict.
     per_task
@@ -111,7 +111,7 @@ def _produces_nothing(spec: PermutationSpec, name: str) -> bool:
 
 
 def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
-    """Return for each tensor with a node whether it lies before the stop of its part of the network, or at it."""
+    """Return for each tensor with a node whether it comes before the stop of its part, or is the stop."""
     order = {name: position for position, name in enumerate(spec.layouts)}
     part_of = _linked_parts(spec)
     last_of_part: dict[str, int] = {}

@@ -12,7 +12,7 @@ from mudsc_fast._progress import progress_bar
 from mudsc_fast.matching.node import Matcher, NodeMatching
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: Nodes that are matched in one step, because their groups keep a common order.
+#: Nodes that are matched in one step because their groups share an order.
 Bundle = tuple[str, ...]
 
 #: Returns a node's similarity blocks under the current matching of the other nodes.
@@ -32,7 +32,7 @@ class SweepResult:
 
 @dataclass
 class SweepState:
-    """All that the next sweep depends on.
+    """Everything that the next sweep depends on.
 
     Attributes
     ----------

@@ -139,7 +139,7 @@ class WeightSimilarity:
             return None
         position, begin, end = part.chosen
         axis = part.layout[position]
-        assert axis is not None  # axes without a node are restricted by a window
+        assert axis is not None  # axes without a node are restricted by windows instead
         merged = torch.arange(begin, end, device="cpu")
         matched = around[axis.node]
         if matched is not None:
@@ -160,7 +160,7 @@ class WeightSimilarity:
         sums.update(*(window.reshape(shape) for window in windows), channel_axis=at + 1, maps=by_axis)
 
     def _window(self, model: int, part: TensorSlice) -> Tensor:
-        """Return the part of a model's tensor that is meant."""
+        """Return the selected part of a model's tensor."""
         tensor = self._state_dicts[model][part.tensor].detach()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)

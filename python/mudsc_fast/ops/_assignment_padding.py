@@ -19,7 +19,7 @@ Solve = Callable[[Tensor], Solution]
 
 
 def clip(values: Tensor, maximize: bool, threshold: float) -> Tensor:
-    """Return the values, none of them worse than the threshold; float64 where their dtype cannot hold it."""
+    """Return the values, clipped at the threshold; float64 if their dtype cannot represent it."""
     if float(torch.tensor(threshold, dtype=values.dtype, device="cpu")) != threshold:
         values = values.double()
     return values.clamp(min=threshold) if maximize else values.clamp(max=threshold)

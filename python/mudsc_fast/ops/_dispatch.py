@@ -16,7 +16,7 @@ from mudsc_fast.kernels.cuda import _device, _self_test
 
 Kernel = TypeVar("Kernel")
 
-#: The back ends that serve an op on each type of device, best first. A back end is left out where it does not pay.
+#: The back ends that serve an op on each type of device, best first. A backend is omitted if it would be slower.
 #: "cpu" on another device than the CPU copies to the host and back.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
@@ -63,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_for(op: str, device_type: str, index: int | None = None) -> str:
-    """Return the name of the back end that serves `op` on the device of that type and index, or on any, now."""
+    """Return the name of the current backend of `op` on the device of that type and index, or on any."""
     named = KERNELS[op].get(device_type, KERNELS[op]["other"])
     wanted = _requested.get()
     if wanted is None:
@@ -114,7 +114,7 @@ def _warn_once(name: str, index: int, reason: str) -> None:
         return
     _warned.add((name, index))
     if name == "cuda" and not _device.is_built():
-        return  # a choice of whoever installed the package, which `mudsc-fast info` shows
+        return  # the user's choice at installation, shown by `mudsc-fast info`
     if name == "triton" and not _triton.is_installed():
         return
     warnings.warn(

@@ -146,7 +146,7 @@ def may_overflow(features: Tensor, unit_map: UnitMap) -> bool:
 def check_not_infinite(features: Sequence[Tensor], maps: Mapping[int, UnitMap] | None = None) -> None:
     """Raise ValueError if features are infinite, or would be after re-indexing by the given maps."""
     if maps:
-        check_not_infinite(features)  # so that the error names a place in the features as they were passed
+        check_not_infinite(features)  # so that the error names a position in the original features
         features = reindexed(features, maps)
     for i, feature in enumerate(features):
         if feature.numel() == 0:

@@ -1,4 +1,4 @@
-"""How an op is registered with torch as ``torch.ops.mudsc_fast.<op>``.
+"""Registration of ops with torch as ``torch.ops.mudsc_fast.<op>``.
 
 Registration makes an op visible to FakeTensor, torch.compile and torch.export. A public function that is being traced
 calls the registered op instead of a kernel, with tensors and plain numbers only. When the registered op runs, it calls

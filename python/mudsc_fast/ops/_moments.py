@@ -54,7 +54,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, num_models: int, units: int, blocks: Blocks, device: torch.device | str) -> Moments:
-        """Return the moments of no samples."""
+        """Return the moments of zero samples."""
         pairs = pairs_of(num_models, blocks)
         mean, squares = (torch.zeros(num_models, units, dtype=torch.float64, device=device) for _ in range(2))
         return cls(pairs, mean, squares, torch.zeros(len(pairs), units, units, dtype=torch.float64, device=device))

@@ -15,7 +15,7 @@ from mudsc_fast.unit_map import UnitMap
 
 
 def serves(features: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether the kernel that reads features in their own layout takes these."""
+    """Return whether the kernel that reads features in their own layout supports these."""
     backend = _dispatch.backend_for("correlation", device.type, device.index)
     if backend != "cuda" or len({one.dtype for one in features}) != 1:
         return False

@@ -1,4 +1,4 @@
-"""Zip: greedy clustering of the units of several models, also of one model's among themselves."""
+"""Zip: greedy clustering of the units of several models, across models and within each model."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
     kernels = {"cuda": cuda.zip_units, "cpu": cpu.zip_units, "reference": reference.zip_units}
     _device.refuse_capture("zip_units", similarity.device)
     kernel = _dispatch.choose("zip", similarity.device, kernels)
-    if kernel is not cpu.zip_units:  # which checks as it reads
+    if kernel is not cpu.zip_units:  # the kernel checks while it reads
         _checks.check_finite("similarity", similarity)
     cluster_of_unit, values = kernel(similarity, num_models, remaining, budget, shrink)
     if len(values) < units - remaining:

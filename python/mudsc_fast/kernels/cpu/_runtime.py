@@ -1,4 +1,4 @@
-"""How the C++ kernels run: their instruction level and number of threads."""
+"""Settings of the C++ kernels: instruction level and number of threads."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def isa_level() -> int:
 
 
 def threads() -> int:
-    """Return how many threads a C++ kernel may use: torch's own setting."""
+    """Return the number of threads a C++ kernel may use, which is torch's setting."""
     return torch.get_num_threads()

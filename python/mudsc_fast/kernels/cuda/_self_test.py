@@ -98,7 +98,7 @@ def correlation_difference(device: torch.device) -> str:
         expected = _correlation(features)
         found = _correlation_on(device, features).cpu()
         error = float((found - expected).abs().max())
-        if not error <= _TOLERANCE:  # also if it is NaN
+        if not error <= _TOLERANCE:  # also true for NaN
             return f"correlations of {dtype} features have an error of {error:.1e}"
     return ""
 
@@ -151,12 +151,12 @@ def _read(path: Path) -> list[str]:
     try:
         passed = json.loads(path.read_text(encoding="utf-8"))["passed"]
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # there is none, or it is damaged: test again
+        return []  # missing or damaged: test again
     return [str(key) for key in passed] if isinstance(passed, list) else []
 
 
 def _write(path: Path, passed: list[str]) -> None:
-    latest = passed[-64:]  # drops those of old builds
+    latest = passed[-64:]  # drops records of old builds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:

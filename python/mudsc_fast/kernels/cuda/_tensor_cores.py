@@ -1,4 +1,4 @@
-"""What multiplies features on a CUDA device: which instructions, for which dtypes.
+"""Tensor-core instructions that multiply features on a CUDA device, and the dtypes that use them.
 
 ``mma.sync`` is available on all devices that the kernels support. Devices of compute capability 9.0 also have
 ``wgmma``, whose kernel (csrc/cuda/correlation_wgmma.cu) depends on layouts of shared memory that only such a device can
@@ -66,12 +66,12 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether features of a dtype are multiplied on the tensor cores of a device."""
     if dtype != torch.float32 or os.environ.get(_VARIABLE):
         return True
-    # Devices that are not in the table are newer than it: only those for data centers have fast TF32.
+    # Devices that are missing from the table are newer than it; only those for data centers have fast TF32.
     return TF32_RATIO.get(_capability(device), 1.0) > _TF32_PRODUCTS
 
 
 def choose(device: torch.device, multiply: Multiply) -> Choice:
-    """Return what to multiply with on `device`; the first call for a device may compare products of `multiply`.
+    """Return the instructions for `device`; the first call for a device may compare products of `multiply`.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def _compare(device: torch.device, multiply: Multiply) -> Choice:
             if bool(found[0].isnan().all()):
                 return Choice(MMA_SYNC, "wgmma was not compiled: this build has no code for 9.0a")
             difference = max(_difference(one, other) for one, other in zip(found, expected, strict=True))
-            # Also where the difference is NaN.
+            # Also true if the difference is NaN.
             if not difference <= _LARGEST_DIFFERENCE:
                 return Choice(MMA_SYNC, f"wgmma gives other products of {name}, by {difference:.1e} of their size")
     except RuntimeError as error:

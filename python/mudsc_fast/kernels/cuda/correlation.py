@@ -13,9 +13,10 @@ from mudsc_fast.kernels.cuda import _device, _tensor_cores
 #: Element types that are multiplied on tensor cores.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: Samples of one float32 sum. The sums of several parts are added in float64.
+#: Maximum number of samples in one float32 sum. The sums of several parts are added in float64.
 _PART_SAMPLES = 8192
-#: Blocks that fill a large device twice. If a product has fewer tiles, its samples are divided among more blocks.
+#: Number of blocks that fill a large device twice. If a product has fewer tiles, its samples are divided among more
+#: blocks.
 _BLOCKS = 264
 _MAX_PARTS = 16
 
@@ -250,7 +251,7 @@ def _products(features: list[Tensor], axis: int, instructions: str) -> list[Tens
 
 
 def chunk_samples(units: int) -> int:
-    """Return how many samples make good use of one product of `units` units."""
+    """Return an efficient number of samples for one product of `units` units."""
     return _PART_SAMPLES * _wanted_parts(units)
 
 
@@ -270,7 +271,7 @@ def correlate(
     other: Tensor | None,
     balance: float,
 ) -> None:
-    """Do what the function of this name in `kernels.reference` does; the same bit for bit if nothing is blended."""
+    """Compute the same as the function in `kernels.reference`; bitwise equal if nothing is blended."""
     with _device.launching_on(out.device) as launch:
         _device.extension().correlation_blend(
             comoment=comoment,
@@ -328,7 +329,7 @@ def _runs(numbers: set[int]) -> list[slice]:
 
 
 def _is_one_run(feature: Tensor) -> bool:
-    """Return whether the distance between samples is the same everywhere."""
+    """Return whether consecutive samples are equally spaced."""
     _, _, inner = feature.shape
     return inner == 1 or feature.stride(0) == inner * feature.stride(2)
 

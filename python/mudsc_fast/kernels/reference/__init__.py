@@ -1,1 +1,1 @@
-"""Pure PyTorch kernels: short, slow, on any device; they define what is correct."""
+"""Pure PyTorch kernels: short, slow, on any device. They define the correct results."""
