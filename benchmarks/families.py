@@ -31,12 +31,12 @@ NEIGHBOURS = 8
 
 def correlation(first: Tensor, second: Tensor) -> Matrix:
     """Return the [n, n] Pearson correlations of two [n, T] sets of features; a constant feature has 0 with all."""
-    normalised = []
+    normalized = []
     for features in (first, second):
-        centred = features - features.mean(1, keepdim=True)
-        norms = centred.norm(dim=1, keepdim=True)
-        normalised.append(torch.where(norms > 1e-6, centred / norms.clamp(min=1e-6), 0.0))
-    product: Matrix = (normalised[0] @ normalised[1].T).numpy()
+        centered = features - features.mean(1, keepdim=True)
+        norms = centered.norm(dim=1, keepdim=True)
+        normalized.append(torch.where(norms > 1e-6, centered / norms.clamp(min=1e-6), 0.0))
+    product: Matrix = (normalized[0] @ normalized[1].T).numpy()
     return product
 
 

@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Images:
-    """Normalised images [B, 784] and their digits [B]."""
+    """Normalized images [B, 784] and their digits [B]."""
 
     pixels: Tensor
     digits: Tensor

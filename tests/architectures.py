@@ -341,7 +341,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbouring positions to one, as in timm."""
+    """Four neighboring positions to one, as in timm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

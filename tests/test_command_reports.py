@@ -1,4 +1,4 @@
-"""What the command shows: help, plans, inspections, model cards, completion and colors."""
+"""Output of the command: help, plans, inspections, model cards, completion and colors."""
 
 from __future__ import annotations
 

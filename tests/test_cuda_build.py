@@ -1,4 +1,4 @@
-"""Which CUDA kernels are built with which nvcc, shown with scripts that answer as nvcc and nvidia-smi do."""
+"""CUDA kernels built by different versions of nvcc, tested with scripts that imitate nvcc and nvidia-smi."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_planted_race_is_found(program: Path) -> None:
     done = run(program, "planted")
     assert done.returncode != 0
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
-    assert "neighbours" in done.stderr
+    assert "neighbors" in done.stderr
 
 
 def test_no_kernel_races(program: Path) -> None:

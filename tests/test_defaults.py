@@ -1,4 +1,4 @@
-"""Results do not depend on torch's default device and dtype: what is allocated says where and of what type."""
+"""Results do not depend on torch's default device and dtype: every allocation names both."""
 
 from __future__ import annotations
 
@@ -133,6 +133,6 @@ def test_simulated_kernels_do_not_depend_on_defaults(case: str, monkeypatch: pyt
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
     kernels = {op: {"cpu": ("cuda",), "other": ()} for op in ("assignment", "zip", "correlation")}
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, **kernels})
-    # Small matrices in the host's memory take a shorter way unless a back end is asked for.
+    # Small matrices in the host's memory take a shorter way unless a backend is asked for.
     with contextlib.nullcontext() if "correlation" in case else mudsc_fast.ops.use_backend("cuda"):
         check(case)

@@ -55,7 +55,7 @@ def test_devices_without_code_are_skipped(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_devices_are_not_queried_without_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever asks for them keeps processes that are forked later from using one."""
+    """Querying devices would keep processes that are forked later from using one."""
 
     def fail(index: int | None = None) -> str:
         raise AssertionError(index)

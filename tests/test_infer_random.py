@@ -1,4 +1,4 @@
-"""Random networks: whatever a derived specification lets move leaves the network's function as it was."""
+"""Random networks: permutations that the derived specification allows keep the network's outputs."""
 
 from __future__ import annotations
 

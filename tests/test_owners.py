@@ -91,7 +91,7 @@ def test_a_sweep_over_a_transformer_is_three_waves() -> None:
     assert found == [order[:20], [("stream",)], order[21:]]
 
 
-def test_waves_keep_the_order_of_neighbours() -> None:
+def test_waves_keep_the_order_of_neighbors() -> None:
     spec = mlp([f"fc{layer}" for layer in range(6)])
     for order in itertools.islice(itertools.permutations(spec.bundles), 0, None, 7):
         place = {bundle: number for number, wave in enumerate(waves(spec, order)) for bundle in wave}

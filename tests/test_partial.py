@@ -1,4 +1,4 @@
-"""Merges of which a part stays per task: behind a stop, and heads of different sizes."""
+"""Partial merges: layers after a stop, and heads of different sizes, stay per task."""
 
 from __future__ import annotations
 

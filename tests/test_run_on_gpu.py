@@ -136,7 +136,7 @@ def test_failures_are_reported_and_fail_run(tmp_path: Path, what: dict[str, str]
 
 
 def test_run_stops_at_time_limit(tmp_path: Path) -> None:
-    """Everything hangs: each step is stopped at the end of the time, and what comes later is not begun."""
+    """All steps hang: each is stopped at its time limit, and later steps do not start."""
     begin = time.monotonic()
     status, summary, _ = run(tmp_path, seconds=12, benchmark="sleep 100", tests="sleep 100")
     assert status == 1

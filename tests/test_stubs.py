@@ -1,4 +1,4 @@
-"""The stubs of the compiled modules say what these modules have."""
+"""The stubs match the compiled modules."""
 
 from __future__ import annotations
 

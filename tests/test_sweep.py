@@ -103,13 +103,13 @@ def test_weight_similarity_is_correlation_of_weight_vectors() -> None:
 def test_weight_vectors_follow_neighbor_matching() -> None:
     states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     order = torch.randperm(32)
-    neighbour = NodeMatching("align", torch.stack([torch.arange(32), torch.argsort(order)]), 32, 0.0, 0.0)
+    neighbor = NodeMatching("align", torch.stack([torch.arange(32), torch.argsort(order)]), 32, 0.0, 0.0)
     vectors = [
         torch.cat([s["fc1.weight"], s["fc1.bias"][:, None], s["fc2.weight"][rows].T], dim=1)
         for s, rows in zip(states, [torch.arange(32), order], strict=True)
     ]
     expected = torch.corrcoef(torch.cat(vectors).double()).float()
-    similarity = WeightSimilarity(states, MLP_SPEC, "full", [0.5, 0.5])("fc1", {"fc2": neighbour})
+    similarity = WeightSimilarity(states, MLP_SPEC, "full", [0.5, 0.5])("fc1", {"fc2": neighbor})
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-5)
 
 

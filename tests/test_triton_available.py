@@ -1,4 +1,4 @@
-"""Where Triton cannot be used: too old, or without a compiler. One warning, then the reference."""
+"""If Triton is too old or has no compiler, there is one warning, and the reference is used."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 // A matrix that is not contiguous, has more rows than columns, or comes with a threshold is copied once; the copy is
 // transposed where there are more rows than columns.
 //
-// A threshold t turns a minimised problem into: pair some rows with some columns so that the sum of cost - t over the
+// A threshold t turns a minimized problem into: pair some rows with some columns so that the sum of cost - t over the
 // pairs is as small as possible. Pairs with cost >= t never help, so entries are clipped at t and the clipped matrix is
 // assigned completely: its sum differs from that of cost - t by a constant, and a pair at t stands for no pair.
 // Clipping is exact, where subtracting t from every entry would round. From the duals u, v of the clipped problem,
@@ -44,7 +44,7 @@ struct AssignmentResult {
   double gap;
 };
 
-// Uninitialised memory: on the stack up to `kInlineItems` items.
+// Uninitialized memory: on the stack up to `kInlineItems` items.
 template <class T, std::int64_t kInlineItems>
 class Scratch {
  public:

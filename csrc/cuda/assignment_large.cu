@@ -32,7 +32,7 @@ template <class T>
 struct Rows {
   const T* values;
   std::int64_t rows, columns;
-  float sign;  // 1 if values are costs, -1 if they are to be maximised
+  float sign;  // 1 if values are costs, -1 if they are to be maximized
 
   __device__ const T* row(std::int64_t index) const { return values + index * columns; }
 };

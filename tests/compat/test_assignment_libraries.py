@@ -1,4 +1,4 @@
-"""The interfaces of other assignment libraries: against the libraries where they are installed, else recorded facts."""
+"""The interfaces of other assignment libraries, compared with the installed libraries or with recorded results."""
 
 from __future__ import annotations
 

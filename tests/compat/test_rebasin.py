@@ -1,4 +1,4 @@
-"""Weight matching by the ports' interface, and a tool of others under the patch."""
+"""Weight matching with the ports' interface, and the package rebasin under the patch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MLP = rebasin.permutation_spec_from_axes_to_perm(MLP_AXES)
 def by_definition(
     axes: Mapping[str, tuple[str | None, ...]], a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], seed: int
 ) -> dict[str, np.ndarray]:
-    """Algorithm 1 of the paper on NumPy arrays with scipy, every permutation anew at each visit."""
+    """Algorithm 1 of the paper on NumPy arrays with scipy, recomputing every permutation at each visit."""
     names = list(dict.fromkeys(name for row in axes.values() for name in row if name))
     found = {
         name: np.arange(next(a[t].shape[row.index(name)] for t, row in axes.items() if name in row)) for name in names

@@ -1,5 +1,4 @@
-// Runs every CUDA kernel in the simulator at a tiny size, to be compiled with ThreadSanitizer, which is told of
-// barriers only: two threads that touch the same memory without one between them are reported, in whatever order they
+// Runs every CUDA kernel in the simulator at a tiny size, to be compiled with ThreadSanitizer, which is informed of barriers only: two threads that touch the same memory without one between them are reported, in whatever order they
 // ran. With the argument "planted", a kernel without a barrier that it needs, to show that such a race is found.
 #include <cstdio>
 #include <cstring>
@@ -17,7 +16,7 @@ using namespace mudsc;
 constexpr int kThreads = 64;
 const cuda::Stream kStream{0, nullptr};
 
-__global__ void neighbours(bool barrier, int* result) {
+__global__ void neighbors(bool barrier, int* result) {
   MUDSC_SHARED(int, numbers, kThreads);
   const unsigned thread = threadIdx.x;
   numbers[thread] = static_cast<int>(thread);
@@ -147,7 +146,7 @@ int main(int count, char** arguments) {
   std::vector<int> result(kThreads);
   for (std::uint64_t seed = 0; seed < 2; ++seed) {
     cuda_sim::set_seed(seed);
-    cuda::launch("neighbours", neighbours, {dim3(1), dim3(kThreads), 0}, kStream, !planted, result.data());
+    cuda::launch("neighbors", neighbors, {dim3(1), dim3(kThreads), 0}, kStream, !planted, result.data());
     if (planted) continue;
     zip(6, 0.5, 3);
     zip(6, 0.0, 1);

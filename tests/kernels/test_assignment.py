@@ -157,7 +157,7 @@ def make_float32(family: str, rows: int, columns: int, random: np.random.Generat
     elif family == "dominating row" and rows > 0:
         values[random.integers(rows)] *= 1e6
     elif family == "equal prices":
-        # Everybody bids for the same columns, and what tells them apart lies at the end of a float32's digits.
+        # All rows bid for the same columns, whose values differ only in the last digits of float32.
         prices = random.integers(1, 4, columns).astype(np.float32)
         values = prices + random.integers(0, 3, (rows, columns)).astype(np.float32) * np.float32(2.0**-21)
     scale = 2.0 ** random.integers(-66, 67 if family != "dominating row" else 40)

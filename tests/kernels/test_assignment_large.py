@@ -1,4 +1,4 @@
-"""Assignment of problems large enough for lists: memory, matrices that lie column by column, and warm starts."""
+"""Assignment of problems large enough for lists: memory, column-major matrices, and warm starts."""
 
 from __future__ import annotations
 

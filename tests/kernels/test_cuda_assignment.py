@@ -120,7 +120,7 @@ def test_few_small_problems_are_solved_on_cpu(simulator: Any, monkeypatch: pytes
 @pytest.mark.parametrize("fault", ["columns", "column_duals", "row_duals", "gap"])
 @pytest.mark.usefixtures("simulator")
 def test_wrong_results_are_recomputed_on_cpu(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """A kernel that reports success is not believed: one warning, and the exact result."""
+    """Results are checked even if the kernel reports success: one warning, and the exact result."""
     solve_batch = cuda._solve_batch
 
     def wrong(*arguments: Any) -> Solution:

@@ -403,7 +403,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def comparison(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the first use of the simulator compare products anew, of few units and samples."""
+    """Let the first use of the simulator compare products again, with few units and samples."""
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     monkeypatch.setattr(_tensor_cores, "_UNITS", 24)
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)

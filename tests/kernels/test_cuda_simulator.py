@@ -1,4 +1,4 @@
-"""The simulator of CUDA: it must find what is planted in the kernels of csrc/cuda_sim/register_checks.cpp."""
+"""The CUDA simulator must detect the errors planted in the kernels of csrc/cuda_sim/register_checks.cpp."""
 
 from __future__ import annotations
 
@@ -68,6 +68,6 @@ def test_warpgroup_without_fence_is_detected(simulator: Any, forgotten: int, mes
 
 
 def test_warpgroup_reads_operands_late(simulator: Any) -> None:
-    """What is stored before a product is waited for is what it multiplies."""
+    """Operands that are overwritten before the wait change the product."""
     found = torch.tensor(simulator.check_warpgroup(WAIT)).reshape(64, 128)
     assert not torch.equal(found, product_of_warpgroup())

@@ -1,4 +1,4 @@
-"""The self-tests of the CUDA kernels: what they find, where a pass is recorded, and who serves an op that fails."""
+"""The self-tests of the CUDA kernels: detected errors, records of passed tests, and the fallback of a failed op."""
 
 from __future__ import annotations
 

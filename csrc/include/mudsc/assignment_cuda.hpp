@@ -20,7 +20,7 @@ bool assignment_batch_fits(const AssignmentProblem& problem, Stream stream);
 // Solves every problem of the batch, exactly, one block each. All pointers are on the device; does not wait for it.
 void assignment_batch(const AssignmentProblem& problem, Stream stream);
 
-// One problem of [rows, columns] contiguous values on the device, minimised: cost = value, or -value to maximise.
+// One problem of [rows, columns] contiguous values on the device, minimized: cost = value, or -value to maximize.
 // Values are float16, bfloat16 or float32.
 struct LargeProblem {
   const void* values;

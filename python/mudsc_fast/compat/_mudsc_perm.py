@@ -79,7 +79,7 @@ class Network:
     uses_of: Mapping[str, Sequence[Use]]
     splits: Sequence[tuple[int, str, Sequence[str]]]
 
-    def neighbours(self, node: Hashable) -> set[Hashable]:
+    def neighbors(self, node: Hashable) -> set[Hashable]:
         """Return the nodes on other axes of the node's tensors: those on which its weight vectors depend."""
         return {
             other.node for use in self.nodes[node].uses for other in self.uses_of[use.tensor] if other.axis != use.axis

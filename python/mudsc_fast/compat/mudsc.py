@@ -218,14 +218,14 @@ class WeightFusion:
     def _sweep(self, activations: Mapping[Hashable, Tensor], random_state: int) -> None:
         generator = torch.Generator().manual_seed(random_state)
         nodes = list(self._network.nodes)
-        neighbours = {node: self._network.neighbours(node) for node in nodes}
+        neighbors = {node: self._network.neighbors(node) for node in nodes}
         visits: dict[Hashable, tuple[dict[Hashable, Match], Match]] = {}
         best: dict[Hashable, Match] | None = None
         best_value, misses = 0.0, 0
         for number in range(self.iter):
             for index in torch.randperm(len(nodes), generator=generator, device="cpu").tolist():
                 node = nodes[index]
-                seen = {other: self._matching[other] for other in neighbours[node] if other in self._matching}
+                seen = {other: self._matching[other] for other in neighbors[node] if other in self._matching}
                 # If the matchings of its neighbors have not changed since the last visit, neither have a node's weight
                 # vectors.
                 if node not in visits or not same_matching(visits[node][0], seen):

@@ -116,7 +116,7 @@ def weight_matching(
         for index in torch.randperm(len(names), device="cpu").tolist():
             p = names[index]
             # If no neighbor has changed since the last visit, the products and the permutation are the same.
-            if max((changed_at[other] for other in _neighbours(ps, p)), default=0) <= visited_at[p]:
+            if max((changed_at[other] for other in _neighbors(ps, p)), default=0) <= visited_at[p]:
                 continue
             visited_at[p] = changes
             products = _products(ps, perm, p, params_a, params_b)
@@ -145,7 +145,7 @@ def _checked(init_perm: Mapping[str, Tensor], units: Mapping[str, int]) -> dict[
     return checked
 
 
-def _neighbours(ps: PermutationSpec, p: str) -> set[str]:
+def _neighbors(ps: PermutationSpec, p: str) -> set[str]:
     """Return the permutations of the other axes of the tensors that `p` permutes."""
     return {
         other

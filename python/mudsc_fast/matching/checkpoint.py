@@ -115,7 +115,7 @@ def _packed(state: SweepState) -> dict[str, Any]:
         "current": places(state.current),
         "best": places(state.best),
         "visits": [
-            (list(bundle), places(visit.neighbours), places(visit.result)) for bundle, visit in state.visits.items()
+            (list(bundle), places(visit.neighbors), places(visit.result)) for bundle, visit in state.visits.items()
         ],
         "matchings": matchings,
         "generator": state.generator,

@@ -72,11 +72,11 @@ class ParallelSolver:
         self._slices = tensor_slices(spec, state_dict)
         self._shares_nodes = shares_nodes
         self._exchange, self._timed = exchange, timed
-        #: For each node the matchings of its neighbours when its sums were last computed, by whichever process.
+        #: For each node the matchings of its neighbors when its sums were last computed, by whichever process.
         self._before: dict[str, dict[str, NodeMatching]] = {}
 
     def __call__(self, bundles: Sequence[Bundle], current: Mapping[str, NodeMatching]) -> dict[str, NodeMatching]:
-        """Return the matching of the nodes of bundles that are not neighbours of each other."""
+        """Return the matching of the nodes of bundles that are not neighbors of each other."""
         owner, rank = self._owners.owner, self._ranks.rank
         shares = self._shares(bundles, current) if self._shares_nodes else {}
         spread = [bundle for bundle in bundles if bundle in self._owners.spread]

@@ -18,7 +18,7 @@ Bundle = tuple[str, ...]
 #: Returns a node's similarity blocks under the current matching of the other nodes.
 SimilarityOfNode = Callable[[str, Mapping[str, NodeMatching]], Tensor]
 
-#: Matches the nodes of bundles that are not neighbours of each other, given the current matching of all nodes.
+#: Matches the nodes of bundles that are not neighbors of each other, given the current matching of all nodes.
 Solver = Callable[[Sequence[Bundle], Mapping[str, NodeMatching]], dict[str, NodeMatching]]
 
 
@@ -45,7 +45,7 @@ class SweepState:
     generator
         The state of the generator that orders the nodes.
     visits
-        For each bundle its latest result, and the neighbours' matchings that it was computed with.
+        For each bundle its latest result, and the neighbors' matchings that it was computed with.
     """
 
     current: dict[str, NodeMatching]
@@ -64,16 +64,16 @@ class SweepState:
 
 @dataclass(frozen=True)
 class Visit:
-    """The latest result for a bundle of nodes, and the neighbours' matchings that it was computed with."""
+    """The latest result for a bundle of nodes, and the neighbors' matchings that it was computed with."""
 
-    neighbours: Mapping[str, NodeMatching]
+    neighbors: Mapping[str, NodeMatching]
     result: Mapping[str, NodeMatching]
 
-    def saw(self, neighbours: Mapping[str, NodeMatching]) -> bool:
-        """Return whether these are the matchings of the neighbours that the result was computed with."""
-        return self.neighbours.keys() == neighbours.keys() and all(
-            matching is self.neighbours[node] or matching.same_clusters(self.neighbours[node])
-            for node, matching in neighbours.items()
+    def saw(self, neighbors: Mapping[str, NodeMatching]) -> bool:
+        """Return whether these are the matchings of the neighbors that the result was computed with."""
+        return self.neighbors.keys() == neighbors.keys() and all(
+            matching is self.neighbors[node] or matching.same_clusters(self.neighbors[node])
+            for node, matching in neighbors.items()
         )
 
 
@@ -95,14 +95,14 @@ def sweep(
     sweep does not raise the mean similarity of the nodes above the best so far, the best matching is restored. The
     search stops after `patience` such sweeps in a row, or `max_sweeps` sweeps.
 
-    Nodes with tied groups are visited together. A node is skipped if none of its neighbours' matchings has changed
+    Nodes with tied groups are visited together. A node is skipped if none of its neighbors' matchings has changed
     since its last visit: its similarity would be the same. Nodes that do not depend on each other are handed to `solve`
     together, in waves; the result is that of one node after the other.
 
     Parameters
     ----------
     spec
-        The nodes, and which are neighbours.
+        The nodes, and which are neighbors.
     solve
         Matches the nodes of a wave.
     start
@@ -139,8 +139,8 @@ def sweep(
 def waves(spec: PermutationSpec, order: Sequence[Bundle]) -> list[list[Bundle]]:
     """Divide visits into waves so that visiting one wave after the other gives the result of the order.
 
-    A visit reads the matchings of its neighbours. So it must come after the visits of its neighbours before it in the
-    order, and before those after it. Bundles of one wave are not neighbours and may be visited in any order, or
+    A visit reads the matchings of its neighbors. So it must come after the visits of its neighbors before it in the
+    order, and before those after it. Bundles of one wave are not neighbors and may be visited in any order, or
     together.
     """
     last: dict[str, int] = {}
@@ -169,17 +169,17 @@ def one_by_one(spec: PermutationSpec, similarity_of: SimilarityOfNode, match: Ma
 
 
 def _visit(spec: PermutationSpec, wave: Sequence[Bundle], solve: Solver, state: SweepState) -> None:
-    """Match the bundles of a wave, other than those whose neighbours have not changed since their last visit."""
+    """Match the bundles of a wave, other than those whose neighbors have not changed since their last visit."""
     seen = {}
     for bundle in wave:
         around = {other for node in bundle for other in spec.neighbors(node)}
-        neighbours = {other: state.current[other] for other in around if other in state.current}
+        neighbors = {other: state.current[other] for other in around if other in state.current}
         visit = state.visits.get(bundle)
-        if visit is None or not visit.saw(neighbours):
-            seen[bundle] = neighbours
+        if visit is None or not visit.saw(neighbors):
+            seen[bundle] = neighbors
     if seen:
         matching = solve(list(seen), state.current)
-        for bundle, neighbours in seen.items():
-            state.visits[bundle] = Visit(neighbours, {node: matching[node] for node in bundle})
+        for bundle, neighbors in seen.items():
+            state.visits[bundle] = Visit(neighbors, {node: matching[node] for node in bundle})
     for bundle in wave:
         state.current.update(state.visits[bundle].result)

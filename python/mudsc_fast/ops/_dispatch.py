@@ -16,7 +16,7 @@ from mudsc_fast.kernels.cuda import _device, _self_test
 
 Kernel = TypeVar("Kernel")
 
-#: The back ends that serve an op on each type of device, best first. A backend is omitted if it would be slower.
+#: The backends that serve an op on each type of device, best first. A backend is omitted if it would be slower.
 #: "cpu" on another device than the CPU copies to the host and back.
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "assignment": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "cpu", "reference"), "other": ("cpu", "reference")},
@@ -36,13 +36,13 @@ _requested: ContextVar[str | None] = ContextVar("mudsc_fast_backend", default=No
 
 
 def backends() -> tuple[str, ...]:
-    """Return the names of the back ends that can be used here: "cuda" only if it was built and finds a device."""
+    """Return the names of the backends that can be used here: "cuda" only if it was built and finds a device."""
     return tuple(name for name in _NAMES if not _unusable_reason(name))
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op of the enclosed code on the named back end.
+    """Run every op of the enclosed code on the named backend.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If there is no such back end. An op that has no kernel of that back end raises when it is called.
+        If there is no such backend. An op that has no kernel of that backend raises when it is called.
     """
     _check_backend_name("backend", name)
     token = _requested.set(name)
@@ -87,29 +87,29 @@ def backend_for(op: str, device_type: str, index: int | None = None) -> str:
     return wanted
 
 
-#: Returns the back end that the enclosing `use_backend` names, or None.
+#: Returns the backend that the enclosing `use_backend` names, or None.
 requested = _requested.get
 
 
 def choose(op: str, device: torch.device, kernels: Mapping[str, Kernel]) -> Kernel:
-    """Return the kernel of `kernels` (by back end) that serves `op` on `device`."""
+    """Return the kernel of `kernels` (by backend) that serves `op` on `device`."""
     return kernels[backend_for(op, device.type, device.index)]
 
 
 def _unusable_reason(name: str, index: int | None = None, op: str | None = None) -> str:
-    """Return why a back end cannot be used (on a CUDA device, for an op, if given); empty if it can."""
+    """Return why a backend cannot be used (on a CUDA device, for an op, if given); empty if it can."""
     if name == "cuda":
         reason = _device.unavailable_reason(index)
         return reason if reason or index is None or op is None else _self_test.failure(op, index)
     return _triton.unavailable_reason(index) if name == "triton" else ""
 
 
-#: Back ends and devices of which a warning was issued.
+#: Backends and devices of which a warning was issued.
 _warned: set[tuple[str, int]] = set()
 
 
 def _warn_once(name: str, index: int, reason: str) -> None:
-    """Warn, once, that a CUDA tensor is served by a slower back end than this build or installation was made for."""
+    """Warn, once, that a CUDA tensor is served by a slower backend than this build or installation was made for."""
     if (name, index) in _warned:
         return
     _warned.add((name, index))

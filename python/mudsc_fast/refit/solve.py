@@ -86,14 +86,14 @@ def _nothing(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def _change(moments: Moments, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias that minimise the penalised error."""
+    """Return the weight and the bias that minimize the penalized error."""
     inputs = moments.inputs
     gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
     penalty = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
     # Inputs that never vary have nothing to say; any penalty leaves their weights as they are.
     penalty = torch.where(penalty > 0, penalty, 1.0)
-    penalised = gram + penalty[:, None, None] * torch.eye(inputs, dtype=gram.dtype, device=gram.device)
-    weight = torch.cholesky_solve(cross, torch.linalg.cholesky(penalised)).transpose(1, 2)
+    penalized = gram + penalty[:, None, None] * torch.eye(inputs, dtype=gram.dtype, device=gram.device)
+    weight = torch.cholesky_solve(cross, torch.linalg.cholesky(penalized)).transpose(1, 2)
     mean_inputs, mean_residuals = moments.mean[:, :inputs], moments.mean[:, inputs:]
     bias = mean_residuals - (weight @ mean_inputs[..., None])[..., 0]
     return weight, bias if has_bias else torch.zeros_like(bias)

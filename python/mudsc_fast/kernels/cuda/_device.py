@@ -130,5 +130,5 @@ def launching_on(device: torch.device) -> Iterator[Launch]:
 
 
 def workspace(size: int, device: torch.device) -> Tensor:
-    """Return uninitialised memory of that many bytes, aligned for every type."""
+    """Return uninitialized memory of that many bytes, aligned for every type."""
     return torch.empty((size + 15) // 16, 2, dtype=torch.int64, device=device)

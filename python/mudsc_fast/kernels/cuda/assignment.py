@@ -133,7 +133,7 @@ def _solve_large(values: Tensor, maximize: bool, prices: Tensor | None, launch: 
         return None
     problem = _LargeProblem(values, maximize, launch)
     sign = -1.0 if maximize else 1.0
-    # Duals of columns in the minimised problem; the auction's prices are minus these.
+    # Duals of columns in the minimized problem; the auction's prices are minus these.
     start = values.new_zeros(problem.columns, dtype=torch.float64) if prices is None else sign * prices
     bid_prices = (0.0 - start).float()
     epsilon = problem.inspect(bid_prices)

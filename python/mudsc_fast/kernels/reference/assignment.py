@@ -31,7 +31,7 @@ def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: 
 
 
 def _solve_one(cost: Tensor, prices: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the columns, row duals and column duals of a minimised problem, and its status."""
+    """Return the columns, row duals and column duals of a minimized problem, and its status."""
     rows, columns = cost.shape
     column_of_row = torch.full((rows,), -1, device=cost.device)
     row_of_column = torch.full((columns,), -1, device=cost.device)

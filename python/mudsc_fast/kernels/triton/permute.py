@@ -243,7 +243,7 @@ def fastest_launch(
     weights: Sequence[float],
     milliseconds: Callable[[Callable[[], object]], float] = triton.testing.do_bench,
 ) -> Launch:
-    """Return the fastest of the heuristic's launch and its neighbours, for the `launch` of :func:`permute_merge`."""
+    """Return the fastest of the heuristic's launch and its neighbors, for the `launch` of :func:`permute_merge`."""
     view = view_of(tensors[0].shape, maps)
     units_out = view.columns if view.column_map is None else view.column_map.units_out
     has_clusters = not all(unit_map.is_permutation for unit_map in maps.values())
