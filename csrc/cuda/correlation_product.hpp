@@ -139,34 +139,24 @@ __device__ __forceinline__ std::uint32_t without_nan<Half>(std::uint32_t two_hal
   return zero_where_nan<Half, 0x03ff03ffu>(two_halves);
 }
 
+#if defined(__CUDACC__)
+__device__ __forceinline__ __nv_bfloat162 two_zeros(BFloat16) { return __float2bfloat162_rn(0.0f); }
+__device__ __forceinline__ __half2 two_zeros(Half) { return __float2half2_rn(0.0f); }
+#endif
+
 // Whether any of a thread's numbers is NaN, found for two halves at a time by a maximum that keeps NaN.
 template <class T>
-struct NanFinder;
-template <>
-struct NanFinder<BFloat16> {
+struct NanFinder {
 #if defined(__CUDACC__)
-  __nv_bfloat162 largest = __float2bfloat162_rn(0.0f);
+  using Two = decltype(two_zeros(T{}));
+  Two largest = two_zeros(T{});
   __device__ __forceinline__ void look_at(std::uint32_t two) {
-    largest = __hmax2_nan(largest, reinterpret_cast<const __nv_bfloat162&>(two));
+    largest = __hmax2_nan(largest, reinterpret_cast<const Two&>(two));
   }
   __device__ __forceinline__ bool found() const { return !__hbeq2(largest, largest); }
 #else
   bool any = false;
-  void look_at(std::uint32_t two) { any |= without_nan<BFloat16>(two) != two; }
-  bool found() const { return any; }
-#endif
-};
-template <>
-struct NanFinder<Half> {
-#if defined(__CUDACC__)
-  __half2 largest = __float2half2_rn(0.0f);
-  __device__ __forceinline__ void look_at(std::uint32_t two) {
-    largest = __hmax2_nan(largest, reinterpret_cast<const __half2&>(two));
-  }
-  __device__ __forceinline__ bool found() const { return !__hbeq2(largest, largest); }
-#else
-  bool any = false;
-  void look_at(std::uint32_t two) { any |= without_nan<Half>(two) != two; }
+  void look_at(std::uint32_t two) { any |= without_nan<T>(two) != two; }
   bool found() const { return any; }
 #endif
 };

@@ -38,8 +38,9 @@ def check_finite(argument: str, value: Tensor) -> None:
         value = torch.view_as_real(value)
     if not value.is_floating_point():
         return
-    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size.
-    if value.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value)):
+    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size. Both go to the host
+    # together, so that it waits for a device only once.
+    if value.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(value)).tolist()):
         return
     bad = (~torch.isfinite(value)).nonzero()
     index = tuple(bad[0].tolist())

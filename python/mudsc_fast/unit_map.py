@@ -170,8 +170,11 @@ def _check_units(argument: str, count: int) -> None:
 
 
 def _check_range(argument: str, index: Tensor, length: int) -> None:
-    bad = ((index < 0) | (index >= length)).nonzero()
-    if len(bad):
-        model, unit = bad[0].tolist()
-        value = index[model, unit].item()
-        raise ValueError(f"{argument} must have entries in [0, {length}), got {value} at ({model}, {unit})")
+    if index.numel() == 0:
+        return
+    smallest, largest = torch.stack(index.aminmax()).tolist()  # the only time that the host waits for a device
+    if smallest >= 0 and largest < length:
+        return
+    model, unit = ((index < 0) | (index >= length)).nonzero()[0].tolist()
+    value = index[model, unit].item()
+    raise ValueError(f"{argument} must have entries in [0, {length}), got {value} at ({model}, {unit})")

@@ -160,12 +160,13 @@ def align_units(
         chosen = inner[node].gather(2, pairs[:, :, None, None].expand(models, groups, 1, size)).squeeze(2)
         columns = (pairs[..., None] * size + chosen).view(models, units)
         order = torch.arange(units, device=columns.device)
+        before, after = _means(similarity.diagonal(dim1=1, dim2=2), similarity.gather(2, columns[..., None]))
         matching[node] = NodeMatching(
             mode="align",
             cluster_of_unit=torch.cat([order[None], torch.argsort(columns, dim=1)]),
             num_clusters=units,
-            similarity_before=_mean(similarity.diagonal(dim1=1, dim2=2)),
-            similarity=_mean(similarity.gather(2, columns[..., None])),
+            similarity_before=before,
+            similarity=after,
             gap=gaps[node],
         )
     return matching
@@ -217,9 +218,9 @@ def zip_all_units(
             mode="zip",
             cluster_of_unit=cluster_of_unit.view(num_models, units),
             num_clusters=units,
-            similarity_before=_mean(
+            similarity_before=_means(
                 torch.stack([similarity.diagonal(i * units)[:units] for i in range(1, num_models)])
-            ),
+            )[0],
             # Every set makes as many merges, so the mean over the sets is the mean over all merges.
             similarity=sum(values) / len(values),
         )
@@ -253,11 +254,16 @@ def _pair_groups(
             earlier[node] = solution.clone()
         inner[node] = solution.columns
         gaps[node] = _largest(solution.gap) / max(size, 1)
+        if groups == 1:
+            continue
         matched = split.gather(4, inner[node][..., None]).squeeze(4).double().mean(-1)
         scores = matched if scores is None else scores + matched
+    if groups == 1:  # there is only one way to pair them
+        first = next(iter(inner.values()))
+        return first.new_zeros(len(first), 1), inner, gaps
     assert scores is not None  # not empty: a bundle has at least one node
     paired = linear_assignment(scores)
-    across = _largest(paired.gap) / groups if groups > 1 else 0.0
+    across = _largest(paired.gap) / groups
     return paired.columns, inner, {node: gap + across for node, gap in gaps.items()}
 
 
@@ -273,5 +279,8 @@ def _largest(gaps: Tensor) -> float:
     return float(gaps.max()) if gaps.numel() else 0.0
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean()) if values.numel() else 0.0
+def _means(*values: Tensor) -> list[float]:
+    """Return the mean of each tensor, 0 if it is empty; the host waits for the device once."""
+    means = [one.double().mean() if one.numel() else one.new_zeros((), dtype=torch.float64) for one in values]
+    result: list[float] = torch.stack(means).tolist()
+    return result

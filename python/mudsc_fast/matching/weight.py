@@ -385,7 +385,9 @@ def _first_and_size(matching: NodeMatching) -> tuple[Tensor, Tensor]:
     clusters = matching.cluster_of_unit.flatten()
     units = torch.arange(len(clusters), device=clusters.device)
     first = units.new_full((matching.num_clusters,), len(clusters)).scatter_reduce_(0, clusters, units, "amin")
-    return first[clusters], torch.bincount(clusters, minlength=matching.num_clusters)[clusters]
+    # Not bincount, which waits for a device to know how long its result is.
+    sizes = clusters.new_zeros(matching.num_clusters).index_add_(0, clusters, torch.ones_like(clusters))
+    return first[clusters], sizes[clusters]
 
 
 def _selection(node: str, matching: NodeMatching | None, num_models: int, units: int, merged: Tensor) -> _Selection:

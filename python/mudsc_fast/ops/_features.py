@@ -152,8 +152,7 @@ def check_not_infinite(features: Sequence[Tensor], maps: Mapping[int, UnitMap] |
         if feature.numel() == 0:
             continue
         # One read. Only if an extreme is not finite, which includes NaN, is a mask of the tensor's size needed.
-        smallest, largest = feature.aminmax()
-        if math.isfinite(smallest) and math.isfinite(largest):
+        if all(math.isfinite(extreme) for extreme in torch.stack(feature.aminmax()).tolist()):
             continue
         infinite = feature.isinf().nonzero()
         if len(infinite):

@@ -50,12 +50,12 @@ class CorrelationAccumulator:
     in float32 (float64 for float64 features). Features are copied as a whole only if their strides do not allow the
     axes before the units, or those after them, to be merged into one.
 
-    On a CUDA device with fast tensor cores, one kernel reads features of up to 32 bits in their own layout, multiplies
-    them on tensor cores as accurately as in float32 (exactly, for half formats) and computes the sums in the same pass.
-    Nothing centered is written. An update takes [C, C] numbers in float32, up to 16 times that if there are few units.
-    For other features and devices, a Triton kernel centers them in one read. The tensor-core kernel does not make the
-    host wait: features that are not finite, or whose sums of squares float32 cannot hold, are reported when the sums
-    are used.
+    On a CUDA device whose tensor cores serve the dtype, one kernel reads features of up to 32 bits in their own layout,
+    multiplies them on tensor cores as accurately as in float32 (exactly, for half formats) and computes the sums in the
+    same pass. Nothing centered is written. An update takes [C, C] numbers in float32, up to 16 times that if there are
+    few units. For other features and devices, a Triton kernel centers them in one read. The tensor-core kernel does not
+    make the host wait: features that are not finite, or whose sums of squares float32 cannot hold, are reported when
+    the sums are used.
 
     Parameters
     ----------

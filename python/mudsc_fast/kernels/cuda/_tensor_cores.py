@@ -27,8 +27,9 @@ MMA_SYNC, WGMMA = "mma.sync", "wgmma"
 _VARIABLE = "MUDSC_TENSOR_CORES"
 
 #: Compute capabilities on whose tensor cores three TF32 products are faster than one float32 product. Each number is
-#: the dense TF32 rate over the float32 rate, by the vendor's figures: 156 / 19.5 TFLOP/s on an A100, 495 / 67 on an
-#: H100, 1100 / 75 on a B200; 35 / 35 on an RTX 3090, 83 / 83 on an RTX 4090, 105 / 105 on an RTX 5090.
+#: the peak TF32 rate for dense matrices over the peak float32 rate, as NVIDIA publishes them in its architecture
+#: whitepapers and data sheets, not measured: 156 / 19.5 TFLOP/s on an A100, 495 / 67 on an H100, 1100 / 75 on a B200;
+#: 35 / 35 on an RTX 3090, 83 / 83 on an RTX 4090, 105 / 105 on an RTX 5090.
 TF32_RATIO = {
     (8, 0): 8.0,
     (8, 6): 1.0,
