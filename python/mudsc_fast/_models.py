@@ -171,6 +171,10 @@ class Networks:
         """
         if ranks is None or ranks.alone:
             return self._choose_spec(spec, data)
+        if any(tensor.is_meta for tensor in self.state_dicts[0].values()):
+            # Modules that are divided over processes cannot be copied or exported: names and configurations decide.
+            with ranks.step("choosing the spec"):
+                return replace(self, modules=())._choose_spec(spec, None)[0], data
         doing = "choosing the spec"
         if isinstance(spec, PermutationSpec) or data is None:
             with ranks.step(doing):

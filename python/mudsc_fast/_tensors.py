@@ -63,6 +63,8 @@ def tied_tensors(state_dicts: Sequence[Mapping[str, Tensor]]) -> list[tuple[str,
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
+    if tensor.is_meta:  # of another process: names of one tensor have one such tensor
+        return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 

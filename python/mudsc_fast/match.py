@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
+from mudsc_fast.distributed.sharded import Sharded
 from mudsc_fast.matching.activation import MatchingStatistics, collect, observed_nodes
 from mudsc_fast.matching.checkpoint import Checkpoint
 from mudsc_fast.matching.checks import check_networks
@@ -94,9 +96,18 @@ def match(
             progress=ranks.progress(progress),
         )
         networks = Networks.of(models, run=options.space != "weight", task_heads=names("task_heads", task_heads))
+    networks, sharded = describe(networks, ranks)
     chosen, data = choose_spec_and_data(networks, spec, data, ranks)
-    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint)
+    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint, sharded)
     return prepared.at(options.balance)
+
+
+def describe(networks: Networks, ranks: Ranks) -> tuple[Networks, Sharded | None]:
+    """Return networks that are divided over processes by the shapes of their tensors, and these tensors."""
+    sharded = Sharded.of(networks.state_dicts, ranks)
+    if sharded is None:
+        return networks, None
+    return replace(networks, state_dicts=sharded.described), sharded
 
 
 def choose_spec_and_data(
@@ -140,6 +151,8 @@ class PreparedMatching:
         The processes that match together; this one alone by default.
     checkpoint
         As for :func:`mudsc_fast.merge`.
+    sharded
+        The tensors, where `networks` has only their shapes.
     """
 
     def __init__(
@@ -152,6 +165,7 @@ class PreparedMatching:
         task_heads: Names = (),
         ranks: Ranks | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        sharded: Sharded | None = None,
     ) -> None:
         self.phases = Phases()
         self._networks, self._spec, self._options = networks, spec, options
@@ -167,11 +181,16 @@ class PreparedMatching:
                 inputs = input_parts(networks.state_dicts, spec, options, self._weights, self._task_heads)
         ranks.check_same(inputs)
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, inputs, ranks)
-        self._device = next(iter(networks.state_dicts[0].values())).device
+        self._device = next(iter(networks.state_dicts[0].values())).device if sharded is None else sharded.device
         self.owners = pack(comparable, networks.state_dicts[0], ranks.size)
+        self._sharded = sharded
+        self.state_dicts: Sequence[Mapping[str, Tensor]] = networks.state_dicts
+        if sharded is not None:
+            held = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
+            self.state_dicts = sharded.gathered(held | self.owners.needed(ranks.rank))
         with ranks.step("checking the tensors"):
             own = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
-            check_networks(networks.state_dicts, spec, self._division, names=own)
+            check_networks(self.state_dicts, spec, self._division, names=own)
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
         self._start: dict[str, NodeMatching] = {}
@@ -192,12 +211,13 @@ class PreparedMatching:
         # weights.
         shares = self._weights if min(self._weights) > 0 else [1 / len(networks)] * len(networks)
         self._weight_similarity = WeightSimilarity(
-            networks.state_dicts,
+            self.state_dicts,
             comparable,
             BLOCKS_OF_MODE[options.mode],
             shares,
             precision=options.precision,
             own=self.owners.slices[ranks.rank],
+            device=self._device,
         )
 
     def at(self, balance: float) -> Matching:
@@ -212,6 +232,7 @@ class PreparedMatching:
             self._match_nodes,
             self._exchange,
             functools.partial(self.phases.timed, "weight similarity"),
+            shares_nodes=self._sharded is None,
         )
         found = self._by_activations(solve) if self._options.space == "activation" else self._sweep(solve)
         comparable, first = self._division.comparable, self._networks.state_dicts[0]

@@ -11,14 +11,14 @@ from mudsc_fast._checks import check_number, check_share
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.match import PreparedMatching, choose_spec_and_data
+from mudsc_fast.match import PreparedMatching, choose_spec_and_data, describe
 from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.matching.partial import divide
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_space
 from mudsc_fast.refit.refit import refit as fit_layers
-from mudsc_fast.results import MergeResult, Names, merge_matched, names
+from mudsc_fast.results import MergeResult, Names, merge_divided, merge_matched, names
 from mudsc_fast.spec.choose import SpecLike
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ def merge(
         :func:`mudsc_fast.refit` does with its defaults; `data` must then be batches that can be read twice.
     group
         The processes of torch.distributed that merge together; all of them make this call with the same arguments, but
-        each with its own `data`, which may be empty. All get the result that one process gets from all data.
+        each with its own `data`, which may be empty. All get the result that one process gets from all data. Modules
+        and state dicts that are divided over the processes (DTensors, FSDP2) are merged tensor by tensor; the tensors
+        of the result are divided as those of the first model, and `model` is None.
     checkpoint
         A directory that keeps the statistics of the activations and the state after every sweep. A run that was
         interrupted, started again with the same arguments and the same directory, continues there, also with another
@@ -159,12 +161,16 @@ def merge(
         if refit and group is not None:
             raise ValueError("refit=True fits on the data of one process: call mudsc_fast.refit on the result instead")
         batches = _refit_batches(networks, data) if refit else None
+    networks, sharded = describe(networks, ranks)
     chosen, data = choose_spec_and_data(networks, spec, data, ranks)
     with ranks.step("checking the arguments"):
         division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), heads)
     ranks.check_same({"stop_at": repr(stop_at)})
-    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint)
+    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint, sharded)
     matching = prepared.at(options.balance)
+    if sharded is not None:
+        held = replace(networks, modules=(), state_dicts=tuple(prepared.state_dicts))
+        return merge_divided(held, sharded, matching, division, weights, ranks, prepared.owners.holder)
     with ranks.step("merging the tensors"):
         result = merge_matched(networks, matching, division, weights)
     if batches is None:

@@ -16,7 +16,10 @@ from mudsc_fast._checks import check_int, check_number
 from mudsc_fast._models import Model, Models, Networks, fingerprint, like, network_of, with_state
 from mudsc_fast._progress import progress_bar
 from mudsc_fast._tables import as_html, as_text, node_rows
+from mudsc_fast._tensors import tied_tensors
+from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
+from mudsc_fast.distributed.sharded import Sharded, is_sharded
 from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
 from mudsc_fast.matching.checks import check_dtypes
 from mudsc_fast.matching.node import Mode, NodeMatching, effective_weights
@@ -528,6 +531,86 @@ def merge_matched(
         ),
         models=networks.modules,
         fingerprints=tuple(fingerprint(model) for model in networks.modules),
+    )
+
+
+def merge_divided(
+    networks: Networks,
+    sharded: Sharded,
+    matching: Matching,
+    division: Division,
+    weights: Sequence[float] | None,
+    ranks: Ranks,
+    holder: Mapping[str, int],
+) -> MergeResult:
+    """Merge networks that are divided over processes, tensor by tensor: each in the process that holds it.
+
+    Parameters
+    ----------
+    networks
+        The networks, with those tensors whole that this process holds.
+    sharded
+        The tensors of all processes.
+    matching, division, weights
+        As for :func:`merge_matched`.
+    ranks, holder
+        The processes, and which of them holds a tensor.
+    """
+    shares = list(matching.weights) if weights is None else checked_weights(weights, len(networks))
+    factors = effective_weights(shares, matching)
+    phases, spec, states = Phases(), matching.spec, networks.state_dicts
+
+    def divided(name: str, rank: int, compute: Callable[[], Tensor], model: int = 0) -> Tensor:
+        whole: Tensor | None = None
+        with ranks.step("merging the tensors"):
+            if rank == ranks.rank or not is_sharded(sharded.given[model][name]):
+                whole = compute()
+        return sharded.divided(name, whole, rank, ranks, model)
+
+    with phases.timed("merging"):
+        described = [{name: tensors[name] for name in division.shared} for tensors in sharded.described]
+        first_name = {name: tied[0] for tied in tied_tensors(described) for name in tied}
+        merged: dict[str, Tensor] = {}
+        for name in division.shared:
+            first = first_name.get(name, name)
+            if first != name:
+                merged[name] = merged[first]
+                continue
+            tied = [other for other in division.shared if first_name.get(other, other) == name]
+            merged[name] = divided(
+                name,
+                holder[name],
+                lambda tied=tied, name=name: merge_state_dicts(  # type: ignore[misc]
+                    [dict.fromkeys(tied, tensors[name]) for tensors in states], spec, matching, factors, tied
+                )[name],
+            )
+        tasks = []
+        for index, tensors in enumerate(states):
+            own = {
+                name: divided(
+                    name,
+                    holder[name],
+                    lambda name=name, tensors=tensors, index=index: task_tensors(  # type: ignore[misc]
+                        tensors, index, spec, matching, division.shared, [name]
+                    )[name],
+                    index,
+                )
+                for name in division.per_task
+            }
+            tasks.append(
+                like({name: merged[name] if name in merged else own[name] for name in states[0]}, networks, index)
+            )
+    return MergeResult(
+        model=None,
+        state_dict=like(merged, networks, 0),
+        task_models=(),
+        task_state_dicts=tuple(tasks),
+        matching=matching,
+        weights=tuple(shares),
+        timings={**matching.timings, **phases.seconds},
+        unmatched_tensors=tuple(
+            name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
+        ),
     )
 
 

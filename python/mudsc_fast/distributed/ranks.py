@@ -115,6 +115,11 @@ class Ranks:
             Ranks.latest = self
 
     @property
+    def has_group(self) -> bool:
+        """Whether there is a process group, be it of one process."""
+        return self._group is not None
+
+    @property
     def alone(self) -> bool:
         """Whether there is only this process."""
         return self.size == 1

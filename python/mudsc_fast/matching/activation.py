@@ -8,6 +8,7 @@ their features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -25,6 +26,7 @@ from mudsc_fast._models import Networks
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.reduction import all_reduce_sums
+from mudsc_fast.distributed.sharded import is_sharded
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.spec.choose import SpecLike
@@ -318,6 +320,8 @@ def collect(
     progress: bool | None = None,
 ) -> MatchingStatistics:
     """Collect the statistics of all processes, each of which has its own data; see :func:`collect_statistics`."""
+    if any(is_sharded(tensor) for model in models for tensor in model.state_dict().values()):
+        data = _InStep(data, ranks)  # its processes exchange parameters in every batch
     with ranks.step("running the models on the data"):
         statistics, num_batches = _collect_own(
             models, data, spec, blocks, forward, autocast, precision, ranks.progress(progress)
@@ -366,11 +370,36 @@ def _collect_own(
             model.eval()
             stack.enter_context(observer.attached())
         for batch in progress_bar(data, description="activations", progress=progress):
-            num_batches += 1
             seen = [observer.run(batch, forward) for observer in observers]
+            if isinstance(data, _InStep) and not data.is_own:
+                continue
+            num_batches += 1
             for node in observed:
                 _accumulate(statistics, node, [features[node] for features in seen])
     return statistics, num_batches
+
+
+class _InStep(Iterable[Any]):
+    """Batches of which all processes yield as many: where one has no more, a batch of another's is yielded again."""
+
+    def __init__(self, data: Iterable[Any], ranks: Ranks) -> None:
+        self._data, self._ranks = data, ranks
+        #: Whether the latest batch is one of this process, to be counted.
+        self.is_own = True
+
+    def __iter__(self) -> Iterator[Any]:
+        doing = "running the models on the data"
+        batches = iter(self._data)
+        spare: list[Any] = []
+        while True:
+            found = list(itertools.islice(batches, 1))
+            having = [rank for rank, has in enumerate(self._ranks.gather_objects(bool(found), doing)) if has]
+            if not having:
+                return
+            if not spare:
+                spare = [self._ranks.broadcast_object(found[0] if found else None, doing, having[0])]
+            self.is_own = bool(found)
+            yield (found or spare)[0]
 
 
 def observed_nodes(spec: PermutationSpec) -> list[str]:

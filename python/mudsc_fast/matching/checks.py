@@ -129,7 +129,11 @@ def _copies_of_weights(state_dict: Mapping[str, Tensor], spec: PermutationSpec) 
             continue
         if tensor.is_meta:  # on another process
             continue
-        candidates = [weight for weight in matched.get(tuple(tensor.shape), ()) if state_dict[weight] is not tensor]
+        candidates = [
+            weight
+            for weight in matched.get(tuple(tensor.shape), ())
+            if state_dict[weight] is not tensor and not state_dict[weight].is_meta
+        ]
         for weight in sorted(candidates, key=lambda weight: weight.rpartition(".")[2] not in name):
             if _correlation(tensor, state_dict[weight]) > _COPY_CORRELATION:
                 copies[name] = weight

@@ -50,6 +50,8 @@ class WeightSimilarity:
     own
         For each node the slices of tensors to compare, of :func:`tensor_slices`; all by default. Of several processes
         each has some.
+    device
+        The device of the tensors, by default that of the first.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class WeightSimilarity:
         precision: Precision = "float32",
         keep: bool = True,
         own: Mapping[str, Sequence[TensorSlice]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._state_dicts = state_dicts
         self._spec = spec
@@ -70,6 +73,7 @@ class WeightSimilarity:
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
         self._tensor_slices = tensor_slices(spec, state_dicts[0]) if own is None else own
+        self._device = next(iter(state_dicts[0].values())).device if device is None else device
         self._kept: dict[str, _Kept] = {}
         self._keepable = nodes_to_keep(self._units) if keep else frozenset()
 
@@ -109,9 +113,12 @@ class WeightSimilarity:
     def _computed(
         self, node: str, slices: Sequence[TensorSlice], around: Mapping[str, NodeMatching | None]
     ) -> CorrelationAccumulator:
-        device = next(iter(self._state_dicts[0].values())).device if not slices else self._device(slices[0])
         sums = CorrelationAccumulator(
-            len(self._state_dicts), self._units[node], blocks=self._blocks, device=device, precision=self._precision
+            len(self._state_dicts),
+            self._units[node],
+            blocks=self._blocks,
+            device=self._device,
+            precision=self._precision,
         )
         short: list[list[Tensor]] = []
         with sums.computing_in(Workspace()):
@@ -124,9 +131,6 @@ class WeightSimilarity:
             if short:
                 sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
         return sums
-
-    def _device(self, part: TensorSlice) -> torch.device:
-        return self._state_dicts[0][part.tensor].device
 
     def _features(self, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> list[Tensor]:
         """Return the slices of all models."""
