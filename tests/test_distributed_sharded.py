@@ -81,7 +81,7 @@ def merge_sharded(rank: int, folder: Path) -> None:
     merged = mudsc_fast.merge(states, spec=tied_spec(), group=group)
     assert merged.state_dict["lm_head.weight"] is merged.state_dict["model.embed_tokens.weight"]
     results["tied"] = [whole(merged.state_dict)]
-    with pytest.raises(TypeError, match="models hold DTensors, .* pass the group"):
+    with pytest.raises(TypeError, match=r"models hold DTensors, .* pass the group"):
         mudsc_fast.merge(states, spec=tied_spec())
     torch.save(results, folder / f"{rank}.pt")
 
@@ -99,5 +99,5 @@ def test_sharded_networks_merge_as_whole_ones(tmp_path: Path) -> None:
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, tasks in expected.items():
-            for one, other in zip(found[name], tasks, strict=False):
+            for one, other in zip(found[name], tasks, strict=True):
                 torch.testing.assert_close(one, dict(other), rtol=0, atol=1e-6)
