@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,19 @@ def test_imagenet_runs_on_a_folder_of_images(tmp_path: Path) -> None:
     assert "30 training and 30 test images; 30 training images" in (tmp_path / "imagenet_width2_epochs1.md").read_text()
 
 
+def test_chosen_methods_run_alone(tmp_path: Path) -> None:
+    folders = ["--output", str(tmp_path), "--networks", str(tmp_path)]
+    arguments = ["mnist", "--width", "8", *TINY, "--samples", "100", "--class-cosine", "0", *folders, "--methods"]
+    main([*arguments, "average", "weight align + repair"])
+    assert [row["method"] for row in rows_of(tmp_path / "mnist_width8_epochs1.csv")] == [
+        "average",
+        "weight align + repair",
+    ]
+    assert "mean cosine of 0 (CLIP's: 0.85)" in (tmp_path / "mnist_width8_epochs1.md").read_text()
+    with pytest.raises(SystemExit, match="the landscape needs the method 'dual align'"):
+        main([*arguments, "average", "--landscape-steps", "3"])
+
+
 def test_folders_of_other_classes_are_refused(tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "val/a"):
         (tmp_path / name).mkdir(parents=True)
@@ -222,6 +236,8 @@ def test_augmentation_moves_images_and_repeats() -> None:
     assert sorted(torch.cat([labels for _, labels in first]).tolist()) == list(range(40))
     other = torch.cat([labels for _, labels in batches.of_epoch(1)])
     assert not torch.equal(other, torch.cat([labels for _, labels in first]))
+    plain = torch.cat([inputs for inputs, _ in replace(batches, augment=False)]).flatten(1).argmax(1)
+    assert plain.unique().tolist() == [4 * 8 + 4]
     rotated = Transform((0.0,), (255.0,), rotation=30.0).augmented(pixels, torch.Generator().manual_seed(0))
     assert rotated.shape == pixels.shape
     assert not torch.equal(rotated, pixels / 255)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from paper import classification, taskonomy
-from paper.experiments import EXPERIMENTS
+from paper.experiments import CLIP_COSINE, EXPERIMENTS
+from paper.methods import METHODS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         "--network", help="one of " + ", ".join(dict.fromkeys(n for e in EXPERIMENTS.values() for n in e))
     )
     parser.add_argument("--class-vectors", type=Path, help="an .npz file of CLIP's class vectors")
+    parser.add_argument("--class-cosine", type=float, default=CLIP_COSINE, help="mean cosine of random class vectors")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="such as 'dual zip' (default: all)"
+    )
     parser.add_argument("--width", type=int, help="width of the networks (default: the paper's)")
     parser.add_argument("--image-size", type=int, help="height and width of the images (default: the paper's)")
     parser.add_argument("--epochs", type=int, help="training epochs (default: the paper's)")
@@ -48,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--test-samples", type=int, help="test images (default: all)")
     parser.add_argument("--bfloat16", action="store_true", help="evaluate networks in bfloat16")
+    parser.add_argument("--no-augmentation", action="store_true", help="train and merge with the images as they are")
     parser.add_argument("--pretrained", type=Path, help="weights that the training of every network starts from")
     parser.add_argument(
         "--trained", type=Path, nargs="+", metavar="FILE", help="networks to merge as they are, two files a pair"

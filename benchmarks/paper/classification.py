@@ -16,7 +16,7 @@ from mudsc_fast.evaluate import cross_entropy, task_accuracies
 from paper import report, surfaces
 from paper.data import AnyImages, Batches, load_folder, load_images, packaged_mnist, subset
 from paper.experiments import CLIP_COSINE, EXPERIMENTS, Experiment, Pair, Task
-from paper.methods import Setting, outcomes
+from paper.methods import METHODS, Setting, outcomes
 from paper.train import Recipe, load_pretrained, load_trained, trained
 
 #: Images are stored larger than networks read them, so that crops differ, by this factor.
@@ -38,6 +38,7 @@ class Run:
     search_samples: int
     device: torch.device
     bfloat16: bool
+    augment: bool
 
     def batches(self, images: AnyImages, size: int) -> Batches:
         """Return batches of images, in order and without augmentation."""
@@ -61,12 +62,16 @@ def run(options: argparse.Namespace) -> None:
         networks = [_network(this, task, seed, name, options, given and given[position])
                     for position, (task, seed) in enumerate(zip(pair.tasks, pair.seeds, strict=True))]  # fmt: skip
         setting = _setting(this, pair)
-        for outcome in outcomes(networks, setting, [row["method"] for row in rows if row["pair"] == str(index)]):
+        done = [row["method"] for row in rows if row["pair"] == str(index)]
+        skipped = [method for method in METHODS if options.methods and method not in options.methods]
+        for outcome in outcomes(networks, setting, done + skipped):
             rows.append(report.row_of(index, outcome))
             report.write(csv, rows)
         if index == 0 and options.landscape_steps:
-            balance = next(float(r["balance"]) for r in rows if r["pair"] == "0" and r["method"] == "dual align")
-            _draw_landscape(this, pair, networks, setting, balance, options, name)
+            chosen = [float(r["balance"]) for r in rows if r["pair"] == "0" and r["method"] == "dual align"]
+            if not chosen:
+                raise SystemExit("the landscape needs the method 'dual align': use --landscape-steps 0 for none")
+            _draw_landscape(this, pair, networks, setting, chosen[0], options, name)
     report.write_table(options.output / f"{name}.md", experiment.title, notes, rows, experiment.published)
     report.picture(options.output / f"{name}.png", experiment.title, rows)
 
@@ -84,7 +89,8 @@ def _name(options: argparse.Namespace, this: Run) -> str:
     first = next(iter(EXPERIMENTS[options.experiment]))
     network = "" if options.network in (None, first) else f"_{options.network}"
     training = f"epochs{this.recipe.epochs}" if options.trained is None else "trained"
-    return f"{options.experiment}{network}_width{this.width}_{training}"
+    plain = "_plain" if options.no_augmentation else ""
+    return f"{options.experiment}{network}_width{this.width}_{training}{plain}"
 
 
 def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run, list[str]]:
@@ -93,7 +99,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
     image_size = options.image_size or experiment.image_size
     train, whole_test = _load(options, image_size)
     test = whole_test if options.test_samples is None else subset(whole_test, options.test_samples, seed=5)
-    vectors, real = experiment.class_vectors(options.class_vectors, int(train.labels.max()) + 1)
+    vectors, real = experiment.class_vectors(options.class_vectors, int(train.labels.max()) + 1, options.class_cosine)
     recipe = replace(
         experiment.recipe, epochs=epochs, warm_up=min(experiment.recipe.warm_up, epochs // 4),
         batch_size=options.batch_size or experiment.recipe.batch_size,
@@ -104,7 +110,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
     this = Run(
         experiment, width, image_size, recipe, train, test, vectors,
         min(options.samples or full_samples, full_samples), min(options.search_samples or full_search, full_search),
-        torch.device(options.device), options.bfloat16,
+        torch.device(options.device), options.bfloat16, not options.no_augmentation,
     )  # fmt: skip
     training = (
         f"{epochs} epochs (published: {experiment.recipe.epochs}), batches of {recipe.batch_size}, learning rate "
@@ -120,7 +126,9 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
         f"{this.search_samples} for the search of the balance.",
         "Class vectors are those of the paper."
         if real
-        else f"Class vectors are random unit vectors with a mean cosine of {CLIP_COSINE}, as CLIP's have.",
+        else f"Class vectors are random unit vectors with a mean cosine of {options.class_cosine:g}"
+        + (", as CLIP's have." if options.class_cosine == CLIP_COSINE else f" (CLIP's: {CLIP_COSINE})."),
+        *(["No augmentation."] if options.no_augmentation else []),
         *(["Networks are evaluated in bfloat16."] if options.bfloat16 else []),
         *experiment.notes,
     ]
@@ -169,7 +177,7 @@ def _network(this: Run, task: Task, seed: int, name: str, options: argparse.Name
         this.batches(_of_task(images, task, own=True), this.recipe.batch_size) for images in (this.train, this.test)
     )
     path = options.networks / f"{name}_{task.name}_{seed}.safetensors"
-    train = replace(train, seed=seed)
+    train = replace(train, seed=seed, augment=this.augment)
     return trained(network, this.recipe, train, test, this.vectors[task.classes], path).to(this.device)
 
 
@@ -199,7 +207,7 @@ def _setting(this: Run, pair: Pair) -> Setting:
     key = "joint" if this.experiment.joint else "mean"
     return Setting(
         spec=this.experiment.spec(this.width),
-        merging=replace(merging, seed=1),
+        merging=replace(merging, seed=1, augment=this.augment),
         test=lambda models: _accuracies(this, pair, models, test),
         objective=lambda model: _accuracies(this, pair, (model, model), search)[key],
         cosine=True,

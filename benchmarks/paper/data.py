@@ -152,6 +152,8 @@ class Batches:
         What is read, how, and how many samples a batch has.
     seed
         Of the order and the augmentation; None reads in order and without augmentation.
+    augment
+        Whether images are augmented, if there is a seed.
     device
         Where batches go.
     flatten
@@ -167,6 +169,7 @@ class Batches:
     device: torch.device | str = "cpu"
     flatten: bool = False
     epoch: int = 0
+    augment: bool = True
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
@@ -179,7 +182,8 @@ class Batches:
             order = torch.randperm(len(self.images), generator=generator)
         for chosen in order.split(self.size):
             pixels = self.images.read(chosen).to(self.device)
-            inputs = self.transform.plain(pixels) if self.seed is None else self.transform.augmented(pixels, generator)
+            plain = self.seed is None or not self.augment
+            inputs = self.transform.plain(pixels) if plain else self.transform.augmented(pixels, generator)
             labels = self.images.labels[chosen].to(self.device)
             yield inputs.flatten(1) if self.flatten else inputs, labels
 

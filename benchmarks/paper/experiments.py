@@ -112,13 +112,13 @@ class Experiment:
     published: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def class_vectors(self, path: Path | None, num_classes: int) -> tuple[Tensor, bool]:
-        """Return unit vectors [K, 512], and whether they are those of the paper; else drawn at random, but as close."""
+    def class_vectors(self, path: Path | None, num_classes: int, cosine: float) -> tuple[Tensor, bool]:
+        """Return unit vectors [K, 512], and whether they are those of the paper; else drawn with a mean cosine."""
         count = self.num_vectors or num_classes
         if path is None or self.vectors_key is None:
             generator = torch.Generator().manual_seed(0)
             own, common = (functional.normalize(torch.randn(k, 512, generator=generator)) for k in (count, 1))
-            return functional.normalize((1 - CLIP_COSINE) ** 0.5 * own + CLIP_COSINE**0.5 * common), False
+            return functional.normalize((1 - cosine) ** 0.5 * own + cosine**0.5 * common), False
         with np.load(path) as file:
             if self.vectors_key not in file.files:
                 raise ValueError(f"{path} must have an array {self.vectors_key!r}, got {', '.join(file.files)}")

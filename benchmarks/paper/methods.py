@@ -21,6 +21,13 @@ BALANCES = tuple(share / 10 for share in range(9, 0, -1))
 FINER = {0.9: (0.95, 0.98, 0.99), 0.1: (0.05, 0.02, 0.01)}
 
 
+METHODS = (
+    "parents",
+    "ensemble",
+    "average",
+    *(f"{space} {mode}{finish}" for mode in MODES for space in SPACES for finish in ("", " + repair", " + refit")),
+)
+
 #: Scores in percent by name; a model for each task, or the same one twice.
 Scores = Callable[[Sequence[nn.Module]], dict[str, float]]
 
@@ -64,7 +71,7 @@ class Outcome:
 
 
 def outcomes(models: Sequence[nn.Module], setting: Setting, done: Sequence[str]) -> Iterator[Outcome]:
-    """Yield the outcome of every method but those done."""
+    """Yield the outcome of every method but those done; there is no repair of networks with BatchNorm."""
     simple: dict[str, Callable[[], Sequence[nn.Module]]] = {
         "parents": lambda: models,
         "ensemble": lambda: _twice(Ensemble(models, normalize=setting.cosine)),

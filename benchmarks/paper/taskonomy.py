@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import mudsc_fast
 from paper import report
-from paper.methods import Setting, outcomes
+from paper.methods import METHODS, Setting, outcomes
 from paper.resnets import ClassDecoder, PixelDecoder, TaskonomyEncoder
 
 TITLE = "Taskonomy, encoders in pairs"
@@ -99,7 +99,8 @@ def run(options: argparse.Namespace) -> None:
             cosine=False,
         )
         done = [row["method"] for row in rows if row["pair"] == str(index)]
-        for outcome in outcomes([network.encoder for network in pair], setting, done):
+        skipped = [method for method in METHODS if options.methods and method not in options.methods]
+        for outcome in outcomes([network.encoder for network in pair], setting, done + skipped):
             rows.append(report.row_of(index, outcome))
             report.write(csv, rows)
     notes = [
