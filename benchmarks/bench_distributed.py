@@ -2,6 +2,7 @@
 
     python benchmarks/bench_distributed.py             # four LLaMA-shaped blocks, one and two processes of one thread
     python benchmarks/bench_distributed.py --billion   # 1.1 billion parameters in bfloat16, two processes
+    python benchmarks/bench_distributed.py --reckon    # the table of docs/distributed.md; nothing is run
 
 The networks are random, made on the spot in a temporary directory. Every row asserts that the matching is the one that
 one process finds; the networks of a billion parameters are merged by two processes only.
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ from safetensors.torch import save_file
 #: Width, hidden width, heads, key and value heads, layers and tokens of the networks.
 BLOCKS = (1024, 2816, 16, 4, 4, 512)
 BILLION = (2048, 5632, 32, 4, 22, 32000)
+
+#: LLaMA 3, for the table that is reckoned.
+LARGE = {
+    "8B": (4096, 14336, 32, 8, 32, 128256),
+    "70B": (8192, 28672, 64, 8, 80, 128256),
+    "405B": (16384, 53248, 128, 8, 126, 128256),
+}
+
+#: What the table assumes of a GPU: operations per second of products of bfloat16, bytes per second between GPUs,
+#: seconds to assign 16384 units (measured on one CPU core), and sweeps that recompute everything.
+RATE, BANDWIDTH, ASSIGNMENT, SWEEPS = 2e14, 5e10, 0.25, 5
 
 
 def shapes_of(
@@ -163,14 +175,64 @@ def show(processes: int, reports: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
+def reckon() -> None:
+    """Print time, memory and traffic of an alignment of two networks by weights, from the packing alone."""
+    from mudsc_fast.matching.owners import pack
+    from mudsc_fast.spec import llama
+
+    print("| model | GPUs | work per sweep, PFLOP | time, min | memory of a rank, GB | sent per sweep, GB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, (width, hidden, heads, kv_heads, layers, tokens) in LARGE.items():
+        spec = llama(layers, heads, kv_heads, width // heads)
+        shapes = shapes_of(width, hidden, heads, kv_heads, layers, tokens)
+        tensors = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes}
+        units = spec.units(tensors)
+        for ranks in (1, 8, 64):
+            owners = pack(spec, tensors, ranks)
+            work = 2.0 * sum(units[node] ** 2 * samples for node, samples in owners.samples.items())
+            sent = sum(
+                8.0 * units[node] ** 2 * (sum(bool(slices[node]) for slices in owners.slices) - 1)
+                for bundle in owners.spread
+                for node in bundle
+            )
+            sent += sum(4.0 * 2 * count for count in units.values()) * ranks
+            assigned = [0.0] * ranks
+            for bundle, rank in owners.owner.items():
+                assigned[rank] += sum(ASSIGNMENT * (units[node] / 16384) ** 2 for node in bundle)
+            seconds = SWEEPS * (work * max(owners.work) / RATE + sent / ranks / BANDWIDTH + max(assigned))
+            needed = max(
+                sum(tensors[tensor].numel() for tensor in owners.needed(rank) | held(owners.holder, rank))
+                for rank in range(ranks)
+            )
+            # Both networks in bfloat16; sums, product and similarity of the widest node, and the kept sums.
+            memory = 2 * 2 * needed + (8 + 4 + 4 + 4 * 8 / ranks) * max(units.values()) ** 2
+            row = [
+                name,
+                str(ranks),
+                f"{work / 1e15:.2g}",
+                f"{seconds / 60:.2g}",
+                f"{memory / 1e9:.0f}",
+                f"{sent / 1e9:.2g}",
+            ]
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+def held(holder: Mapping[str, int], rank: int) -> set[str]:
+    return {name for name, of in holder.items() if of == rank}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--billion", action="store_true")
+    parser.add_argument("--reckon", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sweeps", type=int)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--processes", type=int)
     given = parser.parse_args()
+    if given.reckon:
+        reckon()
+        return
     if given.processes is not None:
         merge_here(given.folder, given.processes, given.sweeps)
         return

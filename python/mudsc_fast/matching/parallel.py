@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -19,6 +20,12 @@ from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 _MATCHING = "matching units"
+
+#: At most so many ranks send their parts of a node to its owner; of more, the sums are reduced by all ranks.
+_MAX_SENDERS = 6
+
+#: For each rank that computes a part of a bundle, the number of its samples of each node.
+Senders = Mapping[int, Mapping[str, int]]
 
 #: Turns the sums of a node's weights into its similarity, e.g. blended with that of its activations.
 Finish = Callable[[str, CorrelationAccumulator], Tensor]
@@ -72,6 +79,7 @@ class ParallelSolver:
         self._slices = tensor_slices(spec, state_dict)
         self._shares_nodes = shares_nodes
         self._exchange, self._timed = exchange, timed
+        self._few = self._senders_of_spread()
         #: For each node the matchings of its neighbors when its sums were last computed, by whichever process.
         self._before: dict[str, dict[str, NodeMatching]] = {}
 
@@ -80,22 +88,23 @@ class ParallelSolver:
         owner, rank = self._owners.owner, self._ranks.rank
         shares = self._shares(bundles, current) if self._shares_nodes else {}
         spread = [bundle for bundle in bundles if bundle in self._owners.spread]
+        reduced = [bundle for bundle in spread if bundle not in self._few]
+        sent = {**{bundle: self._few[bundle] for bundle in spread if bundle in self._few}, **self._sent(shares)}
         matching: dict[str, NodeMatching] = {}
         partial: dict[str, CorrelationAccumulator] = {}
         with self._ranks.step(_MATCHING):
             for bundle in bundles:
-                if bundle in self._owners.spread:
-                    partial.update(self._sums(bundle, current))
-                elif bundle in shares:
-                    if rank in (owner[bundle], *(other for other, _, _ in shares[bundle])):
-                        partial.update(self._sums(bundle, current, shares[bundle]))
+                if bundle in sent and rank != owner[bundle] and rank not in sent[bundle]:
+                    continue
+                if bundle in spread or bundle in shares:
+                    partial.update(self._sums(bundle, current, shares.get(bundle)))
                 elif owner[bundle] == rank:
                     matching.update(self._matched(bundle, self._sums(bundle, current)))
-        self._join(shares, partial)
+        joined = self._join(sent, partial)
         whole = reduce_sums(
-            {node: partial[node] for bundle in spread for node in bundle},
+            {node: partial[node] for bundle in reduced for node in bundle},
             self._owners.samples,
-            {node: owner[bundle] for bundle in spread for node in bundle},
+            {node: owner[bundle] for bundle in reduced for node in bundle},
             self._ranks,
             _MATCHING,
         )
@@ -103,28 +112,60 @@ class ParallelSolver:
             with self._ranks.step(_MATCHING):
                 for bundle in [*spread, *shares]:
                     if owner[bundle] == rank:
-                        matching.update(self._matched(bundle, {**partial, **whole}))
+                        matching.update(self._matched(bundle, {**joined, **whole}))
                 for bundle in shares:
                     if owner[bundle] == rank:
                         for node in bundle:
-                            self._weights.keep(node, current, partial[node])
+                            self._weights.keep(node, current, joined[node])
         for bundle in bundles:
             for node in bundle:
                 around = self._spec.neighbors(node)
                 self._before[node] = {other: current[other] for other in around if other in current}
         return self._exchange(bundles, matching)
 
-    def _join(self, shares: Mapping[Bundle, Sequence[Share]], partial: Mapping[str, CorrelationAccumulator]) -> None:
-        """Add the sums of shared nodes in their owners. All processes go through the transfers in one order."""
-        for bundle, of_ranks in shares.items():
+    def _senders_of_spread(self) -> dict[Bundle, Senders]:
+        """Return the spread bundles of which few ranks compute a part: these send it, and no rank else takes part."""
+        few: dict[Bundle, Senders] = {}
+        for bundle in sorted(self._owners.spread):
+            samples = {
+                rank: {node: sum(part.samples for part in slices[node]) for node in bundle}
+                for rank, slices in enumerate(self._owners.slices)
+                if any(slices[node] for node in bundle)
+            }
+            if len(samples) < self._ranks.size and len(samples) <= _MAX_SENDERS:
+                few[bundle] = samples
+        return few
+
+    def _sent(self, shares: Mapping[Bundle, Sequence[Share]]) -> dict[Bundle, Senders]:
+        return {
+            bundle: {
+                rank: {node: sum(part.samples for part in self._cut(node, of_ranks, rank)) for node in bundle}
+                for rank in sorted({rank for rank, _, _ in of_ranks})
+            }
+            for bundle, of_ranks in shares.items()
+        }
+
+    def _join(
+        self, sent: Mapping[Bundle, Senders], partial: Mapping[str, CorrelationAccumulator]
+    ) -> dict[str, CorrelationAccumulator]:
+        """Return the sums of nodes that some ranks have parts of, in their owners.
+
+        All processes go through the transfers in one order, so that none waits for another in a circle.
+        """
+        joined = {}
+        for bundle, senders in sent.items():
             owner = self._owners.owner[bundle]
             for node in bundle:
-                for rank in sorted({rank for rank, _, _ in of_ranks} - {owner}):
+                if self._ranks.rank == owner:
+                    joined[node] = copy.deepcopy(partial[node])  # the part may be kept for the next visit
+                for rank, samples in senders.items():
+                    if rank == owner:
+                        continue
                     if self._ranks.rank == rank:
                         send_sums(partial[node], owner, self._ranks, _MATCHING)
                     elif self._ranks.rank == owner:
-                        samples = sum(part.samples for part in self._cut(node, of_ranks, rank))
-                        receive_sums(partial[node], samples, rank, self._ranks, _MATCHING)
+                        receive_sums(joined[node], samples[node], rank, self._ranks, _MATCHING)
+        return joined
 
     def _sums(
         self, bundle: Bundle, current: Mapping[str, NodeMatching], shares: Sequence[Share] | None = None
