@@ -1,4 +1,4 @@
-"""The matching step of other libraries, as it is and by mudsc_fast, in one process, on one core.
+"""The matching step of other libraries, with and without mudsc_fast, in one process, on one core.
 
     pytest benchmarks/bench_compat.py --benchmark-only -s
 

@@ -30,11 +30,11 @@ ROUNDS = 5
 #: Units whose correlations are compared with float64, and the error allowed.
 CHECKED = 64
 MOST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 1e-6}
-#: On a CPU small sizes show that all runs; on a GPU those of real networks.
+#: Small sizes on a CPU, as a check; sizes of real networks on a GPU.
 SIZES = [("cpu", 256, 8192), ("cpu", 768, 8192)]
 if torch.cuda.is_available():
     SIZES += [("cuda", units, 65536) for units in (768, 2048, 4096, 8192)]
-#: What multiplies, on a device that has both; elsewhere what there is.
+#: Instructions to measure on a device that has both; other devices use the available one.
 INSTRUCTIONS = [""]
 if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
     INSTRUCTIONS = [_tensor_cores.WGMMA, _tensor_cores.MMA_SYNC]

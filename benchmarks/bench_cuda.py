@@ -42,21 +42,21 @@ from bench_correlation import CHECKED, error_of, features_of, tf32
 from mudsc_fast.kernels.cuda import _device, _tensor_cores, correlation
 
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted")
-#: Beyond these sizes scipy and the CPU would take the whole time.
+#: Beyond these sizes scipy and the CPU would take too long.
 LARGEST_FOR_SCIPY, LARGEST_FOR_CPU, LARGEST_FOR_COPY = 2048, 8192, 4096
 #: Rows that --smoke measures.
 SMOKE_ROWS = 8
-#: After so long a row is given up.
+#: Time limit of a row in seconds.
 SECONDS_OF_A_ROW = 45
 #: Seconds that a row may take after the time limit if it began before.
 GRACE = 10
-#: Samples of a row's features: as many as make the products what a row is about.
+#: Number of samples of a row's features, large enough that the products dominate.
 SAMPLES = 65536
-#: Error of a correlation that sums in float32 account for.
+#: Error of a correlation that float32 sums explain.
 MAX_ERROR = 3e-6
 
 Row = dict[str, Any]
-#: Takes a row and the device's bytes per second, and adds to the row what it measures.
+#: Takes a row and the device's bytes per second, and adds its measurements to the row.
 Measure = Callable[[Row, float], None]
 
 
@@ -85,7 +85,7 @@ def floor_milliseconds(read_and_written: int, rate: float) -> float:
 
 
 def check(row: Row, is_right: bool, what: str) -> None:
-    """Note a wrong result; the row is timed all the same."""
+    """Record a wrong result; the row is timed anyway."""
     if not is_right:
         row["error"] = f"wrong result: {what}"
 
@@ -333,7 +333,7 @@ def table(found: Row) -> str:
 
 
 def write(folder: Path, found: Row) -> None:
-    """Write aside, then rename: what bears the name is whole."""
+    """Write a temporary file, then rename it, so that the file is always complete."""
     for name, text in (("cuda.json", json.dumps(found, indent=1)), ("cuda.md", table(found))):
         aside = folder / f".{name}"
         aside.write_text(text)
@@ -361,7 +361,7 @@ def measure_rows(folder: Path, deadline: float) -> None:
         try:
             measure(row, found["copy_bytes_per_s"])
             torch.cuda.synchronize()
-        except Exception as error:  # whatever it is, the other rows are measured
+        except Exception as error:  # continue with the other rows after any error
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         os.environ.pop("MUDSC_TENSOR_CORES", None)
         found["rows"][-1] = {**row, "seconds_in_all": time.monotonic() - begin}

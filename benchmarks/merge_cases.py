@@ -35,7 +35,7 @@ class Case:
     Attributes
     ----------
     models
-        The networks; modules where activations are part of the case.
+        The networks; modules if the case uses activations.
     spec
         Their axes map.
     batches

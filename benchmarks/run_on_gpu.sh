@@ -128,7 +128,7 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_properties(0))
 print(torch.ones(3, device="cuda").sum().item())' || finish 'the rest: there is no device'
 
-# What decides whether a build can be used again; Python sources are copied in any case.
+# Key that decides whether a build can be reused; Python sources are always copied.
 build_key() {
   { find csrc cmake CMakeLists.txt -type f | LC_ALL=C sort | xargs sha256sum &&
     "$python" -c 'import sys; print(sys.version_info[:2])' && echo "$MUDSC_CUDA_ARCHITECTURES"; } | sha256sum
