@@ -330,7 +330,7 @@ def test_projections_match_packed_attention() -> None:
     with pytest.raises(
         ValueError, match=r"projection of 'fc1', which must be a torch.nn.MultiheadAttention, got Linear"
     ):
-        mudsc_fast.merge(models, [torch.randn(4, 20)], spec=spec)
+        mudsc_fast.merge(models, [torch.randn(4, 20)], spec=spec, verify=False)
 
 
 def test_projections_of_attention_called_with_keywords() -> None:
@@ -349,7 +349,7 @@ def test_projections_of_attention_called_with_keywords() -> None:
     spec = PermutationSpec({"attn.in_proj_weight": (windows, None)}, {"qk": places[:2], "v": places[2]})
     models = [[randomize(Layer(keywords), seed) for seed in (0, 1)] for keywords in (False, True)]
     data = [torch.randn(4, 5, 8)]
-    positional, named = (mudsc_fast.collect_statistics(pair, data, spec=spec) for pair in models)
+    positional, named = (mudsc_fast.collect_statistics(pair, data, spec=spec, verify=False) for pair in models)
     for node in spec.nodes:
         assert torch.equal(positional.similarity(node), named.similarity(node))
 

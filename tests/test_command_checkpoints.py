@@ -450,7 +450,7 @@ def test_classifiers_with_other_labels(tmp_path: Path, capsys: pytest.CaptureFix
         models[name].save_pretrained(tmp_path / name)
     animals, plants, two = (tmp_path / name for name in models)
     shown = failure(capsys, tmp_path, "merge", animals, plants, "--output", tmp_path / "out")
-    assert "label 0 is 'cat' in one config.json and 'oak' in the other" in shown
+    assert "label 0 is 'cat' in one config and 'oak' in the other" in shown
     assert "--task-heads classifier" in shown
     shown = failure(capsys, tmp_path, "merge", animals, two, "--output", tmp_path / "out")
     assert "'classifier.weight' has shape [3, 32]" in shown

@@ -19,6 +19,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import cli
+from mudsc_fast.command.terminal import as_options
 from mudsc_fast.io import CheckpointError, atomic_path, merge_checkpoints, open_checkpoint
 from mudsc_fast.io.writing import parse_size
 from networks import MLP_SPEC, make_mlp
@@ -215,12 +216,12 @@ def narrow() -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--space", "activation"], "the activation space needs data"),
+        (["--space", "activation"], "the activation space needs batches to run the models on: pass --data"),
         (["--data", "nothing"], "--data must be MODULE:FUNCTION, got 'nothing'"),
         (["--data", "no_such_module:f"], "import of 'no_such_module' for --data failed: ModuleNotFoundError"),
         (["--data", "networks:f"], "--data: the module 'networks' has no function 'f'"),
         (["--data", f"{__name__}:nothing"], "must return batches to iterate over, got NoneType"),
-        (["--data", f"{__name__}:no_batches"], "has no config.json: name a function that builds the model"),
+        (["--data", f"{__name__}:no_batches"], "has no config.json: pass --model, a function that builds the model"),
         (["--data", f"{__name__}:no_batches", "--model", "networks:make_mlp"], "must yield at least one batch"),
         (["--data", f"{__name__}:broken", "--model", "networks:make_mlp"], "the disk of the data is gone"),
         (["--data", f"{__name__}:narrow", "--model", "networks:make_mlp"], "the spec of Sequential cannot be derived"),
@@ -247,12 +248,6 @@ def test_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: p
 def test_debug_shows_traceback(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         cli.main(["merge", "nowhere.pt", "nowhere.pt", "--output", str(tmp_path / "out"), "--debug"])
-
-
-def test_single_network_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, _ = save_mlps(tmp_path)
-    shown = failure(capsys, tmp_path, "merge", a, "--output", tmp_path / "out")
-    assert "expected at least two checkpoints to merge, got 1" in shown
 
 
 def test_existing_output_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,3 +426,39 @@ def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
         # heap's holes. The models take 504 MB.
         assert int(done.stdout) < 160
         (tmp_path / output).unlink()
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("pass spec='mlp', else pass data", "pass --spec mlp, else pass --data"),
+        ("weights must sum to 1", "--weights must sum to 1"),
+        ("a.pt: task_heads give one network", "a.pt: --task-heads give one network"),
+        ("pass dequantize=True to mudsc_fast.io.merge_checkpoints, or", "pass --dequantize, or"),
+        ("has no config.json: pass build=, a function", "has no config.json: pass --model, a function"),
+        ("add ignore='a b*'", "add --ignore 'a b*'"),
+        ("3 weights differ: weights are averaged", "3 weights differ: weights are averaged"),
+    ],
+)
+def test_messages_name_options(message: str, shown: str) -> None:
+    assert as_options(message) == shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "a", "--output", "o"], "expected two or more networks to merge, got 1: a"),
+        (["merge", "a", "b"], "the following arguments are required: --output"),
+        (["merge", "a", "b", "--output", "o", "--mode", "x"], "argument --mode: invalid choice: 'x'"),
+    ],
+)
+def test_wrong_arguments_are_an_error_of_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"mudsc-fast merge: error: {message}")
+    assert shown.endswith("(mudsc-fast merge --help shows the options)\n")
+    assert shown.count("\n") == 1

@@ -40,7 +40,8 @@ def test_golden_networks(backend: str, family: str, kind: str, space: Space, mod
         models.append(model.eval())
     data = [golden[f"input{index}"] for index in range(3)]
     with mudsc_fast.use_backend(backend):
-        result = mudsc_fast.merge(models, data, spec=spec, mode=mode, space=space, balance=float(golden["balance"]))
+        balance, verify = float(golden["balance"]), family != "vit"  # heads of queries and values are independent
+        result = mudsc_fast.merge(models, data, spec=spec, mode=mode, space=space, balance=balance, verify=verify)
     assert result.unmatched_tensors == ()
     for index, node in enumerate(spec.nodes):
         clusters = golden[f"unmerge/{index}"].argmax(1)

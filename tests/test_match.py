@@ -122,9 +122,9 @@ def test_permute_needs_align() -> None:
     [
         ([make_mlp()] * 3, {}, "models must be the 2 models that were matched, got 3"),
         ([make_mlp((20, 32, 30, 10))] * 2, {}, r"models\[0\] must have .* 'fc2.weight' has shape \(30, 32\)"),
-        ([make_mlp()] * 2, {"weights": [-0.5, 1.5]}, "weights must be at least 0 and sum to 1"),
-        ([make_mlp()] * 2, {"stop_at": "fc9"}, "stop_at must name a node"),
-        ([make_mlp()] * 2, {"task_heads": ()}, "node 'fc2', which was not matched: .* task_heads="),
+        (pair(), {"weights": [-0.5, 1.5]}, "weights must be at least 0 and sum to 1"),
+        (pair(), {"stop_at": "fc9"}, "stop_at must name a node"),
+        (pair(), {"task_heads": ()}, "node 'fc2', which was not matched: .* task_heads="),
     ],
 )
 def test_merge_rejects_other_models(models: Any, options: dict[str, Any], message: str) -> None:
@@ -327,3 +327,54 @@ def test_hugging_face_models_and_directories(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(aligned(tokens).logits, models[1](tokens).logits, rtol=1e-4, atol=1e-5)
     assert_same(mudsc_fast.merge(paths), mudsc_fast.merge(models))
+
+
+@pytest.mark.parametrize("kind", ["modules", "state dicts", "loaded"])
+def test_models_in_another_order_are_refused(kind: str, tmp_path: Path) -> None:
+    models: Any = pair()
+    if kind == "state dicts":
+        models = [model.state_dict() for model in models]
+    matching = mudsc_fast.match(models, spec=MLP_SPEC)
+    if kind == "loaded":
+        matching.save(tmp_path / "matching.safetensors")
+        matching = mudsc_fast.Matching.load(tmp_path / "matching.safetensors")
+    with pytest.raises(ValueError, match=r"models\[0\] must be model 0 of those that were matched, got model 1: pass"):
+        matching.merge(models[::-1])
+    with pytest.raises(ValueError, match="model must be model 1 of those that were matched, got model 0"):
+        matching.permute(models[0], 1)
+    others = [make_mlp(seed=seed) for seed in (7, 8)]
+    assert matching.merge(others).model is not None  # later checkpoints of the same runs are not known
+
+
+def test_the_same_model_twice_can_be_merged_in_any_order() -> None:
+    model = make_mlp()
+    assert mudsc_fast.match([model, model], spec=MLP_SPEC).merge([model, model]).model is not None
+
+
+def test_balance_without_data() -> None:
+    with pytest.raises(ValueError, match=r"balance=0\.3 shares similarity.* pass data"):
+        mudsc_fast.merge(pair(), spec=MLP_SPEC, balance=0.3)
+    assert mudsc_fast.match(pair(), batches(), spec=MLP_SPEC).balance == 0.5
+
+
+@pytest.mark.parametrize("data", [[torch.randn(1, 20)], [torch.randn(1, 20)[0]]])
+def test_one_sample_is_refused(data: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="data must hold two samples or more to correlate activations, got 1"):
+        mudsc_fast.match(pair(), data, spec=MLP_SPEC)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_data_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="data must vary, but the activations of every node are the same"):
+        mudsc_fast.match(pair(), [torch.full((40, 20), value)], spec=MLP_SPEC)
+
+
+def test_constant_nodes_and_few_samples_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    mudsc_fast.match(pair(), [torch.randn(3, 20)], spec=MLP_SPEC)
+    assert "only 3 samples of the activations of 'fc1', 'fc2'" in caplog.text
+    caplog.clear()
+    models = pair()
+    with torch.no_grad():
+        models[1].get_parameter("fc2.weight").zero_()
+    mudsc_fast.match(models, batches(), spec=MLP_SPEC)
+    assert "the activations of 'fc2' are the same in all samples" in caplog.text

@@ -115,7 +115,7 @@ def test_autocast_runs_the_models_in_half_precision() -> None:
         seen.append(model(batch).dtype)
 
     statistics = mudsc_fast.collect_statistics(
-        models(), batches(), spec=MLP_SPEC, forward=forward, autocast=torch.bfloat16
+        models(), batches(), spec=MLP_SPEC, forward=forward, autocast=torch.bfloat16, verify=False
     )
     assert set(seen) == {torch.bfloat16}
     exact = mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC)

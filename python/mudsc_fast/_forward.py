@@ -15,8 +15,8 @@ from torch import Tensor, nn
 Forward = Callable[[nn.Module, Any], object]
 
 
-def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None) -> None:
-    """Run a model on one batch, moved to `device`.
+def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None) -> object:
+    """Run a model on one batch, moved to `device`, and return what it returns.
 
     Without `forward` a tensor is the model's only argument, a dict its keyword arguments, and of a tuple or list the
     first entry counts.
@@ -31,15 +31,49 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
     # torch's fast path for attention hands nested tensors to the modules inside, which cannot be observed.
     with _without_attention_fast_path():
         if forward is not None:
-            forward(model, moved)
-            return
+            return forward(model, moved)
         try:
-            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        except RuntimeError as error:
+            _check_dtype(model, inputs, error)
+            raise
         except TypeError as error:  # usually missing or unexpected arguments
             raise TypeError(
                 f"the model cannot run on a batch as data yields it: {error}. Pass forward=, e.g. "
                 "forward=lambda model, batch: model(batch['image'])"
             ) from error
+
+
+def _check_dtype(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None, error: RuntimeError) -> None:
+    """Raise a TypeError if a model failed on floating point numbers of another dtype than its parameters."""
+    values = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
+    given = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+    own = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(given) == len(own) == 1 and given != own:
+        dtype, expected = given.pop(), own.pop()
+        raise TypeError(
+            f"data must hold tensors of the models' dtype {expected}, got {dtype} ({error}): convert the batches, e.g. "
+            f"batch.to({expected}), or the models"
+        ) from error
+
+
+def check_batches(data: object) -> None:
+    """Check that data is an iterable of batches, not one batch.
+
+    Raises
+    ------
+    TypeError
+        If it is not.
+    """
+    if isinstance(data, (Tensor, Mapping, nn.Module)):
+        raise TypeError(
+            f"data must be an iterable of batches, such as a list or a DataLoader, got one {type(data).__name__}"
+            + ("" if isinstance(data, nn.Module) else ": pass [data] if it is one batch")
+        )
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be an iterable of batches, such as a list or a DataLoader, got {type(data).__name__}"
+        )
 
 
 def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
@@ -65,6 +99,7 @@ class Rewindable(Iterable[Any]):
     """Batches whose first batch can be read in advance, even if they can be iterated over only once."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
+        check_batches(batches)
         self._batches = batches
         self._first: list[Any] = []
         self._behind_first: Iterator[Any] | None = None
@@ -79,6 +114,10 @@ class Rewindable(Iterable[Any]):
             if not self._first:
                 self._first.append(batch)
             yield batch
+
+    def __len__(self) -> int:
+        """Return the number of batches, for those that tell; TypeError for others."""
+        return len(self._batches)  # type: ignore[arg-type]
 
     def first(self) -> Any:
         """Return the first batch without consuming it.

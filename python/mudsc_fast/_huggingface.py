@@ -17,6 +17,18 @@ _FRAMES = 40
 _IMAGE_SIDE = 64
 
 
+#: Outputs of models of Hugging Face whose order is fixed; hidden states follow the units.
+_ORDERED_OUTPUTS = (
+    "logits",
+    "prediction_logits",
+    "start_logits",
+    "end_logits",
+    "logits_per_image",
+    "image_embeds",
+    "text_embeds",
+)
+
+
 def config_of(model: object) -> Mapping[str, Any] | None:
     """Return the configuration of a model of Hugging Face as a dict, None for other models."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
@@ -108,3 +120,18 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
         shape = (_SAMPLES, vision.num_channels, *sides)
         inputs["pixel_values"] = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return inputs
+
+
+def ordered_outputs(output: Any) -> Any:
+    """Return the outputs of a model that do not change when its units are permuted, in their containers.
+
+    Of models of Hugging Face these are the logits and projected embeddings. Caches of keys follow the order of the
+    heads, and the last hidden state may follow the units: its features are returned in the order of their values.
+    Outputs of other models are returned as they are.
+    """
+    if not isinstance(output, Mapping):
+        return output
+    found = [output[name] for name in _ORDERED_OUTPUTS if isinstance(output.get(name), Tensor)]
+    if not found and isinstance(output.get("last_hidden_state"), Tensor):
+        return [output["last_hidden_state"].sort(-1).values]
+    return found or output

@@ -18,15 +18,30 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 PathLike = str | os.PathLike[str]
 
 #: The fields of a matching that are written as JSON, besides its spec and its nodes.
-FIELDS = ("mode", "space", "balance", "weights", "objectives", "timings", "shapes", "task_heads")
+FIELDS = ("mode", "space", "balance", "weights", "objectives", "timings", "shapes", "task_heads", "fingerprints")
 
 _FORMAT = "mudsc_fast matching 1"
 
 
 def save(path: PathLike, spec: PermutationSpec, nodes: Mapping[str, NodeMatching], fields: Mapping[str, Any]) -> None:
-    """Write a matching to a file; a file that cannot be written completely is left as it was."""
+    """Write a matching to a file; a file that cannot be written completely is left as it was.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    ValueError
+        If its name does not end in ``.safetensors``.
+    """
     from safetensors.torch import save_file  # imported only if files are used
 
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, the format of the file, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{path}: the directory {str(path.absolute().parent)!r} does not exist: create it first"
+        )
     figures = {
         node: {
             "num_clusters": matched.num_clusters,
@@ -100,6 +115,7 @@ def _parsed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
         "weights": weights,
         "shapes": {name: tuple(map(int, shape)) for name, shape in fields["shapes"].items()},
         "task_heads": tuple(fields["task_heads"]),
+        "fingerprints": tuple(map(int, fields["fingerprints"])),
     }
 
 

@@ -7,30 +7,31 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mudsc_fast._copy import copy_module
-from mudsc_fast._forward import Rewindable
+from mudsc_fast._forward import Forward, Rewindable
 from mudsc_fast._huggingface import config_of
-from mudsc_fast._tensors import Padded, same_values, tied_tensors, with_metadata
+from mudsc_fast._tensors import Padded, Piece, same_values, tied_tensors, with_metadata, with_versions
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.matching.verify import keeps_outputs
+from mudsc_fast.matching.verify import check_keeps_outputs, keeps_outputs
 from mudsc_fast.spec.axes import entry_of
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.spec.join import join_specs
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
+if TYPE_CHECKING:
+    from mudsc_fast.checkpoints.networks import NetworkFiles
+
 #: Modules, state dicts, or paths: all of one kind.
 Models = Sequence[nn.Module] | Sequence[Mapping[str, Tensor]] | Sequence[str | os.PathLike[str]]
 Model = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
-#: Entries of a parameter that its checksum reads.
+#: Entries of a tensor that its checksum reads.
 _CHECKED_ENTRIES = 16
-
-_KINDS: dict[str, Any] = {"modules": nn.Module, "state dicts": Mapping, "paths": (str, os.PathLike)}
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,18 @@ class Networks:
         The tensors of each. Those of files are read each time that they are asked for. Task heads that a network does
         not have are those of another network, so that all have the same names.
     given
-        The state dicts as they were given.
+        The state dicts as they were given, with the versions of their modules (``_metadata``).
     extras
         Their entries that are no tensors: ``_extra_state`` of modules.
     configs
         The entries of each network's configuration, None for what is no model of Hugging Face.
     lacking
         For each network the names in its `state_dicts` that it does not have itself.
+    sources
+        What to call each network in messages: ``models[0]``, or its path.
+    pieces
+        For each network in files the tensor, or the part of one, that is stored under each name there; empty for
+        networks in memory.
     """
 
     modules: tuple[nn.Module, ...]
@@ -60,47 +66,35 @@ class Networks:
     extras: tuple[Mapping[str, Any], ...]
     configs: tuple[Mapping[str, Any] | None, ...]
     lacking: tuple[frozenset[str], ...]
+    sources: tuple[str, ...]
+    pieces: tuple[Mapping[str, Piece], ...] = ()
 
     def __len__(self) -> int:
         return len(self.state_dicts)
 
     @classmethod
-    def of(cls, models: Models, *, run: bool = False, task_heads: Sequence[str] = ()) -> Networks:
-        """Check what a user passed as `models`.
+    def of(
+        cls, models: Sequence[nn.Module] | Sequence[Mapping[str, Tensor]], task_heads: Sequence[str] = ()
+    ) -> Networks:
+        """Return networks in memory that have the same tensors.
 
         Parameters
         ----------
         models
-            Modules, state dicts or paths.
-        run
-            Whether the networks are to be run: directories of Hugging Face are then loaded as modules.
+            Modules or state dicts.
         task_heads
             Tensors that not all networks need to have, by their name or its beginning up to a dot.
 
         Raises
         ------
         TypeError
-            If `models` is not a sequence, holds other objects or different kinds of models, or if the dtypes differ.
+            If the dtypes differ, or an entry is not a tensor.
         ValueError
-            If there are fewer than two, if a file cannot be read, or if the networks differ in the names or the devices
-            of their tensors.
+            If the networks differ in the names or the devices of their tensors.
         """
-        if isinstance(models, (nn.Module, Mapping, str)) or not isinstance(models, Sequence):
-            raise TypeError(
-                "models must be a sequence of modules, state dicts, or paths of checkpoints, got "
-                f"{type(models).__name__}"
-            )
-        if len(models) < 2:
-            raise ValueError(f"models must hold at least two models, got {len(models)}")
-        if not any(all(isinstance(model, kind) for model in models) for kind in _KINDS.values()):
-            raise TypeError(
-                f"models must be all of one kind ({', '.join(_KINDS)}), got "
-                + ", ".join(type(model).__name__ for model in models)
-            )
-        networks = cls._opened(models, run)._padded(task_heads)
-        for index, other in enumerate(networks.state_dicts[1:], start=1):
-            _check_same_types(networks.state_dicts[0], other, index)
-        return networks
+        make: Any = cls.of_modules if isinstance(models[0], nn.Module) else cls._of_state_dicts
+        networks: Networks = make(models)
+        return networks._padded(task_heads)._checked()
 
     @classmethod
     def of_modules(cls, models: Sequence[nn.Module]) -> Networks:
@@ -110,13 +104,27 @@ class Networks:
         )
 
     @classmethod
-    def of_tensors(
-        cls, tensors: Sequence[Mapping[str, Tensor]], configs: Sequence[Mapping[str, Any] | None] | None = None
-    ) -> Networks:
-        """Return networks of which only the tensors are known; all entries are tensors."""
+    def of_tensors(cls, tensors: Sequence[Mapping[str, Tensor]]) -> Networks:
+        """Return networks of which only the tensors are known; all entries are tensors of the same names."""
         count = len(tensors)
-        known = (None,) * count if configs is None else tuple(configs)
-        return cls((), tuple(tensors), tuple(tensors), ({},) * count, known, (frozenset(),) * count)
+        sources = tuple(f"models[{index}]" for index in range(count))
+        return cls((), tuple(tensors), tuple(tensors), ({},) * count, (None,) * count, (frozenset(),) * count, sources)
+
+    @classmethod
+    def of_files(cls, files: NetworkFiles) -> Networks:
+        """Return networks in files, whose tensors have common names."""
+        tensors = files.state_dicts
+        own = [checkpoint.tensors for checkpoint in files.checkpoints]
+        return cls(
+            modules=(),
+            state_dicts=tuple(tensors),
+            given=tuple(with_versions({}, checkpoint.versions) for checkpoint in files.checkpoints),
+            extras=tuple(checkpoint.extra_state for checkpoint in files.checkpoints),
+            configs=tuple(checkpoint.config for checkpoint in files.checkpoints),
+            lacking=tuple(frozenset(name for name in tensors[0] if name not in held) for held in own),
+            sources=tuple(str(checkpoint.path) for checkpoint in files.checkpoints),
+            pieces=tuple(checkpoint.pieces for checkpoint in files.checkpoints),
+        )._checked()
 
     @classmethod
     def _of_state_dicts(
@@ -134,22 +142,13 @@ class Networks:
         )
         count = len(state_dicts)
         known = (None,) * count if configs is None else tuple(configs)
-        return cls(modules, tensors, tuple(state_dicts), extras, known, (frozenset(),) * count)
+        sources = tuple(f"models[{index}]" for index in range(count))
+        return cls(modules, tensors, tuple(state_dicts), extras, known, (frozenset(),) * count, sources)
 
-    @classmethod
-    def _opened(cls, models: Sequence[Any], run: bool) -> Networks:
-        if isinstance(models[0], nn.Module):
-            return cls.of_modules(models)
-        if isinstance(models[0], Mapping):
-            return cls._of_state_dicts(models)
-        from mudsc_fast.checkpoints.checkpoint import open_checkpoint  # only users of files pay for the import
-
-        checkpoints = [open_checkpoint(path) for path in models]
-        if run and all(checkpoint.config is not None for checkpoint in checkpoints):
-            from mudsc_fast.checkpoints.models import load_model
-
-            return cls.of_modules([load_model(checkpoint, None) for checkpoint in checkpoints])
-        return cls.of_tensors([item.tensors for item in checkpoints], [item.config for item in checkpoints])
+    def _checked(self) -> Networks:
+        for index, other in enumerate(self.state_dicts[1:], start=1):
+            _check_same_types(self.state_dicts[0], other, index)
+        return self
 
     def _padded(self, task_heads: Sequence[str]) -> Networks:
         """Return the networks with the same names; `task_heads` must name all that some of them lack."""
@@ -163,25 +162,36 @@ class Networks:
         return replace(self, state_dicts=tuple(Padded(tensors, own) for tensors in own), lacking=lacking)
 
     def choose_spec(
-        self, spec: SpecLike, data: Iterable[Any] | None, ranks: Ranks | None = None
-    ) -> tuple[PermutationSpec, Iterable[Any] | None]:
-        """Return the spec of the networks, and `data` of which the first batch may have been looked at.
+        self,
+        spec: SpecLike,
+        batches: Rewindable | None,
+        ranks: Ranks | None = None,
+        *,
+        forward: Forward | None = None,
+        verify: bool = True,
+    ) -> PermutationSpec:
+        """Return the spec of the networks; it may be derived with the first of the batches.
 
-        Of several processes, each with its own data, the first that has a batch chooses the spec for all.
+        A spec that the user gives is verified on the first batch by modules, unless `verify` is False. Of several
+        processes, each with its own data, the first that has a batch chooses the spec for all.
+
+        Raises
+        ------
+        ValueError
+            If there is no spec, or the outputs of a module change with the order of its units.
         """
-        if ranks is None or ranks.alone:
-            return self._choose_spec(spec, data)
+        ranks = Ranks() if ranks is None else ranks
+        if ranks.alone:
+            return self._choose_spec(spec, batches, forward, verify)
         if any(tensor.is_meta for tensor in self.state_dicts[0].values()):
             # Modules that are divided over processes cannot be copied or exported: names and configurations decide.
             with ranks.step("choosing the spec"):
-                return replace(self, modules=())._choose_spec(spec, None)[0], data
+                return replace(self, modules=())._choose_spec(spec, None, forward, verify)
         doing = "choosing the spec"
-        if isinstance(spec, PermutationSpec) or data is None:
+        if isinstance(spec, PermutationSpec) or batches is None:
             with ranks.step(doing):
-                chosen, data = self._choose_spec(spec, data)
-            return chosen, data
+                return self._choose_spec(spec, batches, forward, verify)
         with ranks.step("reading the first batch"):
-            data = batches = Rewindable(data)
             has_batch = batches.has_first()
         having = [rank for rank, has in enumerate(ranks.gather_objects(has_batch, doing)) if has]
         text = ""
@@ -189,18 +199,27 @@ class Networks:
             if not having:
                 raise ValueError("data must yield at least one batch, got none on any rank")
             if ranks.rank == having[0]:
-                chosen, data = self._choose_spec(spec, data)
-                text = chosen.to_json()
-        return PermutationSpec.from_json(ranks.broadcast_object(text, doing, having[0])), data
+                text = self._choose_spec(spec, batches, forward, verify).to_json()
+        return PermutationSpec.from_json(ranks.broadcast_object(text, doing, having[0]))
 
-    def _choose_spec(self, spec: SpecLike, data: Iterable[Any] | None) -> tuple[PermutationSpec, Iterable[Any] | None]:
-        if isinstance(spec, PermutationSpec) or data is None:
-            batches = None
-        else:
-            data = batches = Rewindable(data)
+    def _choose_spec(
+        self, spec: SpecLike, batches: Rewindable | None, forward: Forward | None, verify: bool
+    ) -> PermutationSpec:
         batch = None if batches is None else batches.first
         if not any(self.lacking):
-            return self._choose_spec_of(0, self.state_dicts[0], spec, batch), data
+            chosen = self._choose_spec_of(0, self.state_dicts[0], spec, batch)
+        else:
+            chosen = self._choose_joined_spec(spec, batch)
+        given = spec not in (None, "derive")
+        if verify and given and self.modules and batches is not None and batch is not None and batches.has_first():
+            for index in range(len(self.modules) if any(self.lacking) else 1):
+                lacking = self.lacking[index].intersection(chosen.layouts)
+                own = chosen.without(lacking) if lacking else chosen
+                check_keeps_outputs(self.modules[index], own, batch(), forward)
+        return chosen
+
+    def _choose_joined_spec(self, spec: SpecLike, batch: Callable[[], Any] | None) -> PermutationSpec:
+        """Return one spec for networks of which some have heads that others lack."""
         if isinstance(spec, (PermutationSpec, os.PathLike)) or str(spec).endswith(".json"):
             chosen = self._choose_spec_of(0, self.state_dicts[0], spec, batch)
         else:
@@ -212,7 +231,7 @@ class Networks:
                 [self._choose_spec_of(index, tensors, spec, batch) for index, tensors in enumerate(own)]
             )
         self._check_names_heads(chosen)
-        return (self._observed_in_all(chosen) if self.modules else chosen), data
+        return self._observed_in_all(chosen) if self.modules else chosen
 
     def _observed_in_all(self, spec: PermutationSpec) -> PermutationSpec:
         """Return a spec without the observations in modules that some networks lack, such as the input of a head."""
@@ -257,29 +276,20 @@ class Networks:
             )
 
 
-def network_of(model: Model) -> Networks:
-    """Return what is known of one network.
+def as_given(tensors: Mapping[str, Tensor], networks: Networks, index: int) -> dict[str, Tensor]:
+    """Return tensors as a state dict in the form of one of the networks.
 
-    Raises
-    ------
-    TypeError
-        If it is neither a module nor a state dict nor a path.
+    It has the names of the file where the network is one, the versions of modules (``_metadata``), and the entries that
+    are no tensors (``_extra_state``).
     """
-    if isinstance(model, nn.Module):
-        return Networks.of_modules([model])
-    if isinstance(model, Mapping):
-        return Networks._of_state_dicts([model])
-    if isinstance(model, (str, os.PathLike)):
-        return Networks._opened([model], run=False)
-    raise TypeError(f"model must be a module, a state dict, or the path of a checkpoint, got {type(model).__name__}")
-
-
-def like(tensors: Mapping[str, Tensor], original: Networks, index: int) -> dict[str, Tensor]:
-    """Return a state dict with what that of one of the networks has besides tensors.
-
-    These are the versions of its modules (``_metadata``) and the entries that are no tensors (``_extra_state``).
-    """
-    return with_metadata({**tensors, **copy.deepcopy(original.extras[index])}, original.given[index])
+    if networks.pieces:
+        pieces = networks.pieces[index]
+        tensors = {
+            stored: tensors[piece.name] if piece.view is None else piece.of(tensors[piece.name]).clone()
+            for stored, piece in pieces.items()
+            if piece.name in tensors
+        }
+    return with_metadata({**tensors, **copy.deepcopy(networks.extras[index])}, networks.given[index])
 
 
 def with_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -370,10 +380,18 @@ def _described(value: object) -> str:
 
 def fingerprint(model: nn.Module) -> int:
     """Return a checksum of some entries of all parameters of a model."""
-    checksum = 0
-    for parameter in model.parameters():
-        tensor = parameter.detach()
+    parameters = dict(model.named_parameters())
+    return checksum(parameters, parameters)
+
+
+def checksum(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    """Return a checksum of some entries of the tensors with these names, in their order."""
+    found = 0
+    for name in names:
+        tensor = tensors[name].detach()
+        if type(tensor) is not Tensor or tensor.is_meta:
+            continue  # of a tensor that is spread over processes each has another part
         values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
         chosen = values[:: max(1, len(values) // _CHECKED_ENTRIES)]
-        checksum = zlib.crc32(chosen.to("cpu", torch.float64).numpy().tobytes(), checksum)
-    return checksum
+        found = zlib.crc32(chosen.to("cpu", torch.float64).numpy().tobytes(), found)
+    return found

@@ -1,16 +1,37 @@
-"""Tensors with several names, and comparisons of tensors of any dtype."""
+"""Tensors with several names or in pieces, and comparisons of tensors of any dtype."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _INT_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a tensor in a file is: a tensor of the network, or a part of one.
+
+    Attributes
+    ----------
+    name
+        Name of the tensor of the network.
+    view
+        Shape, strides and offset of the part; None for the whole tensor.
+    """
+
+    name: str
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the piece of a tensor of the network, as a view."""
+        return tensor if self.view is None else tensor.contiguous().as_strided(*self.view)
 
 
 class Padded(Mapping[str, Tensor]):
@@ -42,10 +63,14 @@ def with_metadata(tensors: Mapping[str, Any], original: Mapping[str, Any]) -> di
 
     Modules that changed between versions of a library load an old state dict by them.
     """
+    return with_versions(tensors, getattr(original, "_metadata", None))
+
+
+def with_versions(tensors: Mapping[str, Any], versions: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a state dict with the versions of its modules, if these are known."""
     result = OrderedDict(tensors)
-    metadata = getattr(original, "_metadata", None)
-    if metadata is not None:
-        result._metadata = copy.deepcopy(metadata)  # type: ignore[attr-defined]
+    if versions:
+        result._metadata = OrderedDict(copy.deepcopy(dict(versions)))  # type: ignore[attr-defined]
     return result
 
 

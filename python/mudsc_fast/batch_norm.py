@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._forward import Forward, check_batches, preserve_training_mode, run_on_batch
 from mudsc_fast._progress import progress_bar
 
 _TRACKING_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -43,7 +43,8 @@ def reset_batch_norm(
     Returns
     -------
     int
-        The number of layers that keep running statistics; without any, the data is not read.
+        The number of layers that keep running statistics. It is 0 for a model without such layers, which is left as it
+        is, as by :func:`torch.optim.swa_utils.update_bn`; the data is then not read.
 
     Raises
     ------
@@ -55,6 +56,7 @@ def reset_batch_norm(
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}: pass result.model for the result of a merge"
         )
+    check_batches(data)
     layers = {
         name: module
         for name, module in model.named_modules()

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mudsc_fast._checks import check_tensor
 from mudsc_fast._copy import copy_module
-from mudsc_fast._forward import inputs_of, preserve_training_mode, to_device
+from mudsc_fast._forward import check_batches, inputs_of, preserve_training_mode, to_device
 from mudsc_fast._progress import progress_bar
 
 #: Returns the outputs of a model for one batch, [B, K]. Labels are read from the batch separately.
@@ -231,6 +231,7 @@ def _scored_batches(
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}: pass result.model for the result of a merge"
         )
+    check_batches(data)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     directions = None if vectors is None else functional.normalize(vectors.to(device), dim=1)
     empty = True

@@ -5,33 +5,30 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mudsc_fast._forward import Forward
-from mudsc_fast._models import Models, Networks
+from mudsc_fast._models import Models, checksum
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
-from mudsc_fast.distributed.sharded import Sharded
-from mudsc_fast.matching.activation import MatchingStatistics, collect, observed_nodes
+from mudsc_fast.matching.activation import MatchingStatistics, check_varied, collect, observed_nodes
 from mudsc_fast.matching.checkpoint import Checkpoint
-from mudsc_fast.matching.checks import check_networks
+from mudsc_fast.matching.checks import check_networks, warn_of_unnamed
 from mudsc_fast.matching.inputs import input_parts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.owners import pack
 from mudsc_fast.matching.parallel import Exchange, ParallelSolver, solve_on_owners
-from mudsc_fast.matching.partial import divide
 from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, waves
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Precision
-from mudsc_fast.options import MatchOptions, Space, default_shrink, default_space
-from mudsc_fast.results import Matching, Names, Phases, checked_weights, names
+from mudsc_fast.options import MatchOptions, Space, default_balance, default_shrink, default_space
+from mudsc_fast.prepare import Activations, Names, Prepared, prepare
+from mudsc_fast.results import Matching, Phases, checked_weights
 from mudsc_fast.spec.choose import SpecLike
-from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +42,7 @@ def match(
     *,
     spec: SpecLike = None,
     mode: Mode = "align",
-    balance: float = 0.5,
+    balance: float | None = None,
     space: Space | None = None,
     weights: Sequence[float] | None = None,
     shrink: float | None = None,
@@ -56,6 +53,7 @@ def match(
     patience: int = 5,
     forward: Forward | None = None,
     precision: Precision = "float32",
+    verify: bool = True,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -67,7 +65,7 @@ def match(
     models, data, spec, mode, balance, space, weights, shrink, budget, task_heads
         As for :func:`mudsc_fast.merge`. The weights count for the clusters of a zip, and are those that
         :meth:`Matching.merge` uses by default.
-    random_state, max_sweeps, patience, forward, precision, progress, group, checkpoint
+    random_state, max_sweeps, patience, forward, precision, verify, progress, group, checkpoint
         As for :func:`mudsc_fast.merge`.
 
     Returns
@@ -85,7 +83,7 @@ def match(
         options = MatchOptions(
             mode=mode,
             space=default_space(space, data is not None),
-            balance=balance,
+            balance=default_balance(balance, space, data is not None),
             shrink=shrink,
             budget=budget,
             random_state=random_state,
@@ -95,42 +93,9 @@ def match(
             precision=precision,
             progress=ranks.progress(progress),
         )
-        networks = Networks.of(models, run=options.space != "weight", task_heads=names("task_heads", task_heads))
-    networks, sharded = describe(networks, ranks)
-    chosen, data = choose_spec_and_data(networks, spec, data, ranks)
-    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint, sharded)
-    return prepared.at(options.balance)
-
-
-def describe(networks: Networks, ranks: Ranks) -> tuple[Networks, Sharded | None]:
-    """Return networks that are divided over processes by the shapes of their tensors, and these tensors."""
-    sharded = Sharded.of(networks.state_dicts, ranks)
-    if sharded is None:
-        return networks, None
-    return replace(networks, state_dicts=sharded.described), sharded
-
-
-def choose_spec_and_data(
-    networks: Networks, spec: SpecLike, data: Iterable[Any] | MatchingStatistics | None, ranks: Ranks
-) -> tuple[PermutationSpec, Iterable[Any] | MatchingStatistics | None]:
-    """Return the spec of networks, by default that of statistics given as data, and the data, its first batch kept."""
-    ranks.check_same({"kind of spec": _kind_of(spec), "kind of data": _kind_of(data)})
-    if not isinstance(data, MatchingStatistics):
-        return networks.choose_spec(spec, data, ranks)
-    return networks.choose_spec(data.spec if spec is None else spec, None, ranks)[0], data
-
-
-def _kind_of(given: object) -> str:
-    """Return the arguments that must be equal in all processes, so that they take the same steps; data may differ."""
-    if given is None:
-        return "None"
-    if isinstance(given, (PermutationSpec, MatchingStatistics)):
-        return type(given).__name__
-    return str(given) if isinstance(given, (str, os.PathLike)) else "batches"
-
-
-#: What activations are matched by: batches, their statistics, or a function that collects these.
-Activations = Iterable[Any] | MatchingStatistics | Callable[[], MatchingStatistics] | None
+    run = options.space != "weight"
+    inputs = prepare(models, spec, data, run=run, task_heads=task_heads, forward=forward, verify=verify, ranks=ranks)
+    return PreparedMatching(inputs, options, weights, ranks, checkpoint).at(options.balance)
 
 
 class PreparedMatching:
@@ -141,39 +106,34 @@ class PreparedMatching:
 
     Parameters
     ----------
-    networks, spec, data
-        What is matched; `data` may also be a function that collects the statistics, called if they are needed.
+    prepared
+        What is matched.
     options
         How; of it `balance` is not read.
-    weights, task_heads
+    weights
         As for :func:`mudsc_fast.merge`.
     ranks
         The processes that match together; this one alone by default.
     checkpoint
         As for :func:`mudsc_fast.merge`.
-    sharded
-        The tensors, where `networks` has only their shapes.
     """
 
     def __init__(
         self,
-        networks: Networks,
-        spec: PermutationSpec,
-        data: Activations,
+        prepared: Prepared,
         options: MatchOptions,
         weights: Sequence[float] | None = None,
-        task_heads: Names = (),
         ranks: Ranks | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
-        sharded: Sharded | None = None,
     ) -> None:
         self.phases = Phases()
+        networks, spec, sharded = prepared.networks, prepared.spec, prepared.sharded
         self._networks, self._spec, self._options = networks, spec, options
+        self._task_heads = prepared.task_heads
         self._ranks = ranks = Ranks() if ranks is None else ranks
         with ranks.step("checking the arguments"):
-            self._task_heads = tuple(names("task_heads", task_heads))
             self._weights = checked_weights(weights, len(networks))
-            self._division = divide(networks.state_dicts, spec, (), self._task_heads)
+            self._division = prepared.divide()
             comparable = self._division.comparable
             check_networks(networks.state_dicts, spec, self._division, names=())
             inputs = {}
@@ -191,6 +151,7 @@ class PreparedMatching:
         with ranks.step("checking the tensors"):
             own = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
             check_networks(self.state_dicts, spec, self._division, names=own)
+            warn_of_unnamed(self.state_dicts[0], spec, self._division)
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
         self._start: dict[str, NodeMatching] = {}
@@ -206,7 +167,7 @@ class PreparedMatching:
             self._device,
         )
         if options.space != "weight":
-            self._match_activations(data)
+            self._match_activations(prepared.data)
         # With weights of 0 the shares of a cluster's members are undefined; units are then matched as for equal
         # weights.
         shares = self._weights if min(self._weights) > 0 else [1 / len(networks)] * len(networks)
@@ -248,6 +209,7 @@ class PreparedMatching:
             shapes={name: tuple(first[name].shape) for name in comparable.layouts},
             task_heads=self._task_heads,
             distribution=self._distribution(),
+            fingerprints=tuple(checksum(tensors, comparable.layouts) for tensors in self._networks.state_dicts),
         )
 
     def _by_activations(self, solve: Solver) -> SweepResult:
@@ -319,6 +281,7 @@ class PreparedMatching:
             _log.warning(
                 "spec does not say where to observe %s: they are matched by their weights", ", ".join(unobserved[:8])
             )
+        check_varied(activations)
         self._start = solve_on_owners(
             [bundle for bundle in comparable.bundles if self._observed.issuperset(bundle)],
             {},

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from mudsc_fast._checks import check_number, check_share
 from mudsc_fast._forward import Forward
-from mudsc_fast._models import Models, Networks
+from mudsc_fast._models import Models
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.match import PreparedMatching, choose_spec_and_data, describe
+from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.node import Mode
-from mudsc_fast.matching.partial import divide
 from mudsc_fast.ops.correlation import Precision
-from mudsc_fast.options import MatchOptions, Space, default_space
+from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
+from mudsc_fast.prepare import Names, prepare
 from mudsc_fast.refit.refit import refit as fit_layers
-from mudsc_fast.results import MergeResult, Names, merge_divided, merge_matched, names
+from mudsc_fast.results import MergeResult, merge_divided, merge_matched
 from mudsc_fast.spec.choose import SpecLike
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def merge(
     *,
     spec: SpecLike = None,
     mode: Mode = "align",
-    balance: float = 0.5,
+    balance: float | None = None,
     space: Space | None = None,
     weights: Sequence[float] | None = None,
     shrink: float | None = None,
@@ -46,6 +46,7 @@ def merge(
     patience: int = 5,
     forward: Forward | None = None,
     precision: Precision = "float32",
+    verify: bool = True,
     progress: bool | None = None,
     refit: bool = False,
     group: ProcessGroup | None = None,
@@ -81,7 +82,8 @@ def merge(
         ``"align"``: each model gets a permutation onto the first. ``"zip"``: units of all models, also of one model,
         are clustered.
     balance
-        Share of the weight similarity in the dual space, in [0, 1]. :func:`mudsc_fast.search_balance` searches it.
+        Share of the weight similarity in the dual space, in [0, 1]; 0.5 by default. :func:`mudsc_fast.search_balance`
+        searches it.
     space
         ``"weight"``, ``"activation"`` or ``"dual"`` (both); by default dual if there is data, else weight.
     weights
@@ -111,6 +113,11 @@ def merge(
     precision
         ``"bfloat16"`` for faster and coarser products of similarities where the processor has instructions for them;
         see :class:`mudsc_fast.ops.CorrelationAccumulator`. Merged weights are averaged in full precision all the same.
+    verify
+        Whether to check a `spec` that is given, where modules and data are given too: the first model must compute the
+        same on the first batch after its units were put in a random order. It takes two runs of the model on that batch
+        and a copy of it. Pass False where a spec is not meant to keep the outputs, as the published ones that match the
+        heads of queries and of values independently, or where the outputs are features that follow the units.
     progress
         Whether to show progress bars; by default in a terminal, if the work is long.
     refit
@@ -133,9 +140,9 @@ def merge(
     Raises
     ------
     ValueError
-        If models differ in tensors, shapes (other than of task heads) or devices, no spec can be found or it does not
-        fit them, `stop_at` or `task_heads` name nothing, the data yields nothing, a number is out of range, or a
-        similarity is not finite.
+        If models differ in tensors, shapes (other than of task heads) or devices, no spec can be found, it does not fit
+        their tensors or does not keep their outputs, `stop_at` or `task_heads` name nothing, the data yields nothing, a
+        number is out of range, or a similarity is not finite.
     TypeError
         If an argument is of the wrong type, the models' dtypes differ, or activations are asked of tensors alone.
     DistributedError
@@ -146,7 +153,7 @@ def merge(
         options = MatchOptions(
             mode=mode,
             space=default_space(space, data is not None),
-            balance=balance,
+            balance=default_balance(balance, space, data is not None),
             shrink=shrink,
             budget=budget,
             random_state=random_state,
@@ -156,39 +163,39 @@ def merge(
             precision=precision,
             progress=ranks.progress(progress),
         )
-        heads = names("task_heads", task_heads)
-        networks = Networks.of(models, run=options.space != "weight" or refit, task_heads=heads)
         if refit and group is not None:
             raise ValueError("refit=True fits on the data of one process: call mudsc_fast.refit on the result instead")
-        batches = _refit_batches(networks, data) if refit else None
-    networks, sharded = describe(networks, ranks)
-    chosen, data = choose_spec_and_data(networks, spec, data, ranks)
+        if refit:
+            _check_refit_data(data)
+    run = options.space != "weight" or refit
+    inputs = prepare(models, spec, data, run=run, task_heads=task_heads, forward=forward, verify=verify, ranks=ranks)
+    networks = inputs.networks
     with ranks.step("checking the arguments"):
-        division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), heads)
+        if refit and not networks.modules:
+            raise TypeError("refit=True needs modules to run, got tensors alone: load the models, or leave refit out")
+        division = inputs.divide(stop_at)
     ranks.check_same({"stop_at": repr(stop_at)})
-    prepared = PreparedMatching(networks, chosen, data, options, weights, task_heads, ranks, checkpoint, sharded)
+    prepared = PreparedMatching(inputs, options, weights, ranks, checkpoint)
     matching = prepared.at(options.balance)
-    if sharded is not None:
+    if inputs.sharded is not None:
         held = replace(networks, modules=(), state_dicts=tuple(prepared.state_dicts))
-        return merge_divided(held, sharded, matching, division, weights, ranks, prepared.owners.holder)
+        return merge_divided(held, inputs.sharded, matching, division, weights, ranks, prepared.owners.holder)
     with ranks.step("merging the tensors"):
         result = merge_matched(networks, matching, division, weights)
-    if batches is None:
+    if not refit:
         return result
-    return fit_layers(result, networks.modules, batches, random_state=random_state, forward=forward, progress=progress)
+    assert isinstance(data, Iterable)  # checked above
+    return fit_layers(result, networks.modules, data, random_state=random_state, forward=forward, progress=progress)
 
 
-def _refit_batches(networks: Networks, data: object) -> Iterable[Any]:
-    """Return the batches to refit on, after a check that there are some, for models that can run on them."""
-    if not networks.modules:
-        raise TypeError("refit=True needs modules to run, got tensors alone: load the models, or leave refit out")
+def _check_refit_data(data: object) -> None:
+    """Raise a TypeError unless there are batches to refit on that can be read twice."""
     if not isinstance(data, Iterable):
         raise TypeError(
             f"refit=True needs data as batches, got {type(data).__name__}: call mudsc_fast.refit(result, models, data)"
         )
     if isinstance(data, Iterator):
         raise TypeError("refit=True reads data twice, got an iterator: pass a list or a DataLoader")
-    return data
 
 
 def search_balance(
@@ -209,6 +216,7 @@ def search_balance(
     patience: int = 5,
     forward: Forward | None = None,
     precision: Precision = "float32",
+    verify: bool = True,
     progress: bool | None = None,
 ) -> MergeResult:
     """Merge in the dual space at several balances and return the best merge.
@@ -225,7 +233,7 @@ def search_balance(
     balances
         The shares of the weight similarity to try: one number in [0, 1] or more.
     spec, mode, weights, shrink, budget, stop_at, task_heads, random_state, max_sweeps, patience, forward, precision,
-    progress
+    verify, progress
         As for :func:`mudsc_fast.merge`.
 
     Returns
@@ -257,17 +265,16 @@ def search_balance(
         precision=precision,
         progress=progress,
     )
-    networks = Networks.of(models, run=True, task_heads=names("task_heads", task_heads))
-    chosen, batches = choose_spec_and_data(networks, spec, data, Ranks())
-    division = divide(networks.state_dicts, chosen, names("stop_at", stop_at), names("task_heads", task_heads))
-    prepared = PreparedMatching(networks, chosen, batches, options, weights, task_heads)
+    inputs = prepare(models, spec, data, run=True, task_heads=task_heads, forward=forward, verify=verify)
+    division = inputs.divide(stop_at)
+    prepared = PreparedMatching(inputs, options, weights)
     best: MergeResult | None = None
     best_score = -float("inf")
     scores: dict[float, float] = {}
     for balance in tried:
         matching = prepared.at(balance)
         with prepared.phases.timed("merging"):
-            result = merge_matched(networks, matching, division, weights)
+            result = merge_matched(inputs.networks, matching, division, weights)
         with prepared.phases.timed("scoring"):
             scores[balance] = check_number("the score", score(result))
         if best is None or scores[balance] > best_score:

@@ -63,6 +63,25 @@ def default_shrink(shrink: float | None, num_models: int) -> float:
     return 0.5 if num_models <= 2 else 1.0
 
 
+def default_balance(balance: float | None, space: Space | None, has_data: bool) -> float:
+    """Return the balance of the dual space: one half by default.
+
+    Raises
+    ------
+    ValueError
+        If it is given although the units are matched by weights alone, because there is no data.
+    """
+    if balance is None:
+        return 0.5
+    balance = check_share("balance", balance)
+    if space is None and not has_data:
+        raise ValueError(
+            f"balance={balance} shares similarity between weights and activations, which needs data: pass data to "
+            "match by both, or leave balance out to match by weights"
+        )
+    return balance
+
+
 def default_space(space: Space | None, has_data: bool) -> Space:
     """Return the space to match in: dual if there is data, else weight."""
     if space is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_finite
 from mudsc_fast._copy import copy_module
-from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._forward import Forward, check_batches, preserve_training_mode, run_on_batch
 from mudsc_fast._progress import progress_bar
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.matching.apply import reindex
@@ -88,6 +88,7 @@ def repair(
         If state dicts were merged instead of modules.
     """
     check_choice("missing_bias", missing_bias, get_args(MissingBias))
+    check_batches(data)
     check_merged_models(result, models, "outputs must be observed")
     repaired = {id(model): copy_module(model) for model in result.task_models}
     task_models = tuple(repaired[id(model)] for model in result.task_models)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mudsc_fast import _matching_file
 from mudsc_fast._checks import check_int, check_number
-from mudsc_fast._models import Model, Models, Networks, fingerprint, like, network_of, with_state
+from mudsc_fast._models import Model, Models, Networks, as_given, checksum, fingerprint, with_state
 from mudsc_fast._progress import progress_bar
 from mudsc_fast._tables import as_html, as_text, node_rows
 from mudsc_fast._tensors import tied_tensors
@@ -23,15 +23,13 @@ from mudsc_fast.distributed.sharded import Sharded, is_sharded
 from mudsc_fast.matching.apply import merge_state_dicts, permute_state_dict, task_tensors
 from mudsc_fast.matching.checks import check_dtypes
 from mudsc_fast.matching.node import Mode, NodeMatching, effective_weights
-from mudsc_fast.matching.partial import Division, divide
+from mudsc_fast.matching.partial import Division
 from mudsc_fast.options import Space
+from mudsc_fast.prepare import Names, network_of, prepare
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-#: One or several names.
-Names = str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,6 +61,8 @@ class Matching(Mapping[str, NodeMatching]):
         The tensors that were not matched because every task keeps its own.
     distribution
         How the processes of a group shared the work; None for one process, and not saved.
+    fingerprints
+        Checksums of the tensors of each network, by which networks in another order are known.
     """
 
     spec: PermutationSpec
@@ -76,6 +76,7 @@ class Matching(Mapping[str, NodeMatching]):
     shapes: Mapping[str, tuple[int, ...]]
     task_heads: tuple[str, ...] = ()
     distribution: Distribution | None = None
+    fingerprints: tuple[int, ...] = ()
 
     # Compare by identity: a mapping would compare its entries, and tensors have no single truth value.
     __eq__ = object.__eq__
@@ -124,23 +125,20 @@ class Matching(Mapping[str, NodeMatching]):
         Raises
         ------
         ValueError
-            If the models are not as many as were matched or their tensors have other names or shapes, `stop_at` or
-            `task_heads` name nothing, or the weights are negative or do not sum to 1.
+            If the models are not as many as were matched, are in another order, or their tensors have other names or
+            shapes, `stop_at` or `task_heads` name nothing, or the weights are negative or do not sum to 1.
         TypeError
             If an argument is of the wrong type.
         """
-        heads = self.task_heads if task_heads is None else names("task_heads", task_heads)
-        networks = Networks.of(models, task_heads=heads)
+        heads = self.task_heads if task_heads is None else task_heads
+        prepared = prepare(models, self.spec, None, task_heads=heads)
+        networks = prepared.networks
         if len(networks) != self.num_models:
             raise ValueError(f"models must be the {self.num_models} models that were matched, got {len(networks)}")
         for index, state_dict in enumerate(networks.state_dicts):
             self._check_fits(f"models[{index}]", state_dict)
-        division = divide(
-            networks.state_dicts,
-            self.spec,
-            names("stop_at", stop_at),
-            heads,
-        )
+            self._check_order(f"models[{index}]", state_dict, index)
+        division = prepared.divide(stop_at)
         unmatched = [node for node in division.comparable.nodes if node not in self.nodes]
         if unmatched:
             raise ValueError(
@@ -166,7 +164,8 @@ class Matching(Mapping[str, NodeMatching]):
         Raises
         ------
         ValueError
-            If the units were not aligned but zipped, there is no such index, or the tensors have other names or shapes.
+            If the units were not aligned but zipped, there is no such index, the tensors have other names or shapes, or
+            they are those of another one of the networks that were matched.
         TypeError
             If an argument is of the wrong type.
         """
@@ -180,9 +179,10 @@ class Matching(Mapping[str, NodeMatching]):
             raise ValueError(
                 f"index must be below the number of models that were matched ({self.num_models}), got {index}"
             )
-        network = network_of(model)
+        network = network_of(model, self.spec)
         tensors = network.state_dicts[0]
         self._check_fits("model", tensors)
+        self._check_order("model", tensors, index)
         orders = {}
         for node, matched in self.nodes.items():
             permutations = matched.permutations
@@ -190,7 +190,7 @@ class Matching(Mapping[str, NodeMatching]):
             orders[node] = permutations[index]
         lacking = {name for name in self.spec.layouts if name not in tensors}  # task heads of other networks
         spec = self.spec.without(lacking) if lacking else self.spec
-        permuted = like(permute_state_dict(tensors, spec, orders), network, 0)
+        permuted = as_given(permute_state_dict(tensors, spec, orders), network, 0)
         return with_state(model, permuted) if isinstance(model, nn.Module) else permuted
 
     def without_matching(self) -> Matching:
@@ -226,6 +226,8 @@ class Matching(Mapping[str, NodeMatching]):
         ------
         OSError
             If the file cannot be written.
+        ValueError
+            If its name does not end in ``.safetensors``.
         """
         fields = {name: getattr(self, name) for name in _matching_file.FIELDS}
         _matching_file.save(path, self.spec, self.nodes, fields)
@@ -272,6 +274,17 @@ class Matching(Mapping[str, NodeMatching]):
                     f"{argument} must have the tensors that were matched, but {name!r} has shape "
                     f"{tuple(tensors[name].shape)}, expected {shape}"
                 )
+
+    def _check_order(self, argument: str, tensors: Mapping[str, Tensor], index: int) -> None:
+        """Raise a ValueError if a network is another one of those that were matched than the one at `index`."""
+        if not self.fingerprints:
+            return
+        found = checksum(tensors, self.shapes)
+        if found != self.fingerprints[index] and found in self.fingerprints:
+            raise ValueError(
+                f"{argument} must be model {index} of those that were matched, got model "
+                f"{self.fingerprints.index(found)}: pass the models in the order in which they were matched"
+            )
 
 
 @dataclass(frozen=True)
@@ -481,7 +494,9 @@ class MergeResult:
         notes.extend(f"not refitted {name}: {reason}" for name, reason in self.not_refitted.items())
         notes.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
         if self.unmatched_tensors:
-            notes.append("averaged without matching: " + ", ".join(self.unmatched_tensors))
+            notes.append(
+                "averaged in their own order, because the spec does not name them: " + ", ".join(self.unmatched_tensors)
+            )
         return notes
 
 
@@ -512,7 +527,8 @@ def merge_matched(
         state_dicts, spec = networks.state_dicts, matching.spec
         merged = merge_state_dicts(state_dicts, spec, matching, effective_weights(shares, matching), division.shared)
         tasks = _task_state_dicts(networks, spec, matching, division, merged)
-        merged = like(merged, networks, 0)
+        merged = as_given(merged, networks, 0)
+        tasks = tuple(_with_shared(task, merged) for task in tasks)
         task_models = _task_models(networks.modules, tasks, division)
     return MergeResult(
         model=None if division.per_task or not task_models else task_models[0],
@@ -598,11 +614,11 @@ def merge_divided(
                 for name in division.per_task
             }
             tasks.append(
-                like({name: merged[name] if name in merged else own[name] for name in states[0]}, networks, index)
+                as_given({name: merged[name] if name in merged else own[name] for name in states[0]}, networks, index)
             )
     return MergeResult(
         model=None,
-        state_dict=like(merged, networks, 0),
+        state_dict=as_given(merged, networks, 0),
         task_models=(),
         task_state_dicts=tuple(tasks),
         matching=matching,
@@ -612,15 +628,6 @@ def merge_divided(
             name for name, tensor in merged.items() if tensor.is_floating_point() and name not in spec.layouts
         ),
     )
-
-
-def names(argument: str, value: Names) -> list[str]:
-    """Return one or several names as a list."""
-    listed = [value] if isinstance(value, str) else list(value)
-    for name in listed:
-        if not isinstance(name, str):
-            raise TypeError(f"{argument} must be a name or a sequence of names, got {type(name).__name__}")
-    return listed
 
 
 def checked_weights(weights: Sequence[float] | None, num_models: int) -> list[float]:
@@ -649,8 +656,14 @@ def _task_state_dicts(
         own = task_tensors(state_dict, index, spec, matching, division.shared, kept)
         held = [name for name in networks.state_dicts[0] if name not in lacking]
         whole = {name: merged[name] if name in merged else own[name] for name in held}
-        tasks.append(like(whole, networks, index))
+        tasks.append(as_given(whole, networks, index))
     return tuple(tasks)
+
+
+def _with_shared(task: dict[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Let a task hold the merged tensors themselves, where a file made copies of their parts."""
+    task.update({name: merged[name] for name in task if name in merged and isinstance(merged[name], Tensor)})
+    return task
 
 
 def _task_models(

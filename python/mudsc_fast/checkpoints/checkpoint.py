@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mudsc_fast._tensors import Piece
 from mudsc_fast.checkpoints.directory import (
     FORMAT_OF_SUFFIX,
     WEIGHTS_NAME,
@@ -92,26 +93,6 @@ class RenamedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._source)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a tensor in a file is: a tensor of the network, or a part of one.
-
-    Attributes
-    ----------
-    name
-        Name of the tensor of the network.
-    view
-        Shape, strides and offset of the part; None for the whole tensor.
-    """
-
-    name: str
-    view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return the piece of a tensor of the network, as a view."""
-        return tensor if self.view is None else tensor.contiguous().as_strided(*self.view)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mudsc_fast._labels import label_problem
+from mudsc_fast._similar_names import similar_names
 from mudsc_fast.checkpoints.checkpoint import Checkpoint, read_json
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.checkpoints.names import is_derived, matches
@@ -30,7 +32,7 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, task_heads: Sequence[str
         for key in keys:
             ours, theirs = (checkpoint.config.get(key) if checkpoint.config else None for checkpoint in (first, other))
             if ours is not None and theirs is not None and ours != theirs:
-                hint = "; to merge the layers that they share, add --task-heads auto" if key == "architectures" else ""
+                hint = "; to merge the layers that they share, add task_heads='auto'" if key == "architectures" else ""
                 raise CheckpointError(
                     f"{first.path} and {other.path} are incompatible: {key} is {ours!r} in one config.json and "
                     f"{theirs!r} in the other{hint}"
@@ -58,7 +60,7 @@ def check_versions(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def kept_tensors(
-    checkpoints: Sequence[Checkpoint], *, ignore: Sequence[str], task_heads: Sequence[str]
+    checkpoints: Sequence[Checkpoint], *, ignore: Sequence[str], task_heads: Sequence[str], check_shapes: bool = True
 ) -> frozenset[str]:
     """Return the names of the tensors that are not merged: each network keeps its own, if it has one.
 
@@ -69,15 +71,18 @@ def kept_tensors(
     Raises
     ------
     CheckpointError
-        If other tensors are missing in some network, or differ in shape or dtype, or a pattern matches nothing.
+        If other tensors are missing in some network, or differ in dtype or (with `check_shapes`) in shape, or a pattern
+        matches nothing.
     """
     names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
     kept = set()
-    for argument, patterns in (("ignore", ignore), ("task-heads", task_heads)):
+    for argument, patterns in (("ignore", ignore), ("task_heads", task_heads)):
         for pattern in patterns:
             found = {name for name in names if matches(name, pattern)}
             if not found and pattern != AUTO:
-                raise CheckpointError(f"--{argument} {pattern!r} matches no tensor of the networks")
+                raise CheckpointError(
+                    f"{argument}={pattern!r} matches no tensor of the networks; {similar_names(pattern, names)}"
+                )
             kept |= found
     uncommon = [name for name in names if any(name not in checkpoint.tensors for checkpoint in checkpoints)]
     kept |= {name for name in uncommon if is_derived(name)}
@@ -86,7 +91,7 @@ def kept_tensors(
         layers = {name.rpartition(".")[0] for name in differing}
         kept |= {name for name in names if name.rpartition(".")[0] in layers}
     for other in checkpoints[1:]:
-        _check_tensors(checkpoints[0], other, kept)
+        _check_tensors(checkpoints[0], other, kept, check_shapes)
     return frozenset(kept)
 
 
@@ -111,7 +116,7 @@ def check_integers(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec
             if not _equal(tensor, other.tensors[name]):
                 raise CheckpointError(
                     f"{name!r} holds {dtype} numbers that differ in {first.path} and {other.path} and cannot be "
-                    f"averaged: dequantize the networks first if these are weights, or add --ignore {name!r} to keep "
+                    f"averaged: dequantize the networks first if these are weights, or add ignore={name!r} to keep "
                     f"those of {first.path}"
                 )
 
@@ -130,64 +135,21 @@ def check_tokenizers(checkpoints: Sequence[Checkpoint], kept: frozenset[str]) ->
                 raise CheckpointError(
                     f"{first.path} and {other.path} are incompatible: their tokenizers differ, token {number} is "
                     f"{text!r} in one and {theirs[number]!r} in the other; to keep an embedding table for each, name "
-                    f"it and the output layer: --task-heads {','.join(tables) or 'NAMES'}"
+                    f"it and the output layer: task_heads={','.join(tables) or 'NAMES'!r}"
                 )
 
 
 def check_labels(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec: PermutationSpec) -> None:
     """Raise a CheckpointError if classifiers that would be averaged have other labels."""
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        differing = _differing_label(first, other)
-        heads = [name for name in label_heads(first, spec) if name not in kept] if differing else []
-        if differing and heads:
-            layers = ",".join(dict.fromkeys(name.rpartition(".")[0] or name for name in heads))
-            number, ours, theirs = differing
-            raise CheckpointError(
-                f"{first.path} and {other.path} are incompatible: label {number} is {ours!r} in one config.json and "
-                f"{theirs!r} in the other. Keep a classifier for each network with --task-heads {layers}; if the "
-                "labels mean the same, make id2label equal in both files"
-            )
-
-
-def differing_labels(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Tell whether the configurations name other labels."""
-    return any(_differing_label(checkpoints[0], other) is not None for other in checkpoints[1:])
-
-
-def label_heads(checkpoint: Checkpoint, spec: PermutationSpec) -> list[str]:
-    """Return the tensors whose first axis is one entry for each label of the configuration."""
-    count = len(_labels(checkpoint))
-    return [
-        name
-        for name, tensor in checkpoint.tensors.items()
-        if count and tensor.ndim and tensor.shape[0] == count and _is_output(spec, name)
-    ]
-
-
-def _is_output(spec: PermutationSpec, name: str) -> bool:
-    layout = spec.layouts.get(name)
-    if layout is None:
-        return name.endswith((".weight", ".bias"))
-    axes = [segment.axis for segments in layout for segment in segments]
-    produces_units = any(axis is not None and axis.role == "produce" for axis in axes)
-    return not produces_units and all(segment.axis is None for segments in layout[:1] for segment in segments)
-
-
-def _labels(checkpoint: Checkpoint) -> dict[str, str]:
-    labels = (checkpoint.config or {}).get("id2label")
-    if isinstance(labels, Mapping):
-        return {str(number): str(label) for number, label in labels.items()}
-    # Files leave out the labels of two classes without names.
-    return {"0": "LABEL_0", "1": "LABEL_1"} if checkpoint.config else {}
-
-
-def _differing_label(first: Checkpoint, other: Checkpoint) -> tuple[str, str, str] | None:
-    ours, theirs = _labels(first), _labels(other)
-    for number in {**ours, **theirs} if ours and theirs else ():
-        if ours.get(number) != theirs.get(number):
-            return number, ours.get(number, "missing"), theirs.get(number, "missing")
-    return None
+    problem = label_problem(
+        [checkpoint.path for checkpoint in checkpoints],
+        [checkpoint.config for checkpoint in checkpoints],
+        checkpoints[0].tensors,
+        kept,
+        spec,
+    )
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
@@ -196,7 +158,7 @@ def _differs(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
     return len({checkpoint.tensors[name].shape for checkpoint in checkpoints}) > 1
 
 
-def _check_tensors(first: Checkpoint, other: Checkpoint, kept: set[str]) -> None:
+def _check_tensors(first: Checkpoint, other: Checkpoint, kept: set[str], check_shapes: bool) -> None:
     missing = [
         f"{name!r} is not in {other.path}" for name in first.tensors if name not in other.tensors and name not in kept
     ]
@@ -208,7 +170,7 @@ def _check_tensors(first: Checkpoint, other: Checkpoint, kept: set[str]) -> None
         if name not in other.tensors or name in kept:
             continue
         ours, theirs = first.tensors[name], other.tensors[name]
-        if ours.shape != theirs.shape:
+        if check_shapes and ours.shape != theirs.shape:
             shapes.append(
                 f"{name!r} has shape {list(ours.shape)} in {first.path}, but {list(theirs.shape)} in {other.path}"
             )
@@ -221,8 +183,8 @@ def _check_tensors(first: Checkpoint, other: Checkpoint, kept: set[str]) -> None
     hints = []
     if missing or shapes:
         hints = [
-            "to keep the layers that differ for each network, add --task-heads auto or --task-heads NAME,...;",
-            f"to keep those of {first.path} alone, add --ignore PATTERN",
+            "to keep the layers that differ for each network, add task_heads='auto' or task_heads='NAME,...';",
+            f"to keep those of {first.path} alone, add ignore='PATTERN'",
         ]
     raise CheckpointError(
         "\n  ".join([f"{first.path} and {other.path} are incompatible:", *problems[:_MAX_LISTED], *more, *hints])

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mudsc_fast.checkpoints.checkpoint import Checkpoint, Piece
+from mudsc_fast._tensors import Piece
+from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.errors import CheckpointError
 
 
@@ -97,8 +98,8 @@ def as_loaded(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     if unknown:
         raise CheckpointError(
             f"{checkpoint.path}: {type(model).__name__} of transformers has no {unknown[0]!r} "
-            f"({len(unknown)} of {len(stored)} tensors are unknown to it): leave them out with --ignore, or give the "
-            "spec as a .json file"
+            f"({len(unknown)} of {len(stored)} tensors are unknown to it): leave them out with ignore='PATTERN', "
+            "or give the spec as a .json file"
         )
     used = {name: pieces[name] for name in stored}
     _check_complete(checkpoint, used, in_memory)

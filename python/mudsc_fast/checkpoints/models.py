@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections import OrderedDict
@@ -14,22 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable, run_on_batch
-from mudsc_fast._huggingface import class_of_config, random_inputs
+from mudsc_fast._huggingface import class_of_config, ordered_outputs, random_inputs
 from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.checkpoints.names import is_derived, plain_names
 from mudsc_fast.distributed.ranks import DistributedError, same_on_all
 
-#: Outputs of models of Hugging Face whose order is fixed; hidden states follow the units.
-_ORDERED_OUTPUTS = (
-    "logits",
-    "prediction_logits",
-    "start_logits",
-    "end_logits",
-    "logits_per_image",
-    "image_embeds",
-    "text_embeds",
-)
+_LOGGER = logging.getLogger(__name__)
 
 
 def import_function(argument: str, text: str) -> Callable[[], Any]:
@@ -195,16 +187,15 @@ def _ordered(result: Any, model: nn.Module) -> list[Tensor] | str:
         return [result.float()]
     if not isinstance(result, Mapping):
         return f"{type(model).__name__} returns {type(result).__name__}, not a tensor"
-    found = [result[name] for name in _ORDERED_OUTPUTS if isinstance(result.get(name), Tensor)]
-    if not found and isinstance(result.get("last_hidden_state"), Tensor):
-        # Its features may follow the units, so they are compared in the order of their values.
-        found = [result["last_hidden_state"].sort(-1).values]
-    return [output.float() for output in found] or f"{type(model).__name__} returns nothing whose order is known"
+    found = ordered_outputs(result)
+    if found is result:
+        return f"{type(model).__name__} returns nothing whose order is known"
+    return [output.float() for output in found]
 
 
 def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     if checkpoint.config is None:
-        raise CheckpointError(f"{checkpoint.path}: has no config.json: name a function that builds the model (--model)")
+        raise CheckpointError(f"{checkpoint.path}: has no config.json: pass build=, a function that builds the model")
     try:
         import transformers
     except ImportError as error:
@@ -213,8 +204,21 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         ) from error
     kind = class_of_config(transformers, checkpoint.config)
     with quiet_transformers(), users_code(f"loading {checkpoint.path} by transformers"):
-        model: nn.Module = kind.from_pretrained(
-            checkpoint.path, dtype="auto" if dtype is None else dtype, local_files_only=True
+        model: nn.Module
+        model, found = kind.from_pretrained(
+            checkpoint.path,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        _LOGGER.warning(
+            "%s: %s of %s are not in the files, and transformers fills them with random numbers: %s",
+            checkpoint.path,
+            "1 tensor" if len(missing) == 1 else f"{len(missing)} tensors",
+            type(model).__name__,
+            ", ".join(missing[:5]),
         )
     return model.eval()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
 from mudsc_fast._huggingface import build_without_weights
+from mudsc_fast._labels import differing_labels, label_heads
 from mudsc_fast._tensors import Padded
 from mudsc_fast.checkpoints.checkpoint import Checkpoint, RenamedTensors, open_checkpoint
 from mudsc_fast.checkpoints.compatibility import (
@@ -21,9 +22,7 @@ from mudsc_fast.checkpoints.compatibility import (
     check_labels,
     check_tokenizers,
     check_versions,
-    differing_labels,
     kept_tensors,
-    label_heads,
 )
 from mudsc_fast.checkpoints.conversion import as_loaded
 from mudsc_fast.checkpoints.errors import CheckpointError
@@ -73,6 +72,12 @@ class NetworkFiles:
         return [name for name in names if name in self.kept]
 
     @property
+    def task_heads(self) -> list[str]:
+        """The tensors that are not merged, without the counters and tables that only some networks store."""
+        own = [checkpoint.tensors for checkpoint in self.checkpoints]
+        return [name for name in self.kept_names if not is_derived(name) or all(name in tensors for tensors in own)]
+
+    @property
     def unmatched(self) -> tuple[str, ...]:
         """The tensors of the first network that the spec does not name."""
         return tuple(
@@ -110,6 +115,8 @@ def prepare_networks(
     *,
     ignore: Sequence[str] = (),
     task_heads: Sequence[str] = (),
+    unequal_heads: bool = False,
+    names_in_memory: bool = False,
 ) -> NetworkFiles:
     """Give the tensors of networks common names, choose the spec, and check that they can be merged.
 
@@ -121,6 +128,10 @@ def prepare_networks(
         How to choose the spec, a function that builds the model, and data to run it on.
     ignore, task_heads
         Patterns of names of tensors that are not merged; ``"auto"`` among `task_heads` stands for all that differ.
+    unequal_heads
+        Whether output layers may differ in size or labels without being named: the caller finds them.
+    names_in_memory
+        Whether to give tensors the names that they have in a model of transformers, where it knows them all.
 
     Raises
     ------
@@ -131,28 +142,52 @@ def prepare_networks(
     """
     check_configs(checkpoints, task_heads=task_heads)
     check_versions(checkpoints)
-    checkpoints = with_common_ties(_with_common_names(checkpoints, build))
-    kept = kept_tensors(checkpoints, ignore=ignore, task_heads=task_heads)
+    checkpoints = _with_common_names(checkpoints, build, names_in_memory or _lacks_names(checkpoints, spec))
+    checkpoints = with_common_ties(checkpoints)
+    kept = kept_tensors(checkpoints, ignore=ignore, task_heads=task_heads, check_shapes=not unequal_heads)
     checkpoints, chosen, kept = _with_spec(checkpoints, spec, build, batches, kept)
-    if AUTO in task_heads and differing_labels(checkpoints):
-        kept |= frozenset(label_heads(checkpoints[0], chosen))
+    configs = [checkpoint.config for checkpoint in checkpoints]
+    if AUTO in task_heads and differing_labels(configs):
+        kept |= frozenset(label_heads(configs[0], checkpoints[0].tensors, chosen))
     check_tokenizers(checkpoints, kept)
-    check_labels(checkpoints, kept, chosen)
+    if not unequal_heads:
+        check_labels(checkpoints, kept, chosen)
     check_integers(checkpoints, kept, chosen)
     if kept:
         _LOGGER.info("not merged: %s", ", ".join(sorted(kept)))
     return NetworkFiles(tuple(checkpoints), chosen, kept)
 
 
-def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any) -> list[Checkpoint]:
+def open_for_spec(path: PathLike, spec: PermutationSpec) -> Checkpoint:
+    """Open one checkpoint whose tensors have the names of a spec.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, or its weights are quantized.
+    """
+    checkpoint = open_checkpoint(path)
+    check_not_quantized(checkpoint)
+    return _with_common_names([checkpoint], None, _lacks_names([checkpoint], spec))[0]
+
+
+def _lacks_names(checkpoints: Sequence[Checkpoint], spec: SpecLike) -> bool:
+    """Tell whether a spec names tensors that none of the networks has."""
+    if not isinstance(spec, PermutationSpec):
+        return False
+    return any(all(name not in checkpoint.tensors for checkpoint in checkpoints) for name in spec.layouts)
+
+
+def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any, in_memory: bool) -> list[Checkpoint]:
     """Return checkpoints under the names in memory if files name the tensors of one architecture in several ways.
 
-    They do if they were saved by several versions of transformers.
+    They do if they were saved by several versions of transformers. With `in_memory` the names are changed in any case.
     """
     names = [{name for name in checkpoint.tensors if not is_derived(name)} for checkpoint in checkpoints]
     configs = [checkpoint.config or {} for checkpoint in checkpoints]
     one_class = all(config.get("architectures") == configs[0].get("architectures") for config in configs)
-    if build is not None or not all(configs) or not one_class or all(other == names[0] for other in names[1:]):
+    differ = one_class and any(other != names[0] for other in names[1:])
+    if build is not None or not all(configs) or not (in_memory or differ):
         return list(checkpoints)
     try:
         return [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]

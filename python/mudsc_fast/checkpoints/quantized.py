@@ -112,8 +112,8 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
     dtype = str(checkpoint.tensors[name].dtype).removeprefix("torch.")
     scaled = "without a scale" if weight.scale is None else f"with the scale {weight.scale!r}"
     raise CheckpointError(
-        f"{checkpoint.path}: {name!r} is quantized ({dtype}, {scaled}) and cannot be averaged: add --dequantize "
-        "(dequantize=True), or give the network before its quantization"
+        f"{checkpoint.path}: {name!r} is quantized ({dtype}, {scaled}) and cannot be averaged: pass "
+        "dequantize=True to mudsc_fast.io.merge_checkpoints, or give the network before its quantization"
     )
 
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mudsc_fast.checkpoints.checkpoint import Checkpoint, Piece
+from mudsc_fast._tensors import Piece
+from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.compatibility import TABLES
 
 #: Output layers that may be embedding tables.

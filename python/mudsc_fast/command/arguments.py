@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import mudsc_fast
 from mudsc_fast.command import completion, subcommands
 from mudsc_fast.command.installation import info
+from mudsc_fast.command.terminal import label
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import Space
@@ -70,6 +71,23 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows an error in one line: the usage of a subcommand is fifteen lines."""
+
+    def error(self, message: str) -> NoReturn:
+        """Show an error in the form of all errors of the command, and exit."""
+        self.exit(2, f"{self.prog}: {label('error')} {message} ({self.prog} --help shows the options)\n")
+
+
+class _TwoOrMore(argparse.Action):
+    """Refuses a single network before anything is imported or read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, _option: str | None = None) -> None:
+        if len(values) < 2:
+            parser.error(f"expected two or more networks to merge, got {len(values)}: {', '.join(values)}")
+        setattr(namespace, self.dest, values)
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Wraps the description, but not the examples."""
 
@@ -81,7 +99,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command; the function that runs a subcommand is its default ``run``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mudsc-fast",
         description="Merge pretrained networks without training.",
         epilog=_EXAMPLES,
@@ -114,7 +132,9 @@ def _add(subparsers: Any, name: str, about: str, description: str, examples: str
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=subcommands.merge)
-    parser.add_argument("inputs", nargs="+", metavar="NETWORK", help="A file or directory. Give two or more.")
+    parser.add_argument(
+        "inputs", nargs="+", action=_TwoOrMore, metavar="NETWORK", help="A file or directory. Give two or more."
+    )
     output = _output_arguments(parser)
     output.add_argument(
         "--dtype",
@@ -209,11 +229,16 @@ def _matching_arguments(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--balance",
         type=float,
-        default=0.5,
         metavar="SHARE",
-        help="The share of the weights in the dual space, from 0 to 1. Default: %(default)s.",
+        help="The share of the weights in the dual space, from 0 to 1. Default: 0.5.",
     )
     _add_model_and_data(group)
+    group.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="Do not check on the first batch of --data that the model computes the same after its units were permuted "
+        "by the given --spec.",
+    )
     return group
 
 

@@ -26,7 +26,7 @@ def merge(given: argparse.Namespace) -> str:
     weights = _numbers(given.weights)
     if given.dry_run:
         shared = _shared(given)
-        for name in ("progress", "random_state", "balance", "patience", "precision"):
+        for name in ("progress", "random_state", "balance", "patience", "precision", "verify"):
             shared.pop(name)
         return str(plan_merge(given.inputs, given.output, mode=given.mode, **shared))
     with torchrun.process_group(given.timeout) as group:
@@ -102,6 +102,7 @@ def _shared(given: argparse.Namespace) -> dict[str, Any]:
         "task_heads": given.task_heads,
         "ignore": given.ignore,
         "dequantize": given.dequantize,
+        "verify": not given.no_verify,
         "file_format": given.format,
         "shard_size": given.shard_size,
         "progress": not given.quiet and sys.stderr.isatty(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from types import TracebackType
 
@@ -11,10 +12,44 @@ _COLORS = {"error": "31", "warning": "33", "hint": "36"}
 
 _LOGGER = logging.getLogger("mudsc_fast")
 
+#: Options of the command that are called otherwise than the argument in Python.
+_OPTION_OF_ARGUMENT = {"build": "model", "file_format": "format"}
+
+_ARGUMENT = (
+    r"(spec|data|build|space|balance|weights|shrink|budget|mode|task_heads|ignore|dequantize|dtype|file_format|shard_size"
+    r"|random_state|max_sweeps|patience|precision)"
+)
+
+#: An argument of Python in a message: ``spec='mlp'``, ``pass data`` or ``weights must ...`` at the beginning of a line.
+_GIVEN = re.compile(
+    rf"(?<![\w.]){_ARGUMENT}="
+    r"(?:(?P<flag>True\b(?: to mudsc_fast[\w.]+)?)|'(?P<word>[\w.,:=-]+)'|(?P<value>(?=['\[\w])))?"
+)
+_NAMED = re.compile(rf"((?:^|: )(?=\w+ (?:must|give|names|needs)\b)|\b[Pp]ass ){_ARGUMENT}\b(?! to\b)", re.MULTILINE)
+
+
+def as_options(message: str) -> str:
+    """Return a message that names arguments of Python with the options of the command."""
+
+    def option(name: str) -> str:
+        return "--" + _OPTION_OF_ARGUMENT.get(name, name).replace("_", "-")
+
+    def given(match: re.Match[str]) -> str:
+        space = "" if match["word"] is None and match["value"] is None else " "
+        return option(match[1]) + space + (match["word"] or "")
+
+    message = message.replace("verify=False", "--no-verify")
+    return _NAMED.sub(lambda match: match[1] + option(match[2]), _GIVEN.sub(given, message))
+
 
 def in_color() -> bool:
     """Return whether stderr is a terminal that shows colors (https://no-color.org)."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def label(kind: str) -> str:
+    """Return what a message of a kind, such as an error, begins with."""
+    return f"\x1b[1;{_COLORS[kind]}m{kind}:\x1b[0m" if in_color() else f"{kind}:"
 
 
 class Messages(logging.Handler):
@@ -50,18 +85,15 @@ class Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a logged warning."""
         if not self._quiet:
-            self._show("warning", record.getMessage())
+            self._show("warning", as_options(record.getMessage()))
 
     def error(self, text: str) -> None:
         """Show an error."""
-        self._show("error", text)
+        self._show("error", as_options(text))
 
     def hint(self, text: str) -> None:
         """Show advice."""
         self._show("hint", text)
 
     def _show(self, kind: str, text: str) -> None:
-        label = f"{kind}:"
-        if in_color():
-            label = f"\x1b[1;{_COLORS[kind]}m{label}\x1b[0m"
-        print(f"{self._prefix}: {label} {text}", file=sys.stderr)
+        print(f"{self._prefix}: {label(kind)} {text}", file=sys.stderr)

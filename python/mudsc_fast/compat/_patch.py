@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -110,7 +111,7 @@ def patch(only: Sequence[str] | None = None, *, functions: Sequence[str] | None 
     TypeError
         If `only` or `functions` is not a sequence of names.
     ValueError
-        If `functions` names a function that is not replaced.
+        If `functions` names a function that is not replaced, or `only` a module that is neither loaded nor found.
 
     Notes
     -----
@@ -122,7 +123,25 @@ def patch(only: Sequence[str] | None = None, *, functions: Sequence[str] | None 
     unknown = [name for name in functions or () if name not in _NAMES]
     if unknown:
         raise ValueError(f"functions must be among {', '.join(_NAMES)}; got {unknown[0]!r}")
+    for name in only or ():
+        if not _exists(name):
+            raise ValueError(
+                f"only must name modules that are loaded or can be imported, got {name!r}, which is neither"
+            )
     return Patch(only, functions)
+
+
+def _exists(module: str) -> bool:
+    """Tell whether a module is loaded or can be found, without importing anything."""
+    if any(name == module or name.startswith(f"{module}.") for name in list(sys.modules)):
+        return True
+    package = module.rpartition(".")[0]
+    if package and package not in sys.modules:
+        return _exists(package)  # finding a submodule would import its package
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # of names that cannot be those of modules
+        return False
 
 
 def _check_names(argument: str, kind: str, names: object) -> None:

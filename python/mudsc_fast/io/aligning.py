@@ -39,7 +39,7 @@ def align_checkpoints(
     data: Iterable[Any] | None = None,
     build: Callable[[], nn.Module] | None = None,
     space: Space | None = None,
-    balance: float = 0.5,
+    balance: float | None = None,
     random_state: int = 0,
     max_sweeps: int = 100,
     patience: int = 5,
@@ -50,6 +50,7 @@ def align_checkpoints(
     file_format: Format | None = None,
     shard_size: str | None = None,
     check: bool = True,
+    verify: bool = True,
     progress: bool | None = None,
 ) -> WriteResult:
     """Write a network with its units in the order of another one's; it computes the same as before.
@@ -66,7 +67,7 @@ def align_checkpoints(
         Tensors that are not compared, as for :func:`merge_checkpoints`; those of `other` are written in the new order
         too. Tensors that only one network has or that differ in shape, and classifiers with other labels, are found by
         themselves.
-    dequantize, file_format, shard_size, progress
+    dequantize, file_format, shard_size, verify, progress
         As for :func:`merge_checkpoints`; small files beside the weights are copied from `other`.
     check
         Whether to compute outputs of the network before and after, in float32, on a small batch: of random tokens or
@@ -108,6 +109,7 @@ def align_checkpoints(
         max_sweeps=max_sweeps,
         patience=patience,
         precision=precision,
+        verify=verify,
         progress=progress,
     )
     source = networks.checkpoints[1]

@@ -21,8 +21,10 @@ from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.activation import MatchingStatistics, collect
 from mudsc_fast.matching.apply import merge_state_dicts, reindex, task_tensors
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, effective_weights
+from mudsc_fast.matching.verify import check_keeps_outputs
 from mudsc_fast.ops.correlation import Precision
-from mudsc_fast.options import MatchOptions, Space, default_space
+from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
+from mudsc_fast.prepare import Prepared
 from mudsc_fast.spec.axes import Axis
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.unit_map import UnitMap
@@ -97,9 +99,10 @@ def match_networks(
     *,
     mode: Mode,
     space: Space | None,
-    balance: float,
+    balance: float | None,
     weights: Sequence[float] | None = None,
     precision: Precision,
+    verify: bool,
     progress: bool | None,
     ranks: Ranks | None = None,
     checkpoint: PathLike | None = None,
@@ -119,27 +122,21 @@ def match_networks(
         options = MatchOptions(
             mode=mode,
             space=default_space(space, batches is not None),
-            balance=balance,
+            balance=default_balance(balance, space, batches is not None),
             precision=precision,
             progress=ranks.progress(progress),
             **arguments,
         )
         if options.space != "weight" and batches is None:
-            raise CheckpointError(f"the {options.space} space needs data: name a function that yields batches (--data)")
+            raise CheckpointError(f"the {options.space} space needs batches to run the models on: pass data=")
     ranks.check_same({"space": options.space})
     collect_own = None
     if batches is not None:
-        collect_own = functools.partial(_activations, ranks, networks, spec, batches, build, mode, precision, progress)
-    prepared = PreparedMatching(
-        Networks.of_tensors(networks.state_dicts),
-        networks.spec,
-        collect_own,
-        options,
-        weights,
-        networks.kept_names,
-        ranks,
-        checkpoint,
-    )
+        collect_own = functools.partial(
+            _activations, ranks, networks, spec, batches, build, mode, precision, verify, progress
+        )
+    inputs = Prepared(Networks.of_tensors(networks.state_dicts), networks.spec, collect_own, tuple(networks.kept_names))
+    prepared = PreparedMatching(inputs, options, weights, ranks, checkpoint)
     found = prepared.at(options.balance)
     return MatchedNetworks(
         networks,
@@ -160,6 +157,7 @@ def _activations(
     build: Callable[[], nn.Module] | None,
     mode: Mode,
     precision: Precision,
+    verify: bool,
     progress: bool | None,
 ) -> MatchingStatistics:
     with ranks.step("loading the networks"):
@@ -170,6 +168,8 @@ def _activations(
             config = networks.checkpoints[0].config
             observed = choose_spec(spec, models[0].state_dict(), config=config, model=lambda: models[0])
         observed.validate(models[0])
+        if verify and spec not in (None, "derive") and batches.has_first():
+            check_keeps_outputs(models[0], observed, batches.first())
     with loading.users_code("running the networks on the data"):
         statistics = collect(
             ranks, models, batches, spec=observed, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress

@@ -39,7 +39,7 @@ def merge_checkpoints(
     build: Callable[[], nn.Module] | None = None,
     mode: Mode = "align",
     space: Space | None = None,
-    balance: float = 0.5,
+    balance: float | None = None,
     weights: Sequence[float] | None = None,
     shrink: float | None = None,
     budget: float = 1.0,
@@ -54,6 +54,7 @@ def merge_checkpoints(
     file_format: Format | None = None,
     shard_size: str | None = None,
     command: str | None = None,
+    verify: bool = True,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
     checkpoint: PathLike | None = None,
@@ -77,7 +78,7 @@ def merge_checkpoints(
         Batches to run the models on, as for :func:`mudsc_fast.merge`; needed for the activation and the dual space.
     build
         Makes a module that takes the tensors, for `data`; not needed for directories of Hugging Face.
-    mode, space, balance, weights, shrink, budget, random_state, max_sweeps, patience, precision, progress
+    mode, space, balance, weights, shrink, budget, random_state, max_sweeps, patience, precision, verify, progress
         As for :func:`mudsc_fast.merge`.
     task_heads
         Tensors that each network keeps for itself, by their name, its beginning up to a dot, or a pattern with
@@ -145,6 +146,7 @@ def merge_checkpoints(
         max_sweeps=max_sweeps,
         patience=patience,
         precision=precision,
+        verify=verify,
         progress=progress,
         ranks=ranks,
         checkpoint=checkpoint,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 import os
 import pickle
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._files import atomic_write
-from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._forward import Forward, Rewindable, preserve_training_mode, run_on_batch
 from mudsc_fast._models import Networks
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.distributed.ranks import Ranks
@@ -37,7 +38,12 @@ from mudsc_fast.spec.validation import port_problems
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_log = logging.getLogger(__name__)
+
 _FORMAT = "mudsc_fast statistics 1"
+#: Correlations of fewer observations say little: of two, each is 1 or -1.
+_MIN_SAMPLES = 8
+
 _LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
 _SECOND_AXIS_MODULES = (
     nn.modules.conv._ConvNd,
@@ -101,6 +107,14 @@ class MatchingStatistics:
             for sums in self._sums.values():
                 stack.enter_context(sums.computing_in(workspace))
             yield
+
+    def num_samples(self, node: str) -> int:
+        """Return the number of observations of a node's units: every position of every sample is one."""
+        return self._sums[node].num_samples
+
+    def is_constant(self, node: str) -> bool:
+        """Return whether all units of a node are the same in all samples of some model."""
+        return not bool((self._sums[node]._moments.squares > 0).any(1).all())
 
     def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
         """Return a node's similarity. It is computed once and kept until there are more samples; do not modify it.
@@ -246,6 +260,7 @@ def collect_statistics(
     forward: Forward | None = None,
     autocast: torch.dtype | None = None,
     precision: Precision = "float32",
+    verify: bool = True,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> MatchingStatistics:
@@ -274,6 +289,8 @@ def collect_statistics(
         centered and summed in float32 and float64.
     precision
         Of the products of features, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
+    verify
+        Whether to check a given `spec` on the first batch, as for :func:`mudsc_fast.merge`.
     progress
         Whether to show a progress bar; by default in a terminal, if the work is long.
     group
@@ -291,9 +308,8 @@ def collect_statistics(
     with ranks.step("checking the arguments"):
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise TypeError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
-        networks = Networks.of_modules(models)
-    chosen, batches = networks.choose_spec(spec, data, ranks)
-    assert batches is not None  # there was data
+        networks, batches = Networks.of_modules(models), Rewindable(data)
+    chosen = networks.choose_spec(spec, batches, ranks, forward=forward, verify=verify)
     return collect(
         ranks,
         models,
@@ -400,6 +416,42 @@ class _InStep(Iterable[Any]):
                 spare = [self._ranks.broadcast_object(found[0] if found else None, doing, having[0])]
             self.is_own = bool(found)
             yield (found or spare)[0]
+
+
+def check_varied(statistics: MatchingStatistics) -> None:
+    """Check that the data tells the units apart.
+
+    Raises
+    ------
+    ValueError
+        If there is one observation only, or the activations of all nodes are the same on all data.
+    """
+    observed = observed_nodes(statistics.spec)
+    constant = [node for node in observed if statistics.is_constant(node)]
+    few = [node for node in observed if statistics.num_samples(node) < _MIN_SAMPLES]
+    single = [node for node in few if statistics.num_samples(node) < 2]
+    if observed and len(single) == len(observed):
+        raise ValueError(
+            f"data must hold two samples or more to correlate activations, got {statistics.num_samples(observed[0])}: "
+            "pass more data, or match with space='weight'"
+        )
+    if observed and len(constant) == len(observed):
+        raise ValueError(
+            "data must vary, but the activations of every node are the same in all samples (all zero or constant "
+            "inputs?): pass other data, or match with space='weight'"
+        )
+    if constant:
+        _log.warning(
+            "the activations of %s are the same in all samples of some model: they say nothing about which units "
+            "correspond",
+            ", ".join(map(repr, constant[:8])),
+        )
+    elif few:
+        _log.warning(
+            "there are only %d samples of the activations of %s: larger batches match better",
+            min(statistics.num_samples(node) for node in few),
+            ", ".join(map(repr, few[:8])),
+        )
 
 
 def observed_nodes(spec: PermutationSpec) -> list[str]:

@@ -47,7 +47,19 @@ def check_networks(
             if names is not None and name not in names:
                 continue
             check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))
-    copies = _copies_of_weights(state_dicts[0], spec)
+
+
+def warn_of_unnamed(state_dict: Mapping[str, Tensor], spec: PermutationSpec, division: Division) -> None:
+    """Warn of tensors that the spec does not name although they seem to hold an entry for each unit, or weights."""
+    omitted = _omitted_companions(state_dict, spec, division)
+    if omitted:
+        _logger.warning(
+            "spec does not name %d tensors that seem to belong to units which it permutes: %s. They are averaged in "
+            "their own order; name them in the spec if each entry belongs to a unit",
+            len(omitted),
+            ", ".join(f"{name!r} (beside {other!r})" for name, other in list(omitted.items())[:5]),
+        )
+    copies = _copies_of_weights(state_dict, spec)
     if copies:
         _logger.warning(
             "%d tensors look like copies of weights (moving averages?) that the spec does not name: %s. They are "
@@ -115,6 +127,47 @@ def _check_same_shapes(state_dicts: Sequence[Mapping[str, Tensor]], spec: Permut
             if hidden:
                 raise ValueError(differ + "only networks of the same widths and depths can be merged")
             raise ValueError(differ + "name it in task_heads to keep it per task")
+
+
+def _omitted_companions(state_dict: Mapping[str, Tensor], spec: PermutationSpec, division: Division) -> dict[str, str]:
+    """Return 1-D tensors that the spec does not name, beside a tensor with the same number of units on its first axis.
+
+    These are the other tensors of a layer whose weight has units on its first axis (biases, running statistics), and
+    the tensors of a norm, which has no other ones, after such a layer.
+    """
+    omitted: dict[str, str] = {}
+    previous: str | None = None
+    producer: dict[str, str] = {}
+    for name in spec.layouts:
+        if _produces_on_first_axis(spec, name):
+            producer.setdefault(name.rpartition(".")[0], name)
+    vectors: dict[str, bool] = {}
+    for name, tensor in state_dict.items():
+        module = name.rpartition(".")[0]
+        vectors[module] = vectors.get(module, True) and tensor.ndim < 2
+    for name, tensor in state_dict.items():
+        if tensor.ndim > 1:
+            previous = name if name in spec.layouts else None
+        if name in spec.layouts or tensor.ndim != 1 or len(tensor) < 2 or not tensor.is_floating_point():
+            continue
+        if name in division.per_task:
+            continue
+        module = name.rpartition(".")[0]
+        beside = producer.get(module) if module else None
+        if beside is None and vectors[module] and previous is not None and _produces_on_first_axis(spec, previous):
+            beside = previous
+        if beside is not None and state_dict[beside].shape[0] == len(tensor):
+            omitted[name] = beside
+    return omitted
+
+
+def _produces_on_first_axis(spec: PermutationSpec, name: str) -> bool:
+    """Tell whether all of the first axis of a tensor are units that it produces."""
+    layout = spec.layouts[name]
+    if not layout or len(layout[0]) != 1:
+        return False
+    axis = layout[0][0].axis
+    return axis is not None and axis.role == "produce"
 
 
 def _copies_of_weights(state_dict: Mapping[str, Tensor], spec: PermutationSpec) -> dict[str, str]:

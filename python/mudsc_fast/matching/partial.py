@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mudsc_fast._similar_names import similar_names
 from mudsc_fast._tensors import tied_tensors
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def divide(
     names = tuple(state_dicts[0])
     for head in task_heads:
         if not any(_begins(name, head) for name in names):
-            raise ValueError(f"task_heads names {head!r}, with which no tensor's name begins")
+            raise ValueError(
+                f"task_heads names {head!r}, with which no tensor's name begins; {similar_names(head, names)}"
+            )
     own = {name for name in names if any(_begins(name, head) for head in task_heads)} | _unequal_heads(
         state_dicts, spec
     )
@@ -120,7 +125,9 @@ def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
         if not named:
             raise ValueError(
                 f"stop_at must name a node, or begin the name of a tensor that has one, got {entry!r}; nodes: "
-                + ", ".join(spec.nodes)
+                + ", ".join(spec.nodes[:_MAX_LISTED])
+                + (", ..." if len(spec.nodes) > _MAX_LISTED else "")
+                + f"; {similar_names(entry, list(part_of), spec.nodes)}"
             )
         last = max(named, key=order.__getitem__)
         part = part_of[last]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast._forward import inputs_of, preserve_training_mode
+from mudsc_fast._forward import inputs_of, preserve_training_mode, run_on_batch
 from mudsc_fast._huggingface import build_without_weights, random_inputs
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 from mudsc_fast.spec.recognize import build_family, family_names, family_of_config, family_of_names, listed
@@ -63,6 +63,7 @@ def choose_spec(
         raise TypeError(
             "spec must be a PermutationSpec, the name of a family, the path of a .json file or None, got "
             f"{type(spec).__name__}"
+            + (": pass PermutationSpec(spec) for a dict of axes" if isinstance(spec, Mapping) else "")
         )
     if isinstance(spec, os.PathLike) or (spec is not None and spec.endswith(".json")):
         return _load(Path(spec), tensors)
@@ -168,6 +169,7 @@ def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Pe
         try:
             spec = PermutationSpec.from_model(model.eval(), inputs)
         except (ValueError, TypeError, AttributeError) as error:
+            _check_runs(model, inputs)
             raise ValueError(f"the spec of {type(model).__name__} cannot be derived: {error}") from error
     # Files leave out tied tensors, and layers that the network was saved without, such as poolers.
     spec = spec.without({name for name in spec.layouts if name not in tensors})
@@ -175,6 +177,19 @@ def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Pe
     if problems:
         raise ValueError(f"the derived spec does not fit the tensors: {listed(problems)}")
     return spec
+
+
+def _check_runs(model: nn.Module, inputs: Any) -> None:
+    """Raise a ValueError if a model cannot run on the inputs that its spec is to be derived with."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    try:
+        with torch.no_grad():
+            run_on_batch(model, inputs, next(iter(model.state_dict().values())).device, None)
+    except Exception as error:  # of the user's code, of any kind
+        raise ValueError(
+            f"{type(model).__name__} cannot run on the first batch of data: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load(path: Path, tensors: Mapping[str, Tensor]) -> PermutationSpec:

@@ -1,0 +1,129 @@
+"""What a user reads after a mistake: the argument, what was expected and given, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+import mudsc_fast
+from networks import MLP_AXES, MLP_SPEC, make_mlp
+
+
+def pair() -> Any:
+    return [make_mlp(seed=seed) for seed in range(2)]
+
+
+def data(dtype: torch.dtype = torch.float32, width: int = 20) -> Any:
+    return [torch.randn(40, width, dtype=dtype)]
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "models one by one": (
+        lambda: mudsc_fast.merge(*pair()),
+        TypeError,
+        r"models must be one list of modules.* got Sequential: write merge\(\[a, b\], data\), not merge\(a, b\)",
+    ),
+    "data before models": (
+        lambda: mudsc_fast.merge(data() * 2, pair()),
+        TypeError,
+        r"models must be all of one kind .*got Tensor: write the models first, merge\(\[a, b\], data\)",
+    ),
+    "a data loader before models": (
+        lambda: mudsc_fast.match(cast(Any, torch.utils.data.DataLoader(data())), pair()),
+        TypeError,
+        r"models must be a sequence of modules.*got DataLoader: write the models first",
+    ),
+    "one batch": (
+        lambda: mudsc_fast.merge(pair(), data()[0]),
+        TypeError,
+        r"data must be an iterable of batches.*got one Tensor: pass \[data\] if it is one batch",
+    ),
+    "one batch of keywords": (
+        lambda: mudsc_fast.reset_batch_norm(nn.BatchNorm1d(20), {"input": data()[0]}),
+        TypeError,
+        r"data must be an iterable of batches.*got one dict: pass \[data\]",
+    ),
+    "a path as data": (
+        lambda: mudsc_fast.merge(pair(), "data/"),
+        TypeError,
+        "data must be an iterable of batches, such as a list or a DataLoader, got str",
+    ),
+    "data in float64": (
+        lambda: mudsc_fast.merge(pair(), data(torch.float64)),
+        TypeError,
+        r"data must hold tensors of the models' dtype torch.float32, got torch.float64",
+    ),
+    "data in float64 with a spec": (
+        lambda: mudsc_fast.merge(pair(), data(torch.float64), spec=MLP_SPEC),
+        TypeError,
+        r"data must hold tensors of the models' dtype torch.float32, got torch.float64.*batch.to\(torch.float32\)",
+    ),
+    "data of another width": (
+        lambda: mudsc_fast.merge(pair(), data(width=21)),
+        ValueError,
+        r"Sequential cannot run on the first batch of data: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+    ),
+    "a dict as spec": (
+        lambda: mudsc_fast.merge(pair(), spec=cast(Any, MLP_AXES)),
+        TypeError,
+        r"spec must be a PermutationSpec.*got dict: pass PermutationSpec\(spec\) for a dict of axes",
+    ),
+    "a mistyped head": (
+        lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, task_heads="cf3"),
+        ValueError,
+        r"task_heads names 'cf3', with which no tensor's name begins; did you mean 'fc3'",
+    ),
+    "an unknown head": (
+        lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, task_heads="classifier"),
+        ValueError,
+        r"no tensor's name begins; there are 'fc1', 'fc2', 'fc3'",
+    ),
+    "a mistyped stop": (
+        lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, stop_at="fc_2"),
+        ValueError,
+        r"stop_at must name a node.*got 'fc_2'; nodes: fc1, fc2; did you mean 'fc2'",
+    ),
+    "an unknown module to patch": (
+        lambda: mudsc_fast.patch(only=["scipyy"]),
+        ValueError,
+        "only must name modules that are loaded or can be imported, got 'scipyy'",
+    ),
+    "an unknown submodule to patch": (
+        lambda: mudsc_fast.patch(only=["torch.nonexistent"]),
+        ValueError,
+        "only must name modules that are loaded or can be imported, got 'torch.nonexistent'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str) -> None:
+    call, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_files_that_matchings_cannot_be_saved_to(tmp_path: Path) -> None:
+    matching = mudsc_fast.match(pair(), spec=MLP_SPEC)
+    with pytest.raises(ValueError, match=r"path must end in .safetensors.*matching.pt"):
+        matching.save(tmp_path / "matching.pt")
+    with pytest.raises(FileNotFoundError, match=r"the directory '.*none' does not exist: create it first"):
+        matching.save(tmp_path / "none" / "matching.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_outside_the_spec_are_said_to_keep_their_order() -> None:
+    report = str(mudsc_fast.merge(pair(), data()))
+    assert "averaged in their own order (not in the spec): fc3.bias" in report
+
+
+def test_reset_batch_norm_without_such_layers_does_nothing() -> None:
+    model = make_mlp()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert mudsc_fast.reset_batch_norm(model, data()) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
