@@ -25,7 +25,7 @@ from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, wa
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Precision
-from mudsc_fast.options import MatchOptions, Space, default_balance, default_shrink, default_space
+from mudsc_fast.options import MatchOptions, Space, default_balance, default_space, zip_factors
 from mudsc_fast.prepare import Activations, Names, Prepared, prepare
 from mudsc_fast.results import Matching, Phases, checked_weights
 from mudsc_fast.spec.choose import SpecLike
@@ -263,11 +263,13 @@ class PreparedMatching:
         with self.phases.timed("matching"):
             if options.mode == "align":
                 return align_units(similarities, groups, earlier=self._solutions)
+            shrink, within = zip_factors(options.shrink, len(self._networks))
             return zip_all_units(
                 similarities,
                 len(self._networks),
                 groups,
-                shrink=default_shrink(options.shrink, len(self._networks)),
+                shrink=shrink,
+                within=within,
                 budget=options.budget,
             )
 

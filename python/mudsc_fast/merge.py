@@ -91,8 +91,8 @@ def merge(
     shrink, budget
         Of the zip: how a cluster's similarities shrink when it grows, and which share of a model's merges may be
         within the model; as in :func:`mudsc_fast.ops.zip_units`. By default `shrink` is the published 0.5 for up to two
-        models. For more it is 1: otherwise a unit that is still alone prefers another one to the cluster of its copies
-        in the other models.
+        models. For more, clusters do not shrink, but the similarities of units of one model count half: permuted copies
+        of any number of models find each other.
     stop_at
         Where merging stops, by default nowhere: a node, or tensors by their name or its beginning up to a dot (a
         module). Tensors up to and including these, in the order of the spec, are merged into one trunk; every task

@@ -51,16 +51,19 @@ class MatchOptions:
             object.__setattr__(self, name, value)
 
 
-def default_shrink(shrink: float | None, num_models: int) -> float:
-    """Return the shrink of a zip: the published one for up to two models, none for more.
+def zip_factors(shrink: float | None, num_models: int) -> tuple[float, float]:
+    """Return how the similarities of a cluster shrink in a zip, and the factor of those of units of one model.
 
-    A cluster of k units shrinks by ``shrink ** (k - 1)``. Of two models every cluster of corresponding units has two
-    members. Of more models the last unit compares a cluster of its copies, shrunken, with other single units, which are
-    not; it prefers those if they are more similar than the shrink.
+    For up to two models, and where `shrink` is given, these are the published ``shrink ** (k - 1)`` for a cluster of k
+    units, and 1. Of two models every cluster of corresponding units has two members. Of more models the last unit
+    compares a cluster of its copies, shrunken, with other single units, which are not, and prefers those if they are
+    more similar than the shrink. So clusters do not shrink by default, but similarities within a model do. Otherwise
+    complete clusters of the most similar units would join each other before less similar units, such as those that the
+    first sweep has matched in a wrong order, find their copies.
     """
     if shrink is not None:
-        return shrink
-    return 0.5 if num_models <= 2 else 1.0
+        return shrink, 1.0
+    return (0.5, 1.0) if num_models <= 2 else (1.0, 0.5)
 
 
 def default_balance(balance: float | None, space: Space | None, has_data: bool) -> float:

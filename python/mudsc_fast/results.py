@@ -494,9 +494,7 @@ class MergeResult:
         notes.extend(f"not refitted {name}: {reason}" for name, reason in self.not_refitted.items())
         notes.append("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items()))
         if self.unmatched_tensors:
-            notes.append(
-                "averaged in their own order, because the spec does not name them: " + ", ".join(self.unmatched_tensors)
-            )
+            notes.append("averaged in their own order (not in the spec): " + ", ".join(self.unmatched_tensors))
         return notes
 
 

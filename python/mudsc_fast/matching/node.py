@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,7 +174,13 @@ def align_units(
 
 
 def zip_all_units(
-    similarities: Mapping[str, Tensor], num_models: int, groups: int = 1, *, shrink: float = 0.5, budget: float = 1.0
+    similarities: Mapping[str, Tensor],
+    num_models: int,
+    groups: int = 1,
+    *,
+    shrink: float = 0.5,
+    within: float = 1.0,
+    budget: float = 1.0,
 ) -> dict[str, NodeMatching]:
     """Cluster the units of all models greedily, down to the number of units of one model.
 
@@ -186,6 +193,9 @@ def zip_all_units(
         For each node [models * units, models * units].
     num_models, shrink, budget
         As in :func:`mudsc_fast.ops.zip_units`.
+    within
+        Factor of positive similarities of units of one model. The similarity of two clusters is that of their least
+        similar members, so below 1 it also keeps clusters apart that both have members of one model.
     groups
         Number of groups, of consecutive units, that each node's units form in each model.
     """
@@ -210,8 +220,9 @@ def zip_all_units(
         allowed = merges_inside(len(similarity) - units, num_models, budget, groups)
         values = []
         for position, rows in enumerate(members[node]):
-            within = similarity if groups == 1 else similarity[rows][:, rows]
-            zipped = zip_within_budget(within, num_models, size, allowed, shrink)
+            part = similarity if groups == 1 else similarity[rows][:, rows]
+            with _scaled_within_models(part, num_models, within):
+                zipped = zip_within_budget(part, num_models, size, allowed, shrink)
             cluster_of_unit[rows] = zipped.cluster_of_unit + position * size
             values.append(zipped.value)
         matching[node] = NodeMatching(
@@ -225,6 +236,24 @@ def zip_all_units(
             similarity=sum(values) / len(values),
         )
     return matching
+
+
+@contextmanager
+def _scaled_within_models(similarity: Tensor, num_models: int, factor: float) -> Iterator[None]:
+    """Multiply positive similarities of units of one model while the enclosed code runs, without a copy of the rest."""
+    if factor == 1:
+        yield
+        return
+    units = len(similarity) // num_models
+    blocks = [similarity[i * units : (i + 1) * units, i * units : (i + 1) * units] for i in range(num_models)]
+    originals = [block.clone() for block in blocks]
+    try:
+        for block, original in zip(blocks, originals, strict=True):
+            torch.minimum(original, original * factor, out=block)
+        yield
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.copy_(original)
 
 
 def with_first(similarity: Tensor, num_models: int) -> Tensor:
