@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mudsc_fast
-from architectures import randomize
+from architectures import calibrate, randomize
 from mudsc_fast import PermutationSpec
 from mudsc_fast.matching.node import zip_all_units
 from networks import random_group_permutations
@@ -28,7 +28,9 @@ def deep_mlp() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    return randomize(ResNet20(outputs=10), 0).eval()
+    model = randomize(ResNet20(outputs=10), 0)
+    calibrate(model, torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(3)))  # few units never fire
+    return model.eval()
 
 
 def llama() -> Any:
@@ -47,7 +49,7 @@ def llama() -> Any:
 def batch_of(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(2)
     if isinstance(model, ResNet20):
-        return torch.randn(48, 3, 16, 16, generator=generator)
+        return torch.randn(64, 3, 16, 16, generator=generator)
     if isinstance(model, nn.Sequential):
         return torch.randn(200, 5, generator=generator)
     return {"input_ids": torch.randint(60, (16, 12), generator=generator)}
@@ -69,7 +71,7 @@ def outputs(model: nn.Module, batch: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("num_models", [2, 3, 4, 5])
+@pytest.mark.parametrize("num_models", [3, 4, 5])
 @pytest.mark.parametrize("space", ["weight", "activation", "dual"])
 @pytest.mark.parametrize("build", [deep_mlp, resnet, llama])
 def test_copies_are_recovered(build: Callable[[], nn.Module], space: Any, num_models: int) -> None:

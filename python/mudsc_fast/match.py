@@ -255,8 +255,21 @@ class PreparedMatching:
         """Return the similarity of a node from the sums over its weights."""
         if self._options.space != "dual" or self._activations is None or node not in self._observed:
             return sums.finalize()
-        blocks = BLOCKS_OF_MODE[self._options.mode]
-        return sums.finalize(other=self._activations.similarity(node, blocks), balance=balance)
+        return sums.finalize(other=self._activation_similarity(self._activations, node), balance=balance)
+
+    def _activation_similarity(self, activations: MatchingStatistics, node: str) -> Tensor:
+        """Return the similarity of a node's activations.
+
+        Units that are constant correlate with nothing. In a zip of three or more models they count as alike, or
+        clusters of other units would join each other before these. For two models the zip is as published.
+        """
+        similarity = activations.similarity(node, BLOCKS_OF_MODE[self._options.mode])
+        if self._options.mode == "align" or zip_factors(self._options.shrink, len(self._networks))[1] == 1:
+            return similarity
+        constant = activations.constant_units(node).flatten()
+        if not bool(constant.any()):
+            return similarity
+        return similarity.masked_fill(constant[:, None] & constant, 1.0)
 
     def _match_nodes(self, similarities: Mapping[str, Tensor], groups: int) -> dict[str, NodeMatching]:
         options = self._options
@@ -274,7 +287,7 @@ class PreparedMatching:
             )
 
     def _match_activations(self, data: Activations) -> None:
-        comparable, blocks = self._division.comparable, BLOCKS_OF_MODE[self._options.mode]
+        comparable = self._division.comparable
         with self.phases.timed("activations"):
             self._activations = activations = self._kept_or_collected(data)
         self._statistics_bytes = self._ranks.bytes_sent
@@ -287,7 +300,7 @@ class PreparedMatching:
         self._start = solve_on_owners(
             [bundle for bundle in comparable.bundles if self._observed.issuperset(bundle)],
             {},
-            lambda node, _: activations.similarity(node, blocks),
+            lambda node, _: self._activation_similarity(activations, node),
             self._match_nodes,
             comparable,
             self._ranks,

@@ -112,9 +112,9 @@ class MatchingStatistics:
         """Return the number of observations of a node's units: every position of every sample is one."""
         return self._sums[node].num_samples
 
-    def is_constant(self, node: str) -> bool:
-        """Return whether all units of a node are the same in all samples of some model."""
-        return not bool((self._sums[node]._moments.squares > 0).any(1).all())
+    def constant_units(self, node: str) -> Tensor:
+        """Return [models, units] bool: whether a unit is the same in all samples, such as one that never fires."""
+        return self._sums[node]._moments.squares == 0
 
     def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
         """Return a node's similarity. It is computed once and kept until there are more samples; do not modify it.
@@ -427,7 +427,7 @@ def check_varied(statistics: MatchingStatistics) -> None:
         If there is one observation only, or the activations of all nodes are the same on all data.
     """
     observed = observed_nodes(statistics.spec)
-    constant = [node for node in observed if statistics.is_constant(node)]
+    constant = [node for node in observed if bool(statistics.constant_units(node).all(1).any())]
     few = [node for node in observed if statistics.num_samples(node) < _MIN_SAMPLES]
     single = [node for node in few if statistics.num_samples(node) < 2]
     if observed and len(single) == len(observed):
