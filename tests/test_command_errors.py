@@ -224,7 +224,7 @@ def narrow() -> list[torch.Tensor]:
         (["--data", f"{__name__}:no_batches"], "has no config.json: pass --model, a function that builds the model"),
         (["--data", f"{__name__}:no_batches", "--model", "networks:make_mlp"], "must yield at least one batch"),
         (["--data", f"{__name__}:broken", "--model", "networks:make_mlp"], "the disk of the data is gone"),
-        (["--data", f"{__name__}:narrow", "--model", "networks:make_mlp"], "the spec of Sequential cannot be derived"),
+        (["--data", f"{__name__}:narrow", "--model", "networks:make_mlp"], "Sequential cannot run on the first batch"),
         (
             ["--data", f"{__name__}:narrow", "--model", "networks:make_mlp", "--spec", "mlp"],
             "running the networks on the data failed",
