@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,45 @@ def test_spec_without_heads_is_rejected() -> None:
     spec = PermutationSpec.from_model(models[0], batches()[0])
     with pytest.raises(ValueError, match=r"spec must name the tensors of task heads.*decoder\.0\.weight"):
         mudsc_fast.merge(models, spec=spec, task_heads=HEADS)
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_models_keep_their_heads(mode: Any, count: int) -> None:
+    classifier, segmenter = permuted_pair()
+    other = copy.deepcopy(segmenter)
+    with torch.no_grad():
+        for parameter in other.decoder.parameters():
+            parameter.mul_(1.5)
+    models = (classifier, segmenter, other)[:count]
+    assert_exact(mudsc_fast.merge(models, batches(), mode=mode, task_heads=HEADS), models)
+
+
+def test_merged_backbones_are_repaired() -> None:
+    models = permuted_pair()
+    result = mudsc_fast.merge(models, batches(), task_heads=HEADS)
+    assert_exact(mudsc_fast.repair(result, models, batches()), models)
+
+
+def test_directories_with_other_heads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(**shape, vocab_size=20, max_position_embeddings=8)
+    torch.manual_seed(0)
+    models = {
+        "sequence": transformers.BertForSequenceClassification(config).eval(),
+        "tokens": transformers.BertForTokenClassification(config).eval(),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    paths = [tmp_path / name for name in models]
+    with pytest.raises(ValueError, match=r"architectures is .*task_heads='auto'"):
+        mudsc_fast.merge(paths)
+    result = mudsc_fast.merge(paths, task_heads="auto")
+    for model, tensors in zip(models.values(), result.task_state_dicts, strict=True):
+        assert set(tensors) == set(model.state_dict())
+        merged = copy.deepcopy(model)
+        merged.load_state_dict(tensors)
+    shared = result.task_state_dicts[0]["bert.encoder.layer.0.output.dense.weight"]
+    assert shared is result.task_state_dicts[1]["bert.encoder.layer.0.output.dense.weight"]
+    assert torch.equal(result.task_state_dicts[1]["classifier.bias"], models["tokens"].classifier.bias)
