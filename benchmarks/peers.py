@@ -80,6 +80,7 @@ def _solvers() -> dict[str, dict[str, Callable[[Any], Callable[[Cost], Columns]]
         "fastlap": {"lapjv": lambda function: _by_mapping(function, return_cost=False)},
         "lapcpp": {"lapjv": lambda function: _by_indices(function, return_cost=False)},
         "laprust": {"lapjv": lambda function: _by_indices(function, return_cost=False)},
+        "lapsolver": {"solve_dense": _by_indices},
         "torch_linear_assignment": {
             "batch_linear_assignment": lambda function: lambda cost: function(torch.from_numpy(cost)[None])[0].numpy()
         },
@@ -101,7 +102,9 @@ def _batch_solvers() -> dict[str, dict[str, Callable[[Any], Callable[[Cost, int]
 def _distribution(module: ModuleType, distributions: Mapping[str, list[str]]) -> tuple[str, str]:
     """Return name and version of the distribution of a module: of several, the one whose version the module bears."""
     package = module.__name__.partition(".")[0]
-    versions = {name: metadata.version(name) for name in distributions[package]}
+    versions = {name: metadata.version(name) for name in distributions.get(package, [])}
+    if not versions:  # built from source beside the installed packages
+        return package, "unknown version"
     own_version = getattr(module, "__version__", None)
     return next((item for item in versions.items() if item[1] == own_version), next(iter(versions.items())))
 

@@ -3,26 +3,28 @@
 
 #include "assignment_dense.hpp"
 #include "assignment_sparse.hpp"
+#include "assignment_two_valued.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-// What a sample of rows shows of a problem in which nearly all pairs share one cost, the highest of their row:
-// forbidden pairs with one large cost, or boxes that mostly do not overlap.
-struct Background {
-  bool found = false;       // in all rows that are not constant
-  bool two_valued = false;  // and the other pairs, several in some row, share another cost
+// What a sample of rows shows of a problem.
+struct Sample {
+  bool background = false;  // nearly all pairs share one cost, the highest of their row: forbidden pairs with one large
+                            // cost, or boxes that mostly do not overlap
+  bool two_valued = false;  // all pairs have one of two costs, and several in some row the lower one
 };
 
 template <class T>
-Background find_background(const AssignmentProblem& problem, std::int64_t index) {
+Sample sample_rows(const AssignmentProblem& problem, std::int64_t index) {
   constexpr std::int64_t kRows = 8, kMaxOthersShare = 16;
   const std::int64_t columns = problem.columns, step = problem.rows / kRows + 1;
   const T* const values = static_cast<const T*>(problem.values) + index * problem.rows * columns;
-  const auto sign = static_cast<typename ArithmeticOf<T>::type>(problem.maximize ? -1 : 1);
-  Background background;
-  bool two_valued = true, several = false;
-  for (std::int64_t i = 0; i < problem.rows; i += step) {
+  using Number = typename ArithmeticOf<T>::type;
+  const auto sign = static_cast<Number>(problem.maximize ? -1 : 1);
+  Number low = 0, high = 0;  // of the first row that is not constant
+  bool varied = false, background = true, two_valued = true, several = false;
+  for (std::int64_t i = 0; i < problem.rows && (background || two_valued); i += step) {
     const T* const row = values + i * columns;
     auto highest = sign * widen(row[0]), lowest = highest;
     for (std::int64_t j = 1; j < columns; ++j) {
@@ -31,22 +33,21 @@ Background find_background(const AssignmentProblem& problem, std::int64_t index)
       lowest = cost < lowest ? cost : lowest;
     }
     if (!(lowest < highest)) continue;
+    if (!varied) low = lowest, high = highest;
+    varied = true;
     std::int64_t at_highest = 0, at_lowest = 0;
     for (std::int64_t j = 0; j < columns; ++j) {
       const auto cost = sign * widen(row[j]);
       at_highest += cost == highest;
       at_lowest += cost == lowest;
     }
-    if (kMaxOthersShare * (columns - at_highest) > columns) return Background{};
-    two_valued &= at_highest + at_lowest == columns;
+    background &= kMaxOthersShare * (columns - at_highest) <= columns;
+    two_valued &= at_highest + at_lowest == columns && lowest == low && highest == high &&
+                  TwoValuedSolver<T>::kMaxLowShare * at_lowest <= columns;
     several |= at_lowest > 1;
-    background = Background{true, two_valued && several};
   }
-  return background;
+  return Sample{varied && background, varied && two_valued && several};
 }
-
-// From this many columns on, lists solve problems of two values faster where nearly all pairs have the higher one.
-constexpr std::int64_t kMinColumnsOfTwoValues = 384;
 
 template <class T>
 void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads);
@@ -70,20 +71,21 @@ void solve_transposed(const AssignmentProblem& problem, int threads) {
 template <class T>
 void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int64_t end, int threads) {
   if (problem.transposed) return solve_transposed<T>(problem, threads);
+  const auto sample_of = [&](std::int64_t index) {
+    return problem.columns > DenseSolver<T>::kMaxInOrder ? sample_rows<T>(problem, index) : Sample{};
+  };
   if (problem.columns < SparseSolver<T>::kMinColumns) {
     DenseSolver<T> dense(problem);
     for (std::int64_t index = begin; index < end; ++index) {
-      const bool sampled = problem.columns > DenseSolver<T>::kMaxInOrder;
-      const Background background = sampled ? find_background<T>(problem, index) : Background{};
-      const bool on_lists = background.two_valued && problem.columns >= kMinColumnsOfTwoValues;
-      if (!on_lists || !SparseSolver<T>(problem).solve(problem, index, threads)) {
-        dense.solve(problem, index, background.found);
-      }
+      const Sample sample = sample_of(index);
+      if (sample.two_valued && TwoValuedSolver<T>(problem).solve(problem, index)) continue;
+      dense.solve(problem, index, sample.background);
     }
     return;
   }
   SparseSolver<T> sparse(problem);
   for (std::int64_t index = begin; index < end; ++index) {
+    if (sample_of(index).two_valued && TwoValuedSolver<T>(problem).solve(problem, index)) continue;
     if (!sparse.solve(problem, index, threads)) DenseSolver<T>(problem).solve(problem, index);
   }
 }

@@ -262,15 +262,18 @@ class AssignmentState {
     }
   }
 
+  // Small integers differ in their high bits only, of which a product with a weight would keep a few.
+  static std::uint32_t folded(std::uint32_t bits) { return bits ^ (bits >> 16); }
+
   // The bits of an entry, equal for 0 and -0.
   static std::uint32_t bits_of(T value) {
     if constexpr (sizeof(T) == sizeof(double)) {
       const double wide = widen(value) + 0.0;
       std::uint64_t bits;
       std::memcpy(&bits, &wide, sizeof bits);
-      return static_cast<std::uint32_t>(bits ^ (bits >> 32));
+      return folded(static_cast<std::uint32_t>(bits ^ (bits >> 32)));
     } else {
-      return float_to_bits(widen(value) + 0.0f);
+      return folded(float_to_bits(widen(value) + 0.0f));
     }
   }
 

@@ -220,8 +220,8 @@ def tall_matrix(kind: str, rows: int, columns: int) -> Tensor:
     similarity = torch.randn(rows, columns, generator=generator)
     if kind == "low rank":
         return similarity[:, :8] @ similarity[:columns, 8:16].T
-    if kind == "zeros and ones":
-        return (similarity > 2.7).float()
+    if kind == "small integers":
+        return (similarity > 2.7).float() + (similarity > 3.0)
     if kind == "constant":
         return torch.full((rows, columns), 0.3)
     if kind == "constant columns":
@@ -237,7 +237,7 @@ def tall_matrix(kind: str, rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "kind",
-    ["normal", "low rank", "zeros and ones", "dead and repeated units", "constant", "constant columns"],
+    ["normal", "low rank", "small integers", "dead and repeated units", "constant", "constant columns"],
 )
 def test_more_rows_than_columns_is_as_the_transpose(kind: str, dtype: torch.dtype) -> None:
     similarity = tall_matrix(kind, 1101, 1027 if kind == "low rank" else 803).to(dtype)
@@ -266,3 +266,62 @@ def test_forbidden_and_invalid_entries_of_more_rows_than_columns() -> None:
     similarity[:, 3] = -torch.inf
     with pytest.raises(ValueError, match="infeasible"):
         linear_assignment(similarity)
+
+
+def sparse_integers(rows: int, columns: int, values: int, seed: int) -> Tensor:
+    """Return mostly zeros and, in about three places a row, numbers below `values`."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(rows, columns, generator=generator) < 3 / columns
+    return chosen * torch.randint(1, values, (rows, columns), generator=generator).float()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(130, 130), (150, 400), (512, 512), (900, 1000)])
+def test_two_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for seed, (low, high) in enumerate([(0.0, 1.0), (-2.5, 0.75), (0.1, 0.3)]):
+        similarity = (low + (high - low) * sparse_integers(*shape, 2, seed)).to(dtype)
+        for maximize in (True, False):
+            values = similarity if maximize else -similarity
+            exact = values.double()
+            result = linear_assignment(values, maximize=maximize)
+            best = float(exact[scipy_solve(exact.numpy(), maximize)].sum())
+            assert float(result.objective) == pytest.approx(best, abs=1e-10)
+            assert len(result.columns.unique()) == shape[0]
+            assert 0 <= float(result.gap) <= 1e-11
+            slack = result.row_duals[:, None] + result.column_duals - exact
+            assert float((slack if maximize else -slack).min()) >= -1e-14
+
+
+@pytest.mark.parametrize("values", [2, 3])
+@pytest.mark.parametrize("size", [200, 512, 900])
+def test_of_equal_columns_the_first_get_a_row_in_ascending_order(size: int, values: int) -> None:
+    similarity = sparse_integers(size - 40, size, values, 0)
+    columns = linear_assignment(similarity).columns
+    row_of_column = torch.full((size,), size)
+    row_of_column[columns] = torch.arange(size - 40)
+    groups: dict[bytes, list[int]] = {}
+    for column in range(size):
+        groups.setdefault(similarity[:, column].contiguous().numpy().tobytes(), []).append(column)
+    repeated = [members for members in groups.values() if len(members) > 1]
+    assert repeated
+    for members in repeated:
+        rows = row_of_column[members]
+        assert torch.equal(rows, rows.sort().values)
+
+
+def test_nearly_two_values() -> None:
+    """A third value, one that is not finite, or too many of the lower cost are left to the general solvers."""
+    for odd in (0.5, torch.inf, -torch.inf):
+        similarity = sparse_integers(300, 300, 2, 0)
+        similarity[299, 298] = odd
+        if odd == torch.inf:
+            with pytest.raises(ValueError, match="inf"):
+                linear_assignment(similarity)
+            continue
+        result = linear_assignment(similarity)
+        best = float(similarity.double()[scipy_solve(similarity.numpy(), maximize=True)].sum())
+        assert float(result.objective) == pytest.approx(best)
+        assert float(result.gap) == pytest.approx(0.0, abs=1e-12)
+    mostly_ones = (torch.rand(200, 200, generator=torch.Generator().manual_seed(0)) < 0.9).float()
+    check(mostly_ones, linear_assignment(mostly_ones))
