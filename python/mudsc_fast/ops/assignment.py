@@ -148,10 +148,10 @@ def linear_assignment(
     -----
     Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE Transactions on Aerospace and Electronic Systems 52
     (2016). Time O(n^2 m) at most; memory O(n + m) for each thread besides the input. The input is copied if it has more
-    rows than columns, is not contiguous (a square matrix may be contiguous by columns), comes with a threshold (in
-    float64 unless its dtype can hold the threshold), or is on a device without kernels. On a CUDA device, up to 512
-    columns are assigned in scipy's order of choice; beyond, equally good choices may differ from those on the CPU, and
-    `tolerance` has no effect.
+    rows than columns and fewer than 1024 rows, is not contiguous (a square matrix may be contiguous by columns), comes
+    with a threshold (in float64 unless its dtype can hold the threshold), or is on a device without kernels. On a CUDA
+    device, up to 512 columns are assigned in scipy's order of choice; beyond, equally good choices may differ from
+    those on the CPU, and `tolerance` has no effect.
 
     Examples
     --------
