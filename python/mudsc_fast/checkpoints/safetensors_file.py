@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -28,7 +29,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from error
         self._path = path
-        self._file = file
+        #: Tensors in use: names of one tensor get one tensor, by which tied tensors are found.
+        self._used: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._names: list[str] = list(file.keys())
         self._known = set(self._names)
         self.metadata: dict[str, str] = dict(file.metadata() or {})
@@ -39,10 +41,18 @@ class SafetensorsFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
             raise KeyError(name)
+        used = self._used.get(name)
+        if used is not None:
+            return used
+        import safetensors
+
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            # A map of its own for every tensor: pages that were read leave the process when the tensor does.
+            file: Any = safetensors.safe_open(self._path, "pt")
+            tensor: Tensor = file.get_tensor(name)
         except Exception as error:  # safetensors raises several types for dtypes that this torch does not have
             raise CheckpointError(f"{self._path}: the tensor {name!r} cannot be read: {error}") from error
+        self._used[name] = tensor
         return tensor
 
     def __iter__(self) -> Iterator[str]:
