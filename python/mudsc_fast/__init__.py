@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mudsc_fast import evaluate, ops, plot, spec
+from mudsc_fast import evaluate, ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
 from mudsc_fast.match import match
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
@@ -26,14 +26,14 @@ from mudsc_fast.ops import (
     zip_units,
 )
 from mudsc_fast.options import Space
-from mudsc_fast.refit import refit
 from mudsc_fast.repair import repair
 from mudsc_fast.results import Matching, MergeResult
 from mudsc_fast.spec import Observation, PermutationSpec
 
 if TYPE_CHECKING:
-    from mudsc_fast import compat
+    from mudsc_fast import compat, plot
     from mudsc_fast.compat import patch
+    from mudsc_fast.refitting import refit
 
 __version__ = "0.1.0"
 
@@ -76,11 +76,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The interfaces of other libraries are loaded on first use, so that they do not slow down the import.
-    if name == "compat":
-        return import_module("mudsc_fast.compat")
+    # What not every program needs is loaded at first use, so that it does not slow down the import.
+    if name in ("compat", "plot"):
+        return import_module(f"mudsc_fast.{name}")
     if name == "patch":
         return import_module("mudsc_fast.compat").patch
+    if name == "refit":
+        return import_module("mudsc_fast.refitting").refit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -17,7 +17,6 @@ from mudsc_fast.matching.node import Mode
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
 from mudsc_fast.prepare import Names, prepare
-from mudsc_fast.refit.refit import refit as fit_layers
 from mudsc_fast.results import MergeResult, merge_divided, merge_matched
 from mudsc_fast.spec.choose import SpecLike
 
@@ -184,6 +183,8 @@ def merge(
         result = merge_matched(networks, matching, division, weights)
     if not refit:
         return result
+    from mudsc_fast.refitting import refit as fit_layers  # only here, so that `import mudsc_fast` stays fast
+
     assert isinstance(data, Iterable)  # checked above
     return fit_layers(result, networks.modules, data, random_state=random_state, forward=forward, progress=progress)
 

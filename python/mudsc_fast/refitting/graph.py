@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mudsc_fast.refit.tape import BATCH_NORMS, Call, Ref, Tape
+from mudsc_fast.refitting.tape import BATCH_NORMS, Call, Ref, Tape
 
 Kind = Literal["linear", "convolution", "norm"]
 

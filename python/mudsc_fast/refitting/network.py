@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mudsc_fast._forward import Forward
-from mudsc_fast.refit.tape import BATCH_NORMS, Call, Ref, Tape, record
+from mudsc_fast.refitting.tape import BATCH_NORMS, Call, Ref, Tape, record
 
 #: Operators whose result may replace their first argument, by the same operator with an underscore.
 _IN_PLACE = ("add", "gelu", "hardswish", "hardtanh", "mul", "relu", "sigmoid", "silu", "tanh")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mudsc_fast.refit.gram import Moments
+from mudsc_fast.refitting.gram import Moments
 
 
 @dataclass(frozen=True)

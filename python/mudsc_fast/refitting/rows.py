@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mudsc_fast.refit.graph import Layer
-from mudsc_fast.refit.network import norm_epsilon
+from mudsc_fast.refitting.graph import Layer
+from mudsc_fast.refitting.network import norm_epsilon
 
 #: Rows of a fit for each input, and at least so many in all.
 _ROWS_PER_INPUT = 16

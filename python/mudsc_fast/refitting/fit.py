@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.ops.correlation import Workspace
-from mudsc_fast.refit.gram import GramSums
-from mudsc_fast.refit.graph import Layer, Skipped, find_layers, is_layer_call, undo
-from mudsc_fast.refit.network import Network, Progress, norm_affine, norm_epsilon
-from mudsc_fast.refit.parents import ParentTargets
-from mudsc_fast.refit.rows import Places, Sampler, product
-from mudsc_fast.refit.solve import Solution, solve
-from mudsc_fast.refit.tape import Tape, shallow_first
-from mudsc_fast.refit.targets import UnitTargets
+from mudsc_fast.refitting.gram import GramSums
+from mudsc_fast.refitting.graph import Layer, Skipped, find_layers, is_layer_call, undo
+from mudsc_fast.refitting.network import Network, Progress, norm_affine, norm_epsilon
+from mudsc_fast.refitting.parents import ParentTargets
+from mudsc_fast.refitting.rows import Places, Sampler, product
+from mudsc_fast.refitting.solve import Solution, solve
+from mudsc_fast.refitting.tape import Tape, shallow_first
+from mudsc_fast.refitting.targets import UnitTargets
 from mudsc_fast.results import RefitLayer
 
 #: How what the network puts out is compared: as it is, or by its direction alone.

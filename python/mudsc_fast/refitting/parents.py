@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mudsc_fast.refit.graph import Layer, undo
-from mudsc_fast.refit.network import Progress
-from mudsc_fast.refit.rows import Places, Sampler
-from mudsc_fast.refit.targets import UnitTargets
+from mudsc_fast.refitting.graph import Layer, undo
+from mudsc_fast.refitting.network import Progress
+from mudsc_fast.refitting.rows import Places, Sampler
+from mudsc_fast.refitting.targets import UnitTargets
 
 
 class ParentTargets:
