@@ -28,7 +28,7 @@ Columns = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Peer:
-    """A solver: `solve` takes an [n, n] cost to minimise and returns the [n] columns of its rows."""
+    """A solver: `solve` takes an [n, n] cost to minimize and returns the [n] columns of its rows."""
 
     name: str
     version: str

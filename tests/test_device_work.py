@@ -1,7 +1,7 @@
 """How often `match` makes the host wait for a device, and how many operations it launches, counted on the CPU.
 
 The count is of the calls of torch that wait if tensors are on a CUDA device, whatever device they are on here. What
-kernels of this package do is not counted: the `reference` back end computes similarities by operations of torch.
+kernels of this package do is not counted: the `reference` backend computes similarities by operations of torch.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ _MAX_KEPT = 4
 
 
 class WeightSimilarity:
-    """Computes the weight similarity of a node under the current matching of its neighbours.
+    """Computes the weight similarity of a node under the current matching of its neighbors.
 
     The sums of a node are kept where memory allows. The next visit updates them incrementally: only the slices of those
-    neighbouring units whose matching has changed are replaced.
+    neighboring units whose matching has changed are replaced.
 
     Parameters
     ----------
@@ -103,12 +103,12 @@ class WeightSimilarity:
         return self._computed(node, slices, self._around(node, matching))
 
     def keep(self, node: str, matching: Mapping[str, NodeMatching], sums: CorrelationAccumulator) -> None:
-        """Keep the sums of a node under the current matching of its neighbours, where memory allows."""
+        """Keep the sums of a node under the current matching of its neighbors, where memory allows."""
         if node in self._keepable:
             self._kept[node] = _Kept(sums, self._around(node, matching))
 
     def _around(self, node: str, matching: Mapping[str, NodeMatching]) -> dict[str, NodeMatching | None]:
-        return {neighbour: matching.get(neighbour) for neighbour in self._spec.neighbors(node)}
+        return {neighbor: matching.get(neighbor) for neighbor in self._spec.neighbors(node)}
 
     def _computed(
         self, node: str, slices: Sequence[TensorSlice], around: Mapping[str, NodeMatching | None]
@@ -138,7 +138,7 @@ class WeightSimilarity:
         return [self._slices(model, part, around, chosen) for model in range(len(self._state_dicts))]
 
     def _chosen(self, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> _Selection | None:
-        """Return the merged units of a neighbour that a part is restricted to."""
+        """Return the merged units of a neighbor that a part is restricted to."""
         if part.chosen is None:
             return None
         position, begin, end = part.chosen
@@ -221,7 +221,7 @@ class WeightSimilarity:
 
         Axes that the tensor consumes are averaged over a cluster's members, and axes that it produces are summed: the
         published vectors use the two matrices of a cluster the other way round than the merge does. `only` restricts
-        one neighbour to the merged units that it selects.
+        one neighbor to the merged units that it selects.
         """
         tensor = self._window(model, part)
         if only is not None and only.cluster_of_member is not None:
@@ -250,7 +250,7 @@ class WeightSimilarity:
 
 @dataclass
 class _Kept:
-    """A node's sums, and the matchings of its neighbours that they were computed with."""
+    """A node's sums, and the matchings of its neighbors that they were computed with."""
 
     sums: CorrelationAccumulator
     around: Mapping[str, NodeMatching | None]
@@ -273,7 +273,7 @@ def nodes_to_keep(units: Mapping[str, int]) -> frozenset[str]:
 def _exchanged(
     slices: Sequence[TensorSlice], changes: Mapping[str, _Change]
 ) -> list[tuple[TensorSlice, _Change]] | None:
-    """Return the slices to replace after some neighbours changed, and by what; None if recomputing all is as cheap."""
+    """Return the slices to replace after some neighbors changed, and by what; None if recomputing all is as cheap."""
     work, exchanged = 0.0, []
     for part in slices:
         changed = [other for other in part.others if other in changes]

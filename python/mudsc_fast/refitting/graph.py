@@ -303,7 +303,7 @@ class _Finder:
 
 
 def undo(steps: Sequence[Step], shapes: Sequence[tuple[int, ...]], value: Tensor) -> Tensor:
-    """Return a value at the end of some steps as it lies at their beginning: data moves undone, nothing else."""
+    """Undo the steps that only move data: return a value computed after them in the layout before them."""
     for step in reversed(steps):
         if step.kind == "move":
             source = step.call.inputs[0]

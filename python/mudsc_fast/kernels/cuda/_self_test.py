@@ -3,7 +3,7 @@
 The result of an assignment is checked whenever one is solved, since its duals prove it. Zip and correlation have no
 such proof, so that the first use of an op on a device solves one small case and compares it with the result on the CPU.
 The cases are small: 48 units for a zip, 40 for correlations. A test that passed is recorded in a file of the user's
-cache directory, for the device, the driver and the build. If a test fails, the op is served by another back end, with a
+cache directory, for the device, the driver and the build. If a test fails, the op is served by another backend, with a
 warning. The environment variable ``MUDSC_SELF_TEST=0`` skips the tests.
 """
 
