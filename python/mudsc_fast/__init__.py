@@ -11,7 +11,9 @@ from mudsc_fast.match import match
 from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
+from mudsc_fast.matching_result import Matching
 from mudsc_fast.merge import merge, search_balance
+from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops import (
     Assignment,
     CorrelationAccumulator,
@@ -27,7 +29,6 @@ from mudsc_fast.ops import (
 )
 from mudsc_fast.options import Space
 from mudsc_fast.repair import repair
-from mudsc_fast.results import Matching, MergeResult
 from mudsc_fast.spec import Observation, PermutationSpec
 
 if TYPE_CHECKING:

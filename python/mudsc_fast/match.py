@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, checksum
+from mudsc_fast._phases import Phases
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.matching.activation import MatchingStatistics, check_varied, collect, observed_nodes
@@ -23,11 +24,12 @@ from mudsc_fast.matching.owners import pack
 from mudsc_fast.matching.parallel import Exchange, ParallelSolver, solve_on_owners
 from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, waves
 from mudsc_fast.matching.weight import WeightSimilarity
+from mudsc_fast.matching_result import Matching
+from mudsc_fast.merge_matched import checked_weights
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space, zip_factors
 from mudsc_fast.prepare import Activations, Names, Prepared, prepare
-from mudsc_fast.results import Matching, Phases, checked_weights
 from mudsc_fast.spec.choose import SpecLike
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.node import Mode
+from mudsc_fast.merge_matched import merge_divided, merge_matched
+from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
 from mudsc_fast.prepare import Names, prepare
-from mudsc_fast.results import MergeResult, merge_divided, merge_matched
 from mudsc_fast.spec.choose import SpecLike
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from mudsc_fast._progress import progress_bar
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.matching.apply import reindex
 from mudsc_fast.matching.node import effective_weights
+from mudsc_fast.merge_result import MergeResult, check_merged_models
 from mudsc_fast.ops.permute import UnitMap
-from mudsc_fast.results import MergeResult, check_merged_models
 from mudsc_fast.spec.axes import Axis, Segment
 
 MissingBias = Literal["error", "add", "skip"]

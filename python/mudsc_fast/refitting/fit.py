@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mudsc_fast._progress import progress_bar
+from mudsc_fast.merge_result import RefitLayer
 from mudsc_fast.ops.correlation import Workspace
 from mudsc_fast.refitting.gram import GramSums
 from mudsc_fast.refitting.graph import Layer, Skipped, find_layers, is_layer_call, undo
@@ -20,7 +21,6 @@ from mudsc_fast.refitting.rows import Places, Sampler, product
 from mudsc_fast.refitting.solve import Solution, solve
 from mudsc_fast.refitting.tape import Tape, shallow_first
 from mudsc_fast.refitting.targets import UnitTargets
-from mudsc_fast.results import RefitLayer
 
 #: How what the network puts out is compared: as it is, or by its direction alone.
 Outputs = Literal["values", "cosine"]

@@ -28,12 +28,12 @@ from mudsc_fast._checks import check_choice, check_int, check_number, check_shar
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
 from mudsc_fast._tensors import with_metadata
+from mudsc_fast.merge_result import MergeResult, RefitLayer, check_merged_models
 from mudsc_fast.refitting.fit import Fitter, Outputs, Settings
 from mudsc_fast.refitting.graph import Layer, Skipped, output_entries
 from mudsc_fast.refitting.network import Network
 from mudsc_fast.refitting.tape import Tape
 from mudsc_fast.refitting.targets import UnitTargets, shared_entries, task_entries
-from mudsc_fast.results import MergeResult, RefitLayer, check_merged_models
 
 #: What :func:`refit` chooses each layer's ridge from.
 DEFAULT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
