@@ -75,6 +75,10 @@ def assert_exact(result: mudsc_fast.MergeResult, models: tuple[nn.Module, ...]) 
     for name, value in trunk.items():
         torch.testing.assert_close(result.state_dict[name], value, rtol=1e-5, atol=1e-5)
     assert result.model is None
+    assert_same_outputs(result, models)
+
+
+def assert_same_outputs(result: mudsc_fast.MergeResult, models: tuple[nn.Module, ...]) -> None:
     images = torch.randn(2, 3, 8, 8)
     for model, merged, tensors in zip(models, result.task_models, result.task_state_dicts, strict=True):
         assert type(merged) is type(model)
@@ -140,6 +144,36 @@ def test_merged_backbones_are_repaired() -> None:
     models = permuted_pair()
     result = mudsc_fast.merge(models, batches(), task_heads=HEADS)
     assert_exact(mudsc_fast.repair(result, models, batches()), models)
+
+
+def test_refit_of_whole_networks_says_what_to_do() -> None:
+    models = permuted_pair()
+    result = mudsc_fast.merge(models, batches(), task_heads=HEADS)
+    with pytest.raises(ValueError, match=r"models\[1\].*'classifier\.bias'.*lacks.*forward that runs no more"):
+        mudsc_fast.refit(result, models, batches())
+
+
+@pytest.mark.parametrize("mode", ["align", "zip"])
+def test_merged_backbones_are_refitted(mode: Any) -> None:
+    def features(model: Any, images: Tensor) -> Any:
+        return model.backbone(images)
+
+    models = permuted_pair()
+    result = mudsc_fast.merge(models, batches(), mode=mode, task_heads=HEADS)
+    # Scales move between convolutions and BatchNorm, so only outputs stay the same.
+    assert_same_outputs(mudsc_fast.refit(result, models, batches(), forward=features), models)
+    with torch.no_grad():
+        models[1].backbone.deep.weight.add_(0.1 * torch.randn_like(models[1].backbone.deep.weight))
+        models[1].backbone.stem.weight.add_(0.1 * torch.randn_like(models[1].backbone.stem.weight))
+    result = mudsc_fast.merge(models, batches(), mode=mode, task_heads=HEADS)
+    refitted = mudsc_fast.refit(result, models, batches(), forward=features)
+    assert {layer.name for layer in refitted.refit_layers} == {"backbone.stem", "backbone.deep"}
+    for layer in refitted.refit_layers:
+        assert layer.error_after <= layer.error_before * (1 + 1e-6)
+    assert any(layer.error_after < 0.9 * layer.error_before for layer in refitted.refit_layers)
+    for before, after in zip(result.task_state_dicts, refitted.task_state_dicts, strict=True):
+        for name in set(after) - set(refitted.state_dict):
+            torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
 
 
 def test_directories_with_other_heads(tmp_path: Path) -> None:

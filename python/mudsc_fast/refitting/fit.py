@@ -246,6 +246,14 @@ class Fitter:
         for index, parent in enumerate(self._parents):
             for own, other in zip(self._merged.tapes, parent.tapes, strict=True):
                 if _flow(own) != _flow(other):
+                    names = set(self._merged.model.state_dict()) ^ set(parent.model.state_dict())
+                    if names:
+                        raise ValueError(
+                            f"models[{index}] must run the same operators as models[0] on each batch, but one of them "
+                            f"has {min(names)!r}, which the other lacks. Refit the common backbone only: pass a "
+                            "forward that runs no more of a model, e.g. "
+                            "forward=lambda model, batch: model.backbone(batch). Task heads then stay as they are"
+                        )
                     raise ValueError(
                         f"models[{index}] must compute the same operators as the merged network on each batch, but it "
                         "does not: control flow that depends on data or weights cannot be refitted"

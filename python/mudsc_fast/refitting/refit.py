@@ -90,7 +90,8 @@ def refit(
     random_state
         Seed of the drawing. The result depends on nothing else that is random.
     forward
-        Runs a model on a batch where that is not what the model needs.
+        Runs a model on a batch where that is not what the model needs. Of networks with task heads of another
+        structure it must run the common backbone alone; heads then stay as they are.
     progress
         Whether to show a progress bar; by default in a terminal, if the work is long.
 
