@@ -95,7 +95,9 @@ def failure(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | 
     assert sorted(folder.iterdir()) == before
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith(f"mudsc-fast {arguments[0]}: error: ")
+    *warnings, error = shown.err.splitlines()
+    assert error.startswith(f"mudsc-fast {arguments[0]}: error: ")
+    assert all(line.startswith(f"mudsc-fast {arguments[0]}: warning: ") for line in warnings)
     assert "Traceback" not in shown.err
     return shown.err
 
@@ -424,7 +426,7 @@ def no_batches() -> list[str]:
 def test_deriving_needs_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     for arguments, message in (
-        ((), "spec='derive' needs the model and a batch to run it on"),
+        ((), "--spec derive needs the model and a batch to run it on"),
         (
             ("--model", f"{__name__}:no_model", "--data", f"{__name__}:mlp_batches"),
             "the model function must return a torch.nn.Module, got str",

@@ -158,7 +158,7 @@ def several_failures(rank: int, folder: Path) -> None:
     attempt("another spec", states, spec=MLP_SPEC.without(["fc2.bias"]) if rank else MLP_SPEC)
     models = [states[0], make_mlp(seed=5).state_dict()] if rank else states
     attempt("other weights", models)
-    attempt("another balance", states, balance=2.0 if rank else 0.5)
+    attempt("another balance", states, **({"balance": 2.0} if rank else {}))
     attempt("the same mistake", states, balance=2.0)
     attempt("another number of models", [*states, states[0]] if rank else states)
     infinite = [dict(state) for state in states]

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -386,12 +387,17 @@ def fingerprint(model: nn.Module) -> int:
 
 def checksum(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:
     """Return a checksum of some entries of the tensors with these names, in their order."""
-    found = 0
+    chosen: list[Tensor] = []
     for name in names:
         tensor = tensors[name].detach()
         if type(tensor) is not Tensor or tensor.is_meta:
             continue  # of a tensor that is spread over processes each has another part
         values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
-        chosen = values[:: max(1, len(values) // _CHECKED_ENTRIES)]
-        found = zlib.crc32(chosen.to("cpu", torch.float64).numpy().tobytes(), found)
+        entries = values[:: max(1, len(values) // _CHECKED_ENTRIES)]
+        if entries.device.type not in ("cpu", "cuda"):
+            entries = entries.cpu()  # other devices may have no float64
+        chosen.append(entries.to(torch.float64))
+    found = 0
+    for _, run in groupby(chosen, key=lambda entries: entries.device):  # one copy from each device, as a rule
+        found = zlib.crc32(torch.cat(list(run)).cpu().numpy().tobytes(), found)
     return found

@@ -427,7 +427,9 @@ def check_varied(statistics: MatchingStatistics) -> None:
         If there is one observation only, or the activations of all nodes are the same on all data.
     """
     observed = observed_nodes(statistics.spec)
-    constant = [node for node in observed if bool(statistics.constant_units(node).all(1).any())]
+    all_constant = [statistics.constant_units(node).all(1).any() for node in observed]
+    is_constant = torch.stack(all_constant).tolist() if observed else []  # one wait for a device
+    constant = [node for node, flag in zip(observed, is_constant, strict=True) if flag]
     few = [node for node in observed if statistics.num_samples(node) < _MIN_SAMPLES]
     single = [node for node in few if statistics.num_samples(node) < 2]
     if observed and len(single) == len(observed):
