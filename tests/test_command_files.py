@@ -95,9 +95,9 @@ def failure(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | 
     assert sorted(folder.iterdir()) == before
     shown = capsys.readouterr()
     assert shown.out == ""
-    *warnings, error = shown.err.splitlines()
-    assert error.startswith(f"mudsc-fast {arguments[0]}: error: ")
-    assert all(line.startswith(f"mudsc-fast {arguments[0]}: warning: ") for line in warnings)
+    warnings, error, _ = shown.err.partition(f"mudsc-fast {arguments[0]}: error: ")
+    assert error
+    assert all(line.startswith(f"mudsc-fast {arguments[0]}: warning: ") for line in warnings.splitlines())
     assert "Traceback" not in shown.err
     return shown.err
 
