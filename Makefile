@@ -44,7 +44,7 @@ ifeq ($(shell uname -s),Linux)
 sanitized: $(SANITIZED)/stamp
 	PYTHONPATH=$(SANITIZED)/site \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=25 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=10 \
 	$(BIN)/python -m pytest $(PARALLEL) tests/kernels
 else
 sanitized:
