@@ -260,9 +260,9 @@ reason = _cuda.unavailable_reason()
 print(reason)
 if reason:
     try:
-        _cuda.assignment_check_classes((2, 0, 2, 2, True), class_of_row=0, device=0, stream=0)
+        _cuda.assignment_batch_fits(rows=64, columns=64, device=0, stream=0)
     except RuntimeError as error:
-        assert "CUDA kernel assignment_check_classes could not be launched: " in str(error), error
+        assert "CUDA kernel assignment_batch could not be launched: " in str(error), error
         assert str(error).partition(" could not be launched: ")[2] in reason, error
     else:
         raise AssertionError("a launch without a device went unnoticed")
