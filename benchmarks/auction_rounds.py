@@ -35,7 +35,7 @@ COLUMNS = ("n", "family", "rounds", "bids", "reads", "small", "left", "lists", "
 
 
 class HostProblem(assignment._LargeProblem):
-    """The steps of a large problem with plain loops and torch in the place of the kernels."""
+    """The steps of a large problem with plain loops and torch instead of the kernels."""
 
     def __init__(self, values: Tensor, simulator: Any) -> None:
         self.values = values

@@ -336,7 +336,7 @@ def test_batch(benchmark: Benchmark, threads: int) -> None:
 @pytest.mark.parametrize("size", [size for size in (2048, 4096) if size <= LARGEST] or [LARGEST])
 @pytest.mark.parametrize("family", ["independent", "activations_2"])
 def test_warm_start(benchmark: Benchmark, family: str, size: int) -> None:
-    """Solve a matrix anew after noise of 1 % of its spread, with and without the earlier duals."""
+    """Solve a matrix again after noise of 1 % of its spread, with and without the earlier duals."""
     benchmark.group = f"assignment, warm start, n = {size}"
     similarity = torch.from_numpy(families.load(family, size))
     earlier = linear_assignment(similarity)

@@ -66,7 +66,7 @@ class _Trunk(nn.Module):
         return x
 
     def initialize(self) -> None:
-        """Draw the weights of all convolutions and linear layers anew (Kaiming, normal)."""
+        """Initialize the weights of all convolutions and linear layers (Kaiming, normal)."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)

@@ -29,7 +29,7 @@ def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Fo
     moved = to_device(batch, device)
     inputs = None if forward is not None else inputs_of(moved)
     # torch's fast path for attention hands nested tensors to the modules inside, which cannot be observed.
-    with _without_attention_fast_path():
+    with without_attention_fast_path():
         if forward is not None:
             return forward(model, moved)
         try:
@@ -187,7 +187,8 @@ def _move_mapping(value: Mapping[Any, Any], device: torch.device) -> Mapping[Any
 
 
 @contextmanager
-def _without_attention_fast_path() -> Iterator[None]:
+def without_attention_fast_path() -> Iterator[None]:
+    """Let ``torch.nn.MultiheadAttention`` and transformer layers run their modules and plain operators."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -104,7 +104,7 @@ def prepare(
     Raises
     ------
     TypeError
-        If `models` is no sequence, holds something else or a mixture, or if the networks' dtypes differ.
+        If `models` is not a sequence, holds anything else or a mixture, or if the networks' dtypes differ.
     ValueError
         If there are fewer than two, if a file cannot be read, if the networks differ in the names or the devices of
         their tensors, or if no spec can be found.
@@ -163,12 +163,12 @@ def _open(
 def check_models(models: Models, data: object = None) -> None:
     """Check that what a user passed as `models` is a sequence of two or more models of one kind.
 
-    The message says so if the models are in the place of the data.
+    The message says so if the models were passed where the data belongs.
 
     Raises
     ------
     TypeError
-        If it is no sequence, or holds something else or a mixture.
+        If it is not a sequence, or holds anything else or a mixture.
     ValueError
         If there are fewer than two.
     """

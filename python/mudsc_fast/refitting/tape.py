@@ -8,8 +8,7 @@ operators need, and go on from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -199,21 +198,10 @@ def record(model: nn.Module, batch: Any, forward: Forward | None) -> Tape:
     """
     tensors = model.state_dict(keep_vars=True)
     recorder = _Recorder({id(tensor): name for name, tensor in reversed(list(tensors.items()))}, batch)
-    with preserve_training_mode(model), plain_attention(), torch.no_grad(), recorder:
+    with preserve_training_mode(model), torch.no_grad(), recorder:
         model.eval()
         run_on_batch(model, batch, next(iter(tensors.values())).device, forward)
     return recorder.finish()
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Let ``torch.nn.MultiheadAttention`` run in operators that show its projections."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Recorder(TorchDispatchMode):

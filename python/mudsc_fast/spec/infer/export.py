@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules import transformer
 
-from mudsc_fast._forward import preserve_training_mode
+from mudsc_fast._forward import preserve_training_mode, without_attention_fast_path
 from mudsc_fast.spec.observation import Port
 
 #: Selects from the outputs of a model.
@@ -239,14 +239,12 @@ def _plain_attention() -> Iterator[None]:
     They look at the values of a mask to find out whether it is causal, which cannot be exported. The answer only serves
     to choose a faster kernel, so the hint of the caller is taken instead.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
     detect = getattr(transformer, "_detect_is_causal_mask", None)
-    torch.backends.mha.set_fastpath_enabled(False)
     if detect is not None:
         transformer._detect_is_causal_mask = _hint_of_caller
     try:
-        yield
+        with without_attention_fast_path():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
         if detect is not None:
             transformer._detect_is_causal_mask = detect
