@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,29 @@ def config_of(model: object) -> Mapping[str, Any] | None:
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     config = to_dict() if callable(to_dict) else None
     return config if isinstance(config, Mapping) else None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from showing warnings and progress while the enclosed code runs.
+
+    It is not imported for that, which takes more than a second: code that may be the first to import it must do so
+    before.
+    """
+    if "transformers" not in sys.modules:
+        yield
+        return
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def class_of_config(transformers: Any, config: Mapping[str, Any]) -> Any:
@@ -74,7 +99,7 @@ def build_without_weights(config: Mapping[str, Any]) -> nn.Module:
         network = class_of_config(transformers, config)
         rest = {name: value for name, value in config.items() if name != "model_type"}
         configuration = transformers.AutoConfig.for_model(kind, **rest)
-        with torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             automatic = network is transformers.AutoModel
             model: nn.Module = network.from_config(configuration) if automatic else network(configuration)
     except Exception as error:  # transformers may raise anything

@@ -34,6 +34,11 @@ class Piece:
         return tensor if self.view is None else tensor.contiguous().as_strided(*self.view)
 
 
+def without_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same names and shapes on the meta device, to read shapes without opening files."""
+    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+
+
 class Padded(Mapping[str, Tensor]):
     """The tensors of one network, plus tensors of others under names that it does not have."""
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, checksum
 from mudsc_fast._phases import Phases
+from mudsc_fast._tensors import without_entries
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.matching.activation import MatchingStatistics, check_varied, collect, observed_nodes
 from mudsc_fast.matching.checkpoint import Checkpoint
-from mudsc_fast.matching.checks import check_networks, warn_of_unnamed
+from mudsc_fast.matching.checks import check_compatible, check_entries, warn_of_unnamed
 from mudsc_fast.matching.inputs import input_parts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.owners import pack
@@ -137,14 +138,15 @@ class PreparedMatching:
             self._weights = checked_weights(weights, len(networks))
             self._division = prepared.divide()
             comparable = self._division.comparable
-            check_networks(networks.state_dicts, spec, self._division, names=())
+            check_compatible(networks.state_dicts, spec, self._division)
+            self._shapes = without_entries(networks.state_dicts[0])
             inputs = {}
             if not ranks.alone or checkpoint is not None:
                 inputs = input_parts(networks.state_dicts, spec, options, self._weights, self._task_heads)
         ranks.check_same(inputs)
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, inputs, ranks)
         self._device = next(iter(networks.state_dicts[0].values())).device if sharded is None else sharded.device
-        self.owners = pack(comparable, networks.state_dicts[0], ranks.size)
+        self.owners = pack(comparable, self._shapes, ranks.size)
         self._sharded = sharded
         self.state_dicts: Sequence[Mapping[str, Tensor]] = networks.state_dicts
         if sharded is not None:
@@ -152,7 +154,7 @@ class PreparedMatching:
             self.state_dicts = sharded.gathered(held | self.owners.needed(ranks.rank))
         with ranks.step("checking the tensors"):
             own = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
-            check_networks(self.state_dicts, spec, self._division, names=own)
+            check_entries(self.state_dicts, spec, own)
             warn_of_unnamed(self.state_dicts[0], spec, self._division)
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
@@ -161,7 +163,7 @@ class PreparedMatching:
         self._observed = frozenset(observed_nodes(comparable))
         self._exchange = Exchange(
             comparable,
-            comparable.units(networks.state_dicts[0]),
+            comparable.units(self._shapes),
             ranks,
             self.owners.owner,
             options.mode,
@@ -187,7 +189,7 @@ class PreparedMatching:
         """Return the matching at one balance."""
         solve = ParallelSolver(
             self._division.comparable,
-            self._networks.state_dicts[0],
+            self._shapes,
             self._ranks,
             self.owners,
             self._weight_similarity,
@@ -198,7 +200,7 @@ class PreparedMatching:
             shares_nodes=self._sharded is None,
         )
         found = self._by_activations(solve) if self._options.space == "activation" else self._sweep(solve)
-        comparable, first = self._division.comparable, self._networks.state_dicts[0]
+        comparable = self._division.comparable
         return Matching(
             spec=self._spec,
             nodes={node: found.matching[node] for node in comparable.nodes},
@@ -208,7 +210,7 @@ class PreparedMatching:
             weights=tuple(self._weights),
             objectives=found.objectives,
             timings=dict(self.phases.seconds),
-            shapes={name: tuple(first[name].shape) for name in comparable.layouts},
+            shapes={name: tuple(self._shapes[name].shape) for name in comparable.layouts},
             task_heads=self._task_heads,
             distribution=self._distribution(),
             fingerprints=tuple(checksum(tensors, comparable.layouts) for tensors in self._networks.state_dicts),

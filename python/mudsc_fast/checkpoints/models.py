@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable, run_on_batch
-from mudsc_fast._huggingface import class_of_config, ordered_outputs, random_inputs
+from mudsc_fast._huggingface import class_of_config, ordered_outputs, quiet_transformers, random_inputs
 from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.checkpoints.names import is_derived, plain_names
@@ -221,22 +221,3 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
             ", ".join(missing[:5]),
         )
     return model.eval()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers, if it is installed, from showing warnings and progress while the enclosed code runs."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        yield
-        return
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

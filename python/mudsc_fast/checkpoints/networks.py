@@ -26,7 +26,7 @@ from mudsc_fast.checkpoints.compatibility import (
 )
 from mudsc_fast.checkpoints.conversion import as_loaded
 from mudsc_fast.checkpoints.errors import CheckpointError
-from mudsc_fast.checkpoints.models import built, quiet_transformers
+from mudsc_fast.checkpoints.models import built
 from mudsc_fast.checkpoints.names import is_derived
 from mudsc_fast.checkpoints.quantized import check_not_quantized, dequantized
 from mudsc_fast.checkpoints.ties import with_common_ties
@@ -197,8 +197,7 @@ def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any, in_memory:
 
 def model_of(checkpoint: Checkpoint) -> nn.Module:
     """Return the model that a configuration describes, without its weights."""
-    with quiet_transformers():
-        return build_without_weights(checkpoint.config or {})
+    return build_without_weights(checkpoint.config or {})
 
 
 def spec_of_checkpoint(
@@ -286,14 +285,13 @@ def _chosen(
 
     def choose(left_out: Callable[[str], bool]) -> PermutationSpec:
         names = {name: name for name in checkpoint.tensors if not left_out(name)}
-        with quiet_transformers():
-            return choose_spec(
-                spec,
-                RenamedTensors(checkpoint.tensors, names),
-                config=checkpoint.config,
-                model=None if build is None else lambda: built(build),
-                batch=None if batches is None else batches.first,
-            )
+        return choose_spec(
+            spec,
+            RenamedTensors(checkpoint.tensors, names),
+            config=checkpoint.config,
+            model=None if build is None else lambda: built(build),
+            batch=None if batches is None else batches.first,
+        )
 
     try:
         return choose(is_derived)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 Failure = TypeVar("Failure", bound=Exception)
 
-#: Tensors are joined into messages of at most this many bytes; a larger tensor is a message of its own.
-_BUCKET_BYTES = 64 * 2**20
+#: Small tensors are joined into messages of at most this many bytes. A tensor of at least the second number of bytes
+#: is a message of its own, as copying it takes longer than starting a message.
+_BUCKET_BYTES, _ALONE_BYTES = 64 * 2**20, 8 * 2**20
 
 #: Seconds in which the processes that are left find out which one is gone, and seconds between two looks.
 _SEARCH_SECONDS, _LOOK_SECONDS = 20.0, 0.05
@@ -355,10 +356,14 @@ class Ranks:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Group consecutive tensors into messages."""
+    """Group tensors into messages: small ones in their order, then each large one."""
     bucket: list[Tensor] = []
     size = 0
+    large = []
     for tensor in tensors:
+        if tensor.nbytes >= _ALONE_BYTES:
+            large.append(tensor)
+            continue
         if bucket and size + tensor.nbytes > _BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
@@ -366,6 +371,8 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.nbytes
     if bucket:
         yield bucket
+    for tensor in large:
+        yield [tensor]
 
 
 def _shortened(text: str, length: int = 80) -> str:

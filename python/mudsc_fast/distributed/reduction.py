@@ -42,17 +42,14 @@ def reduce_sums(
     Parameters
     ----------
     accumulators
-        By node; they are left as they were. The same nodes in the same order in all processes.
+        By node; they are left as they were. The same nodes in the same order in all processes. Their features must be
+        known to be in range.
     totals, roots
         For each node the number of samples in all processes, and the rank that gets the sums.
     """
     if not accumulators:
         return {}
-    copies = {}
-    with ranks.step(doing):
-        for node, accumulator in accumulators.items():
-            accumulator._check_range()
-            copies[node] = copy.deepcopy(accumulator)
+    copies = {node: copy.deepcopy(accumulator) for node, accumulator in accumulators.items()}
     all_moments = [copied._moments for copied in copies.values()]
     _center(all_moments, [totals[node] for node in copies], ranks, doing)
     for root in sorted({roots[node] for node in copies}):
@@ -67,13 +64,16 @@ def send_sums(accumulator: CorrelationAccumulator, to: int, ranks: Ranks, doing:
     ranks.send([moments.mean, moments.squares, moments.comoments], to, doing)
 
 
-def receive_sums(into: CorrelationAccumulator, samples: int, source: int, ranks: Ranks, doing: str) -> None:
-    """Add the accumulator that another process sends, which has this number of samples."""
-    received = copy.deepcopy(into)
-    moments = received._moments
-    ranks.receive([moments.mean, moments.squares, moments.comoments], source, doing)
-    moments.num_samples = samples
-    into.merge(received)
+def receive_sums(
+    like: CorrelationAccumulator, samples: int, source: int, ranks: Ranks, doing: str
+) -> CorrelationAccumulator:
+    """Return the accumulator that another process sends, of this number of samples and the configuration of `like`."""
+    received = copy.copy(like)
+    own = like._moments
+    mean, squares, comoments = (torch.empty_like(tensor) for tensor in (own.mean, own.squares, own.comoments))
+    ranks.receive([mean, squares, comoments], source, doing)
+    received._moments = Moments(own.pairs, mean, squares, comoments, samples)
+    return received
 
 
 def _center(all_moments: Sequence[Moments], totals: Sequence[int], ranks: Ranks, doing: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable, inputs_of
-from mudsc_fast._huggingface import random_inputs
+from mudsc_fast._huggingface import quiet_transformers, random_inputs
 from mudsc_fast.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mudsc_fast.checkpoints.models import built, quiet_transformers
+from mudsc_fast.checkpoints.models import built
 from mudsc_fast.checkpoints.networks import model_of, spec_of_checkpoint
 from mudsc_fast.checkpoints.quantized import quantized_names
 from mudsc_fast.spec.choose import SpecLike
@@ -122,14 +122,14 @@ def _frozen_axes(
     if build is None and not checkpoint.config:
         return {}
     try:
+        if build is None:
+            model = model_of(checkpoint)
+            inputs: Any = random_inputs(model)
+        elif batches is not None:
+            model, inputs = built(build), inputs_of(batches.first())
+        else:
+            return {}
         with quiet_transformers():
-            if build is None:
-                model = model_of(checkpoint)
-                inputs: Any = random_inputs(model)
-            elif batches is not None:
-                model, inputs = built(build), inputs_of(batches.first())
-            else:
-                return {}
             return derive(model.eval(), inputs).frozen_axes
     except (ValueError, TypeError, AttributeError):
         return {}

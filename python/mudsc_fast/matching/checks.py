@@ -21,20 +21,13 @@ _COPY_CORRELATION = 0.7
 _MIN_COMPARED, _MAX_COMPARED = 64, 4096
 
 
-def check_networks(
-    state_dicts: Sequence[Mapping[str, Tensor]],
-    spec: PermutationSpec,
-    division: Division,
-    names: Container[str] | None = None,
-) -> None:
-    """Check that networks with tensors of the same names and dtypes can be matched.
-
-    `names` are the tensors whose entries are checked, all by default: of several processes each checks some.
+def check_compatible(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, division: Division) -> None:
+    """Check that networks with tensors of the same names and dtypes can be matched, without reading the entries.
 
     Raises
     ------
     ValueError
-        If shapes differ, other than those of task heads, the spec does not fit, or an entry is not finite.
+        If shapes differ, other than those of task heads, or the spec does not fit.
     TypeError
         If a tensor is of a dtype that cannot be averaged.
     """
@@ -42,11 +35,21 @@ def check_networks(
     for state_dict in state_dicts:
         spec.units(state_dict)
     check_dtypes(state_dicts, spec, division)
+
+
+def check_entries(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, names: Container[str]) -> None:
+    """Check that all entries of the tensors with some names are finite: of several processes each checks some tensors.
+
+    Raises
+    ------
+    ValueError
+        If an entry is not finite.
+    """
     for index, state_dict in enumerate(state_dicts):
         for name in spec.layouts:
-            if names is not None and name not in names:
-                continue
-            check_finite(f"{name!r} of models[{index}]", check_tensor(f"{name!r} of models[{index}]", state_dict[name]))
+            if name in names:
+                described = f"{name!r} of models[{index}]"
+                check_finite(described, check_tensor(described, state_dict[name]))
 
 
 def warn_of_unnamed(state_dict: Mapping[str, Tensor], spec: PermutationSpec, division: Division) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -98,6 +97,8 @@ class ParallelSolver:
                     continue
                 if bundle in spread or bundle in shares:
                     partial.update(self._sums(bundle, current, shares.get(bundle)))
+                    for node in bundle:
+                        partial[node]._check_range()  # before others add it to theirs
                 elif owner[bundle] == rank:
                     matching.update(self._matched(bundle, self._sums(bundle, current)))
         joined = self._join(sent, partial)
@@ -132,7 +133,7 @@ class ParallelSolver:
                 for rank, slices in enumerate(self._owners.slices)
                 if any(slices[node] for node in bundle)
             }
-            if len(samples) < self._ranks.size and len(samples) <= _MAX_SENDERS:
+            if len(samples) <= 2 or (len(samples) < self._ranks.size and len(samples) <= _MAX_SENDERS):
                 few[bundle] = samples
         return few
 
@@ -155,16 +156,20 @@ class ParallelSolver:
         joined = {}
         for bundle, senders in sent.items():
             owner = self._owners.owner[bundle]
+            others = {rank: samples for rank, samples in senders.items() if rank != owner}
             for node in bundle:
-                if self._ranks.rank == owner:
-                    joined[node] = copy.deepcopy(partial[node])  # the part may be kept for the next visit
-                for rank, samples in senders.items():
-                    if rank == owner:
-                        continue
-                    if self._ranks.rank == rank:
-                        send_sums(partial[node], owner, self._ranks, _MATCHING)
-                    elif self._ranks.rank == owner:
-                        receive_sums(joined[node], samples[node], rank, self._ranks, _MATCHING)
+                if self._ranks.rank in others:
+                    send_sums(partial[node], owner, self._ranks, _MATCHING)
+                if self._ranks.rank != owner:
+                    continue
+                total: CorrelationAccumulator | None = None
+                for rank, samples in others.items():
+                    received = receive_sums(partial[node], samples[node], rank, self._ranks, _MATCHING)
+                    if total is None:  # the part of this process may be kept for the next visit, so it is not changed
+                        total = received
+                        received = partial[node]
+                    total.merge(received)
+                joined[node] = partial[node] if total is None else total
         return joined
 
     def _sums(

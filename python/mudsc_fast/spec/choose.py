@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mudsc_fast._forward import inputs_of, preserve_training_mode, run_on_batch
-from mudsc_fast._huggingface import build_without_weights, random_inputs
+from mudsc_fast._huggingface import build_without_weights, quiet_transformers, random_inputs
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 from mudsc_fast.spec.recognize import build_family, family_names, family_of_config, family_of_names, listed
 
@@ -107,7 +107,8 @@ class _Source:
             raise ValueError(
                 f"there is no batch to derive the spec of {type(model).__name__} with: pass data, or a spec"
             )
-        return _derived(model, inputs, self.tensors)
+        with quiet_transformers():
+            return _derived(model, inputs, self.tensors)
 
 
 def _recognize(source: _Source) -> PermutationSpec:

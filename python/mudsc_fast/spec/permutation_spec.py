@@ -246,7 +246,7 @@ class PermutationSpec:
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise ValueError(problems[0] + more)
-        return {node: count_units(uses[0], state_dict) for node, uses in self._uses.items()}
+        return {node: count_units(uses[0], state_dict[uses[0].tensor].shape) for node, uses in self._uses.items()}
 
     def problems(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Return one message for each way in which the specification does not fit the tensors; none if it fits."""
@@ -264,7 +264,8 @@ class PermutationSpec:
         problems = self.problems(state_dict)
         modules = dict(model.named_modules(remove_duplicate=False))
         for node, observations in self._observations.items():
-            num_units = None if problems else count_units(self._uses[node][0], state_dict)
+            first = self._uses[node][0]
+            num_units = None if problems else count_units(first, state_dict[first.tensor].shape)
             for observation in observations:
                 problems += observation_problems(node, observation, modules.get(observation.module), num_units)
         if problems:

@@ -11,10 +11,9 @@ from mudsc_fast.spec.groups import Groups
 from mudsc_fast.spec.observation import Observation
 
 
-def count_units(use: TensorAxis, state_dict: Mapping[str, Tensor]) -> int:
-    """Return the number of units on an axis of a tensor."""
-    width = use.segment.width
-    length = int(state_dict[use.tensor].shape[use.position]) if width is None else width
+def count_units(use: TensorAxis, shape: Sequence[int]) -> int:
+    """Return the number of units on an axis of a tensor of this shape."""
+    length = shape[use.position] if use.segment.width is None else use.segment.width
     return length // (use.axis.inner * use.axis.outer)
 
 
@@ -25,18 +24,20 @@ def tensor_problems(
     state_dict: Mapping[str, Tensor],
 ) -> list[str]:
     """Return one message for each way in which a specification does not fit the tensors."""
-    by_tensor = {tensor: _layout_problems(tensor, layout, state_dict.get(tensor)) for tensor, layout in layouts.items()}
+    # Each tensor is read once, as mappings of files make it on access.
+    shapes = {name: tuple(state_dict[name].shape) for name in layouts if name in state_dict}
+    by_tensor = {name: _layout_problems(name, layout, shapes.get(name)) for name, layout in layouts.items()}
     problems = [problem for found in by_tensor.values() for problem in found]
     for node, where in uses.items():
         fitting = [use for use in where if not by_tensor[use.tensor]]
         if not fitting:
             continue
         first = fitting[0]
-        expected = count_units(first, state_dict)
+        expected = count_units(first, shapes[first.tensor])
         problems += [
-            f"{use} has {count_units(use, state_dict)} units, but node {node!r} has {expected} units on {first}"
+            f"{use} has {count_units(use, shapes[use.tensor])} units, but node {node!r} has {expected} units on {first}"
             for use in fitting
-            if count_units(use, state_dict) != expected
+            if count_units(use, shapes[use.tensor]) != expected
         ]
         if expected % groups[node].count:
             problems.append(f"node {node!r} has {expected} units, which {groups[node].count} groups do not divide")
@@ -74,10 +75,9 @@ def port_problems(node: str, observation: Observation, module: nn.Module) -> lis
     ]
 
 
-def _layout_problems(tensor: str, layout: Layout, value: Tensor | None) -> list[str]:
-    if value is None:
+def _layout_problems(tensor: str, layout: Layout, shape: tuple[int, ...] | None) -> list[str]:
+    if shape is None:
         return [f"spec names the tensor {tensor!r}, which the models do not have"]
-    shape = tuple(value.shape)
     if len(shape) < len(layout):
         return [f"spec gives {len(layout)} axes to {tensor!r}, which has {len(shape)}: shape {shape}"]
     problems = []
