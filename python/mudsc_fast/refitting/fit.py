@@ -105,7 +105,7 @@ class Fitter:
         for batch in range(len(self._merged.tapes)):
             inputs, residuals, target = self._samples(index, batch)
             if fitted is None:
-                sizes = (inputs.shape[0], inputs.shape[2], len(residuals) // len(inputs))
+                sizes = (inputs.shape[0], inputs.shape[2], residuals.shape[1] // len(inputs))
                 fitted, held_out = (
                     GramSums(*sizes, inputs.device, self._workspace, name) for name in ("fitted", "held out")
                 )
@@ -149,7 +149,7 @@ class Fitter:
         places = self._places.of(index, batch)
         inputs = sampler.inputs(values[layer.input], places)
         if self._settings.outputs == "cosine" and self._is_result(tape, layer):
-            target = functional.normalize(target, dim=0) * target.norm(dim=0).mean()
+            target = functional.normalize(target, dim=1) * target.norm(dim=1).mean()
         current, factor = self._current(layer, batch, values, sampler, inputs, places)
         residuals = target.to(current) - current
         if factor is not None:
@@ -157,7 +157,7 @@ class Fitter:
             residuals = torch.where(hidden, 0.0, residuals / torch.where(hidden, 1.0, factor))
         has_target = self._targets[index].has_target()
         if not bool(has_target.all()):
-            residuals = torch.where(has_target.to(residuals.device)[:, None], residuals, 0.0)
+            residuals = torch.where(has_target.to(residuals.device), residuals, 0.0)
         return inputs, residuals, target
 
     def _current(
@@ -175,10 +175,10 @@ class Fitter:
         current = product(sampler.matrix(), inputs)
         own_bias = layer.call.name != "mm" and layer.bias is not None
         if own_bias and layer.bias is not None:
-            current = current + fixed[layer.bias][:, None]
+            current = current + fixed[layer.bias]
         if layer.norm is not None:
             scale, shift = norm_affine(layer.norm, fixed)
-            current = current * scale[:, None] + shift[:, None]
+            current = current * scale + shift
         factor: Tensor | None = None
         for position, step in enumerate(layer.steps):
             if step.kind == "move" or step.other is None:
@@ -198,6 +198,7 @@ class Fitter:
 
     def _write(self, index: int, solution: Solution, moments: Any) -> None:
         fixed, layer = self._merged.fixed(0), self._layers[id(self._merged.tapes[0])][index]
+        self._merged.weights_changed()
         sampler = self._samplers(index)[0]
         matrix = sampler.matrix().double()
         if layer.norm is None:
@@ -274,19 +275,22 @@ class Fitter:
 
 
 class _Spread:
-    """Variance of targets, summed over the outputs."""
+    """Variance of targets, summed over the outputs (Chan, Golub and LeVeque, 1979)."""
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, torch.zeros(()), torch.zeros(())
+        self._count, self._mean, self._squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, target: Tensor) -> None:
-        values = target.double()
-        self._count += target.shape[1]
-        self._sum = self._sum + values.sum(1).cpu()
-        self._squares = self._squares + values.square().sum().cpu()
+        count, means = len(target), target.mean(0)
+        mean, squares = (moment.double().cpu() for moment in (means, torch.linalg.vector_norm(target - means).square()))
+        total = self._count + count
+        shift = mean - self._mean
+        self._squares = self._squares + squares + self._count * count / total * shift.square().sum()
+        self._mean = self._mean + shift * (count / total)
+        self._count = total
 
     def variance(self) -> float:
-        return float(self._squares / self._count - (self._sum / self._count).square().sum())
+        return float(self._squares / self._count)
 
 
 def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:
@@ -295,7 +299,7 @@ def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residual
     cut = count - count // 5
     for part, begin, end in ((fitted, 0, cut), (held_out, cut, count)):
         if end > begin:
-            part.update(inputs[:, begin:end], residuals[:, begin:end])
+            part.update(inputs[:, begin:end], residuals[begin:end])
 
 
 def _output(call: Any) -> int:

@@ -85,12 +85,12 @@ class GramSums:
         )
 
     def update(self, inputs: Tensor, residuals: Tensor) -> None:
-        """Add samples: inputs [groups, samples, inputs] and residuals [outputs of all groups, samples]."""
+        """Add samples: inputs [groups, samples, inputs] and residuals [samples, outputs of all groups]."""
         groups, count, _ = inputs.shape
         if self._alone is not None:
-            self._collect(inputs[0], residuals.t())
+            self._collect(inputs[0], residuals)
             return
-        samples = torch.cat([inputs, residuals.reshape(groups, -1, count).transpose(1, 2)], 2)
+        samples = torch.cat([inputs, residuals.reshape(count, groups, -1).transpose(0, 1)], 2)
         samples = samples if samples.dtype == torch.float64 else samples.float()
         mean = samples.mean(1, dtype=torch.float64)
         centered = samples - mean[:, None].to(samples.dtype)
@@ -123,7 +123,7 @@ class GramSums:
         samples = self._rows[: self._num_rows]
         self._num_rows = 0
         # The accumulator takes NaN for 0 and refuses infinity.
-        self.is_finite &= bool(samples.sum(dtype=torch.float64).isfinite())
+        self.is_finite &= all(bool(extreme.isfinite()) for extreme in torch.aminmax(samples))
         if self.is_finite:
             with self._alone.computing_in(self._workspace):
                 self._alone.update(samples, channel_axis=1)

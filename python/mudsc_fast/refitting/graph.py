@@ -100,6 +100,11 @@ def is_layer_call(call: Call) -> bool:
     return call.name in ("addmm", "mm", "linear", "convolution")
 
 
+def may_be_target(call: Call) -> bool:
+    """Return whether what an operator computes may be the target of a layer, by its name alone."""
+    return is_layer_call(call) or call.name in (*BATCH_NORMS, *_OTHER_NORMS, "add")
+
+
 def find_layers(tape: Tape, fixed: Mapping[int, Tensor]) -> tuple[list[Layer], list[Skipped]]:
     """Return the layers of a tape in the order of its calls, and the parameters that cannot be fitted."""
     finder = _Finder(tape, fixed)

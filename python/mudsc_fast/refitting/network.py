@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 from mudsc_fast._forward import Forward
 from mudsc_fast.refitting.tape import BATCH_NORMS, Call, Ref, Tape, record
 
+#: Layouts of tensors with channels, by their number of axes.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 #: Operators whose result may replace their first argument, by the same operator with an underscore.
 _IN_PLACE = ("add", "gelu", "hardswish", "hardtanh", "mul", "relu", "sigmoid", "silu", "tanh")
 
@@ -31,18 +34,29 @@ class Network:
         The batches, already on the model's device.
     forward
         Runs the model on a batch where that is not what it needs.
+    keep
+        Whether to keep what an operator computes when the forward pass of a batch is recorded, so that
+        :meth:`recorded` returns it. By default nothing is kept.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        forward: Forward | None,
+        keep: Callable[[Call], bool] | None = None,
+    ) -> None:
         self.model = model
         self._tensors = model.state_dict(keep_vars=True)
         self._leaves = [[v for v in pytree.tree_leaves(batch) if isinstance(v, Tensor)] for batch in batches]
         tapes: dict[object, Tape] = {}
         self.tapes: list[Tape] = []
-        for batch in batches:
+        self._recorded: dict[int, dict[int, Tensor]] = {}
+        self._folded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for index, batch in enumerate(batches):
             key = _signature(batch)
             if key not in tapes:
-                tapes[key] = record(model, batch, forward)
+                tapes[key], self._recorded[index] = record(model, batch, forward, keep)
             self.tapes.append(tapes[key])
 
     def use(self, tapes: Sequence[Tape]) -> None:
@@ -58,6 +72,18 @@ class Network:
     def start(self, batch: int) -> dict[int, Tensor]:
         """Return the values that are known before the first call."""
         return dict(zip(self.tapes[batch].batch_values, self._leaves[batch], strict=True))
+
+    def recorded(self, batch: int) -> Mapping[int, Tensor]:
+        """Return the values that were kept when the batch's forward pass was recorded; none for most batches."""
+        return self._recorded.get(batch, {})
+
+    def forget_recorded(self, batch: int) -> None:
+        """Free what :meth:`recorded` returns."""
+        self._recorded.pop(batch, None)
+
+    def weights_changed(self) -> None:
+        """Forget what was computed from the network's tensors."""
+        self._folded.clear()
 
     def advance(
         self,
@@ -81,7 +107,10 @@ class Network:
             observed = observe is not None and call.outputs[0] in observe
             if position in steps.folded and position + 1 < end and not observed:
                 norm = tape.calls[position + 1]
-                results: list[Any] = [_convolution_with_norm(call, norm, live)]
+                key = (id(tape), position)
+                if key not in self._folded:
+                    self._folded[key] = _fold(call, norm, live)
+                results: list[Any] = [_convolve(call, live, *self._folded[key])]
                 call, position = norm, position + 1
             else:
                 in_place = position in steps.overwriting and call.inputs[0] not in values
@@ -211,15 +240,26 @@ def _run(call: Call, live: Mapping[int, Tensor], in_place: bool) -> Any:
     return call.run(live, getattr(packet, call.operator._overloadname))
 
 
-def _convolution_with_norm(call: Call, norm: Call, live: Mapping[int, Tensor]) -> Tensor:
+def _fold(call: Call, norm: Call, live: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a convolution that computes what the BatchNorm behind it puts out."""
     named = call.named
     weight = live[named["weight"].value]
     scale, shift = norm_affine(norm, live)
     if named["bias"] is not None:
         shift = shift + scale * live[named["bias"].value]
-    folded = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-    rest = [named[argument.name] for argument in call.operator._schema.arguments[3:]]
-    result: Tensor = call.operator(live[named["input"].value], folded.to(weight), shift.to(weight), *rest)
+    folded = (weight * scale.view(-1, *[1] * (weight.ndim - 1))).to(weight)
+    layout = CHANNELS_LAST.get(weight.ndim) if _has_channels_last(live[named["input"].value]) else None
+    return folded if layout is None else folded.contiguous(memory_format=layout), shift.to(weight)
+
+
+def _has_channels_last(value: Tensor) -> bool:
+    layout = CHANNELS_LAST.get(value.ndim)
+    return layout is not None and value.is_contiguous(memory_format=layout)
+
+
+def _convolve(call: Call, live: Mapping[int, Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    rest = [call.named[argument.name] for argument in call.operator._schema.arguments[3:]]
+    result: Tensor = call.operator(live[call.named["input"].value], weight, bias, *rest)
     return result
 
 

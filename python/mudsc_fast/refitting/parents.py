@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -49,7 +49,7 @@ class ParentTargets:
         self._weights: dict[tuple[int, tuple[float, ...]], list[Tensor | None]] = {}
 
     def take(self, layer: int, batch: int) -> Tensor:
-        """Return [outputs, samples], the target of a layer in a batch; it can be taken once."""
+        """Return [samples, outputs], the target of a layer in a batch; it can be taken once."""
         if (layer, batch) not in self._known:
             self._compute(layer)
         target = self._known.pop((layer, batch))
@@ -80,7 +80,18 @@ class ParentTargets:
                         last = max(last, layers[index].end)
                 if observers:
                     observe = {value: partial(_call_all, functions) for value, functions in observers.items()}
-                    self._progress.advance(parent + 1, batch, last, observe)
+                    self._run(parent + 1, batch, last, observe)
+                if end == len(self._targets):
+                    self._progress.networks[parent + 1].forget_recorded(batch)
+
+    def _run(self, network: int, batch: int, end: int, observe: Mapping[int, Callable[[Tensor], None]]) -> None:
+        """Call each function with the value that it is given for, as recorded, or else computed up to `end`."""
+        recorded = self._progress.networks[network].recorded(batch)
+        if observe.keys() <= recorded.keys():
+            for value, function in observe.items():
+                function(recorded[value])
+        else:
+            self._progress.advance(network, batch, end, observe)
 
     def _empty(self, layer: int, batch: int, sampler: Sampler) -> Tensor:
         places = self._places.of(layer, batch)
@@ -89,7 +100,7 @@ class ParentTargets:
             samples = samples // sampler.num_places * len(places)
         weight = sampler.matrix()
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        return torch.empty(self._targets[layer].num_outputs, samples, dtype=dtype, device=weight.device)
+        return torch.empty(samples, self._targets[layer].num_outputs, dtype=dtype, device=weight.device)
 
     def _add(self, index: int, parent: int, batch: int, value: Tensor) -> None:
         """Add what one parent contributes to a target."""
@@ -100,8 +111,7 @@ class ParentTargets:
         target = self._known[index, batch]
         assert weights is not None  # of those that are observed
         assert members is not None
-        added = outputs.to(target) * weights.to(target)[:, None]
-        target.index_add_(0, members.to(target.device), added)
+        target.index_add_(1, members.to(target.device), outputs.to(target) * weights.to(target))
 
     def _weights_of(self, index: int, batch: int) -> list[Tensor | None]:
         key = (index, tuple(self._shares[batch]))

@@ -14,6 +14,7 @@ layers by gradient steps.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,16 +31,13 @@ from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_d
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.merge_result import MergeResult, RefitLayer, check_merged_models
 from mudsc_fast.refitting.fit import Fitter, Outputs, Settings
-from mudsc_fast.refitting.graph import Layer, Skipped, output_entries
-from mudsc_fast.refitting.network import Network
+from mudsc_fast.refitting.graph import Layer, Skipped, may_be_target, output_entries
+from mudsc_fast.refitting.network import CHANNELS_LAST, Network
 from mudsc_fast.refitting.tape import Tape
 from mudsc_fast.refitting.targets import UnitTargets, shared_entries, task_entries
 
 #: What :func:`refit` chooses each layer's ridge from.
 DEFAULT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-#: Layouts of tensors with channels, by their number of axes.
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def refit(
@@ -228,7 +226,7 @@ class _Run:
     def _networks(self, models: Sequence[nn.Module], batches: Sequence[_Batch]) -> list[Network]:
         """Record the models; convolutions, where they can, on channels that lie together, which is faster."""
         tensors = [tensor for model in models for tensor in model.state_dict().values()]
-        if any(isinstance(tensor, Tensor) and tensor.ndim in _CHANNELS_LAST for tensor in tensors):
+        if any(isinstance(tensor, Tensor) and tensor.ndim in CHANNELS_LAST for tensor in tensors):
             try:
                 networks = self._record(models, [_channels_last(batch.content) for batch in batches])
             except RuntimeError:  # e.g. of a view that the usual layout allows; other errors come again below
@@ -239,10 +237,15 @@ class _Run:
         return self._record(models, [batch.content for batch in batches])
 
     def _record(self, models: Sequence[nn.Module], contents: Sequence[Any]) -> list[Network]:
-        networks = []
+        """Record the merged network and its parents; what the parents compute is kept if it takes little memory."""
+        networks: list[Network] = []
         for model in models:
             device = next(iter(model.state_dict().values())).device
-            networks.append(Network(model, [to_device(content, device) for content in contents], self._forward))
+            on_device = [to_device(content, device) for content in contents]
+            if not networks or _recorded_bytes(networks[0]) * (len(models) - 1) > self._settings.memory // 4:
+                networks.append(Network(model, on_device, self._forward))
+            else:
+                networks.append(Network(model, on_device, self._forward, may_be_target))
         return networks
 
     def _shares(self, owner: int | None) -> list[float]:
@@ -307,13 +310,22 @@ def _positions(entries: Tensor, merged: Tensor) -> Tensor:
     return place[merged[entries]]
 
 
+def _recorded_bytes(network: Network) -> int:
+    """Return the bytes of the activations that are kept when a network with these tapes is recorded."""
+    numbers = 0
+    for tape in {id(tape): tape for tape in network.tapes}.values():
+        values = [value for call in tape.calls if may_be_target(call) for value in call.outputs if value is not None]
+        numbers += sum(math.prod(tape.shapes[value]) for value in values)
+    return numbers * torch.float32.itemsize
+
+
 def _channels_last(content: Any) -> Any:
     """Return a batch with images and volumes laid out with their channels together."""
 
     def laid_out(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim not in _CHANNELS_LAST or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or leaf.ndim not in CHANNELS_LAST or not leaf.is_floating_point():
             return leaf
-        return leaf.contiguous(memory_format=_CHANNELS_LAST[leaf.ndim])
+        return leaf.contiguous(memory_format=CHANNELS_LAST[leaf.ndim])
 
     return torch.utils._pytree.tree_map(laid_out, content)
 

@@ -1,6 +1,6 @@
-"""The samples that a layer is fitted on: its inputs, as columns of a matrix, and its outputs at the same places.
+"""The samples that a layer is fitted on: its inputs, and its outputs at the same places.
 
-Inputs are [groups, samples, inputs] and outputs [outputs, samples]. A linear layer has one sample for each row of its
+Inputs are [groups, samples, inputs] and outputs [samples, outputs]. A linear layer has one sample for each row of its
 input, a convolution one for each image and position. Inputs of a convolution are in the order of taps, then channels.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,27 +74,41 @@ class Convolution:
         else:
             read = value.flatten(2)[:, :, index].permute(0, 2, 3, 1)
         if not bool(inside.all()):
-            read = read * inside[..., None].to(read.dtype)
+            read = read.mul_(inside[..., None].to(read.dtype))  # `read` is a copy
         split = read.reshape(-1, taps, self.groups, channels // self.groups)
         return split.permute(2, 0, 1, 3).flatten(2)
 
     def _index(self, lengths: torch.Size, places: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return [places, taps]: where each tap of each output reads the flattened input, and whether it is inside."""
-        index = places.new_zeros(len(places), 1)
-        inside = torch.ones(len(places), 1, dtype=torch.bool, device=places.device)
         coordinates = torch.unravel_index(places, sizes)
-        for axis, length in enumerate(lengths):
-            taps = torch.arange(self.kernel[axis], device=places.device) * self.dilation[axis]
-            along = coordinates[axis][:, None] * self.stride[axis] + (taps - self.padding[axis])
-            step = self.spacing[axis]
-            valid = (along >= 0) & (along <= (length - 1) * step)
-            if step > 1:
-                valid &= along % step == 0
-                along = along // step
-            along = torch.where(valid, along, 0)
-            index = (index[:, :, None] * length + along[:, None]).flatten(1)
+        index, inside = self._along(0, lengths[0], sizes[0], coordinates[0])
+        for axis in range(1, len(lengths)):
+            along, valid = self._along(axis, lengths[axis], sizes[axis], coordinates[axis])
+            index = (index[:, :, None] * lengths[axis] + along[:, None]).flatten(1)
             inside = (inside[:, :, None] & valid[:, None]).flatten(1)
         return index, inside
+
+    def _along(self, axis: int, length: int, size: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [places, taps]: what :meth:`_index` returns, of one axis."""
+        along, valid = _taps(
+            (length, size),
+            (self.kernel[axis], self.dilation[axis], self.stride[axis], self.padding[axis], self.spacing[axis]),
+            coordinates.device,
+        )
+        return along[coordinates], valid[coordinates]
+
+
+@lru_cache(maxsize=32)
+def _taps(
+    lengths: tuple[int, int], axis: tuple[int, int, int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return [size, taps]: where each output along an axis reads the input, and whether it is inside."""
+    length, size = lengths
+    kernel, dilation, stride, padding, spacing = axis
+    taps = torch.arange(kernel, device=device) * dilation - padding
+    along = torch.arange(size, device=device)[:, None] * stride + taps
+    valid = (along >= 0) & (along <= (length - 1) * spacing) & (along % spacing == 0)
+    return torch.where(valid, along // spacing, 0), valid
 
 
 class Sampler:
@@ -139,20 +154,18 @@ class Sampler:
         return 1 if self._channels_first else len(self._shape) - 1
 
     def output(self, value: Tensor, places: Tensor | None) -> Tensor:
-        """Return [outputs, samples]: values of the layer's output, or of its shape, at some places."""
+        """Return [samples, outputs]: values of the layer's output, or of its shape, at some places."""
         if not self._channels_first:
             rows = value.reshape(-1, value.shape[-1])
-            return (rows if places is None else rows.index_select(0, places.to(rows.device))).t()
-        if places is None:
-            return value.movedim(1, 0).flatten(1)
+            return rows if places is None else rows.index_select(0, places.to(rows.device))
         pixels = value.movedim(1, -1)
+        if places is None:
+            return pixels.flatten(0, -2)
         if pixels.is_contiguous():
             first = torch.arange(len(value), device=value.device) * pixels[0, ..., 0].numel()
             rows = (first[:, None] + places.to(value.device)).flatten()
-            return pixels.reshape(-1, value.shape[1]).index_select(0, rows).t()
-        index = torch.unravel_index(places.to(value.device), self._shape[2:])
-        everything: tuple[slice | Tensor, ...] = (slice(None), slice(None))
-        return value.movedim(1, 0)[everything + index].flatten(1)
+            return pixels.reshape(-1, value.shape[1]).index_select(0, rows)
+        return value.flatten(2).index_select(2, places.to(value.device)).transpose(1, 2).flatten(0, 1)
 
     def inputs(self, value: Tensor, places: Tensor | None) -> Tensor:
         """Return [groups, samples, inputs]: what the layer reads for its output at some places."""
@@ -160,8 +173,8 @@ class Sampler:
             chosen = torch.arange(self.num_places) if places is None else places
             return self._convolution.inputs(value, chosen, self._shape[2:])
         if self._layer.kind == "norm":
-            return self.output(self._normalized(value), places)[..., None]
-        return self.output(value, places).t()[None]
+            return self.output(self._normalized(value), places).t()[..., None]
+        return self.output(value, places)[None]
 
     def matrix(self) -> Tensor:
         """Return the layer's weight as [groups, outputs, inputs]."""
@@ -192,8 +205,10 @@ class Sampler:
 
 
 def product(matrix: Tensor, inputs: Tensor) -> Tensor:
-    """Return the outputs [outputs, samples] of a layer's matrix for inputs [groups, samples, inputs]."""
-    return torch.bmm(matrix, inputs.transpose(1, 2)).flatten(0, 1)
+    """Return the outputs [samples, outputs] of a layer's matrix for inputs [groups, samples, inputs]."""
+    if len(matrix) == 1:
+        return inputs[0] @ matrix[0].T
+    return torch.bmm(inputs, matrix.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 class Places:

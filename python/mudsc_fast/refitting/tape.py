@@ -186,10 +186,12 @@ def shallow_first(tape: Tape, is_layer: Callable[[Call], bool]) -> list[int]:
     return order
 
 
-def record(model: nn.Module, batch: Any, forward: Forward | None) -> Tape:
-    """Run a model on a batch, already on its device, and return what it computed.
+def record(
+    model: nn.Module, batch: Any, forward: Forward | None, keep: Callable[[Call], bool] | None
+) -> tuple[Tape, dict[int, Tensor]]:
+    """Run a model on a batch, already on its device, and return its tape and the results of the calls to keep.
 
-    All activations of this one batch are held meanwhile.
+    All activations of this one batch are held meanwhile. Results that the model overwrites later are not returned.
 
     Raises
     ------
@@ -201,7 +203,8 @@ def record(model: nn.Module, batch: Any, forward: Forward | None) -> Tape:
     with preserve_training_mode(model), torch.no_grad(), recorder:
         model.eval()
         run_on_batch(model, batch, next(iter(tensors.values())).device, forward)
-    return recorder.finish()
+    tape = recorder.finish()
+    return tape, {} if keep is None else recorder.results([call for call in tape.calls if keep(call)])
 
 
 class _Recorder(TorchDispatchMode):
@@ -269,6 +272,12 @@ class _Recorder(TorchDispatchMode):
             elif outputs:
                 tape.calls.append(call)
         return tape
+
+    def results(self, calls: Sequence[Call]) -> dict[int, Tensor]:
+        """Return what calls computed, by value, unless it was overwritten later."""
+        last_write = {storage: left for _, storage, left in self._writes}
+        values = [value for call in calls for value in call.outputs if value is not None]
+        return {v: self._alive[v] for v in values if v >= last_write.get(self._storage_of[v], 0)}
 
     def _note_memory(self, value: int | None, arguments: Sequence[Any], written: Sequence[Tensor]) -> None:
         """Note whose memory the output of a call shares."""
