@@ -320,10 +320,15 @@ void merge_fused_halves(const PermuteProblem& problem) {
 
 // ---- Pure gathers: bitwise copies -----------------------------------------------------------------------------
 
+// Copies entry index[e] of a line of `items_in` entries to entry e.
 template <class Bits>
 void copy_indexed(Bits* __restrict to, const Bits* __restrict line, const std::int32_t* __restrict index,
-                  std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) to[e] = line[index[e]];
+                  std::int64_t items_in, std::int64_t count) {
+  std::int64_t e = 0;
+  if constexpr (sizeof(Bits) == 2) {
+    for (; e + kLanes <= count && items_in > 1; e += kLanes) gather_halves(to + e, line, index + e, items_in);
+  }
+  for (; e < count; ++e) to[e] = line[index[e]];
 }
 
 // Copies runs of one to two vectors' length as two overlapping vectors.
@@ -414,7 +419,7 @@ void copy_columns(const PermuteProblem& problem) {
     for (std::int64_t l = begin; l < end; ++l, sources.advance()) {
       Bits* const to = static_cast<Bits*>(problem.out) + l * line_out;
       if (columns.run() == 1) {
-        copy_indexed(to, sources.of(0), columns.first(0), line_out);
+        copy_indexed(to, sources.of(0), columns.first(0), columns.items_in(), line_out);
       } else {
         copy_runs(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(sources.of(0)), columns.first(0), run,
                   columns.items_out());

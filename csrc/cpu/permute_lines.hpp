@@ -139,6 +139,25 @@ inline Lanes gather_lanes(const float* line, const std::int32_t* index) {
 #endif
 }
 
+// Copies kLanes entries of 16 bits of a line of at least two. Gathers read four bytes, so the last entry of the line is
+// read as the upper half of the four bytes that end with it.
+inline void gather_halves(std::uint16_t* to, const std::uint16_t* line, const std::int32_t* index,
+                          std::int64_t items_in) {
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_loadu_si512(index);
+  const __m512i last = _mm512_set1_epi32(static_cast<std::int32_t>(items_in - 1));
+  const __mmask16 is_last = _mm512_cmpeq_epi32_mask(places, last);
+  const __m512i starts = _mm512_mask_add_epi32(places, is_last, places, _mm512_set1_epi32(-1));
+  const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, starts, line, 2);
+  const __m512i entries = _mm512_mask_srli_epi32(pairs, is_last, pairs, 16);
+  const HalfLanes halves = __builtin_convertvector(reinterpret_cast<LaneBits>(entries), HalfLanes);
+  std::memcpy(to, &halves, sizeof halves);
+#else
+  static_cast<void>(items_in);
+  for (std::int64_t v = 0; v < kLanes; ++v) to[v] = line[index[v]];
+#endif
+}
+
 // Writes past the caches; `to` is a multiple of the vector's size.
 inline void stream_lanes(float* to, Lanes lanes) {
 #if defined(__AVX512F__)
