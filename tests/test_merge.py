@@ -363,6 +363,8 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
         ([STATE, OTHER], {"mode": "zip", "shrink": float("nan")}, ValueError, "shrink must be a number, got NaN"),
         ([STATE, OTHER], {"max_sweeps": 0}, ValueError, "max_sweeps must be at least 1, got 0"),
         ([STATE, OTHER], {"patience": 1.5}, TypeError, "patience must be an int, got float"),
+        ([STATE, OTHER], {"shrink": 0.5}, ValueError, "shrink=0.5 is of mode='zip', got mode='align'"),
+        ([STATE, OTHER], {"budget": 0.5}, ValueError, "budget=0.5 is of mode='zip', got mode='align'"),
         (
             [make_mlp(), make_mlp(seed=1)],
             {"data": []},

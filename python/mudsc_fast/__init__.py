@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from mudsc_fast import evaluate, ops, spec
 from mudsc_fast.batch_norm import reset_batch_norm
 from mudsc_fast.match import match
-from mudsc_fast.matching.activation import MatchingStatistics, collect_statistics
+from mudsc_fast.matching.activation import collect_statistics
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.matching.node import Mode, NodeMatching
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching_result import Matching
 from mudsc_fast.merge import merge, search_balance
 from mudsc_fast.merge_result import MergeResult

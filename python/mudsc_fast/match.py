@@ -16,13 +16,15 @@ from mudsc_fast._phases import Phases
 from mudsc_fast._tensors import without_entries
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
-from mudsc_fast.matching.activation import MatchingStatistics, check_varied, collect, observed_nodes
+from mudsc_fast.matching.activation import check_varied, collect
 from mudsc_fast.matching.checkpoint import Checkpoint
 from mudsc_fast.matching.checks import check_compatible, check_entries, warn_of_unnamed
 from mudsc_fast.matching.inputs import input_parts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
+from mudsc_fast.matching.observer import observed_nodes
 from mudsc_fast.matching.owners import pack
 from mudsc_fast.matching.parallel import Exchange, ParallelSolver, solve_on_owners
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, waves
 from mudsc_fast.matching.weight import WeightSimilarity
 from mudsc_fast.matching_result import Matching

@@ -12,8 +12,8 @@ from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.match import PreparedMatching
-from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.node import Mode
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.merge_matched import merge_divided, merge_matched
 from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops.correlation import Precision
@@ -89,10 +89,10 @@ def merge(
     weights
         The models' shares in the result, numbers of at least 0 that sum to 1; equal by default.
     shrink, budget
-        Of the zip: how a cluster's similarities shrink when it grows, and which share of a model's merges may be
-        within the model; as in :func:`mudsc_fast.ops.zip_units`. By default `shrink` is the published 0.5 for up to two
-        models. For more, clusters do not shrink, but the similarities of units of one model count half: permuted copies
-        of any number of models find each other.
+        Of ``mode="zip"`` alone: how a cluster's similarities shrink when it grows, and which share of a model's merges
+        may be within the model; as in :func:`mudsc_fast.ops.zip_units`. By default `shrink` is the published 0.5 for up
+        to two models. For more, clusters do not shrink, but the similarities of units of one model count half: permuted
+        copies of any number of models find each other.
     stop_at
         Where merging stops, by default nowhere: a node, or tensors by their name or its beginning up to a dot (a
         module). Tensors up to and including these, in the order of the spec, are merged into one trunk; every task

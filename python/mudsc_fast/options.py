@@ -49,6 +49,9 @@ class MatchOptions:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.mode == "align" and (self.shrink is not None or self.budget != 1.0):
+            name, value = ("shrink", self.shrink) if self.shrink is not None else ("budget", self.budget)
+            raise ValueError(f"{name}={value} is of mode='zip', got mode='align': pass mode='zip', or leave {name} out")
 
 
 def zip_factors(shrink: float | None, num_models: int) -> tuple[float, float]:

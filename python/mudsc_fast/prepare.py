@@ -14,8 +14,8 @@ from mudsc_fast._labels import label_problem
 from mudsc_fast._models import Model, Models, Networks
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.sharded import Sharded
-from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.partial import Division, divide
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.spec.choose import SpecLike
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 

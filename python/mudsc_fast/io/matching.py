@@ -18,9 +18,10 @@ from mudsc_fast.checkpoints.networks import NetworkFiles, PathLike
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.match import PreparedMatching
-from mudsc_fast.matching.activation import MatchingStatistics, collect
+from mudsc_fast.matching.activation import collect
 from mudsc_fast.matching.apply import merge_state_dicts, reindex, task_tensors
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, effective_weights
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.verify import check_keeps_outputs
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space

@@ -7,248 +7,33 @@ their features (Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024, 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
-import math
-import os
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mudsc_fast._files import atomic_write
-from mudsc_fast._forward import Forward, Rewindable, preserve_training_mode, run_on_batch
+from mudsc_fast._forward import Forward, Rewindable, preserve_training_mode
 from mudsc_fast._models import Networks
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.distributed.reduction import all_reduce_sums
 from mudsc_fast.distributed.sharded import is_sharded
-from mudsc_fast.matching.node import with_first
-from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
+from mudsc_fast.matching.observer import Feature, Observer, observed_nodes
+from mudsc_fast.matching.statistics import MatchingStatistics
+from mudsc_fast.ops.correlation import Blocks, Precision, Workspace
 from mudsc_fast.spec.choose import SpecLike
-from mudsc_fast.spec.observation import Observation
 from mudsc_fast.spec.permutation_spec import PermutationSpec
-from mudsc_fast.spec.validation import port_problems
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = "mudsc_fast statistics 1"
 #: Correlations of fewer observations say little: of two, each is 1 or -1.
 _MIN_SAMPLES = 8
-
-_LAST_AXIS_MODULES = (nn.Linear, nn.LayerNorm)
-_SECOND_AXIS_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-)
-
-
-class MatchingStatistics:
-    """Running sums of the activations of several models, from which the similarity of their units is computed.
-
-    Made by :func:`collect_statistics`. Passed to :func:`mudsc_fast.merge` or :func:`mudsc_fast.match` as `data`, they
-    serve any number of merges of the same models, in all modes and at any balance.
-
-    Parameters
-    ----------
-    spec
-        The specification that names the nodes.
-    units
-        Number of units of each node.
-    num_models
-        Number of models compared.
-    blocks
-        ``"full"`` (all models with all; serves both modes) or ``"cross"`` (model 0 with every other; serves align).
-    device
-        Where the sums are kept.
-    precision
-        Of the products, as for :class:`mudsc_fast.ops.CorrelationAccumulator`.
-    """
-
-    def __init__(
-        self,
-        spec: PermutationSpec,
-        units: Mapping[str, int],
-        num_models: int,
-        *,
-        blocks: Blocks = "full",
-        device: torch.device | str = "cpu",
-        precision: Precision = "float32",
-    ) -> None:
-        self.spec = spec
-        self.units = {node: units[node] for node in spec.nodes}
-        self.num_models = num_models
-        self.blocks: Blocks = blocks
-        self._sums = {
-            node: CorrelationAccumulator(num_models, count, blocks=blocks, device=device, precision=precision)
-            for node, count in self.units.items()
-        }
-        self._similarities: dict[str, Tensor] = {}
-
-    def update(self, node: str, *features: Tensor, channel_axis: int = 1) -> None:
-        """Add features of a node, as :meth:`mudsc_fast.ops.CorrelationAccumulator.update`."""
-        self._similarities.pop(node, None)
-        self._sums[node].update(*features, channel_axis=channel_axis)
-
-    @contextmanager
-    def computing_in(self, workspace: Workspace) -> Iterator[None]:
-        """Let all updates in the enclosed code share one workspace."""
-        with ExitStack() as stack:
-            for sums in self._sums.values():
-                stack.enter_context(sums.computing_in(workspace))
-            yield
-
-    def num_samples(self, node: str) -> int:
-        """Return the number of observations of a node's units: every position of every sample is one."""
-        return self._sums[node].num_samples
-
-    def constant_units(self, node: str) -> Tensor:
-        """Return [models, units] bool: whether a unit is the same in all samples, such as one that never fires."""
-        return self._sums[node]._moments.squares == 0
-
-    def similarity(self, node: str, blocks: Blocks | None = None) -> Tensor:
-        """Return a node's similarity. It is computed once and kept until there are more samples; do not modify it.
-
-        Parameters
-        ----------
-        node
-            The node's name.
-        blocks
-            ``"full"`` for [models * units, models * units], ``"cross"`` for [models - 1, units, units]; by default
-            those that were collected.
-
-        Raises
-        ------
-        ValueError
-            If all blocks are requested and only those with model 0 were collected.
-        """
-        if blocks == "full" and self.blocks == "cross":
-            raise ValueError("zip needs the similarities of all models: collect them with blocks='full', got 'cross'")
-        if node not in self._similarities:
-            self._similarities[node] = self._sums[node].finalize()
-        similarity = self._similarities[node]
-        return with_first(similarity, self.num_models) if blocks == "cross" and self.blocks == "full" else similarity
-
-    def merge(self, other: MatchingStatistics) -> None:
-        """Add the samples of other statistics, of the same models on other data.
-
-        Raises
-        ------
-        TypeError
-            If `other` is of another type.
-        ValueError
-            If its specification, units, number of models or blocks differ.
-        """
-        if not isinstance(other, MatchingStatistics):
-            raise TypeError(f"other must be MatchingStatistics, got {type(other).__name__}")
-        if self._configuration() != other._configuration():
-            raise ValueError(f"other must be of {self._described()}, got {other._described()}")
-        self._similarities.clear()
-        for node, sums in self._sums.items():
-            sums.merge(other._sums[node])
-
-    def all_reduce(self, group: ProcessGroup | None = None) -> None:
-        """Add the samples of all processes of a torch.distributed group, in each of them.
-
-        Processes without samples take part, too. All nodes are summed together, in few messages.
-
-        Parameters
-        ----------
-        group
-            The processes, all of which must call this method; all processes by default.
-
-        Raises
-        ------
-        RuntimeError
-            If torch.distributed is not initialized.
-        ValueError
-            If the specification, units, number of models or blocks differ between processes, or features on a CUDA
-            device were infinite. The sums are then unchanged.
-        DistributedError
-            If a process fails or is gone.
-        """
-        self._all_reduce(Ranks(torch.distributed.group.WORLD if group is None else group))
-
-    def _all_reduce(self, ranks: Ranks) -> None:
-        described = "/".join(f"{node}: {count} units" for node, count in self.units.items())
-        ranks.check_same(
-            {"statistics": f"{self._described()}, {described}", "spec of the statistics": self.spec.to_json()}
-        )
-        self._similarities.clear()
-        all_reduce_sums(list(self._sums.values()), ranks, "summing activations")
-
-    def checksum(self) -> str:
-        """Return a short text that distinguishes statistics of different data."""
-        digest = hashlib.sha256()
-        for node, sums in self._sums.items():
-            digest.update(f"{node} {sums.num_samples} ".encode())
-            digest.update(sums._moments.mean.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics to a file (atomic file replacement).
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written.
-        """
-        state = {
-            "format": _FORMAT,
-            "spec": self.spec.to_json(),
-            "units": self.units,
-            "num_models": self.num_models,
-            "blocks": self.blocks,
-            "sums": {node: sums.state_dict() for node, sums in self._sums.items()},
-        }
-        with atomic_write(path) as temporary:
-            torch.save(state, temporary)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> MatchingStatistics:
-        """Return the statistics in a file of :meth:`save`. Nothing in the file is executed.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be read.
-        ValueError
-            If it holds no such statistics.
-        """
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {error}") from None
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save in the format {_FORMAT!r}")
-        try:
-            spec = PermutationSpec.from_json(state["spec"])
-            loaded = cls(spec, state["units"], state["num_models"], blocks=state["blocks"], device=device)
-            for node, sums in loaded._sums.items():
-                sums.load_state_dict(state["sums"][node])
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no entry {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {reason}") from error
-        return loaded
-
-    def __repr__(self) -> str:
-        return f"MatchingStatistics of {self._described()}"
-
-    def _configuration(self) -> tuple[object, ...]:
-        return self.spec, self.units, self.num_models, self.blocks
-
-    def _described(self) -> str:
-        return f"{self.num_models} models with {self.spec!r}, {self.blocks} blocks"
 
 
 def collect_statistics(
@@ -373,7 +158,7 @@ def _collect_own(
     observed = observed_nodes(spec)
     if not observed:
         raise ValueError("spec does not say where any node is observed: name modules in observe")
-    observers = [_Observer(model, spec, units) for model in models]
+    observers = [Observer(model, spec, units) for model in models]
     num_batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -456,12 +241,7 @@ def check_varied(statistics: MatchingStatistics) -> None:
         )
 
 
-def observed_nodes(spec: PermutationSpec) -> list[str]:
-    """Return the nodes of which the specification says where they are observed."""
-    return [node for node in spec.nodes if spec.observations(node)]
-
-
-def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequence[_Feature]]) -> None:
+def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequence[Feature]]) -> None:
     calls = {len(features) for features in seen}
     if len(calls) != 1:
         raise ValueError(f"node {node!r} was observed {[len(f) for f in seen]} times in the models of one batch")
@@ -472,147 +252,3 @@ def _accumulate(statistics: MatchingStatistics, node: str, seen: Sequence[Sequen
             statistics.update(node, *values, channel_axis=features[0].axis)
         except ValueError as error:
             raise ValueError(f"the activations of node {node!r} cannot be compared: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Feature:
-    """A node's units in one call of a module."""
-
-    values: Tensor
-    axis: int
-
-
-class _Observer:
-    """Collects the features of all nodes while one model runs."""
-
-    def __init__(self, model: nn.Module, spec: PermutationSpec, units: Mapping[str, int]) -> None:
-        self._model = model
-        self._units = units
-        self._device = next(iter(model.state_dict().values())).device
-        self._observations = {node: _checked_observations(model, spec, node) for node in observed_nodes(spec)}
-        #: Observations of each node while this model runs; empty while another model with shared modules runs.
-        self._features: dict[str, list[_Feature]] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Observe the modules while the enclosed code runs."""
-        with ExitStack() as stack:
-            for node, observations in self._observations.items():
-                for observation in observations:
-                    module = self._model.get_submodule(observation.module)
-                    hook = self._hook(node, observation, _units_position(module, observation, node))
-                    if observation.port == "input":
-                        handle = module.register_forward_pre_hook(
-                            lambda _module, args, kwargs, hook=hook: hook([*args, *kwargs.values()]), with_kwargs=True
-                        )
-                    elif observation.port == "state":
-                        handle = module.register_forward_hook(
-                            lambda _module, _args, output, hook=hook: hook([_final_states(output)])
-                        )
-                    elif observation.port == "projection":
-                        handle = module.register_forward_pre_hook(
-                            lambda module, args, kwargs, hook=hook, start=observation.start: hook(
-                                [_projection(module, args, kwargs, start)]
-                            ),
-                            with_kwargs=True,
-                        )
-                    else:
-                        handle = module.register_forward_hook(
-                            lambda _module, _args, output, hook=hook: hook(
-                                output if isinstance(output, (tuple, list)) else [output]
-                            )
-                        )
-                    stack.callback(handle.remove)
-            yield
-
-    def run(self, batch: Any, forward: Forward | None) -> dict[str, list[_Feature]]:
-        """Run the model on a batch and return the features of each node."""
-        features_of_node: dict[str, list[_Feature]] = {node: [] for node in self._observations}
-        self._features = features_of_node
-        try:
-            run_on_batch(self._model, batch, self._device, forward)
-        finally:
-            self._features = {}
-        for node, features in features_of_node.items():
-            if not features:
-                modules = " and ".join(repr(observation.module) for observation in self._observations[node])
-                raise ValueError(f"node {node!r} is observed at {modules}, which the model did not call")
-        return features_of_node
-
-    def _hook(self, node: str, observation: Observation, position: int) -> Callable[[Sequence[object]], None]:
-        split = (observation.outer, self._units[node], observation.inner)
-
-        def observe(values: Sequence[object]) -> None:
-            if node not in self._features:
-                return
-            value = next((v for v in values if isinstance(v, Tensor)), None)
-            if value is None:
-                raise ValueError(f"the {observation.port} of {observation.module!r} holds no tensor to observe")
-            if torch._C._functorch.is_batchedtensor(value):
-                raise ValueError(
-                    f"node {node!r} is observed at {observation.module!r}, which runs inside torch.vmap: observe it at "
-                    "a module outside, or match with space='weight'"
-                )
-            shape = tuple(value.shape)
-            expected = math.prod(split)
-            fits = -len(shape) <= position < len(shape)
-            if fits and observation.width is not None:
-                fits = observation.start + observation.width <= shape[position]
-                value = value.narrow(position, observation.start, observation.width) if fits else value
-            if not fits or value.shape[position] != expected:
-                raise ValueError(
-                    f"node {node!r} has {self._units[node]} units, but the {observation.port} of "
-                    f"{observation.module!r} has shape {shape}, {expected} entries expected on axis {position}"
-                )
-            positive = position % len(shape)
-            self._features[node].append(_Feature(value.unflatten(positive, split), positive + 1))
-
-        return observe
-
-
-def _checked_observations(model: nn.Module, spec: PermutationSpec, node: str) -> Sequence[Observation]:
-    observations = spec.observations(node)
-    for observation in observations:
-        try:
-            module = model.get_submodule(observation.module)
-        except AttributeError:
-            raise ValueError(
-                f"spec observes node {node!r} at module {observation.module!r}, which the model does not have"
-            ) from None
-        problems = port_problems(node, observation, module)
-        if problems:
-            raise ValueError(problems[0])
-    return observations
-
-
-def _projection(attention: nn.MultiheadAttention, args: Sequence[Any], kwargs: Mapping[str, Any], start: int) -> Tensor:
-    """Return the queries, keys and values projected from the input that the entries at `start` are computed from."""
-    width = attention.embed_dim
-    place = start // width
-    read = args[place] if place < len(args) else kwargs[("query", "key", "value")[place]]
-    if attention.in_proj_weight is not None:
-        return nn.functional.linear(read, attention.in_proj_weight, attention.in_proj_bias)
-    weight = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)[place]
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias.narrow(0, place * width, width)
-    # Only the observed projection, in its position among the three.
-    return nn.functional.pad(nn.functional.linear(read, weight, bias), (place * width, 0))
-
-
-def _final_states(output: Any) -> Tensor:
-    """Return the final hidden states [batch, layers * directions * units] that a recurrent layer returns."""
-    states = output[1][0] if isinstance(output[1], tuple) else output[1]
-    result: Tensor = states.movedim(0, -2).flatten(-2)
-    return result
-
-
-def _units_position(module: nn.Module, observation: Observation, node: str) -> int:
-    if observation.position is not None:
-        return observation.position
-    if isinstance(module, _LAST_AXIS_MODULES):
-        return -1
-    if isinstance(module, _SECOND_AXIS_MODULES):
-        return 1
-    raise ValueError(
-        f"spec observes node {node!r} at {observation.module!r}, a {type(module).__name__}: "
-        "say on which axis its units are with Observation(position=...)"
-    )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mudsc_fast._files import atomic_write
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.matching.activation import MatchingStatistics
 from mudsc_fast.matching.node import NodeMatching
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.sweep import SweepState, Visit
 
 _FORMAT = "mudsc_fast checkpoint 1"
