@@ -1,4 +1,4 @@
-"""Fitting the layers of a network one after the other, on what the fitted layers before them put out."""
+"""Fits the layers of a network one by one, each to inputs computed by the layers fitted before it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mudsc_fast.refitting.solve import Solution, solve
 from mudsc_fast.refitting.tape import Tape, shallow_first
 from mudsc_fast.refitting.targets import UnitTargets
 
-#: How what the network puts out is compared: as it is, or by its direction alone.
+#: How the outputs of the networks are compared: by value, or by direction only.
 Outputs = Literal["values", "cosine"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a fit depends on besides networks and data; see :func:`mudsc_fast.refit`."""
+    """Settings of a fit; see :func:`mudsc_fast.refit`."""
 
     ridges: tuple[float, ...]
     outputs: Outputs
@@ -38,7 +38,7 @@ class Settings:
     progress: bool | None
 
 
-#: A factor behind a layer that is smaller than this share of the largest one hides the layer's output.
+#: A layer's outputs are not fitted where the network multiplies them by less than this fraction of the largest factor.
 _HIDDEN = 1e-6
 
 
@@ -50,18 +50,17 @@ class Fitter:
     merged
         The network to fit.
     parents
-        The networks that it was made of.
+        The networks that were merged.
     shares
-        For each batch the parents' shares in the targets.
+        For each batch, the parents' shares in the targets.
     held_out
-        For each batch whether it serves to choose the ridges.
+        For each batch, whether it is held out to choose the ridges.
     targets_of
-        Returns, for a parameter's name, an axis of it and that axis' entries that are a layer's outputs, which outputs
-        the parents' become part of.
+        Returns, for a layer of a tape, which merged output each output of the parents belongs to.
     is_wanted
-        Whether a layer of this name is to be fitted.
+        Returns whether to fit the layer of a given name.
     settings
-        All else.
+        All other settings.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Fitter:
         self._wanted = ParentTargets(self._progress, layers_of, targets, shares, self._samplers, self._places)
 
     def run(self) -> list[RefitLayer]:
-        """Fit all layers and return how each was fitted."""
+        """Fit all layers, and return a summary of each fit."""
         indices = progress_bar(range(len(self._targets)), description="refit", progress=self._settings.progress)
         return [self._fit(index) for index in indices]
 
@@ -139,7 +138,7 @@ class Fitter:
         )
 
     def _samples(self, index: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a layer reads in a batch, what its outputs lack, and its target."""
+        """Return a layer's inputs in a batch, the residuals of its outputs, and its targets."""
         tape = self._merged.tapes[batch]
         layer = self._layers[id(tape)][index]
         target = self._wanted.take(index, batch)
@@ -169,7 +168,7 @@ class Fitter:
         inputs: Tensor,
         places: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what the network has at the target as it is, and the factors of the layer's output there, if any."""
+        """Return the network's present value at the target, and the factors of the layer's output, if any."""
         tape = self._merged.tapes[batch]
         fixed = self._merged.fixed(batch)
         current = product(sampler.matrix(), inputs)
@@ -215,8 +214,8 @@ class Fitter:
             fixed[layer.bias].zero_()
         matrix = matrix * scale.view(*matrix.shape[:2], 1) + solution.weight
         shift = shift + solution.bias.flatten()
-        # The norm keeps the statistics of its new input and undoes them, so that it is the identity but for the shift,
-        # and stays close to it when its statistics are recomputed.
+        # The norm stores the statistics of its new input, and its affine part undoes the normalization. It then only
+        # adds the shift, and still does so, approximately, after its statistics are recomputed.
         size = moments.inputs
         gram = moments.products[:, :size, :size] / moments.count
         variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
@@ -230,7 +229,7 @@ class Fitter:
         fixed[named["bias"].value].copy_(shift + fixed[named["running_mean"].value].double())
 
     def _samplers(self, index: int) -> list[Sampler]:
-        """Return what reads the samples of a layer, for each batch."""
+        """Return the samplers of a layer, one for each batch."""
         if index not in self._samplers_of:
             self._samplers_of[index] = [
                 Sampler(self._layers[id(tape)][index], self._merged.fixed(batch), tape.shapes)
@@ -243,7 +242,7 @@ class Fitter:
         return layer.target not in read
 
     def _order_alike(self) -> None:
-        """Compute all networks in one order, after a check that they compute the same."""
+        """Check that all networks run the same operators, and let all compute them in one order."""
         for index, parent in enumerate(self._parents):
             for own, other in zip(self._merged.tapes, parent.tapes, strict=True):
                 if _flow(own) != _flow(other):
@@ -294,7 +293,7 @@ class _Spread:
 
 
 def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:
-    """Add the samples of the only batch: the last fifth is held out."""
+    """Add the samples of a single batch, whose last fifth is held out."""
     count = inputs.shape[1]
     cut = count - count // 5
     for part, begin, end in ((fitted, 0, cut), (held_out, cut, count)):

@@ -1,4 +1,4 @@
-"""Sums of products of a layer's inputs and of what its outputs lack, over a stream of batches."""
+"""Sums of products of a layer's inputs and residuals over a stream of batches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mudsc_fast.ops.correlation import CorrelationAccumulator, Workspace
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments about the mean of inputs and residuals, in float64.
+    """Second central moments of inputs and residuals, in float64.
 
     Attributes
     ----------
     count
         Number of samples.
     inputs
-        Number of inputs: the first entries of the axes below.
+        Number of inputs. They come first on the axes below, followed by the outputs.
     mean
         [groups, inputs + outputs].
     products
@@ -33,12 +33,12 @@ class Moments:
     products: Tensor
 
     def about_zero(self) -> Moments:
-        """Return the sums of products of the values themselves."""
+        """Return the moments about zero."""
         raw = self.products + self.count * self.mean[:, :, None] * self.mean[:, None, :]
         return Moments(self.count, self.inputs, torch.zeros_like(self.mean), raw)
 
     def joined(self, other: Moments) -> Moments:
-        """Return the moments of both sets of samples together (Chan, Golub and LeVeque, 1979)."""
+        """Return the moments of the union of two sets of samples (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -51,20 +51,20 @@ class Moments:
 class GramSums:
     """Accumulates :class:`Moments`: products in float32, sums in float64.
 
-    One group of inputs, as of a linear layer, is accumulated by the kernels of
-    :class:`mudsc_fast.ops.CorrelationAccumulator`, which compute one half of a symmetric product. Those of a grouped
-    convolution are small and many: one batched product.
+    A single group, as of a linear layer, is accumulated by the kernels of
+    :class:`mudsc_fast.ops.CorrelationAccumulator`, which compute one half of a symmetric product. The many small groups
+    of a grouped convolution use one batched product.
 
     Parameters
     ----------
     groups, inputs, outputs
-        Numbers of groups, and of each group's inputs and outputs.
+        Number of groups, and each group's number of inputs and outputs.
     device
-        Where the sums are kept.
+        Device of the sums.
     workspace
-        Memory for what an update computes on its way.
+        Scratch memory of an update.
     name
-        Of these sums among those that are computed in one workspace at a time.
+        Name of these sums, unique among those that share the workspace at a time.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class GramSums:
         self._sums = self._sums.joined(Moments(count, self._inputs, mean + rest / count, products))
 
     def _collect(self, inputs: Tensor, residuals: Tensor) -> None:
-        """Add samples to those that wait until there are enough for one product."""
+        """Buffer samples until there are enough for one product."""
         if self._rows is None:
             capacity = chunk_samples(1, self._size)
             dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
@@ -122,7 +122,7 @@ class GramSums:
             return
         samples = self._rows[: self._num_rows]
         self._num_rows = 0
-        # The accumulator takes NaN for 0 and refuses infinity.
+        # The accumulator would take NaN as 0, and raise an error of its own for infinity.
         self.is_finite &= all(bool(extreme.isfinite()) for extreme in torch.aminmax(samples))
         if self.is_finite:
             with self._alone.computing_in(self._workspace):
@@ -134,6 +134,6 @@ class GramSums:
             return self._sums
         self._multiply()
         state = self._alone.state_dict()
-        # Below the diagonal the product of features with themselves may be left out.
+        # The accumulator may compute only the upper triangle.
         upper = state["comoments"][0].triu()
         return Moments(state["num_samples"], self._inputs, state["mean"], (upper + upper.triu(1).T)[None])

@@ -1,7 +1,7 @@
-"""Which operators of a recorded network can be fitted, and where the result of each is compared.
+"""Finds the layers of a recorded network that can be fitted, and the target of each.
 
 A layer is an operator that is linear in a parameter. It is fitted to what the parents compute at its *target*: its own
-output, the output of the BatchNorm behind it, or the last residual sum that its output alone completes.
+output, the output of the BatchNorm that follows it, or the last residual sum in which its output is the only unknown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mudsc_fast.refitting.tape import BATCH_NORMS, Call, Ref, Tape
 Kind = Literal["linear", "convolution", "norm"]
 
 _OTHER_NORMS = ("native_layer_norm", "native_group_norm")
-#: Operators that only move data, and can be undone.
+#: Operators that only move data, and whose effect can be undone.
 _REARRANGEMENTS = (
     "view",
     "_unsafe_view",
@@ -42,34 +42,34 @@ _REARRANGEMENTS = (
 
 @dataclass(frozen=True)
 class Step:
-    """One operator between a layer's output and its target: moves data, adds another value, or scales by a factor."""
+    """An operator between a layer's output and its target: it moves data, adds a value, or multiplies by a factor."""
 
     kind: Literal["move", "add", "scale"]
     call: Call
-    #: The value that a step takes in besides: what is added, or the factor.
+    #: The value that is added, or the factor.
     other: int | float | None = None
 
 
 @dataclass
 class Layer:
-    """A layer to fit, as one tape has it.
+    """A layer to fit, as recorded in one tape.
 
     Attributes
     ----------
     name
-        The parameter's name without ``.weight``, or the parameter's name where it has another.
+        The parameter's name without a trailing ``.weight``.
     kind
-        What the operator is.
+        Type of the operator.
     position
-        Of the call in the tape.
+        Position of the call in the tape.
     weight, bias
-        The values that are fitted; the bias may be of an addition behind the layer.
+        The values that are fitted. The bias may be one that a separate addition after the layer adds.
     norm
-        The BatchNorm behind the layer that its result is folded with.
+        The BatchNorm that follows the layer, if any. Layer and BatchNorm are fitted together.
     target
         The value that is compared with the parents'.
     steps
-        What lies between the output (of the BatchNorm, if any) and the target.
+        The operators between the output (of the BatchNorm, if any) and the target.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Layer:
     bias: int | None
     norm: Call | None = None
     target: int = -1
-    #: Position behind the call that computes the target.
+    #: Position after the call that computes the target.
     end: int = -1
     steps: list[Step] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A parameter that is left as it is, and why."""
+    """A parameter that is not fitted, and the reason."""
 
     name: str
     reason: str
@@ -183,7 +183,7 @@ class _Finder:
         return Layer(self._name(weight.value), "linear", position, call, read.value, output, weight.value, bias_value)
 
     def _follow(self, layer: Layer) -> None:
-        """Find the target of a layer: as far as its output alone decides the value."""
+        """Find the target of a layer: the last value in which the layer's output is the only unknown."""
         value = layer.output
         steps: list[Step] = []
         layer.target, layer.end = value, layer.position + 1
@@ -244,7 +244,7 @@ class _Finder:
         return self._producers.get(value, -1) < layer.position
 
     def _is_bias(self, value: int, layer: Layer, steps: Sequence[Step]) -> bool:
-        """Return whether what is added is the layer's own bias, added behind the product."""
+        """Return whether the added value is the layer's own bias."""
         name = self._tape.parameters.get(value)
         return (
             layer.kind == "linear"
@@ -258,7 +258,7 @@ class _Finder:
         return isinstance(argument, Ref) and self._tape.sources[argument.value] == "parameters"
 
     def _roots(self, value: int) -> list[int]:
-        """Return the tensors of the state dict that a value is made of."""
+        """Return the tensors of the state dict that a value is computed from."""
         made = {v: call for call in self._tape.prelude for v in call.outputs if v is not None}
         if value not in made:
             return [value] if value in self._tape.parameters else []
@@ -278,7 +278,7 @@ class _Finder:
         return uses
 
     def _is_fitable(self, layer: Layer) -> bool:
-        """Return whether the layer's tensors are parameters, or parts of them, that nothing else reads."""
+        """Return whether the layer's tensors are parameters, or parts of parameters, that no other operator reads."""
         values = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
         for value in values:
             roots = self._roots(value)
@@ -308,7 +308,7 @@ class _Finder:
 
 
 def undo(steps: Sequence[Step], shapes: Sequence[tuple[int, ...]], value: Tensor) -> Tensor:
-    """Undo the steps that only move data: return a value computed after them in the layout before them."""
+    """Undo the steps that only move data, and return the value in the layout that it had before them."""
     for step in reversed(steps):
         if step.kind == "move":
             source = step.call.inputs[0]
@@ -331,9 +331,9 @@ def _undo_move(call: Call, shape: tuple[int, ...], value: Tensor) -> Tensor:
 
 
 def output_entries(tape: Tape, weight: int, axis: int) -> tuple[str, int, Tensor]:
-    """Return which tensor of the state dict, which of its axes, and which entries of that axis, a weight's axis is.
+    """Return the tensor of the state dict, its axis, and the entries of that axis that an axis of a weight stands for.
 
-    The weight may be a transposed tensor or a part of one; its moves are made again on the numbers of the entries.
+    The weight may be a transposed tensor or a slice of one: the same operations are applied to the entries' indices.
     """
     made: dict[int, Call] = {v: call for call in tape.prelude for v in call.outputs if v is not None}
     root = weight
@@ -348,7 +348,7 @@ def output_entries(tape: Tape, weight: int, axis: int) -> tuple[str, int, Tensor
         along = moved[tuple(slice(None) if i == axis else 0 for i in range(moved.ndim))]
         if torch.equal(moved, along.view([-1 if i == axis else 1 for i in range(moved.ndim)]).expand(moved.shape)):
             return tape.parameters[root], position, along.clone()
-    raise ValueError(f"axis {axis} of the weight made of {tape.parameters[root]!r} is no axis of it")
+    raise ValueError(f"axis {axis} of the weight computed from {tape.parameters[root]!r} is not one of its axes")
 
 
 def _moved(tape: Tape, made: Mapping[int, Call], value: int, root: int, numbers: Tensor) -> Tensor:
@@ -362,7 +362,7 @@ def _moved(tape: Tape, made: Mapping[int, Call], value: int, root: int, numbers:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the first entry of a storage that a tensor reads, and the one behind its last."""
+    """Return the range of storage entries that a tensor spans: the first entry, and the one after the last."""
     begin = int(tensor.storage_offset())
     spans = ((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + int(sum(spans)) + 1 if tensor.numel() else begin

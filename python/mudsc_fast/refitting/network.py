@@ -1,7 +1,7 @@
-"""Computing a network's forward pass step by step, from its tape.
+"""Computes a network's forward pass step by step, from its tape.
 
-A pass from a tape costs less than the model's own: a BatchNorm is folded into the convolution before it, and what is
-computed entry by entry replaces its input where nothing else reads it.
+This costs less than the model's own forward pass: BatchNorm is folded into the convolution before it, and element-wise
+operators run in place where nothing else reads their input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mudsc_fast.refitting.tape import BATCH_NORMS, Call, Ref, Tape, record
 #: Layouts of tensors with channels, by their number of axes.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-#: Operators whose result may replace their first argument, by the same operator with an underscore.
+#: Operators that have an in-place variant, named with a trailing underscore.
 _IN_PLACE = ("add", "gelu", "hardswish", "hardtanh", "mul", "relu", "sigmoid", "silu", "tanh")
 
 
@@ -29,14 +29,14 @@ class Network:
     Parameters
     ----------
     model
-        The network; its tensors are read when a step is computed, so changes in place count from then on.
+        The network. Its tensors may change in place; after a change, call :meth:`weights_changed`.
     batches
         The batches, already on the model's device.
     forward
-        Runs the model on a batch where that is not what it needs.
+        Runs the model on a batch, if calling the model with the batch is not enough.
     keep
-        Whether to keep what an operator computes when the forward pass of a batch is recorded, so that
-        :meth:`recorded` returns it. By default nothing is kept.
+        Returns whether to keep an operator's results when the forward pass of a batch is recorded. :meth:`recorded`
+        returns them. By default, none are kept.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Network:
             self.tapes.append(tapes[key])
 
     def use(self, tapes: Sequence[Tape]) -> None:
-        """Compute by other tapes, e.g. the same in another order."""
+        """Use other tapes, e.g. the same ones in another order."""
         self.tapes = list(tapes)
         self._steps = {id(tape): _Steps(tape) for tape in tapes}
         self._fixed = {id(tape): self._fixed_values(tape) for tape in tapes}
 
     def fixed(self, batch: int) -> Mapping[int, Tensor]:
-        """Return the values that do not depend on the batch's content: parameters, what is made of them, constants."""
+        """Return the values that do not depend on the data: parameters, values computed from them, and constants."""
         return self._fixed[id(self.tapes[batch])]
 
     def start(self, batch: int) -> dict[int, Tensor]:
@@ -82,7 +82,7 @@ class Network:
         self._recorded.pop(batch, None)
 
     def weights_changed(self) -> None:
-        """Forget what was computed from the network's tensors."""
+        """Discard everything that was computed from the network's tensors."""
         self._folded.clear()
 
     def advance(
@@ -93,10 +93,10 @@ class Network:
         end: int,
         observe: Mapping[int, Callable[[Tensor], None]] | None = None,
     ) -> dict[int, Tensor]:
-        """Compute the calls from `begin` up to, not including, `end`, and return the values that later ones read.
+        """Compute the calls from `begin` to `end` (exclusive), and return the values that later calls read.
 
-        The given values stay as they are. `observe` is called with values as soon as they are computed; it must not
-        keep them, because later calls may overwrite them.
+        The given values are not modified. `observe` has functions that are called with values as soon as these are
+        computed. They must not keep a value, because later calls may overwrite it.
         """
         tape = self.tapes[batch]
         steps, fixed = self._steps[id(tape)], self._fixed[id(tape)]
@@ -135,21 +135,21 @@ class Network:
 
 
 class Progress:
-    """How far each batch of several networks is computed, with the values that are needed to go on.
+    """Keeps how far each batch of several networks is computed, and the values needed to continue.
 
-    Where these would exceed the memory, a batch is computed again from the last values that were kept.
+    If these values exceed the memory, a batch is computed again from the last values that were kept.
 
     Parameters
     ----------
     networks
-        The networks; all have the same batches.
+        The networks. All have the same batches.
     memory
-        Bytes for values and for what is reserved.
+        Maximum number of bytes of values, including :attr:`reserved`.
     """
 
     def __init__(self, networks: Sequence[Network], memory: int) -> None:
         self.networks, self.memory = networks, memory
-        #: Bytes that are used otherwise.
+        #: Bytes in use elsewhere.
         self.reserved = 0
         self._states: dict[tuple[int, int], tuple[int, dict[int, Tensor]]] = {
             (index, batch): (0, network.start(batch))
@@ -161,7 +161,7 @@ class Progress:
     def advance(
         self, network: int, batch: int, end: int, observe: Mapping[int, Callable[[Tensor], None]] | None = None
     ) -> dict[int, Tensor]:
-        """Compute a network's calls up to a position and return the values that are needed from there on."""
+        """Compute a network's calls up to a position, and return the values needed to continue from there."""
         position, values = self._states[network, batch]
         if position >= end:
             return values
@@ -182,11 +182,12 @@ class _Steps:
     last
         For each value, the position of the last call that reads or computes it; -1 for none.
     done_at
-        For each call, the values that no later one reads. After a convolution with a BatchNorm folded in, both calls'.
+        For each call, the values that no later call reads. Those of a convolution that is folded with its BatchNorm are
+        listed with the BatchNorm.
     folded
-        Positions of convolutions that are computed together with the BatchNorm behind them.
+        Positions of convolutions that are computed together with the BatchNorm that follows.
     overwriting
-        Positions of calls whose result may replace their first argument.
+        Positions of calls that may run in place.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -241,7 +242,7 @@ def _run(call: Call, live: Mapping[int, Tensor], in_place: bool) -> Any:
 
 
 def _fold(call: Call, norm: Call, live: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of a convolution that computes what the BatchNorm behind it puts out."""
+    """Return the weight and bias of a convolution folded with the BatchNorm that follows."""
     named = call.named
     weight = live[named["weight"].value]
     scale, shift = norm_affine(norm, live)
@@ -264,7 +265,7 @@ def _convolve(call: Call, live: Mapping[int, Tensor], weight: Tensor, bias: Tens
 
 
 def norm_affine(norm: Call, live: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift of a BatchNorm in evaluation."""
+    """Return the factor and the shift of a BatchNorm in evaluation mode."""
     named = norm.named
     mean, variance = live[named["running_mean"].value], live[named["running_var"].value]
     scale = live[named["weight"].value] / (variance + norm_epsilon(norm)).sqrt()

@@ -1,4 +1,4 @@
-"""What the layers of a merged network should put out, from forward passes of the networks that it was made of."""
+"""Targets of a merged network's layers, computed by forward passes of the networks that were merged."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from mudsc_fast.refitting.targets import UnitTargets
 class ParentTargets:
     """Computes targets of many layers in one pass of each parent.
 
-    The parents do not change while the merged network is fitted. Each batch runs through them as far as the targets of
-    the next layers fit into half of the memory, and goes on when these are used up.
+    The parents do not change while the merged network is fitted. Each batch advances through them as long as the
+    targets of the next layers fit into half of the memory, and continues when these targets are used up.
 
     Parameters
     ----------
     progress
         The networks: the merged one, then its parents.
     layers
-        For each batch the layers to fit.
+        For each batch, the layers to fit.
     targets
-        For each layer which outputs the parents' become part of.
+        For each layer, which merged output each output of the parents belongs to.
     shares
-        For each batch the parents' shares in the targets.
+        For each batch, the parents' shares in the targets.
     samplers, places
-        For each layer the samplers of all batches, and where the samples are taken.
+        For each layer, the samplers of all batches, and the places to sample.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ParentTargets:
         self._weights: dict[tuple[int, tuple[float, ...]], list[Tensor | None]] = {}
 
     def take(self, layer: int, batch: int) -> Tensor:
-        """Return [samples, outputs], the target of a layer in a batch; it can be taken once."""
+        """Return [samples, outputs], the target of a layer in a batch. It can be taken once."""
         if (layer, batch) not in self._known:
             self._compute(layer)
         target = self._known.pop((layer, batch))
@@ -85,7 +85,7 @@ class ParentTargets:
                     self._progress.networks[parent + 1].forget_recorded(batch)
 
     def _run(self, network: int, batch: int, end: int, observe: Mapping[int, Callable[[Tensor], None]]) -> None:
-        """Call each function with the value that it is given for, as recorded, or else computed up to `end`."""
+        """Call each function with its value, recorded if possible, else computed by the calls up to `end`."""
         recorded = self._progress.networks[network].recorded(batch)
         if observe.keys() <= recorded.keys():
             for value, function in observe.items():
@@ -103,7 +103,7 @@ class ParentTargets:
         return torch.empty(samples, self._targets[layer].num_outputs, dtype=dtype, device=weight.device)
 
     def _add(self, index: int, parent: int, batch: int, value: Tensor) -> None:
-        """Add what one parent contributes to a target."""
+        """Add the contribution of one parent to a target."""
         layer = self._layers[batch][index]
         shapes = self._progress.networks[parent + 1].tapes[batch].shapes
         outputs = self._samplers(index)[batch].output(undo(layer.steps, shapes, value), self._places.of(index, batch))

@@ -1,14 +1,14 @@
-"""Weights of a merged network, set by least squares so that its layers compute what the merged networks' layers do.
+"""Refits the layers of a merged network by least squares to the layers of the networks that were merged.
 
-Matching finds which units correspond; averaging then loses, layer after layer, what the matched units disagree on.
-:func:`refit` goes through the merged network in the order of execution and sets each linear layer, in closed form, to
-the weights with which its outputs, computed from what the merged network itself feeds it, come closest to the mean of
-what the units that it stands for compute in their own networks. It needs some hundred samples without labels.
+Matching finds which units correspond. Averaging then loses accuracy in every layer, because matched units differ.
+:func:`refit` goes through the merged network in the order of execution. It sets the weights of each linear layer in
+closed form, so that the layer's outputs, computed from the merged network's own activations, are closest to the mean
+outputs of the corresponding units in their own networks. It needs a few hundred samples without labels.
 
-Layer-wise reconstruction of this kind is known from post-training quantisation (Nagel et al., "Up or Down? Adaptive
-Rounding for Post-Training Quantization", ICML 2020) and from merging without permutations (Jin et al., "Dataless
-Knowledge Fusion by Merging Weights of Language Models", ICLR 2023); Nasery et al., "PLeaS", CVPR 2025, fit merged
-layers by gradient steps.
+Such layer-wise reconstruction is known from post-training quantization (Nagel et al., "Up or Down? Adaptive Rounding
+for Post-Training Quantization", ICML 2020) and from merging without permutations (Jin et al., "Dataless Knowledge
+Fusion by Merging Weights of Language Models", ICLR 2023). Nasery et al., "PLeaS", CVPR 2025, fit merged layers by
+gradient steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mudsc_fast.refitting.network import CHANNELS_LAST, Network
 from mudsc_fast.refitting.tape import Tape
 from mudsc_fast.refitting.targets import UnitTargets, shared_entries, task_entries
 
-#: What :func:`refit` chooses each layer's ridge from.
+#: The values from which :func:`refit` chooses each layer's ridge.
 DEFAULT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -55,7 +55,7 @@ def refit(
     forward: Forward | None = None,
     progress: bool | None = None,
 ) -> MergeResult:
-    """Return the merge with its layers fitted by least squares to what the merged networks compute.
+    """Refit the layers of a merge by least squares to the outputs of the models' layers.
 
     Parameters
     ----------
@@ -64,34 +64,34 @@ def refit(
     models
         The networks that were merged, in the same order. Not modified.
     data
-        Batches, as for :func:`mudsc_fast.collect_statistics`. Or a sequence with one iterable of batches for each
-        model, of data like that which the model was trained on: targets are then those of a sample's own model.
+        Batches, as for :func:`mudsc_fast.collect_statistics`. Alternatively a sequence with one iterable of batches for
+        each model, with data of that model's task. The targets of a sample are then the outputs of its own model.
     ridge
-        How strongly weights are drawn to those of the merge, relative to the mean square of a layer's inputs. Of
-        several values the best is chosen for each layer on held-out batches: the last fifth, of each iterable.
+        Strength of the penalty on changes of the weights, relative to the mean square of a layer's inputs. Of several
+        values, the best is chosen for each layer on held-out batches: the last fifth of each iterable.
     own_share
-        With an iterable for each model: the own model's share in the targets, in [0, 1]. The others share the rest by
-        the merge's weights.
+        With one iterable for each model: the share of a sample's own model in the targets, in [0, 1]. The other models
+        share the rest in proportion to the weights of the merge.
     outputs
-        ``"cosine"`` if what the network puts out is compared by its direction alone: targets of the last layer are then
-        normalized before they are averaged.
+        ``"cosine"`` if only the direction of the network's outputs matters. Targets of the last layer are then
+        normalized.
     max_samples
-        Number of samples (entries of the first axis of a batch's first tensor) after which no further batch is read, of
-        all iterables together; None for no limit.
+        Number of samples (entries of the first axis of a batch's first tensor) to read in total. Reading stops after
+        the batch that reaches it. None for no limit.
     max_rows
-        Maximum number of rows in a layer's least-squares problem. By default 16 for each input of the layer, at least
-        8192. Where there are more, rows of a linear layer and positions of a convolution are drawn at random, the
-        positions once for all images of a batch.
+        Maximum number of rows in a layer's least-squares problem. By default 16 for each input of the layer, but at
+        least 8192. If there are more, rows of a linear layer and positions of a convolution are drawn at random. All
+        images of a batch use the same positions.
     memory
-        Bytes of activations to keep between layers, in all. Where they do not suffice, activations are computed again
-        for every layer, from the last ones that were kept.
+        Maximum number of bytes of activations to keep between layers. If this is too small, activations are computed
+        again for every layer, from the last ones that were kept.
     random_state
-        Seed of the drawing. The result depends on nothing else that is random.
+        Random seed. The result depends on no other source of randomness.
     forward
-        Runs a model on a batch where that is not what the model needs. Of networks with task heads of another
-        structure it must run the common backbone alone; heads then stay as they are.
+        Runs a model on a batch, if calling the model with the batch is not enough. For networks with task heads of
+        different structure, it must run only the common backbone. The heads are then not refitted.
     progress
-        Whether to show a progress bar; by default in a terminal, if the work is long.
+        Whether to show a progress bar. By default it is shown in a terminal if the work is long.
 
     Returns
     -------
@@ -101,23 +101,22 @@ def refit(
     Raises
     ------
     ValueError
-        If the data yields nothing or holds values that are not finite, the models are not those that were merged or
-        compute different operators, or an argument is out of range.
+        If the data is empty or not finite, the models are not those that were merged or run different operators, or an
+        argument is out of range.
     TypeError
-        If the merge was one of state dicts, or an argument is of the wrong type.
+        If state dicts were merged instead of modules, or an argument has the wrong type.
 
     Warns
     -----
     UserWarning
-        If a layer has more inputs than there are samples; the ridge then decides.
+        If a layer has more inputs than there are samples.
 
     Notes
     -----
     For a layer with weight W and inputs h, bias included, the new weight minimizes
-    ``E |W' h - t|^2 + ridge * trace(E h h^T) / inputs * |W' - W|^2``. The target t of a merged unit is the mean, over
-    the models and their weights, of what the unit's members in a model compute. It is taken after a BatchNorm, and
-    after the sums of a residual stream, minus what is added there. A merge with a permuted copy needs no change, and
-    gets none.
+    ``E |W' h - t|^2 + ridge * trace(E h h^T) / inputs * |W' - W|^2``. The target t of a merged unit is the mean over
+    the models, with their weights, of the outputs of the unit's members in each model. It is taken after a BatchNorm,
+    and after residual sums, where the other summand is subtracted. A merge with a permuted copy does not change.
     """
     began = time.perf_counter()
     check_choice("outputs", outputs, get_args(Outputs))
@@ -145,7 +144,7 @@ def refit(
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """A batch, the model that it belongs to (None for all), and whether it serves to choose the ridge."""
+    """A batch, the model that it belongs to (None for all), and whether it is held out to choose the ridge."""
 
     content: Any
     owner: int | None
@@ -153,7 +152,7 @@ class _Batch:
 
 
 class _Run:
-    """Fits the shared layers of a merge, then those that each task keeps for itself."""
+    """Fits the shared layers of a merge, then the layers of each task."""
 
     def __init__(
         self,
@@ -171,7 +170,7 @@ class _Run:
         self.skipped: dict[str, str] = {}
 
     def fit(self) -> list[RefitLayer]:
-        """Fit all layers, in place, and return how each was fitted."""
+        """Fit all layers in place, and return a summary of each fit."""
         with ExitStack() as stack:
             for model in (*self._models, *self._task_models):
                 stack.enter_context(preserve_training_mode(model))
@@ -224,12 +223,12 @@ class _Run:
         return [dataclasses.replace(layer, name=f"{layer.name} of task {index}") for layer in layers]
 
     def _networks(self, models: Sequence[nn.Module], batches: Sequence[_Batch]) -> list[Network]:
-        """Record the models; convolutions, where they can, on channels that lie together, which is faster."""
+        """Record the models, with images in the layout channels_last, which is faster, if the models support it."""
         tensors = [tensor for model in models for tensor in model.state_dict().values()]
         if any(isinstance(tensor, Tensor) and tensor.ndim in CHANNELS_LAST for tensor in tensors):
             try:
                 networks = self._record(models, [_channels_last(batch.content) for batch in batches])
-            except RuntimeError:  # e.g. of a view that the usual layout allows; other errors come again below
+            except RuntimeError:  # e.g. from a view that needs the default layout; other errors recur below
                 networks = []
             tapes = [tape for network in networks for tape in network.tapes]
             if tapes and not any(call.name == "as_strided" for tape in tapes for call in tape.calls):
@@ -237,7 +236,7 @@ class _Run:
         return self._record(models, [batch.content for batch in batches])
 
     def _record(self, models: Sequence[nn.Module], contents: Sequence[Any]) -> list[Network]:
-        """Record the merged network and its parents; what the parents compute is kept if it takes little memory."""
+        """Record the merged network and its parents. Keep the parents' activations if they take little memory."""
         networks: list[Network] = []
         for model in models:
             device = next(iter(model.state_dict().values())).device
@@ -286,7 +285,7 @@ class _Run:
 
 
 def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
-    """Return which tensor's axis, and which of its entries, a layer's outputs are."""
+    """Return the tensor, its axis, and the entries of that axis that a layer's outputs stand for."""
     if layer.kind == "norm" or layer.call.name == "linear":
         return output_entries(tape, layer.weight, 0)
     if layer.kind == "convolution":
@@ -295,7 +294,7 @@ def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
             return output_entries(tape, layer.weight, 0)
         if named["groups"] == 1:
             return output_entries(tape, layer.weight, 1)
-        # Of a grouped transposed convolution the weight has the outputs of one group only; the bias has all.
+        # The weight of a grouped transposed convolution has the outputs of one group. The bias has all of them.
         if layer.bias is not None:
             return output_entries(tape, layer.bias, 0)
         length = tape.shapes[layer.output][1]
@@ -304,7 +303,7 @@ def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
 
 
 def _positions(entries: Tensor, merged: Tensor) -> Tensor:
-    """Return, for each output of a parent's layer, the output of the merged layer that it becomes part of."""
+    """Return, for each output of a parent's layer, the output of the merged layer that it belongs to."""
     place = torch.full((1 + int(max(entries.max(), merged.max())),), -1)
     place[entries] = torch.arange(len(entries))
     return place[merged[entries]]
@@ -320,7 +319,7 @@ def _recorded_bytes(network: Network) -> int:
 
 
 def _channels_last(content: Any) -> Any:
-    """Return a batch with images and volumes laid out with their channels together."""
+    """Return a batch with images and volumes in the layout channels_last."""
 
     def laid_out(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim not in CHANNELS_LAST or not leaf.is_floating_point():
@@ -347,7 +346,7 @@ def _checked_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:
 def _read(
     data: Iterable[Any] | Sequence[Iterable[Any]], num_models: int, limit: int | None, forward: Forward | None
 ) -> list[_Batch]:
-    """Return the batches to fit on, those of several iterables in turn."""
+    """Return the batches to fit on, alternating between several iterables."""
     if _is_batch(data) and not isinstance(data, (list, tuple)):
         raise TypeError(f"data must be an iterable of batches, got one {type(data).__name__}: pass [data]")
     sources = _sources(data, num_models)
@@ -364,13 +363,13 @@ def _read(
             batches[position] = dataclasses.replace(batches[position], held_out=True)
         found.append(batches)
     if owned and all(len(batches) == 1 for batches in found):
-        # Ridges cannot be chosen without held-out samples: each batch is cut in two.
+        # Choosing a ridge needs held-out samples: split each batch.
         found = [_cut(batches[0]) for batches in found]
     return [batch for turn in zip_longest(*found) for batch in turn if batch is not None]
 
 
 def _cut(batch: _Batch) -> list[_Batch]:
-    """Return the first four fifths of a batch and, held out, the rest; the batch alone where it cannot be cut."""
+    """Return the first four fifths of a batch, and the rest held out. Return the batch if it cannot be split."""
     tensor = batch.content
     if not isinstance(tensor, Tensor) or len(tensor) < 5:
         return [batch]
@@ -379,7 +378,7 @@ def _cut(batch: _Batch) -> list[_Batch]:
 
 
 def _sources(data: Any, num_models: int) -> list[Iterable[Any]]:
-    """Return the iterables of batches: one for each model, or one for all."""
+    """Return the iterables of batches: one for each model, or a single one."""
     if isinstance(data, (list, tuple)) and data and not any(_is_batch(entry) for entry in data):
         if len(data) != num_models:
             raise ValueError(
@@ -404,14 +403,14 @@ def _is_batch(entry: Any) -> bool:
 
 
 def _may_be_loader(entry: Any) -> bool:
-    """Return whether a list of tensors looks like a list of batches: all alike but for their number of samples."""
+    """Return whether a list of tensors may be a list of batches: tensors that differ only in the number of samples."""
     if not isinstance(entry, list) or not all(isinstance(tensor, Tensor) for tensor in entry):
         return False
     return all(t.ndim > 1 and t.shape[1:] == entry[0].shape[1:] and t.dtype == entry[0].dtype for t in entry)
 
 
 def _limited(source: Iterable[Any], limit: int | None, forward: Forward | None) -> list[Any]:
-    """Return what of the batches the models are called with, up to a number of samples."""
+    """Return the model inputs of the batches, up to a number of samples."""
     contents: list[Any] = []
     count = 0
     for batch in source:
@@ -435,8 +434,7 @@ def _warn_of_few_samples(layers: Sequence[RefitLayer]) -> None:
     if few:
         warnings.warn(
             f"{len(few)} layers have more inputs than there are samples, the first: {few[0].name!r} with "
-            f"{few[0].inputs} inputs and {few[0].samples} samples. Only the ridge keeps their fit from following the "
-            "samples: pass more data",
+            f"{few[0].inputs} inputs and {few[0].samples} samples. Their fit may overfit the samples: pass more data",
             UserWarning,
             stacklevel=3,
         )

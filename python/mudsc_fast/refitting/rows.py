@@ -1,7 +1,7 @@
 """The samples that a layer is fitted on: its inputs, and its outputs at the same places.
 
 Inputs are [groups, samples, inputs] and outputs [samples, outputs]. A linear layer has one sample for each row of its
-input, a convolution one for each image and position. Inputs of a convolution are in the order of taps, then channels.
+input, a convolution one for each image and position. Inputs of a convolution are ordered by tap, then by channel.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.nn import functional
 from mudsc_fast.refitting.graph import Layer
 from mudsc_fast.refitting.network import norm_epsilon
 
-#: Rows of a fit for each input, and at least so many in all.
+#: Number of rows of a fit: so many for each input, and at least so many in total.
 _ROWS_PER_INPUT = 16
 _LEAST_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution, or a transposed one seen as the convolution of an input with zeros between its entries."""
+    """A convolution. A transposed one is a convolution of the input with zeros inserted between its entries."""
 
     spacing: tuple[int, ...]
     padding: tuple[int, ...]
@@ -37,7 +37,7 @@ class Convolution:
 
     @classmethod
     def of(cls, named: Mapping[str, Any], kernel: tuple[int, ...]) -> Convolution:
-        """Return the convolution that an operator with these arguments computes."""
+        """Return the convolution of an operator with these arguments."""
         count = len(kernel)
         stride, padding, dilation = (
             tuple(named[key]) * (count if len(named[key]) == 1 else 1) for key in ("stride", "padding", "dilation")
@@ -48,14 +48,14 @@ class Convolution:
         return cls(stride, before, (1,) * count, dilation, kernel, named["groups"], True)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the weight as [groups, outputs, inputs of a sample]."""
+        """Return the weight as a matrix [groups, outputs, inputs]."""
         split = weight.reshape(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
         if self.transposed:
             split = split.transpose(1, 2).flip(tuple(range(3, split.ndim)))
         return split.movedim(2, -1).flatten(2)
 
     def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """Return a matrix of :meth:`matrix` as a weight of the given shape."""
+        """Return a matrix as a weight of the given shape, the inverse of :meth:`matrix`."""
         outputs = matrix.shape[1]
         split = matrix.reshape(self.groups, outputs, *shape[2:], -1).movedim(-1, 2)
         if self.transposed:
@@ -63,7 +63,7 @@ class Convolution:
         return split.reshape(shape)
 
     def inputs(self, value: Tensor, places: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """Return what the outputs at some places read: [groups, images * places, inputs]."""
+        """Return the inputs of the outputs at some places, [groups, images * places, inputs]."""
         index, inside = self._index(value.shape[2:], places.to(value.device), sizes)
         images, channels, taps = value.shape[0], value.shape[1], index.shape[1]
         pixels = value.movedim(1, -1)
@@ -79,7 +79,7 @@ class Convolution:
         return split.permute(2, 0, 1, 3).flatten(2)
 
     def _index(self, lengths: torch.Size, places: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return [places, taps]: where each tap of each output reads the flattened input, and whether it is inside."""
+        """Return [places, taps]: the position in the flattened input that each tap reads, and whether it is inside."""
         coordinates = torch.unravel_index(places, sizes)
         index, inside = self._along(0, lengths[0], sizes[0], coordinates[0])
         for axis in range(1, len(lengths)):
@@ -102,7 +102,7 @@ class Convolution:
 def _taps(
     lengths: tuple[int, int], axis: tuple[int, int, int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return [size, taps]: where each output along an axis reads the input, and whether it is inside."""
+    """Return [size, taps]: the positions along an axis that each output reads, and whether they exist."""
     length, size = lengths
     kernel, dilation, stride, padding, spacing = axis
     taps = torch.arange(kernel, device=device) * dilation - padding
@@ -112,14 +112,14 @@ def _taps(
 
 
 class Sampler:
-    """Reads the samples of one layer in one batch.
+    """Reads a layer's samples in a batch.
 
     Parameters
     ----------
     layer
-        The layer, as the batch's tape has it.
+        The layer, as recorded in the batch's tape.
     fixed
-        The network's tensors, by value.
+        The network's tensors by value number.
     shapes
         Shape of each value.
     """
@@ -131,14 +131,14 @@ class Sampler:
         self._convolution: Convolution | None = None
         if layer.kind == "convolution":
             self._convolution = Convolution.of(self._named, tuple(self._weight.shape[2:]))
-        #: Whether units are on axis 1 with positions behind, rather than on the last axis.
+        #: Whether the units are on axis 1, followed by positions, rather than on the last axis.
         self._channels_first = layer.kind == "convolution" or (
             layer.kind == "norm" and layer.call.name != "native_layer_norm"
         )
 
     @property
     def num_samples(self) -> int:
-        """Number of samples where all places are taken."""
+        """Number of samples if all places are used."""
         count = 1
         for axis, length in enumerate(self._shape):
             count *= 1 if axis == self._axis else length
@@ -146,7 +146,7 @@ class Sampler:
 
     @property
     def num_places(self) -> int:
-        """Places to choose from: positions of a convolution, taken of every image, or rows of a linear layer."""
+        """Number of places to choose from: positions of a convolution, or rows of a linear layer."""
         return self.num_samples // self._shape[0] if self._channels_first else self.num_samples
 
     @property
@@ -168,7 +168,7 @@ class Sampler:
         return value.flatten(2).index_select(2, places.to(value.device)).transpose(1, 2).flatten(0, 1)
 
     def inputs(self, value: Tensor, places: Tensor | None) -> Tensor:
-        """Return [groups, samples, inputs]: what the layer reads for its output at some places."""
+        """Return [groups, samples, inputs]: the layer's inputs for its outputs at some places."""
         if self._convolution is not None:
             chosen = torch.arange(self.num_places) if places is None else places
             return self._convolution.inputs(value, chosen, self._shape[2:])
@@ -194,7 +194,7 @@ class Sampler:
             self._weight.copy_(matrix[0] if self._layer.call.name == "linear" else matrix[0].t())
 
     def _normalized(self, value: Tensor) -> Tensor:
-        """Return what a norm computes before its factor and shift."""
+        """Return a norm's result before its factor and shift."""
         named, name = self._named, self._layer.call.name
         if name == "native_layer_norm":
             return functional.layer_norm(value, named["normalized_shape"], None, None, named["eps"])
@@ -212,16 +212,16 @@ def product(matrix: Tensor, inputs: Tensor) -> Tensor:
 
 
 class Places:
-    """Chooses where the samples of each layer are taken: at random, the same positions of all images of a batch.
+    """Chooses the places of each layer's samples at random, the same positions in all images of a batch.
 
     Parameters
     ----------
     samplers
-        For each layer, that of each batch.
+        Returns, for a layer, the samplers of all batches.
     max_rows
-        Maximum number of samples of a layer; None for 16 for each input, at least 8192.
+        Maximum number of samples of a layer. None for 16 for each input, but at least 8192.
     random_state
-        Seed of the drawing.
+        Random seed.
     """
 
     def __init__(self, samplers: Callable[[int], Sequence[Sampler]], max_rows: int | None, random_state: int) -> None:
@@ -229,7 +229,7 @@ class Places:
         self._chosen: dict[int, list[Tensor | None]] = {}
 
     def of(self, layer: int, batch: int) -> Tensor | None:
-        """Return the places of a batch at which a layer is fitted; None for all."""
+        """Return the places of a layer in a batch. None for all."""
         if layer not in self._chosen:
             self._chosen[layer] = self._choose(layer)
         return self._chosen[layer][batch]

@@ -1,4 +1,4 @@
-"""Least squares with a ridge, chosen on held-out samples."""
+"""Ridge regression, with the ridge chosen on held-out samples."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mudsc_fast.refitting.gram import Moments
 
 @dataclass(frozen=True)
 class Solution:
-    """What to add to a layer.
+    """The change to add to a layer.
 
     Attributes
     ----------
     weight
         [groups, outputs, inputs], float64.
     bias
-        [groups, outputs], float64; zeros where the layer has none.
+        [groups, outputs], float64. Zeros if the layer has no bias.
     ridge
-        The ridge chosen; None where the layer is best left as it is.
+        The chosen ridge. None if no change is better than any.
     error_before, error_after
         Mean over the samples of the squared residual, summed over the outputs.
     """
@@ -35,20 +35,20 @@ class Solution:
 
 
 def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bias: bool) -> Solution:
-    """Return the change of a layer that makes up for its residuals.
+    """Return the change of a layer that minimizes its residuals.
 
-    Minimizes E |r - D h - b|^2 + ridge * trace(G) / inputs * |D|^2 for residuals r, inputs h and G = E[h h^T] (about
-    the mean where there is a bias b, which is not penalized). With several ridges, each is fitted to one part of the
-    samples and judged by the other; the best, unless no change at all is better, is then fitted to all.
+    Minimizes E |r - D h - b|^2 + ridge * trace(G) / inputs * |D|^2 for residuals r, inputs h and G = E[h h^T]. If there
+    is a bias b, moments are central and the bias is not penalized. Of several ridges, the one with the smallest error
+    on the held-out samples is used, or no change at all if that error is smaller still. The final fit uses all samples.
 
     Parameters
     ----------
     fitted, held_out
-        Moments of two parts of the samples; the second may have none.
+        Moments of the two parts of the samples. The second part may be empty.
     ridges
         The values to choose from.
     has_bias
-        Whether the layer has a bias to change.
+        Whether the layer has a bias.
     """
     both = fitted.joined(held_out)
     parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, both)]
@@ -64,7 +64,7 @@ def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bi
 
 
 def _best_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float], has_bias: bool) -> float | None:
-    """Return the ridge of the least held-out error, found by going downhill from the middle; None for no change."""
+    """Return the ridge of the smallest held-out error, found by descent from the middle value. None for no change."""
 
     def error(place: int) -> float:
         if place not in errors:
@@ -86,11 +86,11 @@ def _nothing(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def _change(moments: Moments, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias that minimize the penalized error."""
+    """Return the changes of weight and bias that minimize the penalized error."""
     inputs = moments.inputs
     gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
     penalty = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
-    # Inputs that never vary have nothing to say; any penalty leaves their weights as they are.
+    # If no input varies, any positive penalty leaves the weights unchanged.
     penalty = torch.where(penalty > 0, penalty, 1.0)
     penalized = gram + penalty[:, None, None] * torch.eye(inputs, dtype=gram.dtype, device=gram.device)
     weight = torch.cholesky_solve(cross, torch.linalg.cholesky(penalized)).transpose(1, 2)
@@ -100,7 +100,7 @@ def _change(moments: Moments, ridge: float, has_bias: bool) -> tuple[Tensor, Ten
 
 
 def _error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
-    """Return the mean over the samples of |r - D h - b|^2."""
+    """Return the mean of |r - D h - b|^2 over the samples."""
     inputs = moments.inputs
     gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
     squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum()

@@ -1,9 +1,9 @@
-"""Recording what a network computes on a batch, and computing it again step by step.
+"""Records the operators that a network runs on a batch, so that they can be run again step by step.
 
 A tape is the list of operators that one forward pass dispatched, with the data flow between them. It is recorded below
-autograd, so it holds for any model that runs: Python control flow, functional calls and fused projections included.
-Unlike a module hook it shows residual sums, and unlike a forward pass it can stop at an operator, keep what later
-operators need, and go on from there.
+autograd and therefore works for any model that runs, with Python control flow, functional calls and fused projections.
+Unlike a module hook, it contains residual sums. Unlike a forward pass, it can stop at an operator, keep the values that
+later operators need, and continue from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
 
-#: What a value is computed from: the batch, parameters alone, or neither.
+#: What a value depends on: the batch, only parameters, or neither.
 Source = Literal["data", "parameters", "constants"]
 
 BATCH_NORMS = (
@@ -37,14 +37,14 @@ BATCH_NORMS = (
 
 @dataclass(frozen=True)
 class Ref:
-    """A value of the tape, by its number."""
+    """A value of the tape, given by its number."""
 
     value: int
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call: its arguments flattened, with a :class:`Ref` for each tensor."""
+    """An operator call. Its arguments are flattened, with a :class:`Ref` in place of each tensor."""
 
     operator: Any
     arguments: tuple[Any, ...]
@@ -64,7 +64,7 @@ class Call:
 
     @cached_property
     def named(self) -> dict[str, Any]:
-        """The arguments by the names in the operator's schema, with defaults filled in."""
+        """The arguments by name, including defaults."""
         args, kwargs = self._call
         schema = self.operator._schema.arguments
         named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
@@ -72,7 +72,7 @@ class Call:
         return named | dict(kwargs)
 
     def run(self, values: Mapping[int, Tensor], operator: Any = None) -> Any:
-        """Call the operator, or another with the same arguments, on the given values."""
+        """Call the operator, or another one with the same arguments, on the given values."""
         args, kwargs = self._call
         given = [
             values[a.value] if type(a) is Ref else [_given(v, values) for v in a] if type(a) is list else a
@@ -91,27 +91,27 @@ def _given(argument: Any, values: Mapping[int, Tensor]) -> Any:
 
 
 class Tape:
-    """The operators of one forward pass, in an order in which they can be computed.
+    """The operators of one forward pass, in an order in which they can run.
 
     Attributes
     ----------
     calls
-        All calls that depend on the batch.
+        The calls that depend on the batch.
     prelude
-        Calls that depend on parameters alone, e.g. a transposed weight.
+        The calls that depend only on parameters, e.g. the transpose of a weight.
     batch_values
-        The values that are the batch's tensors, in the order of its leaves.
+        The values of the batch's tensors, in the order of its leaves.
     parameters
-        The values that are tensors of the state dict, with their names.
+        The values of tensors of the state dict, with their names.
     constants
-        Values that depend on neither.
+        Values that depend on neither the batch nor parameters.
     shapes
         Shape of each value.
     sources
-        What each value is computed from.
+        What each value depends on.
     memory_of
-        For each value, the first value that shares its memory. What is written in place is a new value with memory of
-        its own.
+        For each value, the first value that shares its memory. The result of an in-place operator is a new value with
+        memory of its own.
     """
 
     def __init__(self) -> None:
@@ -125,11 +125,11 @@ class Tape:
         self.memory_of: list[int] = []
 
     def signature(self) -> list[str]:
-        """Return the operators' names, to compare the tapes of two networks."""
+        """Return the names of the operators, to compare the tapes of two networks."""
         return [str(call.operator) for call in self.calls]
 
     def consumers(self) -> dict[int, list[int]]:
-        """Return, for each value, the calls that read it, once for each time."""
+        """Return, for each value, the calls that read it, once for each read."""
         found: dict[int, list[int]] = {}
         for index, call in enumerate(self.calls):
             for value in call.inputs:
@@ -137,7 +137,7 @@ class Tape:
         return found
 
     def producers(self) -> dict[int, int]:
-        """Return, for each value that a call computes, that call."""
+        """Return, for each computed value, the call that computes it."""
         return {v: index for index, call in enumerate(self.calls) for v in call.outputs if v is not None}
 
     def reordered(self, order: Sequence[int]) -> Tape:
@@ -157,9 +157,9 @@ class Tape:
 
 
 def shallow_first(tape: Tape, is_layer: Callable[[Call], bool]) -> list[int]:
-    """Return an order of the calls in which a sum's shorter branch is computed before its longer one.
+    """Return an order of the calls that computes the shorter branch of each sum first.
 
-    A shortcut is then known when the last layer of the branch beside it is fitted, whichever the model computes first.
+    A shortcut is then known when the last layer of the other branch is fitted, in whatever order the model runs them.
     """
     producers = tape.producers()
     depth: list[int] = []
@@ -189,14 +189,14 @@ def shallow_first(tape: Tape, is_layer: Callable[[Call], bool]) -> list[int]:
 def record(
     model: nn.Module, batch: Any, forward: Forward | None, keep: Callable[[Call], bool] | None
 ) -> tuple[Tape, dict[int, Tensor]]:
-    """Run a model on a batch, already on its device, and return its tape and the results of the calls to keep.
+    """Run a model on a batch on its device, and return the tape and the results of the calls to keep.
 
-    All activations of this one batch are held meanwhile. Results that the model overwrites later are not returned.
+    Meanwhile all activations of this batch stay in memory. Results that the model overwrites later are not returned.
 
     Raises
     ------
     ValueError
-        If the model writes into a part of a tensor in a way that cannot be computed again step by step.
+        If the model writes in place in a way that cannot be replayed.
     """
     tensors = model.state_dict(keep_vars=True)
     recorder = _Recorder({id(tensor): name for name, tensor in reversed(list(tensors.items()))}, batch)
@@ -208,17 +208,17 @@ def record(
 
 
 class _Recorder(TorchDispatchMode):
-    """Records every operator; what is written in place becomes a new value."""
+    """Records every operator. The result of an in-place operator becomes a new value."""
 
     def __init__(self, names: Mapping[int, str], batch: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
         self._tape = Tape()
         self._calls: list[Call] = []
-        self._alive: list[Tensor] = []  # so that no two tensors get one id
+        self._alive: list[Tensor] = []  # all values, kept alive so that ids stay unique
         self._value_of: dict[int, int] = {}
         self._storage_of: list[int] = []
-        self._writes: list[tuple[int, int, int]] = []  # call, storage, value that it leaves
+        self._writes: list[tuple[int, int, int]] = []  # call, storage, value of the result
         for leaf in pytree.tree_leaves(batch):
             if isinstance(leaf, Tensor):
                 self._tape.batch_values.append(self._new(leaf, "data"))
@@ -241,28 +241,28 @@ class _Recorder(TorchDispatchMode):
             if not isinstance(leaf, Tensor):
                 outputs.append(None)
             elif any(leaf is argument for argument in flat) and not written:
-                outputs.append(self._value(leaf))  # the operator returned what it was given
+                outputs.append(self._value(leaf))  # the operator returned one of its arguments
             else:
                 outputs.append(self._new(leaf, source))
                 self._note_memory(outputs[-1], arguments, written)
         if written and source != "constants":
             if operator is None or len(written) > 1 or not any(result is tensor for tensor in written):
-                raise ValueError(f"the model writes in place by {func}, which cannot be computed again step by step")
+                raise ValueError(f"refit cannot replay the in-place operator {func} that the model runs")
             self._writes.append((len(self._calls), self._storage_of[self._value(written[0])], outputs[0] or 0))
         if source != "constants":
             self._calls.append(Call(operator, arguments, structure, tuple(outputs)))
         return result
 
     def finish(self) -> Tape:
-        """Return the tape, after a check that no value is read that was written through another one."""
+        """Return the tape, after a check that no value is read that was overwritten through another one."""
         for position, storage, left in self._writes:
             for call in self._calls[position + 1 :]:
                 for value in call.inputs:
                     stale = value < left and self._storage_of[value] == storage
                     if stale and self._tape.sources[value] != "constants":
                         raise ValueError(
-                            f"the model writes by {self._calls[position].operator} to a tensor that it also reads as "
-                            "another view, which cannot be computed again step by step"
+                            f"refit cannot replay the in-place operator {self._calls[position].operator}, because the "
+                            "model later reads the memory that it overwrites through another view"
                         )
         tape = self._tape
         for call in self._calls:
@@ -274,13 +274,13 @@ class _Recorder(TorchDispatchMode):
         return tape
 
     def results(self, calls: Sequence[Call]) -> dict[int, Tensor]:
-        """Return what calls computed, by value, unless it was overwritten later."""
+        """Return the results of calls by value number, except those that were overwritten later."""
         last_write = {storage: left for _, storage, left in self._writes}
         values = [value for call in calls for value in call.outputs if value is not None]
         return {v: self._alive[v] for v in values if v >= last_write.get(self._storage_of[v], 0)}
 
     def _note_memory(self, value: int | None, arguments: Sequence[Any], written: Sequence[Tensor]) -> None:
-        """Note whose memory the output of a call shares."""
+        """Record which value the output of a call shares its memory with."""
         if value is None or written:
             return
         for argument in arguments:
@@ -311,7 +311,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the arguments that an operator writes to."""
+    """Return the arguments that an operator modifies."""
     if not func._schema.is_mutable:
         return []
     named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
@@ -323,7 +323,7 @@ def _written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def _functional(func: Any) -> Any:
-    """Return the operator that computes what another one writes in place; None where there is none."""
+    """Return the out-of-place variant of an in-place operator. None if there is none."""
     name = func.overloadpacket.__name__
     packet = getattr(getattr(torch.ops, func.namespace), name.removesuffix("_"), None) if name.endswith("_") else None
     return getattr(packet, func._overloadname, None)

@@ -1,4 +1,4 @@
-"""What the units of a merged network should compute, given what the networks it was made of compute."""
+"""Targets of a merged network's units in terms of the units of the networks that were merged."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 @dataclass(frozen=True)
 class UnitTargets:
-    """Which outputs of a merged layer the outputs of each network become part of.
+    """Which output of a merged layer each output of the networks' layers belongs to.
 
     Attributes
     ----------
     members
-        For each network [its outputs] int64, on the CPU: the merged output of each of its outputs; None for networks
-        without a say.
+        For each network [its outputs] int64, on the CPU: the merged output that each of its outputs belongs to. None
+        for networks that do not contribute.
     num_outputs
         Number of outputs of the merged layer.
     """
@@ -30,11 +30,11 @@ class UnitTargets:
     num_outputs: int
 
     def weights(self, shares: Sequence[float]) -> list[Tensor | None]:
-        """Return for each network [its outputs] float64: how much each output counts in the target of its member.
+        """Return for each network [its outputs] float64: the weight of each output in the target it belongs to.
 
-        The target is the mean over the networks, by their shares, of the mean over the output's members in each. A
-        network without members of an output has no share in it. Where all networks with members have share 0, they
-        count alike. None stands for networks that no target depends on.
+        The target is the weighted mean over the networks, by their shares, of the mean over the members in each
+        network. Networks without a member are left out, and the remaining shares are normalized. If all of these are 0,
+        the networks have equal shares. None stands for networks that no target depends on.
 
         Parameters
         ----------
@@ -55,7 +55,7 @@ class UnitTargets:
         ]
 
     def has_target(self) -> Tensor:
-        """Return [outputs] bool: whether any network has a member of the output."""
+        """Return [outputs] bool: whether any network has an output that belongs to it."""
         found = torch.zeros(self.num_outputs, dtype=torch.bool)
         for members in self.members:
             if members is not None:
@@ -66,7 +66,7 @@ class UnitTargets:
 def shared_entries(
     spec: PermutationSpec, matching: Mapping[str, NodeMatching], tensor: str, axis: int, length: int, model: int
 ) -> Tensor:
-    """Return [length] int64: the entry of a merged tensor's axis that each entry of a model's becomes part of."""
+    """Return [length] int64: the entry of a merged tensor's axis that each entry of a model's axis belongs to."""
 
     def units_of(segment: Segment) -> tuple[Tensor, int] | None:
         found = matching.get(segment.axis.node) if segment.axis is not None else None
@@ -84,9 +84,9 @@ def task_entries(
     length: int,
     model: int,
 ) -> Tensor:
-    """Return [length] int64: as :func:`shared_entries`, of a tensor that each task keeps for itself.
+    """Return [length] int64: as :func:`shared_entries`, for a tensor that each task keeps for itself.
 
-    Its axes follow the nodes that the shared tensors have. Those of other nodes keep their order, but for groups that
+    Axes of nodes that the shared tensors have are merged. Axes of other nodes keep their order, except for groups that
     are tied to groups of a shared node.
     """
     partner = {n: other for bundle in spec.bundles for n in bundle for other in bundle if other in merged_nodes}
