@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mudsc_fast.evaluate import cross_entropy, task_accuracies
 from paper import report, surfaces
 from paper.data import AnyImages, Batches, load_folder, load_images, packaged_mnist, subset
-from paper.experiments import CLIP_COSINE, EXPERIMENTS, Experiment, Pair, Task
+from paper.experiments import EXPERIMENTS, Experiment, Pair, Task
 from paper.methods import METHODS, Setting, outcomes
 from paper.train import Recipe, load_pretrained, load_trained, trained
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     this, notes = _prepared(experiment, options)
     name = _name(options, this)
     csv = options.output / f"{name}.csv"
-    rows = report.read(csv)
+    rows = report.read(csv, notes)
     num_classes = int(this.train.labels.max()) + 1
     pairs = experiment.pairs(options.pairs or experiment.num_pairs, num_classes)
     if options.trained is not None and len(options.trained) != 2 * len(pairs):
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         skipped = [method for method in METHODS if options.methods and method not in options.methods]
         for outcome in outcomes(networks, setting, done + skipped):
             rows.append(report.row_of(index, outcome))
-            report.write(csv, rows)
+            report.write(csv, rows, notes)
         if index == 0 and options.landscape_steps:
             chosen = [float(r["balance"]) for r in rows if r["pair"] == "0" and r["method"] == "dual align"]
             if not chosen:
@@ -99,7 +99,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
     image_size = options.image_size or experiment.image_size
     train, whole_test = _load(options, image_size)
     test = whole_test if options.test_samples is None else subset(whole_test, options.test_samples, seed=5)
-    vectors, real = experiment.class_vectors(options.class_vectors, int(train.labels.max()) + 1, options.class_cosine)
+    vectors, origin = experiment.class_vectors(options.class_vectors, int(train.labels.max()) + 1, options.class_cosine)
     recipe = replace(
         experiment.recipe, epochs=epochs, warm_up=min(experiment.recipe.warm_up, epochs // 4),
         batch_size=options.batch_size or experiment.recipe.batch_size,
@@ -124,10 +124,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
         f"{experiment.image_size}), {training}",
         f"{len(train)} training and {len(test)} test images; {this.samples} training images for merging, "
         f"{this.search_samples} for the search of the balance.",
-        "Class vectors are those of the paper."
-        if real
-        else f"Class vectors are random unit vectors with a mean cosine of {options.class_cosine:g}"
-        + (", as CLIP's have." if options.class_cosine == CLIP_COSINE else f" (CLIP's: {CLIP_COSINE})."),
+        origin,
         *(["No augmentation."] if options.no_augmentation else []),
         *(["Networks are evaluated in bfloat16."] if options.bfloat16 else []),
         *experiment.notes,

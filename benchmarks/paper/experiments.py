@@ -19,9 +19,11 @@ from paper.resnets import BottleneckResNet, group_norm
 from paper.train import Recipe
 from paper.vision_transformer import VisionTransformer
 
-#: Mean cosine between CLIP's vectors of the ten classes of CIFAR-10. Random vectors are drawn with it: further apart,
-#: they make the first gradients so large that the MNIST networks collapse to constant outputs.
-CLIP_COSINE = 0.85
+#: Mean cosine between CLIP's vectors of the ten classes of CIFAR-10.
+_CLASS_COSINE = 0.85
+#: Mean cosine of the random vectors that stand for CLIP's vectors of "prime", "odd" and their opposites, which differ
+#: by one word. Vectors further apart make the first gradients so large that the networks collapse to constant outputs.
+_TASK_COSINE = 0.98
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Experiment:
     num_vectors: int | None
     joint: bool
     flatten: bool = False
+    random_cosine: float = _CLASS_COSINE
     num_pairs: int = 5
     merging_batch: int = 500
     merging_samples: int | None = None
@@ -112,13 +115,15 @@ class Experiment:
     published: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def class_vectors(self, path: Path | None, num_classes: int, cosine: float) -> tuple[Tensor, bool]:
-        """Return unit vectors [K, 512], and whether they are those of the paper; else drawn with a mean cosine."""
+    def class_vectors(self, path: Path | None, num_classes: int, cosine: float | None) -> tuple[Tensor, str]:
+        """Return unit vectors [K, 512], the paper's or drawn with a mean cosine, and a sentence that says which."""
         count = self.num_vectors or num_classes
+        cosine = self.random_cosine if cosine is None else cosine
         if path is None or self.vectors_key is None:
             generator = torch.Generator().manual_seed(0)
             own, common = (functional.normalize(torch.randn(k, 512, generator=generator)) for k in (count, 1))
-            return functional.normalize((1 - cosine) ** 0.5 * own + cosine**0.5 * common), False
+            vectors = functional.normalize((1 - cosine) ** 0.5 * own + cosine**0.5 * common)
+            return vectors, f"Class vectors are random unit vectors with a mean cosine of {cosine:g}."
         with np.load(path) as file:
             if self.vectors_key not in file.files:
                 raise ValueError(f"{path} must have an array {self.vectors_key!r}, got {', '.join(file.files)}")
@@ -127,7 +132,7 @@ class Experiment:
             raise ValueError(
                 f"{path} must have {self.vectors_key!r} of shape {(count, 512)}, got {tuple(vectors.shape)}"
             )
-        return functional.normalize(vectors, dim=1), True
+        return functional.normalize(vectors, dim=1), "Class vectors are those of the paper."
 
 
 def _prime_and_odd(count: int, _: int) -> list[Pair]:
@@ -191,6 +196,7 @@ _MNIST = Experiment(
     pairs=_prime_and_odd,
     vectors_key=None,
     num_vectors=4,
+    random_cosine=_TASK_COSINE,
     joint=False,
     flatten=True,
     published={"dual zip": 94.62},

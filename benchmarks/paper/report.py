@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,17 +29,37 @@ def row_of(pair: int, outcome: Outcome) -> Row:
     }
 
 
-def read(path: Path) -> list[Row]:
-    """Return the lines of a CSV file; none if there is no such file."""
+def _settings_file(path: Path) -> Path:
+    return path.with_suffix(".settings.json")
+
+
+def read(path: Path, settings: Sequence[str]) -> list[Row]:
+    """Return the lines of a CSV file, to be continued; none if there is no such file.
+
+    Raises
+    ------
+    SystemExit
+        If the file was written with other settings, so that its lines and new ones could not be compared.
+    """
     if not path.exists():
         return []
+    record = _settings_file(path)
+    found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else ["unknown settings"]
+    if found != list(settings):
+        differing = "\n  ".join(line for line in found if line not in settings)
+        raise SystemExit(
+            f"{path} holds results of other settings: remove it, or choose another --output. It was written with\n"
+            f"  {differing}"
+        )
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write the CSV file, replacing an older one once it is complete."""
+def write(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
+    """Write the CSV file and its settings, replacing older ones once they are complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(_settings_file(path)) as temporary:
+        temporary.write_text(json.dumps(list(settings), indent=1), encoding="utf-8")
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()

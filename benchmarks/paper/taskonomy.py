@@ -84,7 +84,11 @@ def run(options: argparse.Namespace) -> None:
     networks = [_load(task, options.networks, width, train, merging) for task in train.targets]
     name = f"taskonomy_width{width}"
     csv = options.output / f"{name}.csv"
-    rows = report.read(csv)
+    settings = [
+        f"{', '.join(train.targets)}; {len(train.images)} training and {len(test.images)} test images",
+        f"samples: {options.samples}, search samples: {options.search_samples}",
+    ]
+    rows = report.read(csv, settings)
     pairs = list(combinations(networks, 2))[: options.pairs]
     spec = encoder_spec(networks[0].encoder, next(iter(merging))[:1])
     scales = {network.task: _Scale.of(network, train, test, size, device) for network in networks}
@@ -102,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
         skipped = [method for method in METHODS if options.methods and method not in options.methods]
         for outcome in outcomes([network.encoder for network in pair], setting, done + skipped):
             rows.append(report.row_of(index, outcome))
-            report.write(csv, rows)
+            report.write(csv, rows, settings)
     notes = [
         f"Encoders of width {width} (published: {FULL_WIDTH}), images of {train.images.shape[1]} pixels (published: "
         f"{FULL_SIZE}); {len(networks)} tasks, {len(pairs)} pairs (published: 66): {', '.join(train.targets)}.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -86,8 +88,18 @@ def trained(
     """Return the network with trained weights, from the file if it is there, else trained and written to it.
 
     Labels of the batches index the class vectors [K, D]. A run that is stopped continues after its last whole epoch.
+
+    Raises
+    ------
+    SystemExit
+        If the file holds a network that was trained by another recipe or for other class vectors.
     """
+    made_by = {
+        "recipe": json.dumps(asdict(recipe)),
+        "class_vectors": hashlib.sha256(class_vectors.cpu().numpy().tobytes()).hexdigest()[:16],
+    }
     if path.exists():
+        _check_metadata(path, made_by)
         return load_trained(network, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(train.device)
@@ -100,6 +112,7 @@ def trained(
     first_epoch, best, best_accuracy = 0, None, -1.0
     if partial.exists():
         state = torch.load(partial, map_location=device, weights_only=True)
+        _check_same(partial, made_by, state["made_by"])
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         first_epoch, best, best_accuracy = state["epoch"], state["best"], state["best_accuracy"]
@@ -130,6 +143,7 @@ def trained(
         with atomic_write(partial) as temporary:
             torch.save(
                 {
+                    "made_by": made_by,
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "epoch": epoch + 1,
@@ -140,11 +154,26 @@ def trained(
             )
     assert best is not None  # there was a last epoch
     network.load_state_dict(best)
-    metadata = {"accuracy": f"{best_accuracy:.4f}", "recipe": json.dumps(asdict(recipe))}
+    metadata = {"accuracy": f"{best_accuracy:.4f}", **made_by}
     with atomic_write(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in best.items()}, temporary, metadata)
     partial.unlink(missing_ok=True)
     return network.eval()
+
+
+def _check_metadata(path: Path, made_by: dict[str, str]) -> None:
+    with safe_open(path, "pt") as file:
+        _check_same(path, made_by, file.metadata() or {})
+
+
+def _check_same(path: Path, made_by: dict[str, str], found: dict[str, str]) -> None:
+    """Refuse a cached network that this run would have trained otherwise."""
+    for name, value in made_by.items():
+        if found.get(name) != value:
+            raise SystemExit(
+                f"{path} holds a network of another training: {name} must be {value}, got {found.get(name)}. Remove "
+                "it, or choose another --networks"
+            )
 
 
 def _accuracy(network: nn.Module, test: Batches, directions: Tensor) -> float:
