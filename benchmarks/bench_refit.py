@@ -314,6 +314,11 @@ def floor(models: Sequence[nn.Module], batches: Sequence[Tensor], layers: Sequen
     return total
 
 
+def max_resident() -> float:
+    """Return the largest memory of the process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def measure_speed(name: str, num_images: int, batch_size: int, memory: int, repeats: int) -> None:
     """Print the seconds of a refit, its floor, and the memory that it takes."""
     loaded = [network_of(name, seed) for seed in range(2)]
@@ -323,14 +328,14 @@ def measure_speed(name: str, num_images: int, batch_size: int, memory: int, repe
     spec = mudsc_fast.PermutationSpec.from_model(models[0], batches[0][:2])
     merged = mudsc_fast.merge(models, spec=spec)
     assert merged.model is not None
-    times, floors = [], []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times, floors, peaks = [], [], [max_resident()]
     for _ in range(repeats):
         refitted, seconds = cpu_seconds(lambda: mudsc_fast.refit(merged, models, batches, memory=memory))
         times.append(seconds)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks.append(max_resident())
         floors.append(floor([*models, merged.model], batches, refitted.refit_layers))
-    seconds, least, more = min(times), min(floors), (peak - before) / 2**10
+    # Only the first peak is that of a refit alone.
+    seconds, least, more = min(times), min(floors), peaks[1] - peaks[0]
     print(
         f"{name:<10} {num_images:6} images, memory={memory / 2**20:.0f} MiB: {seconds:6.2f} CPU s, floor {least:6.2f}, "
         f"ratio {seconds / least:.2f}, {more:.0f} MiB more at peak",

@@ -221,6 +221,39 @@ def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
 
 
 @pytest.mark.parametrize("factory", list(SHAPES))
+def test_reported_error_is_that_of_the_refitted_network(factory: type[nn.Module]) -> None:
+    batches = batches_for(factory)
+    models = make_models(factory, 2)
+    refitted = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip", refit=True)
+    wanted = (outputs(models[0], batches) + outputs(models[1], batches)) / 2
+    error = (outputs(refitted.model, batches) - wanted).square().sum(1).mean()
+    last = refitted.refit_layers[-1]
+    assert last.name == ("layers.2" if factory is Mlp else "head")
+    assert last.error_after == pytest.approx(float(error / wanted.var(0, correction=0).sum()), rel=1e-3)
+
+
+def test_recorded_batch_gives_the_same_result() -> None:
+    class ConvNet(nn.Sequential):
+        def __init__(self, inplace: bool) -> None:
+            layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace), nn.Conv2d(6, 4, 3), nn.Flatten())
+            super().__init__(*layers)
+
+    batches = list(torch.randn(3, 20, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
+    spec = make_spec(ConvNet(False), batches)
+    refitted = []
+    # An in-place ReLU overwrites what the recorded pass computes at the first target. Without memory nothing is kept.
+    for inplace, memory in ((False, 2**30), (True, 2**30), (False, 0)):
+        models = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            models.append(ConvNet(inplace).eval())
+        result = mudsc_fast.merge(models, batches, spec=spec)
+        refitted.append(outputs(mudsc_fast.refit(result, models, batches, memory=memory).model, batches))
+    torch.testing.assert_close(refitted[1], refitted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(refitted[2], refitted[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", list(SHAPES))
 def test_small_memory_gives_the_same_result(factory: type[nn.Module]) -> None:
     batches = batches_for(factory, 4)
     models = make_models(factory, 2)
