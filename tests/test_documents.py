@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import mudsc_fast
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
@@ -47,3 +49,16 @@ def test_code_of_tutorial_runs(notebook: Path, tmp_path: Path, monkeypatch: pyte
 def test_readme_and_quickstart_have_code() -> None:
     assert {ROOT / "README.md", ROOT / "docs" / "quickstart.md"} <= set(with_code(PAGES))
     assert len(NOTEBOOKS) == 2
+
+
+def test_reference_has_every_public_name() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)", pages, re.MULTILINE))
+    missing = [
+        f"{module.__name__}.{name}"
+        for module in (mudsc_fast, mudsc_fast.ops, mudsc_fast.compat)
+        for name in module.__all__
+        if not {f"{module.__name__}.{name}", f"mudsc_fast.{name}"} & shown
+    ]
+    # The modules have their own pages; the values of Mode and Space are in the signatures.
+    assert missing == [f"mudsc_fast.{name}" for name in ("Mode", "Space", "__version__", "compat", "ops")]
