@@ -90,7 +90,7 @@ def test_ema_weights_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture
     torch.save({"ema": states[1], "model": states[0]}, tmp_path / "b.pt")
     run("merge", a, tmp_path / "b.pt", "--output", tmp_path / "out.pt", "--spec", "mlp")
     assert "warning: " in (shown := capsys.readouterr().err)
-    assert "using the state dict at 'model'; the file also holds 'ema'" in shown
+    assert "using the state dict at 'model'; the file also contains 'ema'" in shown
     assert_states_equal(torch.load(tmp_path / "out.pt"), merged_mlps())
 
 
@@ -99,7 +99,7 @@ def test_pickles_are_rejected_with_explanation(tmp_path: Path, capsys: pytest.Ca
     a, _ = save_mlps(tmp_path, ".pt")
     torch.save(make_mlp(), tmp_path / "module.pt")
     shown = failure(capsys, tmp_path, "merge", a, tmp_path / "module.pt", "--output", tmp_path / "out.pt")
-    assert "holds a Python object of the class torch.nn.modules.container.Sequential" in shown
+    assert "contains a Python object of the class torch.nn.modules.container.Sequential" in shown
     assert "torch.save(model.state_dict(), new_path)" in shown
     assert "\x1b" not in shown
     torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "traced.pt")
@@ -156,7 +156,7 @@ def test_different_module_versions_are_rejected(tmp_path: Path, capsys: pytest.C
     torch.save(old, tmp_path / "b.pt")
     inputs = (tmp_path / "a.pt", tmp_path / "b.pt")
     shown = failure(capsys, tmp_path, "merge", *inputs, "--output", tmp_path / "out.pt", "--spec", "mlp")
-    assert "the module '0' in the versions 2 and 1 of its format" in shown
+    assert "the module '0' was saved in version 2 of its format in one and 1 in the other" in shown
 
 
 def test_extra_state_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +202,7 @@ def test_reads_same_weights_as_transformers(
         save_mlp(folder / other, 1)
     with caplog.at_level(logging.WARNING, "mudsc_fast.io"):
         assert_states_equal(open_checkpoint(folder).tensors, make_mlp(seed=0).state_dict())
-    assert f"reading {read}, as transformers does; {other} beside it holds other weights" in caplog.text
+    assert f"reading {read}, as transformers does; {other} in the same directory holds different weights" in caplog.text
     caplog.clear()
     if not other.endswith(".json"):
         save_mlp(folder / other, 0)
@@ -214,7 +214,7 @@ def test_index_without_shards_is_ignored(tmp_path: Path, caplog: pytest.LogCaptu
     save_mlp(tmp_path / "model.safetensors", 0)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
     assert set(open_checkpoint(tmp_path).tensors) == set(make_mlp().state_dict())
-    assert "model.safetensors.index.json beside it cannot be read" in caplog.text
+    assert "model.safetensors.index.json in the same directory cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_ambiguous_weight_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     for folder, message in {
-        "several": "holds several files of weights, one.safetensors, two.safetensors: give one of them",
-        "shards": "holds shards of weights, but no index of them",
+        "several": "contains several weights files, one.safetensors, two.safetensors: give one of them",
+        "shards": "contains shards of weights, but not their index",
         "pipeline": "is a pipeline of several networks",
     }.items():
         with pytest.raises(CheckpointError, match=message):
@@ -255,7 +255,7 @@ def test_folders_of_the_hub_cache(tmp_path: Path) -> None:
     cached = tmp_path / "models--owner--name"
     (cached / "snapshots" / "old").mkdir(parents=True)
     save_mlp(cached / "snapshots" / "new" / "model.safetensors", 0)
-    with pytest.raises(CheckpointError, match=r"give one of its snapshots .* found new, old"):
+    with pytest.raises(CheckpointError, match=r"give one of its snapshots .* found: new, old"):
         open_checkpoint(cached)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("new")
@@ -324,7 +324,7 @@ def test_ambiguous_block_sizes_are_rejected(tmp_path: Path) -> None:
     state = {"0.weight": torch.ones(192, 8).to(torch.float8_e4m3fn), "0.weight_scale_inv": torch.ones(2, 1)}
     for name in ("a", "b"):
         safetensors.torch.save_file({**state, "1.weight": torch.ones(4, 192)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(CheckpointError, match="2 scales may cover in several ways 192 entries"):
+    with pytest.raises(CheckpointError, match="2 scales fit in several ways to 192 entries"):
         merge_checkpoints(
             [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
             tmp_path / "out.safetensors",
@@ -356,7 +356,7 @@ def test_equal_masks_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")["mask"], a["mask"])
     (tmp_path / "out.safetensors").unlink()
     save({**b, "mask": b["mask"] * 0}, tmp_path / "b.safetensors")
-    assert "'mask' holds uint8 numbers that differ" in failure(capsys, tmp_path, "merge", *inputs, *arguments)
+    assert "its dtype uint8 cannot be averaged" in failure(capsys, tmp_path, "merge", *inputs, *arguments)
     run("merge", *inputs, *arguments, "--ignore", "mask")
     assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")["mask"], a["mask"])
 
@@ -669,7 +669,7 @@ def test_joined_specs() -> None:
     grouped = PermutationSpec({"a.weight": ("y", None), "b.weight": (None, "y")}, groups={"y": 4})
     assert join_specs([first, grouped]).groups("x").count == 4
     other = PermutationSpec({"a.weight": ("y", None), "b.weight": (None, "y")}, groups={"y": 2})
-    with pytest.raises(ValueError, match=r"other groups .* at node 'y': 4 and 2"):
+    with pytest.raises(ValueError, match=r"different numbers of groups .* at node 'y': 4 and 2"):
         join_specs([grouped, other])
 
 

@@ -50,15 +50,15 @@ def test_damaged_files(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "expected a state dict, tensors by name, got list"),
-        ({"w": torch.ones(2), "epoch": 3}, "expected a state dict, tensors by name, got int at 'epoch'"),
-        ({3: torch.ones(2)}, "expected a state dict, tensors by name, got a dict with the key 3"),
+        ([1, 2], "expected a state dict (tensors by name), got list"),
+        ({"w": torch.ones(2), "epoch": 3}, "expected a state dict (tensors by name), got int at 'epoch'"),
+        ({3: torch.ones(2)}, "expected a state dict (tensors by name), got a dict with the key 3"),
         (
             {"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}},
-            "holds several state dicts, at 'actor', 'critic': save the one to use",
+            "contains several state dicts, at 'actor', 'critic': save the one to use in",
         ),
-        ({}, "holds no tensors"),
-        (make_mlp(), "holds a Python object of the class torch.nn.modules.container.Sequential. Files are read"),
+        ({}, "contains no tensors"),
+        (make_mlp(), "contains a Python object of the class torch.nn.modules.container.Sequential. Files are read"),
     ],
 )
 def test_other_files_are_rejected(
@@ -78,8 +78,8 @@ def test_paths_without_checkpoint_are_rejected(tmp_path: Path, capsys: pytest.Ca
     for name, message in {
         "nowhere.pt": "no such file or directory",
         "text.txt": "not a checkpoint: expected a .safetensors file, a file of torch.save",
-        "empty": "not a checkpoint: expected model.safetensors, pytorch_model.bin, an index of their shards",
-        "adapter": "holds an adapter, not a whole network",
+        "empty": "not a checkpoint: expected model.safetensors, pytorch_model.bin, an index of shards",
+        "adapter": "contains an adapter, not a whole network",
     }.items():
         shown = failure(capsys, tmp_path, "merge", a, tmp_path / name, "--output", tmp_path / "out")
         assert f"{tmp_path / name}: {message}" in shown
@@ -96,10 +96,10 @@ def test_missing_or_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture
     message = f"{b}: 1 of {len(shards)} shards are missing: {shards[1].name}"
     assert message in failure(capsys, tmp_path, *arguments)
     shutil.copy(shards[0], shards[1])
-    assert "lacks the tensor" in failure(capsys, tmp_path, *arguments)
+    assert "is missing, but" in failure(capsys, tmp_path, *arguments)
     index = tmp_path / "b" / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"w": "../a/x.safetensors"}}')
-    assert "shards must lie in the same directory" in failure(capsys, tmp_path, *arguments)
+    assert "shards must be in the same directory" in failure(capsys, tmp_path, *arguments)
     index.write_text('{"weight_map": [1]}')
     assert "weight_map must map" in failure(capsys, tmp_path, *arguments)
     index.write_text("{")
@@ -156,7 +156,7 @@ def test_architectures_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 8}))
     arguments = ("merge", a, tmp_path / "b", "--output", tmp_path / "out")
-    assert "by their configurations they are of different architectures" in failure(capsys, tmp_path, *arguments)
+    assert "their configurations describe different architectures" in failure(capsys, tmp_path, *arguments)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.json", "unigram", "vocab.json", "vocab.txt"])
@@ -176,7 +176,7 @@ def test_tokenizers_that_differ(kind: str, tmp_path: Path, capsys: pytest.Captur
     write("a", ["one", "two", "three"])
     write("b", ["one", "three", "two"])
     shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "out")
-    assert "their tokenizers differ, token 1 is 'two' in one and 'three' in the other" in shown
+    assert "their tokenizers differ: token 1 is 'two' in one and 'three' in the other" in shown
     write("b", ["one", "two", "three", "more"])
     run("merge", a, b, "--output", tmp_path / "out", "--quiet")
 
@@ -234,7 +234,7 @@ def narrow() -> list[torch.Tensor]:
         (["--weights", "1,x"], "--weights must be numbers with commas between, got '1,x'"),
         (["--weights", "0.5,0.6"], "weights must be at least 0 and sum to 1"),
         (["--balance", "2"], "balance must be in [0, 1], got 2.0"),
-        (["--format", "torch"], "the name is that of a safetensors file, but the format is torch"),
+        (["--format", "torch"], "this suffix means a safetensors file, but the format is torch"),
         (["--shard-size", "1GB"], "a single file has no shards"),
         (["--report", "no/such/directory/report.json"], "must be a file in a directory that exists"),
     ],
@@ -258,7 +258,7 @@ def test_existing_output_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
         shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / name)
         assert f"{tmp_path / name}: already exists: give another output" in shown
     shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "no" / "out")
-    assert f"{tmp_path / 'no'}: no such directory to write out in" in shown
+    assert f"{tmp_path / 'no'}: no such directory: create it to write out in it" in shown
 
 
 def test_without_transformers(
@@ -267,7 +267,7 @@ def test_without_transformers(
     a, b = save_pair(tmp_path, vit_model)
     monkeypatch.setitem(sys.modules, "transformers", None)
     arguments = ("merge", a, b, "--output", tmp_path / "out", "--data", f"{__name__}:narrow")
-    assert "needs transformers: pip install 'mudsc-fast[huggingface]'" in failure(capsys, tmp_path, *arguments)
+    assert "needs transformers: pip install transformers" in failure(capsys, tmp_path, *arguments)
     run("align", a, b, "--output", tmp_path / "out")
     assert "were not compared: transformers is not installed" in capsys.readouterr().out
 
@@ -369,17 +369,17 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 apples", "1e3"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="expected a size with a positive number and B, KB"):
+    with pytest.raises(ValueError, match="expected a size such as 200MB, a positive number with B, KB"):
         parse_size(text)
 
 
 def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
-    """Two networks of 252 MB each: neither they nor the result are ever in memory.
+    """Two networks of 151 MB each: neither they nor the result are ever in memory.
 
     Pages of mapped files count in a process's resident memory as long as nobody else needs it, so what is measured is
     the memory that is not backed by a file, every few milliseconds.
     """
-    width, layers = 1024, 60
+    width, layers = 1024, 36
     generator = torch.Generator().manual_seed(0)
     for name in ("a", "b"):
         state = {
@@ -421,9 +421,9 @@ def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
         command = [sys.executable, "-c", script, "merge", *inputs, "--output", str(tmp_path / output)]
         done = subprocess.run([*command, "--quiet", "--max-sweeps", "1"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / output).stat().st_size > 250 * 10**6
+        assert (tmp_path / output).stat().st_size > 150 * 10**6
         # Layers and their similarity take 4 to 8 MB; sums of a few nodes are kept between visits: 80 to 130 MB by the
-        # heap's holes. The models take 504 MB.
+        # heap's holes. The models take 302 MB.
         assert int(done.stdout) < 160
         (tmp_path / output).unlink()
 
@@ -433,7 +433,7 @@ def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
     [
         ("pass spec='mlp', else pass data", "pass --spec mlp, else pass --data"),
         ("weights must sum to 1", "--weights must sum to 1"),
-        ("a.pt: task_heads give one network", "a.pt: --task-heads give one network"),
+        ("a.pt: task_heads needs a directory", "a.pt: --task-heads needs a directory"),
         ("pass dequantize=True to mudsc_fast.io.merge_checkpoints, or", "pass --dequantize, or"),
         ("has no config.json: pass build=, a function", "has no config.json: pass --model, a function"),
         ("add ignore='a b*'", "add --ignore 'a b*'"),

@@ -349,7 +349,7 @@ def test_names_of_gpt2_without_its_prefix() -> None:
 @pytest.mark.parametrize(
     ("build", "text", "message"),
     [
-        (VisionTransformer, None, r"do not tell num_heads of the family vit: pass it as spec 'vit:num_heads=N'"),
+        (VisionTransformer, None, r"do not determine num_heads of the family vit: pass spec 'vit:num_heads=N'"),
         (VisionTransformer, "vit:num_heads=5", "not those of the family vit: width must be a multiple of num_heads"),
         (VisionTransformer, "vit:heads=3,num_heads=3", "no number 'heads'; it takes: num_heads"),
         (VisionTransformer, "vit:num_heads", r"must be NAME:number=value,..., got 'num_heads'"),
@@ -359,8 +359,8 @@ def test_names_of_gpt2_without_its_prefix() -> None:
             "spec names the unknown family 'swim': expected one of bert, clip",
         ),
         (VisionTransformer, "resnet", "not those of the family resnet"),
-        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), None, r"not recognized by its tensors \(0.weight, 0.bias"),
-        (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), "mlp", "expected nothing but linear layers"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3)), None, r"no family is recognized by the tensor names \(0.weight, 0.bias"),
+        (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 2)), "mlp", "expected only linear layers"),
     ],
 )
 def test_unrecognized_networks(build: Callable[[], nn.Module], text: str | None, message: str) -> None:
@@ -377,7 +377,7 @@ def test_unrecognized_networks(build: Callable[[], nn.Module], text: str | None,
             {"model_type": "whisper"},
             "WhisperModel has no .model.embed_tokens.weight.",
         ),
-        ({"model_type": "phi"}, "PhiModel has no 'model.embed_tokens.weight', as 21 of the 21 tensors in files"),
+        ({"model_type": "phi"}, "PhiModel has no 'model.embed_tokens.weight' (21 of the 21 tensors in the files"),
         ({"model_type": "llama"}, "do not tell num_heads of the family llama"),
         ({"model_type": "gpt2", "n_head": 4}, "not those of the family gpt2"),
     ],
@@ -435,7 +435,7 @@ def test_deriving_needs_model_and_data(tmp_path: Path, capsys: pytest.CaptureFix
             ("--model", "networks:make_mlp", "--data", f"{__name__}:no_batches"),
             "data must yield tensors, dicts of keyword arguments, or tuples that begin with one of these, got str",
         ),
-        (("--model", "networks:make_mlp"), "there is no data"),
+        (("--model", "networks:make_mlp"), "got no data"),
     ):
         shown = failure(capsys, tmp_path, "merge", a, b, "--output", tmp_path / "out", "--spec", "derive", *arguments)
         assert message in shown

@@ -95,7 +95,7 @@ def test_inspection_without_a_spec(tmp_path: Path, capsys: pytest.CaptureFixture
     torch.save({"w": torch.ones(2, 3), "q": torch.ones(2, 2).to(torch.float8_e5m2)}, tmp_path / "a.pt")
     run("inspect", tmp_path / "a.pt")
     shown = capsys.readouterr().out
-    assert "no spec: the network is not recognized by its tensors" in shown
+    assert "no spec: no family is recognized by the tensor names" in shown
     assert "1 tensors, 'q' is one: merge with --dequantize" in shown
     assert "no such file or directory" in failure(capsys, tmp_path, "inspect", tmp_path / "nowhere.pt")
 

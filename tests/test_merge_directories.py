@@ -100,7 +100,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     for path, words in zip(paths, (["the", "cat"], ["cat", "the"]), strict=True):
         (Path(path) / "vocab.txt").write_text("\n".join(words))
     for data in (None, bert_batches()):
-        with pytest.raises(CheckpointError, match="their tokenizers differ, token 0 is 'the' in one"):
+        with pytest.raises(CheckpointError, match="their tokenizers differ: token 0 is 'the' in one"):
             mudsc_fast.merge(paths, data)
 
 

@@ -76,12 +76,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a mistyped head": (
         lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, task_heads="cf3"),
         ValueError,
-        r"task_heads names 'cf3', with which no tensor's name begins; did you mean 'fc3'",
+        r"task_heads names 'cf3', but no tensor name begins with it; did you mean 'fc3'",
     ),
     "an unknown head": (
         lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, task_heads="classifier"),
         ValueError,
-        r"no tensor's name begins; there are 'fc1', 'fc2', 'fc3'",
+        r"no tensor name begins with it; there are 'fc1', 'fc2', 'fc3'",
     ),
     "a mistyped stop": (
         lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, stop_at="fc_2"),

@@ -339,7 +339,7 @@ def test_tail_keeps_integers_of_each_model() -> None:
         ({"stop_at": "fc"}, ValueError, "got 'fc'; nodes"),
         ({"stop_at": "fc3.bias"}, ValueError, "got 'fc3.bias'; nodes"),
         ({"stop_at": ["fc1", 3]}, TypeError, "stop_at must be a name or a sequence of names, got int"),
-        ({"task_heads": "fc9"}, ValueError, "task_heads names 'fc9', with which no tensor's name begins"),
+        ({"task_heads": "fc9"}, ValueError, "task_heads names 'fc9', but no tensor name begins with it"),
         ({"task_heads": ["fc1", "fc2", "fc3"]}, ValueError, "axes must name at least one node, got none"),
     ],
 )

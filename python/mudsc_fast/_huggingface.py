@@ -92,8 +92,7 @@ def build_without_weights(config: Mapping[str, Any]) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"deriving the spec of the model type {kind!r} needs transformers: pip install 'mudsc-fast[huggingface]', "
-            "or pass a spec"
+            f"deriving the spec of the model type {kind!r} needs transformers: pip install transformers, or pass a spec"
         ) from error
     try:
         network = class_of_config(transformers, config)

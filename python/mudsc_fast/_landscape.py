@@ -80,7 +80,7 @@ class Landscape:
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install 'mudsc-fast[plot]'") from error
+            raise ImportError("plots need matplotlib: pip install matplotlib") from error
         panels = dict(self.values)
         if len(panels) > 1:
             panels["mean"] = np.mean(list(self.values.values()), axis=0)

@@ -39,7 +39,7 @@ def new_axes() -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'mudsc-fast[plot]'") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     return pyplot.subplots(layout="constrained")[1]
 
 

@@ -1,1 +1,1 @@
-"""Networks in files: opened, with common names for their tensors, and checked; read lazily, one tensor at a time."""
+"""Networks in files: opening, checking, and giving tensors common names. Tensors are read lazily, one at a time."""

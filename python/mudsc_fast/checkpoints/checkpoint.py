@@ -1,7 +1,7 @@
-"""Reading checkpoints: safetensors and ``torch.save`` files, and directories of their shards, such as Hugging Face's.
+"""Read checkpoints: safetensors and ``torch.save`` files, and directories of shards such as those of Hugging Face.
 
-Tensors are views of mapped files: a checkpoint takes no memory of its own until an entry is read, and the pages read
-belong to the file cache, which the system takes back when memory runs short.
+Tensors are views of memory-mapped files. Opening a checkpoint reads no weights, and pages that are read later belong to
+the file cache, which the operating system frees when memory runs short.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _LOGGER = logging.getLogger(__name__)
 
 _EXPECTED = "a .safetensors file, a file of torch.save with a state dict, or a directory with one of them"
 
-#: Entries of each tensor that are compared to find out whether two sets of weights are the same.
+#: Number of entries of each tensor that are compared to tell whether two sets of weights are the same.
 _COMPARED_ENTRIES = 1024
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each a view of a mapped file that is made when it is asked for.
+    """Tensors by name, each a view of a mapped file, created on access.
 
     Parameters
     ----------
     shards
-        The opened files that hold the tensors: mappings from names to tensors.
+        The open files, as mappings from names to tensors.
     shard_of
-        For each name the shard that holds it.
+        For each name, the shard that holds the tensor.
     """
 
     def __init__(self, shards: Mapping[str, Mapping[str, Tensor]], shard_of: Mapping[str, str]) -> None:
@@ -75,7 +75,7 @@ class RenamedTensors(Mapping[str, Tensor]):
     tensors
         The tensors.
     source
-        For each name the name in `tensors`.
+        For each name, the name in `tensors`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], source: Mapping[str, str]) -> None:
@@ -106,20 +106,21 @@ class Checkpoint:
     format
         ``"safetensors"`` or ``"torch"``.
     tensors
-        The tensors by name, read when asked for. Names are without the prefixes that wrappers add
-        (``torch.compile``, ``DataParallel``).
+        The tensors by name, read on access. Prefixes that wrappers add to names (``torch.compile``, ``DataParallel``)
+        are removed.
     config
         The content of ``config.json``, if `path` is a directory that has one.
     pieces
-        For each name in the files the tensor, or part of a tensor, of `tensors` that is stored under it.
+        For each name in the files, the tensor of `tensors`, or the part of one, that is stored under this name.
     weights_name
-        Name of a directory's single file of weights.
+        Name of a directory's single weights file.
     extra_state
-        Entries of the state dict that are not tensors, by their name.
+        Entries of the state dict that are not tensors, by name.
     versions
-        For each module of a file of torch the version of its format (``_metadata`` of the state dict); else empty.
+        For each module in a torch file, the version of its format (``_metadata`` of the state dict). Empty for
+        safetensors.
     metadata
-        Texts that a safetensors file holds beside the tensors.
+        Strings that a safetensors file holds beside the tensors.
     """
 
     path: Path
@@ -140,7 +141,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Content:
-    """What one file or one set of shards holds."""
+    """Content of one file or of one set of shards."""
 
     tensors: Mapping[str, Tensor]
     extra_state: Mapping[str, Any] = field(default_factory=dict)
@@ -154,16 +155,21 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path
-        A .safetensors file; a .pt, .pth, .bin or .ckpt file with a state dict as ``torch.save`` writes it, also inside
-        a training checkpoint (loaded with ``weights_only=True``; files from before PyTorch 1.6 cannot be mapped and
-        are read into memory); or a directory with one such file, or with shards and their index. Of several sets of
-        weights in a directory the one is read that ``from_pretrained`` of transformers reads; a warning of the
-        logger ``mudsc_fast.checkpoints`` names another one that differs.
+        One of:
+
+        - a .safetensors file;
+        - a .pt, .pth, .bin or .ckpt file of ``torch.save`` with a state dict, which may be inside a training
+          checkpoint. It is loaded with ``weights_only=True``. Files from before PyTorch 1.6 cannot be mapped and are
+          read into memory;
+        - a directory with one such file, or with shards and their index. If it has several sets of weights, the one
+          that ``from_pretrained`` of transformers reads is used, and the logger ``mudsc_fast.checkpoints`` warns of
+          sets that differ from it.
 
     Raises
     ------
     CheckpointError
-        If there is no such file, it is not a checkpoint, is incomplete, or lacks a shard or a tensor of its index.
+        If the file does not exist, is incomplete or is not a checkpoint, or if a shard or a tensor of an index is
+        missing.
     """
     path = Path(path)
     if path.is_dir():
@@ -240,13 +246,15 @@ def _warn_of_difference(path: Path, read: Weights, tensors: Mapping[str, Tensor]
     try:
         others = _open_weights(path, other).tensors
     except CheckpointError as error:
-        _LOGGER.warning("%s: reading %s; %s beside it cannot be read (%s)", path, read.file, other.file, error)
+        _LOGGER.warning(
+            "%s: reading %s; %s in the same directory cannot be read (%s)", path, read.file, other.file, error
+        )
         return
     differing = [name for name in tensors if name in others and not _look_alike(tensors[name], others[name])]
     if differing:
         _LOGGER.warning(
-            "%s: reading %s, as transformers does; %s beside it holds other weights (%d of %d tensors differ, %r is "
-            "one): remove the one that is out of date",
+            "%s: reading %s, as transformers does; %s in the same directory holds different weights (%d of %d tensors "
+            "differ, such as %r): remove the outdated file",
             path,
             read.file,
             other.file,
@@ -257,7 +265,7 @@ def _warn_of_difference(path: Path, read: Weights, tensors: Mapping[str, Tensor]
 
 
 def _look_alike(first: Tensor, other: Tensor) -> bool:
-    """Compare the shapes of two tensors, and their first entries if they have the same dtype."""
+    """Compare the shapes of two tensors, and their first entries if their dtypes are equal."""
     if first.shape != other.shape or first.dtype != other.dtype:
         return first.shape == other.shape
     entries = [tensor.reshape(-1)[:_COMPARED_ENTRIES].contiguous().view(torch.uint8) for tensor in (first, other)]
@@ -267,18 +275,18 @@ def _look_alike(first: Tensor, other: Tensor) -> bool:
 def _open_shards(path: Path, index_name: str, kind: Format) -> _Content:
     shard_of = read_json(path / index_name).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise CheckpointError(f"{path / index_name}: weight_map must map the names of tensors to files")
+        raise CheckpointError(f"{path / index_name}: weight_map must map tensor names to file names")
     names = sorted(set(shard_of.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{path / index_name}: shards must lie in the same directory, got {outside[0]!r}")
+        raise CheckpointError(f"{path / index_name}: shards must be in the same directory, got {outside[0]!r}")
     missing = [name for name in names if not (path / name).exists()]
     if missing:
         raise CheckpointError(f"{path}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
     shards = {name: _open_file(path / name, kind) for name in names}
     for tensor, shard in shard_of.items():
         if tensor not in shards[shard].tensors:
-            raise CheckpointError(f"{path / shard}: lacks the tensor {tensor!r}, which {index_name} says it holds")
+            raise CheckpointError(f"{path / shard}: the tensor {tensor!r} is missing, but {index_name} lists it here")
     return _Content(
         LazyTensors({name: shard.tensors for name, shard in shards.items()}, shard_of),
         {name: value for shard in shards.values() for name, value in shard.extra_state.items()},
@@ -295,5 +303,5 @@ def _open_file(path: Path, kind: Format) -> _Content:
         loaded = open_torch_file(path)
         content = _Content(loaded.tensors, loaded.extra_state, loaded.versions)
     if len(content.tensors) == 0:
-        raise CheckpointError(f"{path}: holds no tensors")
+        raise CheckpointError(f"{path}: contains no tensors")
     return content

@@ -1,4 +1,4 @@
-"""Whether networks in files can be merged, and which of their tensors each of them keeps for itself."""
+"""Check whether networks in files can be merged, and find the tensors that each network keeps for itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 _MAX_LISTED = 20
 
-#: Embedding tables: their rows belong to the tokens of one tokenizer.
+#: Embedding tables. Their rows belong to the tokens of one tokenizer.
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|shared|tok_embeddings|embed_in)\.weight$")
 
 #: Value of `task_heads` with which the layers that differ are found automatically.
@@ -25,14 +25,14 @@ AUTO = "auto"
 
 
 def check_configs(checkpoints: Sequence[Checkpoint], *, task_heads: Sequence[str]) -> None:
-    """Raise a CheckpointError if configurations name other model types or, without `task_heads`, other classes."""
+    """Raise a CheckpointError if configurations name different model types or, without `task_heads`, classes."""
     first = checkpoints[0]
     keys = ("model_type",) if task_heads else ("model_type", "architectures")
     for other in checkpoints[1:]:
         for key in keys:
             ours, theirs = (checkpoint.config.get(key) if checkpoint.config else None for checkpoint in (first, other))
             if ours is not None and theirs is not None and ours != theirs:
-                hint = "; to merge the layers that they share, add task_heads='auto'" if key == "architectures" else ""
+                hint = "; to merge only the common layers, add task_heads='auto'" if key == "architectures" else ""
                 raise CheckpointError(
                     f"{first.path} and {other.path} are incompatible: {key} is {ours!r} in one config.json and "
                     f"{theirs!r} in the other{hint}"
@@ -40,9 +40,9 @@ def check_configs(checkpoints: Sequence[Checkpoint], *, task_heads: Sequence[str
 
 
 def check_versions(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise a CheckpointError if a module was saved in formats of other versions, which mean other values.
+    """Raise a CheckpointError if a module was saved in different versions of its format.
 
-    Those of BatchNorm differ in a counter alone.
+    Such tensors have different meanings. The versions of BatchNorm are ignored: they differ only in a counter.
     """
     first = checkpoints[0]
     for other in checkpoints[1:]:
@@ -53,26 +53,29 @@ def check_versions(checkpoints: Sequence[Checkpoint]) -> None:
             is_norm = f"{module}.running_mean" in first.tensors
             if ours.get("version") != theirs.get("version") and not is_norm:
                 raise CheckpointError(
-                    f"{first.path} and {other.path} are incompatible: they hold the module {module!r} in the versions "
-                    f"{ours.get('version')} and {theirs.get('version')} of its format: load the older one into the "
-                    "model and save it again"
+                    f"{first.path} and {other.path} are incompatible: the module {module!r} was saved in version "
+                    f"{ours.get('version')} of its format in one and {theirs.get('version')} in the other: load the "
+                    "older file into the model and save it again"
                 )
 
 
 def kept_tensors(
     checkpoints: Sequence[Checkpoint], *, ignore: Sequence[str], task_heads: Sequence[str], check_shapes: bool = True
 ) -> frozenset[str]:
-    """Return the names of the tensors that are not merged: each network keeps its own, if it has one.
+    """Return the names of the tensors that are not merged. Each network keeps its own, if it has one.
 
-    These are what `ignore` and `task_heads` name, tensors that modules compute for themselves and that only some
-    networks have, and, with ``"auto"`` among `task_heads`, all that only some networks have or that differ in shape,
-    with the other tensors of the same layers.
+    These are:
+
+    - the tensors that `ignore` and `task_heads` name;
+    - tensors that modules compute for themselves, if only some networks have them;
+    - with ``"auto"`` among `task_heads`, all tensors of layers in which a tensor is missing in some networks or differs
+      in shape.
 
     Raises
     ------
     CheckpointError
-        If other tensors are missing in some network, or differ in dtype or (with `check_shapes`) in shape, or a pattern
-        matches nothing.
+        If any other tensor is missing in some network or differs in dtype or (with `check_shapes`) in shape, or if a
+        pattern matches nothing.
     """
     names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
     kept = set()
@@ -96,9 +99,9 @@ def kept_tensors(
 
 
 def check_integers(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec: PermutationSpec) -> None:
-    """Raise a CheckpointError for integers that would be wrong in the result: quantized weights and the like.
+    """Raise a CheckpointError for integer tensors that would be wrong in the result, such as quantized weights.
 
-    The result has those of the first network, which is right for tables and masks that are the same in all.
+    The result has the integer tensors of the first network. This is right for tables and masks that are equal in all.
     """
     first = checkpoints[0]
     for name in first.tensors:
@@ -110,19 +113,19 @@ def check_integers(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec
         dtype = str(tensor.dtype).removeprefix("torch.")
         if name in spec.layouts:
             raise CheckpointError(
-                f"{first.path}: {name!r} holds {dtype} numbers, which cannot be averaged: dequantize the network first"
+                f"{first.path}: {name!r} has dtype {dtype}, which cannot be averaged: dequantize the network first"
             )
         for other in checkpoints[1:]:
             if not _equal(tensor, other.tensors[name]):
                 raise CheckpointError(
-                    f"{name!r} holds {dtype} numbers that differ in {first.path} and {other.path} and cannot be "
-                    f"averaged: dequantize the networks first if these are weights, or add ignore={name!r} to keep "
-                    f"those of {first.path}"
+                    f"{name!r} differs in {first.path} and {other.path}, and its dtype {dtype} cannot be averaged: "
+                    f"dequantize the networks first if these are weights, or add ignore={name!r} to keep the tensor of "
+                    f"{first.path}"
                 )
 
 
 def check_tokenizers(checkpoints: Sequence[Checkpoint], kept: frozenset[str]) -> None:
-    """Raise a CheckpointError if tokenizers give one number to different texts, and embedding tables are merged."""
+    """Raise a CheckpointError if embedding tables are merged and some token id has different texts."""
     tables = [name for name in checkpoints[0].tensors if TABLES.search(name)]
     if tables and all(name in kept for name in tables):
         return
@@ -133,14 +136,14 @@ def check_tokenizers(checkpoints: Sequence[Checkpoint], kept: frozenset[str]) ->
         for number, text in ours.items():
             if theirs.get(number, text) != text:
                 raise CheckpointError(
-                    f"{first.path} and {other.path} are incompatible: their tokenizers differ, token {number} is "
-                    f"{text!r} in one and {theirs[number]!r} in the other; to keep an embedding table for each, name "
-                    f"it and the output layer: task_heads={','.join(tables) or 'NAMES'!r}"
+                    f"{first.path} and {other.path} are incompatible: their tokenizers differ: token {number} is "
+                    f"{text!r} in one and {theirs[number]!r} in the other; to keep the embedding table of each, "
+                    f"name it and the output layer: task_heads={','.join(tables) or 'NAMES'!r}"
                 )
 
 
 def check_labels(checkpoints: Sequence[Checkpoint], kept: frozenset[str], spec: PermutationSpec) -> None:
-    """Raise a CheckpointError if classifiers that would be averaged have other labels."""
+    """Raise a CheckpointError if classifiers that would be averaged have different labels."""
     problem = label_problem(
         [checkpoint.path for checkpoint in checkpoints],
         [checkpoint.config for checkpoint in checkpoints],
@@ -183,8 +186,8 @@ def _check_tensors(first: Checkpoint, other: Checkpoint, kept: set[str], check_s
     hints = []
     if missing or shapes:
         hints = [
-            "to keep the layers that differ for each network, add task_heads='auto' or task_heads='NAME,...';",
-            f"to keep those of {first.path} alone, add ignore='PATTERN'",
+            "to keep a layer that differs for each network, add task_heads='auto' or task_heads='NAME,...';",
+            f"to keep only the layer of {first.path}, add ignore='PATTERN'",
         ]
     raise CheckpointError(
         "\n  ".join([f"{first.path} and {other.path} are incompatible:", *problems[:_MAX_LISTED], *more, *hints])

@@ -1,9 +1,9 @@
-"""Names that transformers gives to tensors when it loads them.
+"""Convert tensor names in files to the names that transformers uses in memory.
 
-Files of Hugging Face keep the names and shapes with which a network was published; in memory some tensors have other
-names (DINOv2, ViT), or several are one (the experts of Mixtral). A spec that is derived from the model knows the names
-in memory. Which tensor of a file is which part of a tensor in memory is found by saving the model without data: the
-tensors to save are views of those of the model.
+Hugging Face files keep the names and shapes with which a network was published. In memory, some tensors have other
+names (DINOv2, ViT), and several may be stacked into one (the experts of Mixtral). A spec that is derived from the model
+has the names in memory. To find which part of a tensor in memory each tensor in a file is, the model is converted for
+saving without data: the converted tensors are views of the tensors in memory.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mudsc_fast.checkpoints.errors import CheckpointError
 
 
 class AssembledTensors(Mapping[str, Tensor]):
-    """Tensors made of pieces when they are asked for; one that is a single whole piece is not copied.
+    """Tensors that are assembled from pieces on access. A tensor that is a single whole piece is not copied.
 
-    The last one made is kept, because callers often ask for one tensor several times in a row.
+    The last tensor is kept, because callers often ask for the same tensor several times in a row.
 
     Parameters
     ----------
     tensors
         The pieces by name.
     pieces
-        For each piece where it belongs.
+        For each piece, the part of a tensor that it is.
     shapes
         Shape of each tensor.
     """
@@ -55,7 +55,7 @@ class AssembledTensors(Mapping[str, Tensor]):
             return self._tensors[parts[0][0]]
         if self._last is not None and self._last[0] == name:
             return self._last[1]
-        self._last = None  # its memory is free before the next one is made
+        self._last = None  # frees its memory before the next tensor is allocated
         first = self._tensors[parts[0][0]]
         assembled = torch.empty(self._shapes[name], dtype=first.dtype, device=first.device)
         for stored, piece in parts:
@@ -83,7 +83,7 @@ def as_loaded(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If the tensors are not those of the model, or transformers changes them in a way that is not a view.
+        If the tensors are not those of the model, or transformers converts them in a way that is not a view.
     """
     in_memory = model.state_dict()
     stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -125,7 +125,7 @@ def _check_complete(checkpoint: Checkpoint, used: Mapping[str, Piece], in_memory
 
 
 class _WithoutCopies(TorchDispatchMode):
-    """Let copies of tensors be the tensors themselves, so that views of them can be told from their storage."""
+    """Replace clones by the cloned tensors, so that views can be recognized by their storage."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default:
@@ -134,10 +134,10 @@ class _WithoutCopies(TorchDispatchMode):
 
 
 def _pieces(model: nn.Module, in_memory: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """Return for each tensor that transformers would save the part of a tensor in memory that it is."""
+    """Return for each tensor that transformers would save which part of a tensor in memory it is."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5 tensors have the same names in files and in memory
+    except ImportError:  # before transformers 5, tensors have the same names in files and in memory
         return {name: Piece(name) for name in in_memory}
     name_of_storage: dict[int, str] = {}
     for name, tensor in in_memory.items():
@@ -151,7 +151,7 @@ def _pieces(model: nn.Module, in_memory: Mapping[str, Tensor]) -> dict[str, Piec
             continue
         whole = in_memory[source]
         if tensor.shape == whole.shape and tensor.stride() == whole.stride() and not tensor.storage_offset():
-            # Of tied tensors each keeps its own name.
+            # Each of several tied tensors keeps its own name.
             pieces[stored] = Piece(stored if stored in in_memory else source)
         else:
             pieces[stored] = Piece(source, (tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
@@ -159,7 +159,7 @@ def _pieces(model: nn.Module, in_memory: Mapping[str, Tensor]) -> dict[str, Piec
 
 
 def _renamed(model: nn.Module, in_memory: Mapping[str, Tensor], stored: Mapping[str, Any]) -> dict[str, Piece]:
-    """Return the pieces of tensors that transformers renames on loading, but saves under their new names."""
+    """Return the pieces of tensors that transformers renames on loading and saves under their new names."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key

@@ -1,7 +1,7 @@
-"""Which files of a directory hold the weights.
+"""Find the files of a directory that hold the weights.
 
-The order is that of ``from_pretrained`` in transformers: a single file before an index of shards, safetensors before
-files of torch. Names of other libraries and variants (``model.fp16.safetensors``) come after these.
+The order of preference is that of ``from_pretrained`` in transformers: a single file before an index of shards,
+safetensors before torch files. Names of other libraries and variants (``model.fp16.safetensors``) come last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mudsc_fast.checkpoints.errors import CheckpointError
 
 Format = Literal["safetensors", "torch"]
 
-#: The format that a file's suffix stands for.
+#: The format that each suffix of a file means.
 FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".pt": "torch",
@@ -27,7 +27,7 @@ FORMAT_OF_SUFFIX: dict[str, Format] = {
 #: The name of a directory's single file of weights, by format. With shards, ``<name>.index.json`` lists them.
 WEIGHTS_NAME: dict[Format, str] = {"safetensors": "model.safetensors", "torch": "pytorch_model.bin"}
 
-#: Names to look for, the first that is there is read; each also with ``.index.json`` behind it.
+#: Names to look for, in order of preference, also with ``.index.json`` appended.
 _NAMES = (
     *WEIGHTS_NAME.values(),
     "diffusion_pytorch_model.safetensors",
@@ -39,7 +39,7 @@ _NAMES = (
 
 _INDEX = ".index.json"
 
-#: A variant stands before the suffix of the name: model.fp16.safetensors, model.safetensors.index.fp16.json.
+#: Names with a variant before the last suffix: model.fp16.safetensors, model.safetensors.index.fp16.json.
 _VARIANT = re.compile(
     r"(?P<stem>model|pytorch_model|diffusion_pytorch_model)\.(?P<variant>[\w-]+)(?P<suffix>\.safetensors|\.bin)"
     r"|(?P<indexed>(?:model|diffusion_pytorch_model)\.safetensors|pytorch_model\.bin)\.index\.[\w-]+\.json"
@@ -47,22 +47,22 @@ _VARIANT = re.compile(
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.|\.\d{2,}\.pth$")
 
-#: Files of a trainer that are saved by torch but hold no network.
+#: Files that trainers write with ``torch.save`` and that hold no network.
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states_\d+)\.(bin|pt|pth)$")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a directory.
+    """One set of weights in a directory.
 
     Attributes
     ----------
     file
-        Name of the file of tensors, or of the index of shards.
+        Name of the weights file, or of the index of shards.
     format
         Format of the files.
     name
-        Name that a single file of the same weights has, without a variant: that of an output.
+        Name to write these weights under, as a single file and without a variant.
     """
 
     file: str
@@ -76,12 +76,12 @@ class Weights:
 
 
 def find_weights(path: Path) -> list[Weights]:
-    """Return the sets of weights in a directory, the one to read first.
+    """Return the sets of weights in a directory. The first one is the one to read.
 
     Raises
     ------
     CheckpointError
-        If there is none, or there are several between which nothing decides.
+        If there is none, or there are several without an order of preference.
     """
     names = {entry.name for entry in path.iterdir() if entry.is_file()}
     found = []
@@ -95,13 +95,13 @@ def find_weights(path: Path) -> list[Weights]:
         return others
     if others:
         raise CheckpointError(
-            f"{path}: holds several files of weights, {', '.join(weights.file for weights in others)}: give one of them"
+            f"{path}: contains several weights files, {', '.join(weights.file for weights in others)}: give one of them"
         )
     raise CheckpointError(_why_none(path, names))
 
 
 def resolve_hub_cache(path: Path) -> Path:
-    """Return the snapshot of a folder ``models--OWNER--NAME`` of the Hugging Face cache, other paths as they are."""
+    """Return the snapshot in a folder ``models--OWNER--NAME`` of the Hugging Face cache; return other paths as is."""
     snapshots = path / "snapshots"
     if not path.name.startswith("models--") or not snapshots.is_dir():
         return path
@@ -113,12 +113,12 @@ def resolve_hub_cache(path: Path) -> Path:
     found = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
     if len(found) != 1:
         listed = ", ".join(entry.name for entry in found) or "none"
-        raise CheckpointError(f"{path}: give one of its snapshots (snapshots/REVISION), found {listed}")
+        raise CheckpointError(f"{path}: give one of its snapshots (snapshots/REVISION); found: {listed}")
     return found[0]
 
 
 def _other(name: str) -> Weights | None:
-    """Return the weights in a file of a name that is not among the usual ones."""
+    """Return the weights in a file whose name is not one of the usual ones, or None if it holds no weights."""
     match = _VARIANT.fullmatch(name)
     if match and match["indexed"]:
         return Weights(name, FORMAT_OF_SUFFIX[Path(match["indexed"]).suffix], match["indexed"])
@@ -130,15 +130,15 @@ def _other(name: str) -> Weights | None:
 
 def _why_none(path: Path, names: set[str]) -> str:
     if "adapter_config.json" in names:
-        return f"{path}: holds an adapter, not a whole network: merge it into its base model first"
+        return f"{path}: contains an adapter, not a whole network: merge it into its base model first"
     if any(_SHARD.search(name) for name in names):
-        return f"{path}: holds shards of weights, but no index of them (model.safetensors.index.json)"
+        return f"{path}: contains shards of weights, but not their index (model.safetensors.index.json)"
     if "model_index.json" in names:
         return (
             f"{path}: is a pipeline of several networks: give the folder of one, e.g. {path / 'unet'} or "
             f"{path / 'transformer'}"
         )
     return (
-        f"{path}: not a checkpoint: expected {', '.join(WEIGHTS_NAME.values())}, an index of their shards, or one "
-        "other .safetensors, .bin, .pt, .pth or .ckpt file"
+        f"{path}: not a checkpoint: expected {', '.join(WEIGHTS_NAME.values())}, an index of shards, or a single "
+        ".safetensors, .bin, .pt, .pth or .ckpt file"
     )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, written, or merged with another one; the message says why and what to do."""
+    """A checkpoint cannot be read, written, or merged with another one. The message says why and what to do."""

@@ -1,4 +1,4 @@
-"""Modules from checkpoints, to run a network for its activations and to compare its outputs."""
+"""Load modules from checkpoints to collect activations and to compare outputs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def import_function(argument: str, text: str) -> Callable[[], Any]:
-    """Return the function that e.g. ``"my_package.my_module:my_function"`` names; modules beside the user are found.
+    """Import a function by a name such as ``"my_package.my_module:my_function"``, also from the current directory.
 
     Raises
     ------
     CheckpointError
-        If the text is of another form, or the module or the function does not exist or cannot be imported.
+        If the text has another form, or the module or the function does not exist or cannot be imported.
     """
     module_name, _, function_name = text.partition(":")
     if not module_name or not function_name:
@@ -51,7 +51,7 @@ def import_function(argument: str, text: str) -> Callable[[], Any]:
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Raise a CheckpointError that names the cause for any exception of the enclosed code."""
+    """Convert any exception in the ``with`` block to a CheckpointError that names the cause."""
     try:
         yield
     except (CheckpointError, DistributedError):
@@ -63,21 +63,21 @@ def users_code(what: str) -> Iterator[None]:
 def load_model(
     checkpoint: Checkpoint, build: Callable[[], nn.Module] | None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Return a module with a checkpoint's tensors.
+    """Return a module with the tensors of a checkpoint.
 
     Parameters
     ----------
     checkpoint
         The network.
     build
-        Makes the module; if None, transformers does, by ``config.json``.
+        A function that returns the module. If None, transformers builds it from ``config.json``.
     dtype
         Dtype of the module, by default that of the tensors.
 
     Raises
     ------
     CheckpointError
-        If there is neither `build` nor a configuration, transformers is missing, or the tensors do not fit.
+        If there is neither `build` nor a configuration, transformers is not installed, or the tensors do not fit.
     """
     if build is None:
         return _load_by_transformers(checkpoint, dtype)
@@ -92,10 +92,10 @@ def load_model(
 
 
 def _state_dict_for(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the tensors of a checkpoint as the model names them.
+    """Return the tensors of a checkpoint under the names that the model uses.
 
-    Tied tensors that files leave out are added. Counters and tables that only the file or only the model has do not
-    matter. The versions of modules are those of the file; safetensors files have none, and are taken as current.
+    Tied tensors that are missing in the file are added. Counters and tables that only the file or only the model has
+    are ignored. The versions of modules are those of the file; safetensors files have none and count as current.
     """
     expected = model.state_dict()
     stored_names = plain_names(expected)
@@ -120,12 +120,12 @@ def _state_dict_for(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def built(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the module that the user's function makes.
+    """Call the user's function and return the module.
 
     Raises
     ------
     CheckpointError
-        If it fails or returns something else.
+        If the function fails or returns anything but a module.
     """
     with users_code("the model function"):
         model = build()
@@ -137,9 +137,9 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
 def output_difference(
     before: Checkpoint, after: Checkpoint, build: Callable[[], nn.Module] | None, batches: Rewindable | None
 ) -> tuple[float, float] | str:
-    """Return the largest difference of the outputs of two networks on a small batch and the largest output, in float32.
+    """Run two networks on a small batch in float32, and return the largest difference and the largest output.
 
-    If they cannot be computed, return why.
+    If the outputs cannot be computed, return the reason.
     """
     if build is not None and batches is None:
         return "there is no data to run the model on"
@@ -163,7 +163,7 @@ def output_difference(
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
-    """Return the outputs of a model on a batch, or on random inputs if it is None; or why there are none to compare."""
+    """Return the outputs on a batch, or on random inputs if it is None, or the reason why they cannot be compared."""
     if batch is not None:
         seen: list[Any] = []
         with users_code("running the model on the data"):
@@ -175,21 +175,21 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
         return _ordered(seen[0], model)
     inputs = random_inputs(model)
     if not inputs:
-        return f"there is no batch for {type(model).__name__}"
+        return f"random inputs for {type(model).__name__} are not supported"
     with users_code("running the network on random inputs"):
         result = model(**inputs)
     return _ordered(result, model)
 
 
 def _ordered(result: Any, model: nn.Module) -> list[Tensor] | str:
-    """Return the outputs that do not change when units are permuted, in float32."""
+    """Return the outputs whose order does not change when units are permuted, in float32."""
     if isinstance(result, Tensor):
         return [result.float()]
     if not isinstance(result, Mapping):
         return f"{type(model).__name__} returns {type(result).__name__}, not a tensor"
     found = ordered_outputs(result)
     if found is result:
-        return f"{type(model).__name__} returns nothing whose order is known"
+        return f"{type(model).__name__} returns no output whose order is known"
     return [output.float() for output in found]
 
 
@@ -200,7 +200,7 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         import transformers
     except ImportError as error:
         raise CheckpointError(
-            f"{checkpoint.path}: running this network needs transformers: pip install 'mudsc-fast[huggingface]'"
+            f"{checkpoint.path}: running this network needs transformers: pip install transformers"
         ) from error
     kind = class_of_config(transformers, checkpoint.config)
     with quiet_transformers(), users_code(f"loading {checkpoint.path} by transformers"):
@@ -214,7 +214,7 @@ def _load_by_transformers(checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
     missing = sorted(found["missing_keys"])
     if missing:
         _LOGGER.warning(
-            "%s: %s of %s are not in the files, and transformers fills them with random numbers: %s",
+            "%s: %s of %s are missing in the files, so transformers initialized them randomly: %s",
             checkpoint.path,
             "1 tensor" if len(missing) == 1 else f"{len(missing)} tensors",
             type(model).__name__,

@@ -1,4 +1,4 @@
-"""Names of tensors: without the prefixes of wrappers, and tensors that differ between networks without harm."""
+"""Tensor names: removal of wrapper prefixes, and names of tensors that may differ between networks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-#: Components that torch.compile, FSDP and activation checkpointing put into names; no module is called so.
+#: Name components that torch.compile, FSDP and activation checkpointing insert. No user module has these names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-#: What DataParallel, DistributedDataParallel and AveragedModel put before all names but their own counter.
+#: The prefix that DataParallel, DistributedDataParallel and AveragedModel add to all names except their own counter.
 _PARALLEL = "module."
 _COUNTERS = ("n_averaged",)
 
-#: Tensors that modules compute for themselves, and counters: a network works the same without them.
+#: Counters, and tensors that modules compute for themselves. A network works the same without them.
 _DERIVED = re.compile(
     r"(^|\.)(position_ids|token_type_ids|inv_freq|num_batches_tracked|n_averaged|masked_bias|_extra_state"
     r"|attn_mask|relative_position_index|relative_coords_table)$"
@@ -22,9 +22,9 @@ _DERIVED = re.compile(
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Return for each name without the prefixes of wrappers the name itself, in the same order.
+    """Map each name without wrapper prefixes to the original name, in the same order.
 
-    If two names were the same without them, all stay as they are.
+    If removing the prefixes would make two names equal, all names stay as they are.
     """
     stored = list(names)
     plain = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in stored]
@@ -38,10 +38,10 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def is_derived(name: str) -> bool:
-    """Tell whether a tensor is a counter or computed by its module, so that a network works the same without it."""
+    """Return whether a tensor is a counter or computed by its module, so that a network works the same without it."""
     return _DERIVED.search(name) is not None
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a name is the pattern, begins with it up to a dot, or fits its wildcards (``*.pooler.*``)."""
+    """Return whether a name equals the pattern, has it as a prefix before a dot, or fits its wildcards (``*.fc.*``)."""
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)

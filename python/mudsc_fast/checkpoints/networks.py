@@ -41,7 +41,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class NetworkFiles:
-    """NetworkFiles in files whose tensors have common names.
+    """Networks in files whose tensors have common names.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class NetworkFiles:
     spec
         The spec of all their tensors.
     kept
-        Names of the tensors that are not merged; each network has its own, or none.
+        Names of the tensors that are not merged. Each network has its own, or none.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -59,7 +59,7 @@ class NetworkFiles:
 
     @property
     def state_dicts(self) -> list[Mapping[str, Tensor]]:
-        """The tensors of the networks under the names of all; where a network lacks one there is another's."""
+        """The tensors of each network, with the names of all networks. Missing ones are filled in from another one."""
         if not self.kept:
             return [checkpoint.tensors for checkpoint in self.checkpoints]
         tensors = [checkpoint.tensors for checkpoint in self.checkpoints]
@@ -67,7 +67,7 @@ class NetworkFiles:
 
     @property
     def kept_names(self) -> list[str]:
-        """The tensors that are not merged, of which the matching takes no notice, in the order of the files."""
+        """The tensors that are neither matched nor merged, in the order of the files."""
         names = dict.fromkeys(name for checkpoint in self.checkpoints for name in checkpoint.tensors)
         return [name for name in names if name in self.kept]
 
@@ -79,7 +79,7 @@ class NetworkFiles:
 
     @property
     def unmatched(self) -> tuple[str, ...]:
-        """The tensors of the first network that the spec does not name."""
+        """The floating point tensors of the first network that are not in the spec."""
         return tuple(
             name
             for name, tensor in self.checkpoints[0].tensors.items()
@@ -88,7 +88,7 @@ class NetworkFiles:
 
 
 def open_networks(paths: Sequence[PathLike], *, dequantize: bool = False) -> list[Checkpoint]:
-    """Open checkpoints and refuse quantized weights, or dequantize them.
+    """Open checkpoints. Quantized weights are refused or, on request, dequantized.
 
     Raises
     ------
@@ -127,11 +127,11 @@ def prepare_networks(
     spec, build, batches
         How to choose the spec, a function that builds the model, and data to run it on.
     ignore, task_heads
-        Patterns of names of tensors that are not merged; ``"auto"`` among `task_heads` stands for all that differ.
+        Name patterns of tensors that are not merged. ``"auto"`` among `task_heads` selects all that differ.
     unequal_heads
-        Whether output layers may differ in size or labels without being named: the caller finds them.
+        Whether output layers may differ in size or labels without being named. The caller then finds them.
     names_in_memory
-        Whether to give tensors the names that they have in a model of transformers, where it knows them all.
+        Whether to give tensors the names that they have in a model of transformers, if it knows them all.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def prepare_networks(
 
 
 def open_for_spec(path: PathLike, spec: PermutationSpec) -> Checkpoint:
-    """Open one checkpoint whose tensors have the names of a spec.
+    """Open one checkpoint and give its tensors the names that a spec uses.
 
     Raises
     ------
@@ -172,16 +172,16 @@ def open_for_spec(path: PathLike, spec: PermutationSpec) -> Checkpoint:
 
 
 def _lacks_names(checkpoints: Sequence[Checkpoint], spec: SpecLike) -> bool:
-    """Tell whether a spec names tensors that none of the networks has."""
+    """Return whether a spec names tensors that none of the networks has."""
     if not isinstance(spec, PermutationSpec):
         return False
     return any(all(name not in checkpoint.tensors for checkpoint in checkpoints) for name in spec.layouts)
 
 
 def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any, in_memory: bool) -> list[Checkpoint]:
-    """Return checkpoints under the names in memory if files name the tensors of one architecture in several ways.
+    """Return checkpoints with the names in memory if the files name the tensors of one architecture differently.
 
-    They do if they were saved by several versions of transformers. With `in_memory` the names are changed in any case.
+    Different versions of transformers write different names. With `in_memory` the names are always changed.
     """
     names = [{name for name in checkpoint.tensors if not is_derived(name)} for checkpoint in checkpoints]
     configs = [checkpoint.config or {} for checkpoint in checkpoints]
@@ -192,7 +192,7 @@ def _with_common_names(checkpoints: Sequence[Checkpoint], build: Any, in_memory:
     try:
         return [as_loaded(checkpoint, model_of(checkpoint)) for checkpoint in checkpoints]
     except ValueError:
-        return list(checkpoints)  # not a network of transformers, or unknown to it: compare the names as they are
+        return list(checkpoints)  # transformers does not know these networks: compare the names as they are
 
 
 def model_of(checkpoint: Checkpoint) -> nn.Module:
@@ -203,7 +203,7 @@ def model_of(checkpoint: Checkpoint) -> nn.Module:
 def spec_of_checkpoint(
     checkpoint: Checkpoint, spec: SpecLike, build: Callable[[], nn.Module] | None, batches: Rewindable | None
 ) -> tuple[Checkpoint, PermutationSpec]:
-    """Return the spec of one network, and the network with the names that the spec knows.
+    """Return one network with the tensor names that its spec uses, and the spec.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def _with_spec(
     batches: Rewindable | None,
     kept: frozenset[str],
 ) -> tuple[list[Checkpoint], PermutationSpec, frozenset[str]]:
-    """Return the networks, their spec, and the names in `kept`; all have names in memory if the spec needs these."""
+    """Return the networks, their spec, and `kept`. All use names in memory if the spec needs these."""
     try:
         return list(checkpoints), _spec_of_all(checkpoints, spec, build, batches, kept), kept
     except ValueError as error:
@@ -261,13 +261,13 @@ def _spec_of_all(
         return join_specs(specs)
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoints[0].path} and the other networks are incompatible: by their configurations they are of "
-            f"different architectures: {error}"
+            f"{checkpoints[0].path} and the other networks are incompatible: their configurations describe different "
+            f"architectures: {error}"
         ) from error
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the configuration without what does not change the architecture."""
+    """Return the entries of the configuration that may change the architecture."""
     if checkpoint.config is None:
         return None
     labels = ("id2label", "label2id", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -281,7 +281,7 @@ def _chosen(
     batches: Rewindable | None,
     kept: frozenset[str],
 ) -> PermutationSpec:
-    """Return the spec of one network; tensors that are not merged need not be in it, but follow their units if so."""
+    """Return the spec of one network. Tensors that are not merged may be missing from it."""
 
     def choose(left_out: Callable[[str], bool]) -> PermutationSpec:
         names = {name: name for name in checkpoint.tensors if not left_out(name)}

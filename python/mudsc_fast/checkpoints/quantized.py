@@ -1,8 +1,8 @@
 """Quantized weights in files: recognized by name, refused, or dequantized on request.
 
-Weights of 8 bits are numbers without their scale: their average means nothing, and a permutation moves scales of blocks
-away from the weights. Plain schemes, a weight times a scale of the whole tensor, of its rows or of blocks, become
-floating point tensors of the same names.
+8-bit weights are stored without their scale. Averaging them would be meaningless, and permuting them would separate
+blocks from their scales. Simple schemes (a weight times a scale per tensor, row or block) are converted to floating
+point tensors of the same names.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ FLOAT8_DTYPES = tuple(
     if hasattr(torch, name)
 )
 
-#: Weights are stored in one of these; all other integers are indices, counters and masks.
+#: Dtypes of quantized weights. Tensors of other integer dtypes are indices, counters or masks.
 _QUANTIZED_DTYPES = (*FLOAT8_DTYPES, torch.int8, torch.uint8)
 
-#: The word that replaces `weight` in the name of a scale, and its divisor: bitsandbytes stores the largest entry.
+#: Names that replace `weight` in the name of a scale, and the divisor of the scale. bitsandbytes stores the largest
+#: absolute value of a row, which corresponds to 127.
 _SCALES = {"weight_scale": 1.0, "weight_scale_inv": 1.0, "SCB": 127.0}
 
-#: Tensors that only quantized layers have.
+#: Names of tensors that only quantized layers have.
 _PACKED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight\.absmax|weight\.quant_map|weight\.quant_state\.\w+"
     r"|\w+_(blocks|scales)|_packed_params\.\w+)$"
 )
 
-#: Rows and columns of a block that has one scale, in the files of DeepSeek, Qwen and others.
+#: Rows and columns of a block with one scale, in the files of DeepSeek, Qwen and others.
 _USUAL_BLOCK = 128
 
 #: Tensors of a quantized layer that are not needed once its weight is dequantized.
@@ -51,7 +52,7 @@ class _QuantizedWeight:
 
 
 class DequantizedTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint with its quantized weights multiplied by their scales when they are asked for."""
+    """The tensors of a checkpoint. Quantized weights are multiplied by their scales on access."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ def quantized_names(checkpoint: Checkpoint) -> list[str]:
 def check_not_quantized(checkpoint: Checkpoint) -> None:
     """Raise a CheckpointError that names a quantized weight, if there is one.
 
-    Integers of 8 bits without a scale may be masks: ``check_integers`` compares those of the networks.
+    8-bit integers without a scale may be masks. ``check_integers`` compares them between the networks.
     """
     packed = next((name for name in checkpoint.tensors if _PACKED.search(name)), None)
     if packed is not None:
@@ -113,18 +114,18 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
     scaled = "without a scale" if weight.scale is None else f"with the scale {weight.scale!r}"
     raise CheckpointError(
         f"{checkpoint.path}: {name!r} is quantized ({dtype}, {scaled}) and cannot be averaged: pass "
-        "dequantize=True to mudsc_fast.io.merge_checkpoints, or give the network before its quantization"
+        "dequantize=True to mudsc_fast.io.merge_checkpoints, or use the original network"
     )
 
 
 def dequantized(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Checkpoint:
-    """Return a checkpoint with floating point weights; one without quantized weights is returned as it is.
+    """Return a checkpoint with floating point weights. If no weight is quantized, return it as is.
 
     Parameters
     ----------
     checkpoint
-        The network. Weights in 8-bit floating point or integers, with scales of the whole tensor, of its rows or of
-        blocks, named ``weight_scale``, ``weight_scale_inv`` or ``SCB``; float8 weights may have no scale.
+        The network. Weights may be float8 or int8, with scales per tensor, row or block that are named
+        ``weight_scale``, ``weight_scale_inv`` or ``SCB``. float8 weights may have no scale.
     dtype
         Dtype of the weights, by default that of most other floating point tensors of the checkpoint.
 
@@ -153,7 +154,7 @@ def dequantized(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Che
 
 
 def _quantized_weights(tensors: Mapping[str, Tensor]) -> dict[str, _QuantizedWeight]:
-    """Return the weights of 8 bits that have a scale, or are floating point numbers."""
+    """Return the 8-bit weights that have a scale or a floating point dtype."""
     found = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in _QUANTIZED_DTYPES:
@@ -180,9 +181,9 @@ def _usual_dtype(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> t
 
 
 def _spread(scale: Tensor, weight: Tensor, block_size: Sequence[int] | None, name: str) -> Tensor:
-    """Return the scale in a shape that the weight can be multiplied by.
+    """Return the scale in a shape that can be multiplied by the weight.
 
-    It holds one number, one for each row, or one for each block; the last block of an axis may be incomplete.
+    The scale has one number, one per row, or one per block. The last block of an axis may be incomplete.
     """
     if scale.numel() == 1:
         return scale.reshape(())
@@ -200,20 +201,20 @@ def _spread(scale: Tensor, weight: Tensor, block_size: Sequence[int] | None, nam
 
 
 def _block_width(blocks: int, length: int, configured: int | None, name: str) -> int:
-    """Return the width of the blocks of an axis; the last one may be incomplete.
+    """Return the width of the blocks of an axis. The last block may be incomplete.
 
-    Where the configuration does not say, blocks are as wide as DeepSeek's or cut the axis into equal parts; if both are
-    possible and differ, nothing decides.
+    If the configuration does not give it, blocks have the usual width or divide the axis into equal parts. If both are
+    possible and differ, the width is unknown.
     """
     widths = {configured} if configured is not None else {_USUAL_BLOCK, length // blocks}
     possible = {width for width in widths if width and -(-length // width) == blocks}
     if configured is None and length % blocks:
         possible.discard(length // blocks)
     if len(possible) != 1:
-        why = "do not cover" if not possible else "may cover in several ways"
+        why = "do not fit" if not possible else "fit in several ways to"
         raise CheckpointError(
-            f"{name!r} cannot be dequantized: {blocks} scales {why} {length} entries; weight_block_size of the "
-            "quantization_config in config.json must give the size of a block"
+            f"{name!r} cannot be dequantized: {blocks} scales {why} {length} entries: set weight_block_size in the "
+            "quantization_config of config.json to the size of a block"
         )
     return possible.pop()
 
@@ -222,7 +223,7 @@ def _way_out(checkpoint: Checkpoint) -> str:
     method = _scheme(checkpoint).get("quant_method")
     named = f" ({method})" if method else ""
     return (
-        f"give the network before its quantization{named}, or load it with transformers, call model.dequantize() and "
+        f"use the network from before quantization{named}, or load it with transformers, call model.dequantize() and "
         "save it again"
     )
 

@@ -1,4 +1,4 @@
-"""Reading one safetensors file through a memory map."""
+"""Read one safetensors file through a memory map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mudsc_fast.checkpoints.errors import CheckpointError
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of one safetensors file, by name. Each tensor is read when it is asked for.
+    """The tensors of one safetensors file, by name. Each tensor is read on access.
 
     Raises
     ------
@@ -29,7 +29,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from error
         self._path = path
-        #: Tensors in use: names of one tensor get one tensor, by which tied tensors are found.
+        #: Tensors in use. While one is in use, its name gives the same object, so that ties can be found by identity.
         self._used: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._names: list[str] = list(file.keys())
         self._known = set(self._names)
@@ -47,7 +47,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         import safetensors
 
         try:
-            # A map of its own for every tensor: pages that were read leave the process when the tensor does.
+            # Each tensor has its own map, so that the pages that were read are unmapped when the tensor is freed.
             file: Any = safetensors.safe_open(self._path, "pt")
             tensor: Tensor = file.get_tensor(name)
         except Exception as error:  # safetensors raises several types for dtypes that this torch does not have

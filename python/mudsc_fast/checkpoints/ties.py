@@ -1,8 +1,8 @@
-"""Tied tensors that one file stores once and another one twice, or that are tied in one network alone.
+"""Tied tensors that are stored once in some files and twice in others, or that are tied in some networks only.
 
-An output layer that is the embedding table is often left out of a file. Ties are found by the contents, as
-``from_pretrained`` of transformers does: a configuration that ties two tensors which the file holds with other values
-is not followed.
+Files often leave out an output layer that is the embedding table. Ties are found by comparing contents, as
+``from_pretrained`` of transformers does: if the configuration ties two tensors but the file holds different values for
+them, they are not tied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mudsc_fast._tensors import Piece
 from mudsc_fast.checkpoints.checkpoint import Checkpoint
 from mudsc_fast.checkpoints.compatibility import TABLES
 
-#: Output layers that may be embedding tables.
+#: Names of output layers that may be tied to an embedding table.
 _HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|proj_out|output_projection|output|predictions\.decoder|vocab_projector)\.weight$"
 )
@@ -32,14 +32,14 @@ _FIRST_ENTRIES = 1024
 
 
 class TensorsWithAliases(Mapping[str, Tensor]):
-    """Tensors of another mapping without some of them, and some under a second name.
+    """The tensors of another mapping, with some left out and some also available under a second name.
 
     Parameters
     ----------
     tensors
         The tensors.
     aliases
-        For each further name the name of the same tensor.
+        For each second name, the name in `tensors`.
     dropped
         Names to leave out.
     """
@@ -68,10 +68,10 @@ class TensorsWithAliases(Mapping[str, Tensor]):
 
 
 def with_common_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the networks with the same tied tensors: what is tied in all stays tied, anything else is stored twice.
+    """Return the networks with the same ties: tensors that are tied in all stay tied, others are stored separately.
 
-    The result of merging has the form of the first network: if an output layer is free in any network, the first one
-    gets a copy of its table as an output layer, and its configuration no longer ties them.
+    The merged network has the form of the first network. If an output layer is not tied in some network, the first
+    network gets a copy of its table as an output layer, and its configuration no longer ties them.
     """
     result = list(checkpoints)
     names = list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
@@ -83,7 +83,7 @@ def with_common_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             continue
         tables = [_table_of(checkpoint, name, result) for checkpoint in result]
         if any(not there and table is None for there, table in zip(stored, tables, strict=True)):
-            continue  # missing without being tied; whether that matters is decided later
+            continue  # missing in a network and not tied there: checked later
         free = any(there and table is None for there, table in zip(stored, tables, strict=True))
         if free or stored[0]:
             result = [
@@ -98,7 +98,7 @@ def with_common_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if free:
             if not stored[0]:
                 _LOGGER.warning(
-                    "%r is tied to another tensor in %s, but not in all networks: the output has both",
+                    "%r is tied to another tensor in %s, but not in all networks: the output stores both",
                     name,
                     checkpoints[0].path,
                 )
@@ -107,7 +107,7 @@ def with_common_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _with_common_flag(checkpoints: list[Checkpoint], name: str) -> list[Checkpoint]:
-    """Return networks that all store an output layer: unless it is the table in all, no configuration ties them."""
+    """Untie the configurations of networks that all store an output layer, unless it equals the table in all."""
     flags = {checkpoint.config.get(_FLAG) for checkpoint in checkpoints if checkpoint.config is not None}
     if flags <= {False}:
         return checkpoints
@@ -117,7 +117,7 @@ def _with_common_flag(checkpoints: list[Checkpoint], name: str) -> list[Checkpoi
 
 
 def _table_of(checkpoint: Checkpoint, name: str, checkpoints: Sequence[Checkpoint]) -> str | None:
-    """Return the name of the tensor that `name` is tied to in a network, None if it is a tensor of its own."""
+    """Return the name of the tensor that `name` is tied to in a network, None if it is not tied."""
     if name in checkpoint.tensors:
         return _equal_table(checkpoint, name)
     for other in checkpoints:
@@ -133,7 +133,7 @@ def _table_of(checkpoint: Checkpoint, name: str, checkpoints: Sequence[Checkpoin
 
 
 def _equal_table(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return another tensor of a network that holds the same values, None if there is none."""
+    """Return the name of another tensor of a network with the same values, None if there is none."""
     tensor = checkpoint.tensors[name]
     if tensor.ndim != 2:
         return None

@@ -1,4 +1,4 @@
-"""Reading one file of ``torch.save``: a state dict, or a training checkpoint that holds one."""
+"""Read one file of ``torch.save``: a state dict, or a training checkpoint that contains one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mudsc_fast.checkpoints.errors import CheckpointError
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Where training scripts keep the state dict of the network, in the order of preference.
+#: Keys under which training scripts save the state dict of the network, in order of preference.
 _USUAL_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -34,7 +34,7 @@ _USUAL_KEYS = (
     "params",
 )
 
-#: How deep a state dict is searched: {"checkpoint": {"model": state_dict}} is two levels.
+#: Maximum depth of a state dict in nested dicts: {"checkpoint": {"model": state_dict}} has two levels.
 _MAX_DEPTH = 3
 
 _ESCAPE_CODES = re.compile(r"\x1b\[[0-9;]*m")
@@ -43,7 +43,7 @@ _UNSUPPORTED_CLASS = re.compile(r"GLOBAL ([\w.]+)")
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What one file of ``torch.save`` holds.
+    """Content of one file of ``torch.save``.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class TorchFile:
     extra_state
         Entries of the state dict that are not tensors, as ``get_extra_state`` of a module may return them.
     versions
-        The ``_metadata`` of the state dict: for each module the version of its format. Empty if the file has none.
+        The ``_metadata`` of the state dict, with the version of each module's format. Empty if the file has none.
     """
 
     tensors: dict[str, Tensor]
@@ -66,7 +66,7 @@ def open_torch_file(path: Path) -> TorchFile:
     Raises
     ------
     CheckpointError
-        If the file is incomplete, holds Python objects that are not loaded, or no state dict.
+        If the file is incomplete, contains Python objects that ``weights_only`` refuses, or has no state dict.
     """
     content = _load(path)
     key, state_dict = _find_state_dict(path, content)
@@ -85,7 +85,7 @@ def _load(path: Path) -> Any:
         mapped = zipfile.is_zipfile(path)  # as torch.save writes since PyTorch 1.6; older files are read into memory
         if mapped and _is_torchscript(path):
             raise CheckpointError(
-                f"{path}: is a TorchScript archive, which holds code: save its weights with "
+                f"{path}: is a TorchScript archive, which contains code: save its weights with "
                 "torch.save(torch.jit.load(path).state_dict(), new_path) and give that file"
             )
         with _harmless_classes():
@@ -106,9 +106,10 @@ def _is_torchscript(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _harmless_classes() -> Iterator[None]:
-    """Allow the classes of plain data that training scripts save beside the weights.
+    """Allow classes of plain data that training scripts save beside the weights.
 
-    These are the arguments of the command line and NumPy numbers and arrays; building one runs no other code.
+    These are command line arguments (``argparse.Namespace``) and NumPy numbers and arrays. Constructing them runs no
+    code of the file.
     """
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):  # cannot allow functions by name
         yield
@@ -117,7 +118,7 @@ def _harmless_classes() -> Iterator[None]:
     multiarray = core.multiarray
     kinds = {type(np.dtype(kind)) for kind in (*np.typecodes["AllInteger"], *np.typecodes["Float"], "?")}
     scalar = multiarray.scalar
-    # NumPy 1 and 2 have other names for the module of the same functions.
+    # The module of these functions has different names in NumPy 1 and 2.
     functions = [
         (function, f"numpy.{module}.multiarray.{name}")
         for module in ("core", "_core")
@@ -132,9 +133,9 @@ def _why_not_loaded(error: Exception) -> str:
     unsupported = _UNSUPPORTED_CLASS.search(text)
     if unsupported:
         return (
-            f"holds a Python object of the class {unsupported[1]}. Files are read with weights_only=True, so that no "
-            "code in them runs. If you trust the file, load it with torch.load(path, weights_only=False) and save the "
-            "state dict of the network alone: torch.save(model.state_dict(), new_path)"
+            f"contains a Python object of the class {unsupported[1]}. Files are read with weights_only=True, so that "
+            "no code in them runs. If you trust the file, load it with torch.load(path, weights_only=False) and save "
+            "only the state dict of the network: torch.save(model.state_dict(), new_path)"
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     detail = next((line for line in lines if "Error:" in line), lines[0] if lines else type(error).__name__)
@@ -156,20 +157,20 @@ def _find_state_dict(path: Path, content: Any) -> tuple[str, Mapping[str, Any]]:
         if len(nested) > 1:
             if key not in _USUAL_KEYS:
                 raise CheckpointError(
-                    f"{path}: holds several state dicts, at {', '.join(map(repr, nested))}: save the one to use as a "
-                    f"file of its own, e.g. torch.save(torch.load(path)[{key!r}], new_path)"
+                    f"{path}: contains several state dicts, at {', '.join(map(repr, nested))}: save the one to use in "
+                    f"a separate file, e.g. torch.save(torch.load(path)[{key!r}], new_path)"
                 )
             others = ", ".join(repr(other) for other in nested if other != key)
-            _LOGGER.warning("%s: using the state dict at %r; the file also holds %s", path, key, others)
+            _LOGGER.warning("%s: using the state dict at %r; the file also contains %s", path, key, others)
         keys.append(key)
         content = nested[key]
     if isinstance(content, Mapping) and not content:
-        raise CheckpointError(f"{path}: holds no tensors")
-    raise CheckpointError(f"{path}: expected a state dict, tensors by name, got {_described(content)}")
+        raise CheckpointError(f"{path}: contains no tensors")
+    raise CheckpointError(f"{path}: expected a state dict (tensors by name), got {_described(content)}")
 
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:
-    """Tell a state dict by its entries: tensors by name and nothing else but what modules add as extra state."""
+    """Return whether a mapping is a state dict: it has only tensors by name and the extra state of modules."""
     return (
         any(isinstance(value, Tensor) for value in content.values())
         and all(isinstance(name, str) for name in content)

@@ -25,7 +25,7 @@ _GIVEN = re.compile(
     rf"(?<![\w.]){_ARGUMENT}="
     r"(?:(?P<flag>True\b(?: to mudsc_fast[\w.]+)?)|'(?P<word>[\w.,:=-]+)'|(?P<value>(?=['\[\w])))?"
 )
-_NAMED = re.compile(rf"((?:^|: )(?=\w+ (?:must|give|names|needs)\b)|\b[Pp]ass ){_ARGUMENT}\b(?! to\b)", re.MULTILINE)
+_NAMED = re.compile(rf"((?:^|: )(?=\w+ (?:must|names|needs)\b)|\b[Pp]ass ){_ARGUMENT}\b(?! to\b)", re.MULTILINE)
 
 
 def as_options(message: str) -> str:

@@ -1,4 +1,4 @@
-"""NetworkFiles in files: read lazily, merged or aligned tensor by tensor, written atomically."""
+"""Networks in files: read lazily, merged or aligned tensor by tensor, written atomically."""
 
 from mudsc_fast.checkpoints.checkpoint import Checkpoint, LazyTensors, open_checkpoint
 from mudsc_fast.checkpoints.directory import Format

@@ -1,4 +1,4 @@
-"""Writing a network in a file with its units in the order of those of another network."""
+"""Write a network to a file with its units in the order of another network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import Space
 from mudsc_fast.spec.choose import SpecLike
 
-#: Outputs of a permuted network may differ by rounding: at most by this share of the largest output, in float32.
+#: Rounding changes the outputs of a permuted network by at most this fraction of the largest output, in float32.
 _MAX_DIFFERENCE = 1e-3
 
 
@@ -53,26 +53,26 @@ def align_checkpoints(
     verify: bool = True,
     progress: bool | None = None,
 ) -> WriteResult:
-    """Write a network with its units in the order of another one's; it computes the same as before.
+    """Write a network with its units in the order of another network; its outputs do not change.
 
-    The result can be averaged with `base` by any tool, tensor by tensor.
+    Any tool can then average the result with `base`, tensor by tensor.
 
     Parameters
     ----------
     base, other
-        Checkpoints, as for :func:`open_checkpoint`; `other` is the one that is written in the new order.
+        Checkpoints, as for :func:`open_checkpoint`. `other` is written in the order of `base`.
     output, spec, data, build, space, balance, random_state, max_sweeps, patience, precision
         As for :func:`merge_checkpoints`.
     task_heads, ignore
         Tensors that are not compared, as for :func:`merge_checkpoints`; those of `other` are written in the new order
-        too. Tensors that only one network has or that differ in shape, and classifiers with other labels, are found by
-        themselves.
+        too. Tensors that only one network has, tensors of different shapes, and classifiers with different labels need
+        not be named.
     dequantize, file_format, shard_size, verify, progress
-        As for :func:`merge_checkpoints`; small files beside the weights are copied from `other`.
+        As for :func:`merge_checkpoints`. Small files beside the weights are copied from `other`.
     check
-        Whether to compute outputs of the network before and after, in float32, on a small batch: of random tokens or
-        pixels for directories of Hugging Face if transformers is installed, else on the first batch of `data` if
-        `build` is given. This loads both networks.
+        Whether to compare the outputs of the network before and after, in float32, on a small batch. For Hugging Face
+        directories the batch has random tokens or pixels, and transformers must be installed; otherwise it is the
+        first batch of `data`, and `build` is needed. This loads both networks.
 
     Returns
     -------
@@ -81,8 +81,8 @@ def align_checkpoints(
     Raises
     ------
     CheckpointError
-        As :func:`merge_checkpoints`; and if the outputs differ by more than rounding, because the spec is wrong.
-        Nothing is written then.
+        As :func:`merge_checkpoints`; also if the outputs differ by more than rounding because the spec is wrong. In
+        that case nothing is written.
     ValueError, TypeError
         As :func:`mudsc_fast.merge`.
     """
@@ -149,7 +149,7 @@ def align_checkpoints(
 def _compare(
     source: Checkpoint, written: Path, build: Callable[[], nn.Module] | None, batches: Rewindable | None
 ) -> tuple[tuple[float, float] | None, str | None]:
-    """Return the difference of the outputs of a network before and after, or why it cannot be computed.
+    """Return by how much the outputs of a network changed, or the reason why this cannot be computed.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def _compare(
     largest, scale = result
     if not largest <= _MAX_DIFFERENCE * scale:
         raise CheckpointError(
-            f"{source.path}: its outputs change by up to {largest:.3g} (the largest output is {scale:.3g}) when it is "
-            "permuted: the spec does not describe this network"
+            f"{source.path}: permuting the units changes the outputs by up to {largest:.3g} (the largest output is "
+            f"{scale:.3g}): the spec does not describe this network"
         )
     return result, None

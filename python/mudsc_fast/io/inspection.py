@@ -1,4 +1,4 @@
-"""What a network in files holds: tensors, family, spec, and which axes keep their order and why."""
+"""Describe a network in files: its tensors, family and spec, and which axes keep their order and why."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _MAX_LISTED = 12
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a network in files holds.
+    """Description of a network in files.
 
     Attributes
     ----------
     checkpoint
-        The network; its tensors have the names in memory if the spec needs these.
+        The network. If the spec needs the names that tensors have in memory, the tensors have these names.
     family
-        The family that the configuration or the names tell, or None.
+        The family recognized by the configuration or the tensor names, or None.
     spec
         The spec, or None if there is none.
     problem
         Why there is no spec.
     frozen_axes
-        For each tensor the axes that keep their order, and why; empty if the model cannot be built and run.
+        For each tensor the axes that keep their order, and why. Empty if the model cannot be built and run.
     """
 
     checkpoint: Checkpoint
@@ -48,7 +48,7 @@ class Inspection:
     frozen_axes: Mapping[str, Mapping[int, str]]
 
     def report(self, *, tensors: bool = False) -> str:
-        """Return the report, with all tensors if asked for."""
+        """Return the report as text, with a list of all tensors if `tensors` is set."""
         checkpoint = self.checkpoint
         shapes = dict(checkpoint.tensors)
         entries = sum(tensor.numel() for tensor in shapes.values())
@@ -89,7 +89,7 @@ def inspect_checkpoint(
     data: Iterable[Any] | None = None,
     build: Callable[[], nn.Module] | None = None,
 ) -> Inspection:
-    """Return what a network in files holds.
+    """Describe a network in files.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def inspect_checkpoint(
 def _frozen_axes(
     checkpoint: Checkpoint, build: Callable[[], nn.Module] | None, batches: Rewindable | None
 ) -> Mapping[str, Mapping[int, str]]:
-    """Return which axes of a model keep their order and why, by deriving its spec; nothing if that cannot be done."""
+    """Return which axes of a model keep their order and why, from its derived spec; empty if it cannot be derived."""
     if build is None and not checkpoint.config:
         return {}
     try:
@@ -151,7 +151,7 @@ def _nodes(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[str]:
 def _frozen(
     spec: PermutationSpec, tensors: Mapping[str, Tensor], frozen_axes: Mapping[str, Mapping[int, str]]
 ) -> list[str]:
-    """Return which tensors keep all of their order, and why as far as it is known."""
+    """Return lines that list the tensors that keep their order on all axes, with the reasons that are known."""
     unnamed = [name for name, tensor in tensors.items() if name not in spec.layouts and tensor.is_floating_point()]
     entries = sum(tensors[name].numel() for name in unnamed)
     total = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())

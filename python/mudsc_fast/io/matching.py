@@ -1,4 +1,4 @@
-"""Matching the units of networks in files."""
+"""Match the units of networks in files."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from mudsc_fast.unit_map import UnitMap
 
 @dataclass(frozen=True)
 class MatchedNetworks:
-    """NetworkFiles and how their units correspond.
+    """Networks in files and how their units correspond.
 
     Attributes
     ----------
     networks
         The networks.
     matching
-        For each node that is matched the units of all networks.
+        For each matched node, which units of the networks correspond.
     objectives, timings
         As in :class:`mudsc_fast.MergeResult`.
     weights
         The shares of the networks in the result.
     holder
-        For each tensor the rank that merges and writes it.
+        For each tensor, the rank that merges and writes it.
     distribution
         As in :class:`mudsc_fast.Matching`.
     """
@@ -60,12 +60,12 @@ class MatchedNetworks:
     distribution: Distribution | None = None
 
     def merged(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the weighted mean of one tensor of all networks, its units re-ordered."""
+        """Return the weighted mean of one tensor over all networks, with corresponding units averaged."""
         columns = [{name: tensor} for tensor in tensors]
         return merge_state_dicts(columns, self.networks.spec, self.matching, self._effective_weights)[name]
 
     def permuted(self, name: str, tensor: Tensor, model: int) -> Tensor:
-        """Return a tensor of one network, aligned, with its units in the order of those of the first."""
+        """Return a tensor of an aligned network with its units in the order of the first network."""
         layout = self.networks.spec.layouts.get(name)
         if layout is None:
             return tensor
@@ -77,7 +77,7 @@ class MatchedNetworks:
         return reindex([tensor], layout, map_of, [1.0])
 
     def own(self, name: str, model: int) -> Tensor:
-        """Return a tensor that is not merged, fitted to the merged tensors that it stands behind or beside."""
+        """Return a tensor that is not merged, with its axes adapted to the merged tensors that it is connected to."""
         networks = self.networks
         return task_tensors(networks.state_dicts[model], model, networks.spec, self.matching, self._shared, [name])[
             name
@@ -109,12 +109,12 @@ def match_networks(
     checkpoint: PathLike | None = None,
     **arguments: Any,
 ) -> MatchedNetworks:
-    """Match the units of networks in files; arguments are those of :func:`mudsc_fast.io.merge_checkpoints`.
+    """Match the units of networks in files. The arguments are those of :func:`mudsc_fast.io.merge_checkpoints`.
 
     Raises
     ------
     CheckpointError
-        If activations are needed, but there is no data, or a network cannot be run.
+        If activations are needed but there is no data, or if a network cannot be run.
     ValueError, TypeError
         As :func:`mudsc_fast.merge`.
     """
@@ -165,7 +165,7 @@ def _activations(
         models = [loading.load_model(checkpoint, build) for checkpoint in networks.checkpoints]
         observed = networks.spec.without(networks.kept) if networks.kept else networks.spec
         if build is None and observed.problems(models[0].state_dict()):
-            # In memory tensors may have other names than in files; nodes are the same.
+            # Tensors may have other names in memory than in files. The nodes are the same.
             config = networks.checkpoints[0].config
             observed = choose_spec(spec, models[0].state_dict(), config=config, model=lambda: models[0])
         observed.validate(models[0])

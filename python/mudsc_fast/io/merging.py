@@ -1,4 +1,4 @@
-"""Merging networks in files, without ever holding a whole network in memory."""
+"""Merge networks in files without holding a whole network in memory."""
 
 from __future__ import annotations
 
@@ -61,47 +61,49 @@ def merge_checkpoints(
 ) -> WriteResult:
     """Merge networks in files into a new one.
 
-    Tensors are read from mapped files when they are needed and written one after the other: memory holds the largest
-    tensor of every model a few times and the similarity of a node, not the models. Only activations need whole models.
+    Tensors are read from mapped files when they are needed and written one by one. Memory holds a few copies of the
+    largest tensor of every model and the similarity of one node, but not the models. Only `data` needs whole models.
 
     Parameters
     ----------
     inputs
         Two or more checkpoints, as for :func:`open_checkpoint`.
     output
-        A new file if its name has the suffix of a checkpoint, else a new directory, with shards and a model card and,
-        if the first input is a directory, copies of its configuration, tokenizer and other small files. It appears
-        when it is complete.
+        A new file if its name has the suffix of a checkpoint, else a new directory. A directory gets shards and a model
+        card and, if the first input is a directory, copies of its configuration, tokenizer and other small files.
+        The output appears only when it is complete.
     spec
         The spec, or how to choose it, as for :func:`mudsc_fast.merge`.
     data
-        Batches to run the models on, as for :func:`mudsc_fast.merge`; needed for the activation and the dual space.
+        Batches to run the models on, as for :func:`mudsc_fast.merge`. The activation and dual spaces need them.
     build
-        Makes a module that takes the tensors, for `data`; not needed for directories of Hugging Face.
+        A function that returns a module into which the tensors are loaded, to run it on `data`. Hugging Face
+        directories do not need it.
     mode, space, balance, weights, shrink, budget, random_state, max_sweeps, patience, precision, verify, progress
         As for :func:`mudsc_fast.merge`.
     task_heads
-        Tensors that each network keeps for itself, by their name, its beginning up to a dot, or a pattern with
-        wildcards; ``"auto"`` for those that only some networks have, that differ in shape, and, where the labels of
-        classifiers differ, the classifiers. `output` is then a directory with one folder for each input, each a whole
-        network that shares all other weights.
+        Tensors that each network keeps for itself: names, prefixes that end before a dot, or patterns with wildcards.
+        ``"auto"`` selects the tensors that only some networks have or that differ in shape and, if the labels of
+        classifiers differ, the classifiers. `output` is then a directory with one folder for each input. Each folder
+        holds a whole network; all weights that are not task heads are the same in all folders.
     ignore
-        Tensors of which the result keeps those of the first network, given in the same way.
+        Tensors that are not merged, given in the same way. The result has those of the first network.
     dequantize
-        Whether to read quantized weights as floating point numbers, where each is a number times a scale. By default
-        they are refused.
+        Whether to convert quantized weights (a number times a scale) to floating point. By default quantized weights
+        are refused.
     dtype
-        Dtype of the floating point tensors in the output; by default their own.
+        Dtype of the floating point tensors in the output. By default they keep their dtype.
     file_format
-        ``"safetensors"`` or ``"torch"``; by default that of the name of the output, or else of the first input.
+        ``"safetensors"`` or ``"torch"``. By default the suffix of `output` decides, or else the format of the first
+        input.
     shard_size
         Maximum number of bytes of tensors in a file of an output directory, e.g. ``"200MB"``; 5 GB by default.
     command
         The command line to show on the model card.
     group, checkpoint
         As for :func:`mudsc_fast.merge`. Each process of a group reads the tensors that it compares and merges, and
-        writes them to shards of its own; the inputs and the output are on a file system that all share. An output that
-        is a single file is written by rank 0.
+        writes them to its own shards. All processes must share the file system of the inputs and the output. Rank 0
+        writes an output that is a single file.
 
     Returns
     -------
@@ -119,12 +121,15 @@ def merge_checkpoints(
         target = Output.of(output, file_format, shard_size, dtype)
         heads, ignored = patterns("task_heads", task_heads), patterns("ignore", ignore)
         if heads and target.shard_bytes is None:
-            raise CheckpointError(f"{target.path}: task_heads give one network for each input: name a directory")
+            raise CheckpointError(
+                f"{target.path}: task_heads needs a directory as the output, with one folder for each network; "
+                "got a file name"
+            )
         checkpoints = open_networks(inputs, dequantize=dequantize)
         batches = None if data is None else Rewindable(data)
         if dequantize and batches is not None:
             raise CheckpointError(
-                "data cannot be run through quantized networks: match by weights, or dequantize first"
+                "quantized networks cannot be run on batches: match by weights alone, or dequantize the networks first"
             )
     written_as = f"{target.path}, {target.format}, {target.shard_bytes} bytes, {target.dtype}, {ignored}"
     ranks.check_same({"output": written_as, "data": "none" if data is None else "batches"})
@@ -188,7 +193,7 @@ def merge_checkpoints(
 
 
 def _example(batches: Rewindable | None, ranks: Ranks) -> Rewindable | None:
-    """Return the first batch of the first process that has one, by which all processes choose the same spec."""
+    """Return the first batch of the first process that has one, so that all processes choose the same spec."""
     if batches is None or ranks.alone:
         return batches
     with ranks.step("reading the first batch"):
@@ -201,12 +206,12 @@ def _example(batches: Rewindable | None, ranks: Ranks) -> Rewindable | None:
 
 
 def patterns(argument: str, value: str | Sequence[str]) -> list[str]:
-    """Return names given as one text with commas between them, or as a sequence.
+    """Return names that were given as a sequence or as one string separated by commas.
 
     Raises
     ------
     TypeError
-        If an entry is not a text.
+        If an entry is not a string.
     """
     entries = value.split(",") if isinstance(value, str) else list(value)
     for entry in entries:
@@ -216,7 +221,7 @@ def patterns(argument: str, value: str | Sequence[str]) -> list[str]:
 
 
 def task_folders(paths: Sequence[Path]) -> list[str]:
-    """Return a folder for each network, by the names of the inputs; equal names get a number."""
+    """Return a folder name for each network, made from the names of the inputs. Equal names get a number."""
     names = [re.sub(r"[^\w.-]", "_", path.stem if path.is_file() else path.absolute().name) for path in paths]
     return [
         name if names.count(name) == 1 else f"{name}-{names[:index].count(name) + 1}"
@@ -225,7 +230,7 @@ def task_folders(paths: Sequence[Path]) -> list[str]:
 
 
 def _write_task(target: Output, path: Path, matched: MatchedNetworks, task: int, ranks: Ranks) -> Written:
-    """Write the merged network in the form of one input, with that input's tensors where they are not merged."""
+    """Write the merged network with the names and files of one input, and with the input's own unmerged tensors."""
     networks = matched.networks
 
     def tensor_of(name: str) -> Tensor:
@@ -233,7 +238,7 @@ def _write_task(target: Output, path: Path, matched: MatchedNetworks, task: int,
             return matched.own(name, task)
         tensors = [checkpoint.tensors[name] for checkpoint in networks.checkpoints]
         if target.dtype is not None and tensors[0].is_floating_point():
-            wide = torch.promote_types(target.dtype, tensors[0].dtype)  # rounded once, to the dtype of the output
+            wide = torch.promote_types(target.dtype, tensors[0].dtype)  # so that only the result is rounded
             tensors = [tensor.to(wide) for tensor in tensors]
         return matched.merged(name, tensors)
 

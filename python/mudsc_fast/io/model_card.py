@@ -19,8 +19,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 _METHOD = {
-    "align": "the units of each network were permuted to match those of the first one, and the weights averaged",
-    "zip": "units of all networks were clustered by their similarity, and the weights of each cluster averaged",
+    "align": "the units of each network were permuted to match those of the first, and the weights were averaged",
+    "zip": "the units of all networks were clustered by similarity, and the weights of each cluster were averaged",
 }
 
 
@@ -39,11 +39,11 @@ def write_model_card(
     directory
         The directory, with its ``config.json`` if it has one.
     result
-        How the network was made.
+        The result of the merge.
     inputs, weights, mode
         The networks, their shares in the result, and how units were matched.
     command
-        The command line, if there was one.
+        The command line, or None if the merge was called from Python.
     """
     names = [model_name(Path(path)) for path in inputs]
     metadata = ["base_model:", *(f"- {json.dumps(name)}" for name in dict.fromkeys(names))]
@@ -76,8 +76,8 @@ def write_model_card(
     lines += [
         "## Similarity of the matched units",
         "",
-        f"The mean similarity over all nodes is {before:.4f} before matching and {after:.4f} after it. The gap is the "
-        "most by which the mean similarity of an assignment may be below the optimum; clusters have none.",
+        f"The mean similarity over all nodes is {before:.4f} before matching and {after:.4f} after it. The gap is an "
+        "upper bound on how far the similarity of a node's assignment may be below the optimum. Clusters have no gap.",
         "",
         "| node | units | before | after | gap |",
         "| --- | --- | --- | --- | --- |",
@@ -92,7 +92,7 @@ def write_model_card(
 
 
 def model_name(path: Path) -> str:
-    """Return what to call a network: its name on the hub if its path or configuration tells, else its file name."""
+    """Return the name of a network: its name on the hub if the path or configuration has it, else its file name."""
     for part in reversed(path.absolute().parts):
         cached = _CACHED.fullmatch(part)
         if cached:

@@ -1,4 +1,4 @@
-"""Where and how the result of merging or aligning is written."""
+"""The file or directory that merging or aligning writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mudsc_fast.io.writing import (
     write_checkpoint,
 )
 
-#: Size of the shards of a directory, unless a single tensor is larger: that of Hugging Face.
+#: Maximum size of a shard, unless a single tensor is larger. Hugging Face has the same default.
 DEFAULT_SHARD_SIZE = "5GB"
 
 
@@ -34,13 +34,13 @@ class Output:
     Attributes
     ----------
     path
-        Absolute path. Nothing is there yet.
+        Absolute path that does not exist yet.
     format
-        Format of the files, None for that of the input.
+        Format of the files, or None for that of the input.
     shard_bytes
-        Maximum number of bytes of a file of a directory, None for a single file.
+        Maximum number of bytes of a file in a directory, or None for a single file.
     dtype
-        Dtype of floating point tensors, None for their own.
+        Dtype of floating point tensors, or None to keep theirs.
     """
 
     path: Path
@@ -52,12 +52,12 @@ class Output:
     def of(
         cls, path: str | os.PathLike[str], file_format: Format | None, shard_size: str | None, dtype: torch.dtype | None
     ) -> Output:
-        """Return the output of a name; its suffix says whether it is a file.
+        """Return the output at a path. It is a file if the path has the suffix of a checkpoint, else a directory.
 
         Raises
         ------
         CheckpointError
-            If the path exists, cannot be written, or does not go with the format or the size of shards.
+            If the path exists, cannot be written, or does not fit the format or the shard size.
         """
         path = Path(os.path.abspath(path))
         check_free(path)
@@ -65,7 +65,9 @@ class Output:
         if by_name is None:
             return cls(path, file_format, parse_size(shard_size or DEFAULT_SHARD_SIZE), dtype)
         if file_format not in (None, by_name):
-            raise CheckpointError(f"{path}: the name is that of a {by_name} file, but the format is {file_format}")
+            raise CheckpointError(
+                f"{path}: this suffix means a {by_name} file, but the format is {file_format}: change one of them"
+            )
         if shard_size is not None:
             raise CheckpointError(f"{path}: a single file has no shards: name a directory or leave out the shard size")
         return cls(path, by_name, None, dtype)
@@ -82,7 +84,7 @@ class Output:
         ranks: Ranks | None = None,
         rank_of: Callable[[str], int] = lambda _: 0,
     ) -> Written:
-        """Write a network in the form of `source`: its tensors under the names of its files, and what lies beside them.
+        """Write a network with the tensor names of `source`, and copy the files beside the weights of `source`.
 
         Parameters
         ----------
@@ -91,12 +93,12 @@ class Output:
         source
             The network whose form the result has.
         tensor_of
-            Computes a tensor of the network by its name.
+            Computes the tensor of a given name.
         ranks, rank_of
-            The processes that write together, and the rank that writes a tensor.
+            The processes that write together, and the rank that writes each tensor.
         """
         pieces = _in_order(source)
-        # Pieces of one tensor follow each other, so the last tensor is kept for the next piece.
+        # Pieces of one tensor are written in a row, so keeping the last tensor is enough.
         last: dict[str, Tensor] = {}
 
         def piece_of(stored: str) -> Tensor:
@@ -134,7 +136,7 @@ class Output:
 
 
 def _in_order(source: Checkpoint) -> Iterable[str]:
-    """Return the names in the files, those of pieces of one tensor one after the other."""
+    """Return the names in the files, in an order that keeps the pieces of each tensor together."""
     first: dict[str, int] = {}
     for position, piece in enumerate(source.pieces.values()):
         first.setdefault(piece.name, position)

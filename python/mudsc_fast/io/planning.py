@@ -1,4 +1,4 @@
-"""What merging networks in files would do, without doing it."""
+"""Plan a merge of networks in files without doing it (``--dry-run``)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from mudsc_fast.matching.node import Mode
 from mudsc_fast.options import Space
 from mudsc_fast.spec.choose import SpecLike
 
-#: Sweeps over the nodes that a merge of trained networks usually takes; nodes that do not change are not matched again.
+#: Usual number of sweeps for trained networks. Later sweeps skip the nodes that do not change.
 _USUAL_SWEEPS = 4
 
-#: Nanoseconds for each entry of a similarity to assign or cluster units: between real and random similarities.
+#: Nanoseconds to assign or cluster units, for each entry of the similarity matrix. Trained networks take less, random
+#: ones more.
 _NANOSECONDS_PER_ENTRY = 10.0
 
-#: Bytes of tensors that are re-ordered, averaged and written in a second, on a usual disk.
+#: Bytes of tensors that are permuted, averaged and written in a second, on an ordinary disk.
 _BYTES_PER_SECOND = 4e8
 
 _MAX_LISTED = 8
@@ -33,12 +34,12 @@ _MAX_LISTED = 8
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What merging would do.
+    """The plan of a merge.
 
     Attributes
     ----------
     networks
-        The networks, with the spec.
+        The networks and their spec.
     output
         Where the result would be written.
     units
@@ -46,9 +47,9 @@ class MergePlan:
     num_bytes
         Bytes of the output.
     memory_bytes
-        About how many bytes of memory would be needed besides the file cache.
+        Estimated bytes of memory, without the file cache.
     seconds
-        About how long it would take, without running the networks on data.
+        Estimated time, without running the networks on data.
     activations
         Whether the networks would be run on data.
     """
@@ -62,7 +63,7 @@ class MergePlan:
     activations: bool
 
     def __str__(self) -> str:
-        """Return the plan, a few lines and the table of nodes."""
+        """Return the plan as a table of nodes and a few lines."""
         spec, first = self.networks.spec, self.networks.checkpoints[0]
         width = max(len("node"), *map(len, self.units))
         lines = [f"{'node':<{width}}  {'units':>7}  {'groups':>6}  {'tensors':>7}"]
@@ -105,9 +106,9 @@ def plan_merge(
     file_format: Format | None = None,
     shard_size: str | None = None,
 ) -> MergePlan:
-    """Check networks in files as :func:`merge_checkpoints` does, and return what it would do with these arguments.
+    """Return what :func:`merge_checkpoints` would do with these arguments, after the same checks.
 
-    The time is an estimate by a short measurement of matrix products; it is right within a factor of a few.
+    The time is estimated from a short measurement of matrix products and can be off by a factor of a few.
 
     Raises
     ------
@@ -138,7 +139,7 @@ def plan_merge(
 
 
 def _memory(networks: NetworkFiles, units: Mapping[str, int], pairs: int) -> int:
-    """Return the bytes of the similarity of the widest node, in float32 and with its products, and of one tensor."""
+    """Return the bytes of the widest node's similarity and its products in float32, and of copies of one tensor."""
     widest = max(units.values())
     count = len(networks.checkpoints)
     largest = max(tensor.numel() for tensor in networks.checkpoints[0].tensors.values())
@@ -161,7 +162,7 @@ def _seconds(
 
 
 def _products_per_second(width: int = 512) -> float:
-    """Return how many floating point operations a matrix product makes in a second here."""
+    """Measure how many floating point operations per second a matrix product reaches on this machine."""
     matrix = torch.ones(width, width)
     torch.mm(matrix, matrix)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What merging or aligning networks in files returns."""
+"""The result of merging or aligning networks in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_LISTED = 8
 
 @dataclass(frozen=True, repr=False, eq=False)
 class WriteResult:
-    """What was written and how it came about.
+    """Description of what was written and how it was made.
 
     Attributes
     ----------
@@ -30,19 +30,19 @@ class WriteResult:
     num_bytes_in, num_bytes
         Bytes of the tensors of each input, and of the output.
     dtype
-        The dtype asked for, or None where tensors keep theirs.
+        The requested dtype, or None if tensors keep theirs.
     spec
         The spec that was used.
     matching, objectives, timings
-        As in :class:`mudsc_fast.MergeResult`. The matching of an alignment is that of both networks, the first one
-        being the base.
+        As in :class:`mudsc_fast.MergeResult`. The matching of an alignment has two networks; the first is the base.
     unmatched_tensors
-        Names of the tensors that the spec does not name; they were averaged, or kept, in their own order.
+        Names of the tensors that are not in the spec. They were averaged, or kept, in their own order.
     task_tensors
-        Names of the tensors that were not merged: each network, or the first one alone, keeps its own.
+        Names of the tensors that were not merged. Each network keeps its own (`task_heads`), or the result has those
+        of the first network (`ignore`).
     difference
-        Of an alignment: the largest difference between outputs of the network before and after, and the largest
-        output. None where it was not checked, for the reason in `unchecked`.
+        For an alignment, how much the outputs of the network changed: the largest absolute difference, and the largest
+        absolute output. None if it was not checked; `unchecked` has the reason.
     unchecked
         Why there is no `difference`.
     distribution
@@ -69,7 +69,7 @@ class WriteResult:
         return f"WriteResult({str(self.output)!r}, {len(self.matching)} nodes, {self.num_bytes / 1e6:.1f} MB)"
 
     def __str__(self) -> str:
-        """Return a few lines: the mean similarity, sizes, seconds, and what was compared."""
+        """Return a few lines: the mean similarity, sizes, seconds, and the comparison of outputs."""
         before, after = self.mean_similarities()
         files = f"{len(self.files)} file" + ("s" if len(self.files) > 1 else "")
         lines = [
@@ -101,7 +101,7 @@ class WriteResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as numbers, texts, lists and dicts."""
+        """Return the result as JSON-compatible numbers, strings, lists and dicts."""
         difference = None if self.difference is None else {"largest": self.difference[0], "output": self.difference[1]}
         return {
             "version": mudsc_fast.__version__,

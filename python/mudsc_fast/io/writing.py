@@ -1,7 +1,7 @@
-"""Writing checkpoints tensor by tensor, atomically.
+"""Write checkpoints tensor by tensor, atomically.
 
-Files are written under a hidden name beside their destination, in the same file system, and renamed when they are
-complete and on the disk. No failure leaves a part of the output behind.
+Files are written under a hidden name in the directory of their destination, and renamed when they are complete and
+flushed to disk. A failure leaves no partial output behind.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _SAFETENSORS_NAMES = {
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-#: Files of a directory that hold its weights or belong to them, or describe one network only.
+#: Files of a directory that are not copied: weights, indices of shards, and descriptions of a single network.
 _NOT_COPIED = (*FORMAT_OF_SUFFIX, ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".md")
 
 #: An index of the shards of a variant: model.safetensors.index.fp16.json.
 _VARIANT_INDEX = re.compile(r"\.index\.[\w-]+\.json$")
 
-#: Folders of sentence-transformers beside the weights: 1_Pooling, 2_Dense, 3_Normalize.
+#: Folders that sentence-transformers keeps beside the weights: 1_Pooling, 2_Dense, 3_Normalize.
 _MODULE_FOLDER = re.compile(r"\d+_\w+")
 
-#: Hashes of the weights of one network.
+#: Keys of metadata with hashes of the weights, which are wrong after merging.
 _HASH = re.compile(r"hash|sha256|md5", re.IGNORECASE)
 
 
@@ -76,7 +76,7 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the files that hold tensors, and the number of bytes of the tensors."""
+    """The files that were written, and the number of bytes of their tensors."""
 
     files: tuple[str, ...]
     num_bytes: int
@@ -88,20 +88,22 @@ def parse_size(text: str) -> int:
     Raises
     ------
     ValueError
-        If the text is no size, or the number is below 1.
+        If the text is not a size, or the size is below one byte.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"expected a size with a positive number and B, KB, MB, GB, KiB, MiB or GiB, got {text!r}")
+        raise ValueError(
+            f"expected a size such as 200MB, a positive number with B, KB, MB, GB, KiB, MiB or GiB, got {text!r}"
+        )
     return int(float(match[1]) * unit)
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a path to write a file or a directory at, and rename it to `target` after the enclosed code.
+    """Yield a temporary path for a file or directory, which is renamed to `target` at the end of the ``with`` block.
 
-    If the enclosed code fails, what it wrote is removed.
+    If the block fails, the temporary path is removed.
 
     Raises
     ------
@@ -110,7 +112,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     check_free(target)
     try:
-        # A directory of its own, so that nothing else is ever at the path; beside the target, to be renamed.
+        # In a new directory, so that the path is free, and on the file system of the target, so that it can be renamed.
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
@@ -130,14 +132,14 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def common_path(target: Path, ranks: Ranks) -> Iterator[Path]:
-    """Yield the same path in all processes, and rename it to `target` when all have left the enclosed code.
+    """Yield one temporary path to all processes, and rename it to `target` when all have finished the ``with`` block.
 
-    If it fails in one of them, or one is gone, what was written is removed by those that are left.
+    If the block fails in a process, or a process dies, the other processes remove what was written.
 
     Raises
     ------
     CheckpointError
-        As :func:`atomic_path`, and if not all processes see the directory.
+        As :func:`atomic_path`; also if some process cannot see the directory.
     """
     if ranks.alone:
         with atomic_path(target) as temporary:
@@ -168,7 +170,7 @@ def check_free(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: already exists: give another output")
     if not target.parent.is_dir():
-        raise CheckpointError(f"{target.parent}: no such directory to write {target.name} in")
+        raise CheckpointError(f"{target.parent}: no such directory: create it to write {target.name} in it")
 
 
 def write_checkpoint(
@@ -187,7 +189,8 @@ def write_checkpoint(
 ) -> Written:
     """Write tensors to a file or, if `shard_bytes` is given, as shards to a new directory.
 
-    Of several processes, all of which make this call, each writes the shards of its tensors, and rank 0 all else.
+    If several processes write together, all of them call this function. Each process writes the shards of its tensors,
+    and rank 0 writes everything else.
 
     Parameters
     ----------
@@ -198,17 +201,18 @@ def write_checkpoint(
     sizes
         Names, shapes and dtypes of all tensors.
     tensor_of
-        Computes a tensor by its name; called once for each. At most two results are in memory at a time.
+        Computes the tensor of a given name. It is called once per name; at most two results are in memory at a time.
     shard_bytes
-        Maximum number of bytes of tensors in a file; a larger tensor has a file of its own.
+        Maximum number of bytes of tensors in a file. A larger tensor gets its own file.
     weights_name
-        Name of the single file in a directory, from which those of shards follow; by default that of transformers.
+        Name of the single file in a directory. The names of shards are made from it. By default it is the name that
+        transformers uses.
     extra_state, versions
-        Entries of a state dict that are not tensors, and its ``_metadata``, for files of torch.
+        Entries of a state dict that are not tensors, and its ``_metadata``, for torch files.
     metadata
-        Texts to keep in a safetensors file. Hashes are left out: the weights are others.
+        Strings to keep in a safetensors file. Hashes are left out, because the weights have changed.
     ranks, rank_of
-        The processes, this one alone by default, and the rank that writes a tensor to a shard.
+        The processes, by default only this one, and the rank that writes each tensor to a shard.
 
     Raises
     ------
@@ -262,7 +266,7 @@ def write_checkpoint(
 
 
 def _name_in_format(weights_name: str | None, kind: Format) -> tuple[str, str]:
-    """Return the stem and the suffix of the file of weights in a format."""
+    """Return the stem and the suffix of the weights file in a format."""
     if weights_name is None or (weights_name in WEIGHTS_NAME.values()):
         weights_name = WEIGHTS_NAME[kind]
     stem, suffix = os.path.splitext(weights_name)
@@ -274,17 +278,17 @@ def _name_in_format(weights_name: str | None, kind: Format) -> tuple[str, str]:
 def copy_companions(
     source: Path, destination: Path, config: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> None:
-    """Copy what lies beside the weights, the configuration and the tokenizer above all, to another directory.
+    """Copy the files beside the weights, such as the configuration and the tokenizer, to another directory.
 
     Parameters
     ----------
     source, destination
-        The directories. Weights, hidden files and the model card are left out; of the folders only those of
-        sentence-transformers (``1_Pooling``, ``2_Dense``) are copied, with the weights in them.
+        The directories. Weights, hidden files and the model card are not copied. The only folders that are copied are
+        those of sentence-transformers (``1_Pooling``, ``2_Dense``), including their weights.
     config
         Content of the new ``config.json``, if there is one.
     dtype
-        Written to ``config.json`` as the dtype of the weights, if given.
+        If given, ``config.json`` names it as the dtype of the weights.
     """
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and _MODULE_FOLDER.fullmatch(entry.name) and (source / "modules.json").exists():
@@ -313,7 +317,7 @@ def _is_companion(entry: Path) -> bool:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file; one that cannot be written whole is as it was."""
+    """Write a JSON file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -341,9 +345,9 @@ def _write_safetensors(
 ) -> None:
     """Write the format of https://huggingface.co/docs/safetensors: length and text of a JSON header, then the entries.
 
-    The header says where each tensor lies, which follows from the sizes alone, so no tensor waits in memory for others.
+    The header has the offset of each tensor. These follow from the sizes alone, so tensors are written one by one.
     """
-    # Wide entries first, so that each tensor begins at a multiple of its entries' size.
+    # Wide dtypes first, so that each tensor begins at a multiple of its item size.
     order = sorted(names, key=lambda name: -sizes[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
@@ -379,7 +383,7 @@ def _write_torch(
 ) -> None:
     """Write a state dict as ``torch.save`` does.
 
-    ``torch.save`` takes all tensors at once, so they are first written to files of their own and mapped.
+    ``torch.save`` takes all tensors at once, so each is first written to a scratch file and mapped from there.
     """
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=path.parent) as scratch:
         mapped: OrderedDict[str, Any] = OrderedDict()
@@ -398,7 +402,7 @@ def _write_torch(
         with path.open("wb") as output:
             try:
                 torch.save(mapped, output)
-            except RuntimeError as error:  # torch's writer, after the file refused a part
+            except RuntimeError as error:  # torch raises it when a write to the file fails
                 raise OSError(0, str(error).splitlines()[0]) from error
 
 
@@ -412,7 +416,7 @@ def _contents(
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or a directory has reached the disk."""
+    """Flush a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

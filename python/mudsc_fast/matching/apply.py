@@ -31,9 +31,9 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Return the weighted mean of all models after re-indexing every axis by its node's matching.
 
-    Tensors that `spec` does not name are averaged as they are; tensors of integers (counters, index tables) are
-    those of the first model. `names` are the tensors to merge, all by default. A tensor that has several names in every
-    model is merged once.
+    Tensors that are not in `spec` are averaged in their own order. Integer tensors (counters, index tables) are those
+    of the first model. `names` are the tensors to merge, by default all. A tensor that has several names in every model
+    is merged once.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def merge_state_dicts(
 def _main_names(
     state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, chosen: Sequence[str]
 ) -> dict[str, str]:
-    """Return for each tensor with several names the one to merge it by: the first that the spec names, or the first."""
+    """Return for each tensor with several names the name to merge it by: the first in the spec, or the first of all."""
     main_name = {}
     for tied in tied_tensors([{name: state_dict[name] for name in chosen} for state_dict in state_dicts]):
         layouts = {name: spec.layouts[name] for name in tied if name in spec.layouts}
@@ -109,8 +109,8 @@ def task_tensors(
 ) -> dict[str, Tensor]:
     """Return tensors that one model keeps, re-indexed to fit the merged tensors.
 
-    Axes of nodes that the tensors `shared` have follow the matching. Axes of other nodes keep their order, except that
-    groups tied to the groups of a merged node follow these.
+    If a node occurs in the tensors `shared`, its axes follow the matching. The axes of other nodes keep their order,
+    except that groups tied to the groups of a merged node follow those groups.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def task_tensors(
 def permute_state_dict(
     state_dict: Mapping[str, Tensor], spec: PermutationSpec, permutations: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a network's tensors with the units of some nodes in another order; its outputs stay the same.
+    """Return the tensors of a network with the units of some nodes in another order. The outputs stay the same.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def permute_state_dict(
     spec
         The axes map of the network.
     permutations
-        For each node to reorder a permutation [units] int64: unit k of the result is unit ``permutation[k]``.
+        For each node to reorder, a permutation [units] int64: unit k of the result is unit ``permutation[k]``.
 
     Raises
     ------
@@ -209,9 +209,9 @@ def reindex(
     tensors
         One tensor per model, of one shape.
     layout
-        For each axis its segments, as in :attr:`PermutationSpec.layouts`; further axes ride along.
+        For each axis its segments, as in :attr:`PermutationSpec.layouts`. Further axes are not re-indexed.
     map_of
-        How the units of an axis are re-indexed.
+        Returns how the units of an axis are re-indexed.
     weights
         One factor per model.
     """
@@ -263,7 +263,7 @@ def split_axes(shape: Sequence[int], layout: Sequence[Sequence[Segment]], map_of
 
 
 def _is_averaged(tensor: Tensor) -> bool:
-    """Whether a tensor is of a dtype that :func:`reindex` takes."""
+    """Return whether :func:`reindex` supports the dtype of a tensor."""
     return tensor.dtype in FLOAT_DTYPES or tensor.is_complex()
 
 
@@ -293,4 +293,4 @@ def _check_groups(spec: PermutationSpec, units: Mapping[str, int], permutations:
                 raise ValueError(f"permutations[{node!r}] must keep the units of a group of {size} together")
             orders[node] = order[:, 0].tolist()
         if any(order != orders[nodes[0]] for order in orders.values()):
-            raise ValueError(f"permutations must order the groups of {', '.join(map(repr, nodes))} alike")
+            raise ValueError(f"permutations must order the groups of {', '.join(map(repr, nodes))} in the same way")

@@ -1,4 +1,4 @@
-"""Partial merges: which tensors the tasks share, and which each task keeps."""
+"""Partial merges: find the tensors that the tasks share and those that each task keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Division:
     Attributes
     ----------
     task_heads
-        Names of the tensors that cannot be compared between the models.
+        Names of the tensors in the task heads, which are not compared.
     comparable
         The specification without the task heads, which is matched.
     shared
@@ -42,7 +42,7 @@ def divide(
     stop_at: Sequence[str],
     task_heads: Sequence[str],
 ) -> Division:
-    """Divide the tensors of models that have the same names.
+    """Divide the tensors of the models into shared ones and those that each task keeps.
 
     Parameters
     ----------
@@ -51,24 +51,24 @@ def divide(
     spec
         The axes map.
     stop_at
-        The last layers to merge: nodes, or tensors by their name or its beginning up to a dot. Of the tensors that
-        nodes link to a stop, those up to it in the order of the spec are shared. Without a stop, and in parts that no
-        node links to one, all tensors are shared. A tensor without a node goes with the one before it. A tensor with
-        several names is shared if one of them is.
+        The last layers to merge: nodes, tensor names, or prefixes of names that end before a dot. Among the tensors
+        that nodes connect to a stop, those up to the stop, in the order of the spec, are shared. Without a stop, and in
+        parts that are not connected to one, all tensors are shared. A tensor without a node is treated like the one
+        before it. A tensor with several names is shared if one of its names is.
     task_heads
-        Tensors to keep per task, by their name or its beginning up to a dot.
+        Tensors to keep per task: names, or prefixes of names that end before a dot.
 
     Raises
     ------
     ValueError
-        If an entry of `stop_at` or `task_heads` names nothing, `task_heads` names a tensor by one of its several names
-        alone, or no node is left to match.
+        If an entry of `stop_at` or `task_heads` names nothing, `task_heads` contains some but not all names of a
+        tensor, or no node is left to match.
     """
     names = tuple(state_dicts[0])
     for head in task_heads:
         if not any(_begins(name, head) for name in names):
             raise ValueError(
-                f"task_heads names {head!r}, with which no tensor's name begins; {similar_names(head, names)}"
+                f"task_heads names {head!r}, but no tensor name begins with it; {similar_names(head, names)}"
             )
     own = {name for name in names if any(_begins(name, head) for head in task_heads)} | _unequal_heads(
         state_dicts, spec
@@ -83,7 +83,9 @@ def divide(
             merged.add(name)
     for tied in tied_tensors(state_dicts) if len(merged) < len(names) else ():
         if own.intersection(tied) and not own.issuperset(tied):
-            raise ValueError(f"task_heads must name all of {', '.join(map(repr, tied))} or none: they are one tensor")
+            raise ValueError(
+                f"task_heads must name all of {', '.join(map(repr, tied))} or none: they are the same tensor"
+            )
         if merged.intersection(tied):
             merged.update(tied)
     shared = [name for name in names if name in merged]
@@ -91,7 +93,7 @@ def divide(
 
 
 def _unequal_heads(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec) -> set[str]:
-    """Return the output layers whose sizes differ between the models: all tensors of their modules."""
+    """Return all tensors of the output layers whose sizes differ between the models."""
     heads = set()
     for name, tensor in state_dicts[0].items():
         shapes = [state_dict[name].shape for state_dict in state_dicts]
@@ -116,7 +118,7 @@ def _produces_nothing(spec: PermutationSpec, name: str) -> bool:
 
 
 def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
-    """Return for each tensor with a node whether it comes before the stop of its part, or is the stop."""
+    """Return for each tensor with a node whether it is the stop of its part or comes before it."""
     order = {name: position for position, name in enumerate(spec.layouts)}
     part_of = _linked_parts(spec)
     last_of_part: dict[str, int] = {}
@@ -136,7 +138,7 @@ def _trunk(spec: PermutationSpec, stop: Sequence[str]) -> dict[str, bool]:
 
 
 def _stop_tensors(spec: PermutationSpec, entry: str) -> list[str]:
-    """Return the tensors that one stop names: by the beginning of their names, or of the layers that produce a node."""
+    """Return the tensors that a stop selects by a prefix of their names, or by a node that their layers produce."""
     if entry not in spec.nodes:
         return [name for name in spec.layouts if _begins(name, entry)]
     uses = [use for use in spec.uses(entry) if use.axis.role == "produce" and use.axis.compared]
@@ -147,7 +149,7 @@ def _stop_tensors(spec: PermutationSpec, entry: str) -> list[str]:
 
 
 def _linked_parts(spec: PermutationSpec) -> dict[str, str]:
-    """Return the first tensor of the part of each tensor with a node; a part is a set of tensors linked by nodes."""
+    """Return, for each tensor with a node, the first tensor of its part: the set of tensors connected by nodes."""
     part_of: dict[str, str] = {}
     for node in spec.nodes:
         tensors = [use.tensor for use in spec.uses(node)]

@@ -1,4 +1,4 @@
-"""Slices of tensors from which the similarity of a node in weight space is computed."""
+"""Slices of tensors from which the weight similarity of a node is computed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class TensorSlice:
     tensor
         Its name.
     position, split
-        Of the node's axis: where it is, and [outer, units, inner].
+        The position of the node's axis, and its shape split into [outer, units, inner].
     windows
-        (position, start, width) of the axes of which only a part is meant.
+        (position, start, width) of each axis of which only a part belongs to the slice.
     layout
-        The node of every axis; None for the node's own and for those that keep their order.
+        The node of every axis. None for the node's own axis and for axes that keep their order.
     samples
-        Number of entries that the window adds to each unit's vector.
+        Number of entries that the slice adds to each unit's vector.
     chosen
-        (position, begin, end) of an axis of another node of which only these merged units are meant.
+        (position, begin, end) of an axis of another node that is restricted to these merged units.
     """
 
     tensor: str
@@ -42,7 +42,7 @@ class TensorSlice:
     chosen: tuple[int, int, int] | None = None
 
     def axis(self, position: int) -> Axis | None:
-        """Return the node of an axis; trailing axes are not in the layout."""
+        """Return the node of an axis. Trailing axes are not in the layout."""
         return self.layout[position] if position < len(self.layout) else None
 
     @property
@@ -52,7 +52,7 @@ class TensorSlice:
 
 
 def tensor_slices(spec: PermutationSpec, state_dict: Mapping[str, Tensor]) -> dict[str, list[TensorSlice]]:
-    """Return the slices of every node; of the tensors only the shapes are read."""
+    """Return the slices of every node. Only the shapes of the tensors are read."""
     units = spec.units(state_dict)
     return {node: list(_slices_of_node(spec, units, state_dict, node)) for node in spec.nodes}
 
@@ -82,15 +82,15 @@ def _slices_of_node(
 def cut(
     part: TensorSlice, begin: float, end: float, shape: Sequence[int], units: Mapping[str, int]
 ) -> TensorSlice | None:
-    """Return the share of a slice from `begin` to `end`, both in [0, 1]; None if it is empty.
+    """Return the part of a slice from the fraction `begin` to the fraction `end`, or None if it is empty.
 
-    The slice is cut along its longest other axis, at the same places for equal numbers: shares that follow each other
-    make up the slice. A slice without an axis to cut belongs to the share in which it begins.
+    The slice is cut along its longest other axis. Equal fractions give equal positions, so consecutive parts add up to
+    the slice. A slice without an axis to cut belongs to the part in which it begins.
 
     Parameters
     ----------
     part, begin, end
-        The slice and the share.
+        The slice and two fractions in [0, 1].
     shape
         The shape of its tensor.
     units
@@ -121,7 +121,7 @@ def cut_all(
     state_dict: Mapping[str, Tensor],
     units: Mapping[str, int],
 ) -> list[TensorSlice]:
-    """Return the share of slices from `begin` to `end` of all their samples, both in [0, 1]."""
+    """Return the part of several slices from the fraction `begin` to the fraction `end` of all their samples."""
     total = sum(part.samples for part in slices)
     result = []
     before = 0
@@ -136,7 +136,7 @@ def cut_all(
 
 
 def _cuttable(part: TensorSlice, shape: Sequence[int], units: Mapping[str, int]) -> dict[int, int]:
-    """Return the axes along which a slice can be cut, and for each the number of places."""
+    """Return the axes along which a slice can be cut, with the number of possible positions on each."""
     widths = {at: width for at, _, width in part.windows}
     lengths = {}
     for at, length in enumerate(shape):

@@ -1,4 +1,4 @@
-"""Checks a spec against a network's outputs: after a permutation of its units, the network must compute the same."""
+"""Check a spec against the outputs of a network, which must not change when the units are permuted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 _log = logging.getLogger(__name__)
 
-#: Largest difference of outputs, relative to the largest output, that rounding explains in float32.
+#: Maximum difference of float32 outputs that rounding can cause, relative to the largest output.
 _ROUNDING = 1e-3
 #: The same for other dtypes, in units of their precision: sums of thousands of products are rounded many times.
 _ROUNDING_STEPS = 16
@@ -29,12 +29,12 @@ _MAX_LISTED = 8
 
 
 def check_keeps_outputs(model: nn.Module, spec: PermutationSpec, batch: Any, forward: Forward | None = None) -> None:
-    """Raise a ValueError unless a network computes the same on a batch after its units were put in a random order.
+    """Raise a ValueError if a random order of a network's units changes its outputs on a batch.
 
-    A spec that was written by hand fits the shapes of the tensors, but not necessarily the wiring: a residual
-    connection has no tensor, and a bias that is left out stays behind when its weight is permuted. The error names the
-    nodes whose permutation changes the outputs. Nothing is checked, and the logger ``mudsc_fast`` says so at INFO,
-    where the model does not run on the batch or computes something else each time.
+    A handwritten spec may fit the shapes of the tensors but not the connections: a residual connection has no tensor,
+    and a bias that is missing in the spec keeps its order when its weight is permuted. The error names the nodes whose
+    permutation changes the outputs. If the model does not run on the batch, or its outputs differ from run to run,
+    nothing is checked, and the logger ``mudsc_fast`` says so at level INFO.
 
     Raises
     ------
@@ -59,15 +59,15 @@ def check_keeps_outputs(model: nn.Module, spec: PermutationSpec, batch: Any, for
 
 
 def keeps_outputs(model: nn.Module, spec: PermutationSpec, batch: Any, forward: Forward | None = None) -> bool:
-    """Return whether a network computes the same on a batch after its units were put in a random order.
+    """Return whether a network's outputs on a batch stay the same if its units are put in a random order.
 
-    True if it cannot be found out, because the model does not run on the batch as it is.
+    True if this cannot be checked because the model does not run on the batch.
     """
     return _Permutable(model, spec, batch, forward).keeps_outputs(spec.bundles)
 
 
 class _Permutable:
-    """A network whose outputs are compared after the units of some nodes were put in a random order."""
+    """A network whose outputs are compared before and after the units of some nodes are put in a random order."""
 
     def __init__(self, model: nn.Module, spec: PermutationSpec, batch: Any, forward: Forward | None) -> None:
         self._model, self._spec, self._batch, self._forward = model, spec, batch, forward
@@ -91,12 +91,12 @@ class _Permutable:
             _log.info("the spec was not verified, because the model does not run on the first batch: %s", error)
             return True
         if not self._before.same_as(again):
-            _log.info("the spec was not verified, because the model computes something else each time that it runs")
+            _log.info("the spec was not verified, because the outputs of the model differ from run to run")
             return True
         return False
 
     def _random_orders(self, bundles: set[Sequence[str]]) -> dict[str, Tensor]:
-        """Return an order for every node, random in some bundles; groups move as wholes, and tied groups alike."""
+        """Return an order for every node, random in some bundles. Groups move as wholes, tied ones together."""
         generator = torch.Generator().manual_seed(0)
         orders = {}
         for bundle in self._spec.bundles:
@@ -128,13 +128,13 @@ class _Permutable:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a model returns, or features that a part of it returns, whose order may be that of units."""
+    """The outputs of a model, or the features that a part of it returns, whose order may follow the units."""
 
     tensors: list[Tensor]
     ordered: bool
 
     def same_as(self, others: _Outputs) -> bool:
-        """Compare with other outputs, up to rounding; of features the order along one axis does not count."""
+        """Compare with other outputs, up to rounding. For features, the order along one axis is ignored."""
         if len(self.tensors) != len(others.tensors):
             return False
         return all(

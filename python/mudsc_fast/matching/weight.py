@@ -82,7 +82,7 @@ class WeightSimilarity:
     ) -> Tensor:
         """Return the similarity blocks of a node; nodes without a matching are taken in their own order.
 
-        With another similarity, e.g. of activations: ``balance * weight + (1 - balance) * other``, the dual space.
+        If another similarity is given, e.g. that of activations, return ``balance * weight + (1 - balance) * other``.
         """
         return self.sums(node, matching).finalize(other=other, balance=balance)
 
@@ -103,7 +103,7 @@ class WeightSimilarity:
         return self._computed(node, slices, self._around(node, matching))
 
     def keep(self, node: str, matching: Mapping[str, NodeMatching], sums: CorrelationAccumulator) -> None:
-        """Keep the sums of a node under the current matching of its neighbors, where memory allows."""
+        """Keep the sums of a node under the current matching of its neighbors, if memory allows."""
         if node in self._keepable:
             self._kept[node] = _Kept(sums, self._around(node, matching))
 
@@ -233,7 +233,7 @@ class WeightSimilarity:
         return tensor.unflatten(part.position, part.split)  # type: ignore[no-any-return]
 
     def _map_of(self, model: int, axis: Axis, matched: NodeMatching | None, only: _Selection | None) -> UnitMap | None:
-        """Return how one model's units on an axis become the merged ones, or those selected; None if they stay."""
+        """Return the map from one model's units on an axis to the (selected) merged units; None if they stay."""
         selected = only if only is not None and axis.node == only.node else None
         if selected is not None and selected.cluster_of_member is None:
             return UnitMap.permutation(selected.members[model][None], units_in=self._units[axis.node])
@@ -241,7 +241,7 @@ class WeightSimilarity:
         return whole if selected is None or whole is None else selected.map_of_members(model, whole)
 
     def _whole_map(self, axis: Axis, matched: NodeMatching | None, model: int | None = None) -> UnitMap | None:
-        """Return how all units on an axis become the merged ones, of one model or of all; None if they stay."""
+        """Return the map from all units on an axis, of one model or all, to the merged units; None if they stay."""
         if matched is None:
             return None
         opposite: Role = "produce" if axis.role == "consume" else "consume"
@@ -273,7 +273,7 @@ def nodes_to_keep(units: Mapping[str, int]) -> frozenset[str]:
 def _exchanged(
     slices: Sequence[TensorSlice], changes: Mapping[str, _Change]
 ) -> list[tuple[TensorSlice, _Change]] | None:
-    """Return the slices to replace after some neighbors changed, and by what; None if recomputing all is as cheap."""
+    """Return the slices to replace after some neighbors changed, or None if recomputing everything is as cheap."""
     work, exchanged = 0.0, []
     for part in slices:
         changed = [other for other in part.others if other in changes]
@@ -288,18 +288,18 @@ def _exchanged(
 
 @dataclass(frozen=True)
 class _Selection:
-    """Some merged units of a node, and the units of each model that they consist of.
+    """Some merged units of a node, and the units of each model that they are made of.
 
     Attributes
     ----------
     node
         The node's name.
     members
-        For each model the units.
+        For each model, the units.
     merged
-        The merged units selected.
+        The selected merged units.
     cluster_of_member
-        For each model the place in `merged` of every member's cluster; None where members are the merged units.
+        For each model, the position in `merged` of every member's cluster. None if the members are the merged units.
     """
 
     node: str
@@ -372,7 +372,7 @@ def _order(matching: NodeMatching | None, num_models: int, units: int) -> Tensor
 
 
 def _changed_clusters(old: NodeMatching, new: NodeMatching) -> list[Tensor]:
-    """Return the clusters of each matching that the other one lacks, regardless of how they are numbered."""
+    """Return for each of two matchings the clusters that the other one lacks, regardless of their numbers."""
     first, size = zip(*(_first_and_size(matching) for matching in (old, new)), strict=True)
     # A cluster whose members all share their first member and their number in the other matching is a cluster there.
     moved = (first[0] != first[1]) | (size[0] != size[1])
@@ -385,11 +385,11 @@ def _changed_clusters(old: NodeMatching, new: NodeMatching) -> list[Tensor]:
 
 
 def _first_and_size(matching: NodeMatching) -> tuple[Tensor, Tensor]:
-    """Return for every unit of all models the first unit of its cluster, and the cluster's size."""
+    """Return for every unit of all models the first unit of its cluster and the size of the cluster."""
     clusters = matching.cluster_of_unit.flatten()
     units = torch.arange(len(clusters), device=clusters.device)
     first = units.new_full((matching.num_clusters,), len(clusters)).scatter_reduce_(0, clusters, units, "amin")
-    # Not bincount, which waits for a device to know how long its result is.
+    # Not bincount, which waits for the device to learn the length of its result.
     sizes = clusters.new_zeros(matching.num_clusters).index_add_(0, clusters, torch.ones_like(clusters))
     return first[clusters], sizes[clusters]
 

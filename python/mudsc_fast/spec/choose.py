@@ -1,4 +1,4 @@
-"""Choosing the spec of a network: one that is given, a family's, one from a file, or one derived from the model."""
+"""Choose the spec of a network: a given one, that of a family, one from a file, or one derived from the model."""
 
 from __future__ import annotations
 
@@ -33,21 +33,26 @@ def choose_spec(
     Parameters
     ----------
     spec
-        A :class:`PermutationSpec`, which is returned; the path of a ``.json`` file of :meth:`PermutationSpec.save`; the
-        name of a family with what the tensors' shapes do not tell, e.g. ``"resnet"`` or ``"vit:num_heads=12"``;
-        ``"derive"``, from what the model computes; or None: the family that the configuration or the tensors' names
-        tell, and where there is none, or the network is a variant of it, derived.
+        One of:
+
+        - a :class:`PermutationSpec`, which is returned;
+        - the path of a ``.json`` file of :meth:`PermutationSpec.save`;
+        - the name of a family, with the numbers that tensor shapes do not determine: ``"resnet"``,
+          ``"vit:num_heads=12"``;
+        - ``"derive"``: derive the spec from what the model computes;
+        - None: use the family recognized by the configuration or the tensor names. If there is none, or the network is
+          a variant of it, derive the spec.
     tensors
-        The network's tensors by name.
+        The tensors of the network by name.
     config
-        The entries of its configuration, if it is a model of Hugging Face.
+        The entries of its configuration, if it is a Hugging Face model.
     model
-        Returns the model, to derive a spec from. Not needed where `config` names a class of transformers.
+        Returns the model, to derive a spec from. Not needed if `config` names a class of transformers.
     batch
-        Returns a batch that the model can run on. Not needed for models of Hugging Face that take tokens or pixels.
+        Returns a batch that the model can run on. Not needed for Hugging Face models that take tokens or pixels.
     verify
-        Returns whether a spec fits the model's outputs. Called if a family is recognized by the tensors' names
-        alone; if it does not fit, the spec is derived.
+        Returns whether the model's outputs confirm a spec. Called if a family is recognized by tensor names alone. If
+        the result is False, the spec is derived.
 
     Raises
     ------
@@ -77,7 +82,7 @@ def choose_spec(
 
 
 class _Source:
-    """A network as far as it is known: tensors, configuration, and perhaps the model and a batch for it."""
+    """The tensors and configuration of a network and, if available, the model and a batch."""
 
     def __init__(
         self,
@@ -91,28 +96,26 @@ class _Source:
 
     @property
     def can_derive(self) -> bool:
-        """Whether there is a model, and something to run it on."""
+        """Whether there is a model and an input for it."""
         return bool(self.config) if self.batch is None else bool(self.config) or self.model is not None
 
     def derive(self) -> PermutationSpec:
         """Return the spec derived from what the model computes."""
         if not self.can_derive:
             raise ValueError(
-                "spec='derive' needs the model and a batch to run it on, or a model of Hugging Face: "
-                + ("there is no model" if self.model is None else "there is no data")
+                "spec='derive' needs the model and a batch to run it on, or a Hugging Face model: "
+                + ("got no model" if self.model is None else "got no data")
             )
         model = build_without_weights(self.config) if self.model is None else self.model()
         inputs = random_inputs(model) if self.batch is None or self.model is None else inputs_of(self.batch())
         if isinstance(inputs, dict) and not inputs:
-            raise ValueError(
-                f"there is no batch to derive the spec of {type(model).__name__} with: pass data, or a spec"
-            )
+            raise ValueError(f"deriving the spec of {type(model).__name__} needs a batch: pass data, or a spec")
         with quiet_transformers():
             return _derived(model, inputs, self.tensors)
 
 
 def _recognize(source: _Source) -> PermutationSpec:
-    """Return the spec by the configuration or the tensors' names, or else derived."""
+    """Return the spec of the family recognized by the configuration or the tensor names, or else derive it."""
     family = family_of_config(source.config) if source.config else family_of_names(source.tensors)
     if family == "mlp" and source.model is not None:
         return _of_chain(source, source.model())
@@ -121,12 +124,12 @@ def _recognize(source: _Source) -> PermutationSpec:
             return source.derive()
         shown = ", ".join(list(source.tensors)[:5])
         raise ValueError(
-            f"the network is not recognized by its tensors ({shown}, ...). Pass spec: a PermutationSpec, the path of "
-            f"a .json file, or a family: {family_names()}. Or pass modules and data: the spec is then derived"
+            f"no family is recognized by the tensor names ({shown}, ...). Pass spec: a PermutationSpec, the path of a "
+            f".json file, or a family: {family_names()}. Or pass modules and data: the spec is then derived"
         )
     try:
         chosen = build_family(family, {}, source.tensors, source.config)
-        # Names and shapes fit, but they do not show how the layers are connected.
+        # Names and shapes fit, but they do not tell how the layers are connected.
         if source.config or source.verify is None or not source.can_derive or source.verify(chosen):
             return chosen
         raise ValueError(f"the tensors have the names of the family {family!r}, but the model computes something else")
@@ -140,10 +143,10 @@ def _recognize(source: _Source) -> PermutationSpec:
 
 
 def _of_chain(source: _Source, model: nn.Module) -> PermutationSpec:
-    """Return the spec of a model that has linear layers alone.
+    """Return the spec of a model that has only linear layers.
 
-    Their names do not tell what happens between them (a residual connection, a softmax), so the spec is derived where
-    the model can be traced, with an input made for the first layer if there is no batch.
+    Their names do not tell what happens between them (a residual connection, a softmax), so the spec is derived. If
+    there is no batch, an input of the first layer's size is made up.
     """
     if source.batch is not None:
         return source.derive()
@@ -153,18 +156,19 @@ def _of_chain(source: _Source, model: nn.Module) -> PermutationSpec:
         return _derived(model, inputs, source.tensors)
     except ValueError as error:
         raise ValueError(
-            f"{error}. The model has linear layers alone; if each feeds the next, pass spec='mlp', else pass data"
+            f"{error}. The model has only linear layers: if each feeds the next, pass spec='mlp', else pass data"
         ) from error
 
 
 def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> PermutationSpec:
-    """Return the spec of a model, without the tensors that are not in the files."""
+    """Derive the spec of a model, without tensors that are missing in the files."""
     known = set(model.state_dict())
     unknown = [name for name in tensors if name not in known]
     if unknown:
         raise ValueError(
-            f"{type(model).__name__} has no {unknown[0]!r}, as {len(unknown)} of the {len(tensors)} tensors in files: "
-            "another architecture, or other names than in memory; write the spec as a .json file"
+            f"{type(model).__name__} has no {unknown[0]!r} ({len(unknown)} of the {len(tensors)} tensors in the files "
+            "are unknown to it): it is another architecture or has other names in memory; write the spec as a .json "
+            "file"
         )
     with preserve_training_mode(model):
         try:
@@ -172,7 +176,7 @@ def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Pe
         except (ValueError, TypeError, AttributeError) as error:
             _check_runs(model, inputs)
             raise ValueError(f"the spec of {type(model).__name__} cannot be derived: {error}") from error
-    # Files leave out tied tensors, and layers that the network was saved without, such as poolers.
+    # Files may lack tied tensors and optional layers such as poolers.
     spec = spec.without({name for name in spec.layouts if name not in tensors})
     problems = spec.problems(tensors)
     if problems:
@@ -181,13 +185,13 @@ def _derived(model: nn.Module, inputs: Any, tensors: Mapping[str, Tensor]) -> Pe
 
 
 def _check_runs(model: nn.Module, inputs: Any) -> None:
-    """Raise a ValueError if a model cannot run on the inputs that its spec is to be derived with."""
+    """Raise a ValueError if a model cannot run on the inputs that its spec would be derived with."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     try:
         with torch.no_grad():
             run_on_batch(model, inputs, next(iter(model.state_dict().values())).device, None)
-    except Exception as error:  # of the user's code, of any kind
+    except Exception as error:  # the user's code may raise anything
         raise ValueError(
             f"{type(model).__name__} cannot run on the first batch of data: {type(error).__name__}: {error}"
         ) from error

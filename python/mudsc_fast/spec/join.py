@@ -1,4 +1,4 @@
-"""One spec for networks that share a backbone but have different layers after it."""
+"""Join the specs of networks that share a backbone but have different layers after it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _Node = tuple[int, str]
 def join_specs(specs: Sequence[PermutationSpec]) -> PermutationSpec:
     """Return one spec for the tensors of several networks.
 
-    Tensors that several specs name belong to all of these networks, so the nodes of their axes are the same. Nodes get
-    the name that the first spec which has them gives. Units that one of the specs keeps in order stay in order.
+    If several specs name a tensor, the nodes of its axes are joined. A joined node has the name from the first spec
+    that contains it. If one of the specs keeps the order of some units, the joined spec keeps it too.
 
     Parameters
     ----------
@@ -27,12 +27,12 @@ def join_specs(specs: Sequence[PermutationSpec]) -> PermutationSpec:
     Returns
     -------
     PermutationSpec
-        A spec of all their tensors; the first itself if all are equal.
+        A spec of all their tensors; the first one itself if all are equal.
 
     Raises
     ------
     ValueError
-        If the specs divide an axis of a common tensor in other ways, or no node is left.
+        If the specs divide an axis of a common tensor differently, or if no node is left.
     """
     first = specs[0]
     if all(spec == first for spec in specs[1:]):
@@ -58,14 +58,14 @@ def join_specs(specs: Sequence[PermutationSpec]) -> PermutationSpec:
                 groups[name] = Groups(count, None if tie is None else f"{tie}" if index == 0 else f"{tie} ({index})")
             elif count not in (1, known.count):
                 raise ValueError(
-                    f"the networks have other groups (attention heads, groups of a norm) at node {name!r}: "
-                    f"{known.count} and {count}"
+                    f"the networks have different numbers of groups (attention heads, groups of a norm) at node "
+                    f"{name!r}: {known.count} and {count}"
                 )
     return PermutationSpec(layouts, observations, groups)
 
 
 class _JoinedNodes:
-    """The nodes of several specs, those of common tensors joined (union-find)."""
+    """The nodes of several specs. Nodes on the same axis of a common tensor are joined (union-find)."""
 
     def __init__(self, specs: Sequence[PermutationSpec]) -> None:
         self._parent: dict[_Node, _Node] = {(i, node): (i, node) for i, spec in enumerate(specs) for node in spec.nodes}
@@ -118,7 +118,7 @@ class _JoinedNodes:
                 layout[position] if position < len(layout) else (Segment(None),) for _, layout in (first, other)
             )
             if [(s.start, s.width) for s in ours] != [(s.start, s.width) for s in theirs]:
-                raise ValueError(f"axis {position} of {tensor!r} is divided in other ways in the networks")
+                raise ValueError(f"axis {position} of {tensor!r} is divided differently in the networks")
             for our, their in zip(ours, theirs, strict=True):
                 self._join_axes(tensor, position, (first[0], our.axis), (other[0], their.axis))
 
@@ -133,7 +133,7 @@ class _JoinedNodes:
             assert ours is not None
             assert theirs is not None
             if (ours.inner, ours.outer) != (theirs.inner, theirs.outer):
-                raise ValueError(f"axis {position} of {tensor!r} holds other units in the networks")
+                raise ValueError(f"axis {position} of {tensor!r} has differently arranged units in the networks")
             roots = sorted(self._root(node) for node in nodes)
             self._parent[roots[1]] = roots[0]
 

@@ -23,7 +23,7 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 Tensors = Mapping[str, Tensor]
 
-#: Tensors that no specification needs to name: tables that are no weights, and numbers for tokens or for a whole model.
+#: Tensors that a specification need not name: tables that are not weights, and values per token or for a whole model.
 _FREE_TENSORS = re.compile(
     r"logit_(scale|bias)$|attn\.(masked_)?bias$|position_ids$|inv_freq$|num_batches_tracked$"
     r"|^cls\.predictions\.(decoder\.)?bias$|attn_mask$|relative_position_index$"
@@ -42,7 +42,7 @@ def build_family(name: str, numbers: Mapping[str, int], tensors: Tensors, config
     tensors
         The tensors by name.
     config
-        The entries of the network's configuration; they replace missing `numbers` for families of Hugging Face.
+        The entries of the network's configuration. For Hugging Face families they replace missing `numbers`.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def family_of_config(config: Mapping[str, Any]) -> str | None:
 
 
 def family_of_names(tensors: Tensors) -> str | None:
-    """Return the family that the tensors' names tell, if there is one."""
+    """Return the family that is recognized by the tensor names, if there is one."""
     for marks, family in _MARKS:
         if all(any(re.search(mark, name) for name in tensors) for mark in marks):
             return family
@@ -93,22 +93,22 @@ def family_of_names(tensors: Tensors) -> str | None:
 
 
 def family_names() -> str:
-    """Return the names of all families, as text."""
+    """Return the names of all families, separated by commas."""
     return ", ".join(sorted(_FAMILIES))
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return the first of many problems, a line each."""
+    """Return the first ten problems, one per line."""
     more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
     return "\n  ".join(["", *problems[:10], *more])
 
 
 class _OptionError(ValueError):
-    """A number that a family needs is missing, or one was given that it does not have."""
+    """A number that the family needs is missing, or a given number is unknown to the family."""
 
 
 class _Options:
-    """Numbers of a network: as the user gave them or, by the names that configurations have for them, from its own."""
+    """Numbers that describe a network, given by the user or read from its configuration."""
 
     def __init__(self, family: str, given: Mapping[str, int], config: Mapping[str, Any]) -> None:
         self._family = family
@@ -117,24 +117,24 @@ class _Options:
         self._used: set[str] = set()
 
     def number(self, name: str, *in_config: str, section: str = "", default: int | None = None) -> int:
-        """Return a number; `in_config` are its names in the configuration, or in its section."""
+        """Return a number. `in_config` are its names in the configuration, or in a section of the configuration."""
         self._used.add(name)
         config = self._config.get(section, self._config) if section else self._config
         found = [config[key] for key in in_config if config.get(key) is not None]
         value = self._given.get(name, found[0] if found else default)
         if not isinstance(value, int):
             raise _OptionError(
-                f"the tensors do not tell {name} of the family {self._family}: pass it as spec "
+                f"tensor shapes do not determine {name} of the family {self._family}: pass spec "
                 f"'{self._family}:{name}=N'"
             )
         return value
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return an entry of the configuration that is true or false."""
+        """Return a boolean entry of the configuration."""
         return bool(self._config.get(name, default))
 
     def check_all_used(self) -> None:
-        """Raise an error if a number was given that the family does not have."""
+        """Raise an error if a given number is unknown to the family."""
         unknown = [name for name in self._given if name not in self._used]
         if unknown:
             taken = ", ".join(sorted(self._used)) or "none"
@@ -142,10 +142,10 @@ class _Options:
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:
-    """Return the number of layers: one more than the greatest number that `pattern` finds in the names."""
+    """Return the number of layers: one more than the greatest index that `pattern` finds in the names."""
     found = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
     if not found:
-        raise ValueError(f"no tensor's name begins like {pattern}")
+        raise ValueError(f"no tensor name begins with the pattern {pattern}")
     return max(found) + 1
 
 
@@ -170,7 +170,7 @@ def _chain(tensors: Tensors) -> list[str] | None:
 def _mlp(tensors: Tensors, _: _Options) -> PermutationSpec:
     layers = _chain(tensors)
     if layers is None:
-        raise ValueError("expected nothing but linear layers, numbered in their order, all with bias or all without")
+        raise ValueError("expected only linear layers, numbered in order, all with bias or all without")
     return mlp(layers, bias=f"{layers[0]}.bias" in tensors)
 
 
