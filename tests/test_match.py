@@ -299,7 +299,7 @@ def test_models_in_files(tmp_path: Path) -> None:
         TypeError, match=r"models must be all of one kind \(modules, state dicts, paths\), got Seq.*, str"
     ):
         mudsc_fast.merge([models[0], str(paths[1])])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="models must be modules, or directories of Hugging Face"):
+    with pytest.raises(TypeError, match="models must be modules, or Hugging Face directories"):
         mudsc_fast.merge(paths, batches(), spec=MLP_SPEC)
     with pytest.raises(ValueError, match="no such file or directory"):
         mudsc_fast.merge([paths[0], tmp_path / "c.safetensors"])

@@ -347,7 +347,7 @@ NOT_A_NUMBER = torch.full((32,), float("nan"))
             [STATE, OTHER],
             {"data": batches()},
             TypeError,
-            "models must be modules, or directories of Hugging Face, to match in activation space",
+            "models must be modules, or Hugging Face directories, to match in activation space",
         ),
         (
             [STATE, OTHER],

@@ -1,4 +1,4 @@
-"""Models of Hugging Face: their classes, and inputs to run them on."""
+"""Hugging Face models: their classes, and inputs to run them on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FRAMES = 40
 _IMAGE_SIDE = 64
 
 
-#: Outputs of models of Hugging Face whose order is fixed; hidden states follow the units.
+#: Outputs of Hugging Face models whose order is fixed; hidden states follow the units.
 _ORDERED_OUTPUTS = (
     "logits",
     "prediction_logits",
@@ -32,7 +32,7 @@ _ORDERED_OUTPUTS = (
 
 
 def config_of(model: object) -> Mapping[str, Any] | None:
-    """Return the configuration of a model of Hugging Face as a dict, None for other models."""
+    """Return the configuration of a Hugging Face model as a dict, None for other models."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     config = to_dict() if callable(to_dict) else None
     return config if isinstance(config, Mapping) else None
@@ -109,7 +109,7 @@ def build_without_weights(config: Mapping[str, Any]) -> nn.Module:
 
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Return random tokens, pixels and sounds for a model of Hugging Face, as far as it takes them; else an empty dict.
+    """Return random tokens, pixels or sounds for a Hugging Face model, an empty dict if it takes none of these.
 
     Decoders of sequence-to-sequence models get tokens of their own.
     """
@@ -149,7 +149,7 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
 def ordered_outputs(output: Any) -> Any:
     """Return the outputs of a model that do not change when its units are permuted, in their containers.
 
-    Of models of Hugging Face these are the logits and projected embeddings. Caches of keys follow the order of the
+    For Hugging Face models, these are the logits and projected embeddings. Caches of keys follow the order of the
     heads, and the last hidden state may follow the units: its features are returned in the order of their values.
     Outputs of other models are returned as they are.
     """

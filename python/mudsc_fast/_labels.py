@@ -1,4 +1,4 @@
-"""Labels of classifiers of Hugging Face: two classifiers with other labels cannot be averaged."""
+"""Labels of Hugging Face classifiers: classifiers with different labels cannot be averaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def label_problem(
     sources
         What to call each network.
     configs
-        Their configurations, None for what is no model of Hugging Face.
+        Their configurations, None for other models.
     tensors
         The tensors of the first network.
     kept

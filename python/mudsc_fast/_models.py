@@ -51,7 +51,7 @@ class Networks:
     extras
         Their entries that are no tensors: ``_extra_state`` of modules.
     configs
-        The entries of each network's configuration, None for what is no model of Hugging Face.
+        The entries of each network's configuration, None for other models.
     lacking
         For each network the names in its `state_dicts` that it does not have itself.
     sources

@@ -342,7 +342,7 @@ class PreparedMatching:
             )
         if not networks.modules:
             raise TypeError(
-                "models must be modules, or directories of Hugging Face, to match in activation space: got tensors"
+                "models must be modules, or Hugging Face directories, to match in activation space: got tensors"
             )
         return collect(
             self._ranks,

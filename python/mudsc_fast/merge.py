@@ -67,7 +67,7 @@ def merge(
     models
         Two or more modules; or state dicts; or paths of checkpoints (.safetensors, files of ``torch.save``, directories
         of Hugging Face). Units of the result are in the order of the first model (align). Not modified. Tensors of
-        files are read when they are needed; where activations are needed too, directories of Hugging Face are loaded
+        files are read when they are needed; where activations are needed too, Hugging Face directories are loaded
         as modules by transformers.
     data
         Batches to run the models on, as for :func:`mudsc_fast.collect_statistics`, or what that function returned

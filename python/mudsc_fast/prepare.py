@@ -93,7 +93,7 @@ def prepare(
     spec, data
         As for :func:`mudsc_fast.merge`.
     run
-        Whether the networks are to be run: directories of Hugging Face are then loaded as modules.
+        Whether the networks are to be run: Hugging Face directories are then loaded as modules.
     task_heads
         Tensors that not all networks need to have.
     forward, verify

@@ -17,10 +17,10 @@ from mudsc_fast.options import Space
 
 _EXAMPLES = """\
 examples:
-  Merge two directories of Hugging Face by their weights:
+  Merge two Hugging Face directories by their weights:
     mudsc-fast merge bert-a bert-b --output merged
 
-  Merge two classifiers with other labels; each keeps its classifier:
+  Merge two classifiers with different labels; each keeps its classifier:
     mudsc-fast merge cats dogs --output merged --task-heads auto
 
   Match by weights and activations, with batches from my_data.py:
@@ -35,15 +35,15 @@ examples:
 
 _MERGE = """\
 Merge networks of one architecture into a new one of the same size, without training. Units are matched first, by their
-weights and, with --data, by their activations; then the weights are averaged. A network is a .safetensors file, a file
-of torch.save with a state dict (.pt, .pth, .bin, .ckpt), or a directory of Hugging Face.
+weights and, with --data, by their activations. Then the weights are averaged. A network is a .safetensors file, a
+torch.save file with a state dict (.pt, .pth, .bin, .ckpt), or a Hugging Face directory.
 """
 
 _MERGE_EXAMPLES = _EXAMPLES
 
 _ALIGN = """\
-Write a network with its units in the order of another network's units. It computes the same as before, and can then be
-averaged with BASE by any tool, tensor by tensor.
+Write a network with its units in the order of another network. Its outputs do not change, and any tool can then average
+it with BASE, tensor by tensor.
 """
 
 _ALIGN_EXAMPLES = """\
@@ -53,8 +53,7 @@ examples:
 """
 
 _INSPECT = """\
-Show what a network in files holds: its tensors, its family, the nodes of its spec, and which axes keep their order and
-why.
+Show the tensors of a network in files, its family, the nodes of its spec, and which axes keep their order and why.
 """
 
 _INSPECT_EXAMPLES = """\
@@ -72,7 +71,7 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows an error in one line: the usage of a subcommand is fifteen lines."""
+    """Shows errors in one line, without the fifteen lines of a subcommand's usage."""
 
     def error(self, message: str) -> NoReturn:
         """Show an error in the form of all errors of the command, and exit."""
@@ -114,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     _inspect_arguments(
         _add(subparsers, "inspect", "Show the tensors and the spec of a network.", _INSPECT, _INSPECT_EXAMPLES)
     )
-    about = "Show versions, devices and which kernel serves which op."
+    about = "Show versions, devices and the kernel that each op uses."
     _add(subparsers, "info", about, about, None).set_defaults(run=lambda _: info())
     about = "Print a script that completes the command in a shell."
     shells = _add(subparsers, "completion", about, about, _COMPLETION_EXAMPLES)
@@ -171,7 +170,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     messages.add_argument(
         "--dry-run",
         action="store_true",
-        help="Show what would be matched, and the memory and time that it would take; write nothing.",
+        help="Show what would be matched and the estimated memory and time. Write nothing.",
     )
 
 
@@ -236,8 +235,8 @@ def _matching_arguments(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--no-verify",
         action="store_true",
-        help="Do not check on the first batch of --data that the model computes the same after its units were permuted "
-        "by the given --spec.",
+        help="Do not check on the first batch of --data that permuting units by the given --spec keeps the outputs of "
+        "the model.",
     )
     return group
 
@@ -260,7 +259,7 @@ def _add_model_and_data(group: Any) -> None:
     group.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="A function that builds the model. Directories of Hugging Face do not need it.",
+        help="A function that builds the model. Hugging Face directories do not need it.",
     )
 
 
@@ -270,20 +269,20 @@ def _tensor_arguments(parser: argparse.ArgumentParser) -> None:
         "--task-heads",
         default="",
         metavar="NAME,...",
-        help="Layers that each network keeps, by name, pattern, or 'auto' for all that differ. The output of a merge "
-        "then has one folder for each network; they share all other weights.",
+        help="Layers that each network keeps: names, patterns, or 'auto' for all that differ. The output of a merge "
+        "then has one folder for each network. All other weights are the same in all folders.",
     )
     group.add_argument(
         "--ignore",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="Tensors that are not merged, e.g. 'pooler.*': the output has those of the first network. Repeatable.",
+        help="Tensors that are not merged, e.g. 'pooler.*'. The output has those of the first network. Repeatable.",
     )
     group.add_argument(
         "--dequantize",
         action="store_true",
-        help="Read float8 and int8 weights as numbers times their scales. By default they are an error.",
+        help="Multiply float8 and int8 weights by their scales. By default quantized weights are an error.",
     )
 
 
@@ -316,14 +315,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="DIR",
-        help="Keep the state in this directory after every step: the same command, started again after it was "
-        "interrupted, continues there, also with another number of processes.",
+        help="Save the state in this directory after every step. If the run is interrupted, the same command continues "
+        "from there, also with another number of processes.",
     )
     group.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="With torchrun: when a process that does not answer counts as failed. Default: 1800.",
+        help="With torchrun: seconds after which a process that does not answer counts as failed. Default: 1800.",
     )
 
 

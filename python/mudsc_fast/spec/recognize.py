@@ -254,7 +254,7 @@ def _clip_huggingface(tensors: Tensors, options: _Options) -> PermutationSpec:
         heads = options.number(f"{name}_heads", "num_attention_heads", section=f"{name}_config", default=default)
         return Tower(layers, heads, width)
 
-    # The numbers of heads are those that files of Hugging Face leave out, being its defaults.
+    # Hugging Face files omit numbers of heads that are defaults; these are the defaults.
     return clip_huggingface(tower("vision", "pre_layrnorm", 12), tower("text", "final_layer_norm", 8))
 
 

@@ -1,4 +1,4 @@
-"""BERT with the names of Hugging Face."""
+"""BERT with the tensor names of Hugging Face."""
 
 from __future__ import annotations
 
