@@ -65,73 +65,73 @@ def merge(
     Parameters
     ----------
     models
-        Two or more modules; or state dicts; or paths of checkpoints (.safetensors, files of ``torch.save``, directories
-        of Hugging Face). Units of the result are in the order of the first model (align). Not modified. Tensors of
-        files are read when they are needed; where activations are needed too, Hugging Face directories are loaded
-        as modules by transformers.
+        Two or more modules, state dicts, or paths of checkpoints (.safetensors files, ``torch.save`` files, Hugging
+        Face directories). They are not modified. With ``mode="align"``, the units of the result are in the order of the
+        first model. Tensors in files are read when they are needed. If activations are needed, transformers loads
+        Hugging Face directories as modules.
     data
         Batches to run the models on, as for :func:`mudsc_fast.collect_statistics`, or what that function returned
-        for these models and this `spec`. Not read for the activations where `space` is ``"weight"``.
+        for these models and this `spec`. Activations are not computed if `space` is ``"weight"``.
     spec
         Which axes of which tensors belong together: a :class:`mudsc_fast.PermutationSpec`, the path of its ``.json``
-        file, or the name of a family with what the tensors do not tell (``"resnet"``, ``"llama"``,
-        ``"vit:num_heads=12"``). By default the family that the tensors' names or the configuration of Hugging Face
-        tell; else the spec is derived from the first model with the first batch of `data`, as by
+        file, or the name of a family, with the numbers that tensor shapes do not determine (``"resnet"``, ``"llama"``,
+        ``"vit:num_heads=12"``). By default the family is recognized by the tensor names or the Hugging Face
+        configuration. If that fails, the spec is derived from the first model and the first batch of `data`, as by
         :meth:`mudsc_fast.PermutationSpec.from_model`.
     mode
-        ``"align"``: each model gets a permutation onto the first. ``"zip"``: units of all models, also of one model,
-        are clustered.
+        ``"align"`` permutes the units of each model onto those of the first. ``"zip"`` clusters the units of all
+        models; units of the same model may be joined too.
     balance
-        Share of the weight similarity in the dual space, in [0, 1]; 0.5 by default. :func:`mudsc_fast.search_balance`
-        searches it.
+        Share of the weight similarity in the dual space, in [0, 1]. Default: 0.5. :func:`mudsc_fast.search_balance`
+        finds the best value.
     space
         ``"weight"``, ``"activation"`` or ``"dual"`` (both); by default dual if there is data, else weight.
     weights
-        The models' shares in the result, numbers of at least 0 that sum to 1; equal by default.
+        The models' shares in the result: non-negative numbers that sum to 1. Default: equal shares.
     shrink, budget
         Of ``mode="zip"`` alone: how a cluster's similarities shrink when it grows, and which share of a model's merges
         may be within the model; as in :func:`mudsc_fast.ops.zip_units`. By default `shrink` is the published 0.5 for up
         to two models. For more, clusters do not shrink, but the similarities of units of one model count half: permuted
         copies of any number of models find each other.
     stop_at
-        Where merging stops, by default nowhere: a node, or tensors by their name or its beginning up to a dot (a
-        module). Tensors up to and including these, in the order of the spec, are merged into one trunk; every task
-        keeps its own tensors after them. A node's last tensors are those of the last layer that produces it: with a
-        residual stream, of the last block that writes to it. Where parts of a network share no node, such as two
-        towers, each can be given a stop; parts without one are merged as a whole. A tensor with two names (an embedding
-        table that is the output layer too) is merged if one of them is. Matching is that of the whole network.
+        The last layers to merge: a node, a module, or a tensor name. By default the whole network is merged. Tensors
+        up to and including the stop, in the order of the spec, are merged into one trunk; every task keeps its own
+        tensors after it. A node ends with the last layer that produces it: for a residual stream, the last block that
+        writes to it. If parts of a network share no node, such as two towers, each can have a stop; parts without one
+        are merged as a whole. A tensor with two names (an embedding table that is also the output layer) is merged if
+        one of its names is. The whole network is matched in any case.
     task_heads
-        Tensors to keep per task besides, by their name or its beginning up to a dot. They do not count in the
-        similarity. Output layers that differ in size between the models are found without being named. Heads of another
-        structure, which only some of the models have, must be named: each task keeps those that its model has.
+        Further tensors that each task keeps: modules or tensor names. They are not compared. Output layers that differ
+        in size between the models need not be named. Heads that only some of the models have must be named: each task
+        keeps those of its model.
     random_state
-        Seed of the order in which sweeps visit the nodes. The result depends on nothing else that is random.
+        Seed of the order in which sweeps visit the nodes. Nothing else in the result is random.
     max_sweeps, patience
         Maximum number of sweeps, and of sweeps without improvement before stopping.
     forward
-        Runs a model on a batch, where batches are neither tensors nor dicts nor tuples that begin with one.
+        Runs a model on a batch. Needed if batches are neither tensors nor dicts nor tuples that begin with one.
     precision
-        ``"bfloat16"`` for faster and coarser products of similarities where the processor has instructions for them;
-        see :class:`mudsc_fast.ops.CorrelationAccumulator`. Merged weights are averaged in full precision all the same.
+        ``"bfloat16"`` for faster, less precise similarities on processors with instructions for it; see
+        :class:`mudsc_fast.ops.CorrelationAccumulator`. Weights are always averaged in full precision.
     verify
-        Whether to check a `spec` that is given, where modules and data are given too: the first model must compute the
-        same on the first batch after its units were put in a random order. It takes two runs of the model on that batch
-        and a copy of it. Pass False where a spec is not meant to keep the outputs, as the published ones that match the
-        heads of queries and of values independently, or where the outputs are features that follow the units.
+        Whether to check a given `spec` if modules and data are given too: a random order of the first model's units
+        must not change its outputs on the first batch. This needs a copy of the model and two runs. Pass False if the
+        spec is not meant to keep the outputs, like the published ones that match the heads of queries and values
+        independently, or if the outputs are features that follow the units.
     progress
-        Whether to show progress bars; by default in a terminal, if the work is long.
+        Whether to show progress bars. By default they are shown in a terminal if the work is long.
     refit
-        Whether to fit the merged layers by least squares to what the models compute on `data`, as
-        :func:`mudsc_fast.refit` does with its defaults; `data` must then be batches that can be read twice.
+        Whether to fit the merged layers by least squares to what the models compute on `data`, with the defaults of
+        :func:`mudsc_fast.refit`. `data` must then be batches that can be read twice.
     group
-        The processes of torch.distributed that merge together; all of them make this call with the same arguments, but
-        each with its own `data`, which may be empty. All get the result that one process gets from all data. Modules
-        and state dicts that are divided over the processes (DTensors, FSDP2) are merged tensor by tensor; the tensors
-        of the result are divided as those of the first model, and `model` is None.
+        The torch.distributed processes that merge together. All of them make this call with the same arguments, but
+        each with its own `data`, which may be empty. All get the result that one process would get from all data.
+        Modules and state dicts that are sharded over the processes (DTensor, FSDP2) are merged tensor by tensor. The
+        tensors of the result are then sharded like those of the first model, and `model` is None.
     checkpoint
-        A directory that keeps the statistics of the activations and the state after every sweep. A run that was
-        interrupted, started again with the same arguments and the same directory, continues there, also with another
-        number of processes. The directory can be removed afterwards.
+        A directory for the statistics of the activations and the state after every sweep. If a run is interrupted, the
+        same call with the same directory continues it, also with another number of processes. The directory can be
+        removed afterwards.
 
     Returns
     -------
@@ -140,13 +140,14 @@ def merge(
     Raises
     ------
     ValueError
-        If models differ in tensors, shapes (other than of task heads) or devices, no spec can be found, it does not fit
-        their tensors or does not keep their outputs, `stop_at` or `task_heads` name nothing, the data yields nothing, a
-        number is out of range, or a similarity is not finite.
+        If models differ in tensors, devices, or shapes outside of task heads; if no spec is found, or it does not fit
+        the tensors or does not keep the outputs; if `stop_at` or `task_heads` name nothing, the data is empty, a number
+        is out of range, or a similarity is not finite.
     TypeError
-        If an argument is of the wrong type, the models' dtypes differ, or activations are asked of tensors alone.
+        If an argument has the wrong type, the models' dtypes differ, or activations are needed but `models` are state
+        dicts.
     DistributedError
-        If a process of the group fails or is gone; the message names its rank and the cause.
+        If a process of the group fails or dies. The message names its rank and the cause.
     """
     ranks = Ranks(group)
     with ranks.step("checking the arguments"):
