@@ -532,7 +532,7 @@ def test_heads_of_another_structure(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_task_heads_need_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save_mlps(tmp_path)
     arguments = ("merge", a, b, "--output", tmp_path / "out.pt", "--spec", "mlp", "--task-heads", "fc3")
-    assert "name a directory" in failure(capsys, tmp_path, *arguments)
+    assert "--task-heads needs a directory as the output" in failure(capsys, tmp_path, *arguments)
     arguments = ("merge", a, b, "--output", tmp_path / "out", "--spec", "mlp", "--task-heads", "fc9")
     assert "--task-heads fc9 matches no tensor" in failure(capsys, tmp_path, *arguments)
     run("merge", a, b, "--output", tmp_path / "out", "--spec", "mlp", "--task-heads", "fc3", "--quiet")
