@@ -16,10 +16,10 @@ Forward = Callable[[nn.Module, Any], object]
 
 
 def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None) -> object:
-    """Run a model on one batch, moved to `device`, and return what it returns.
+    """Move a batch to `device`, run a model on it, and return the result.
 
-    Without `forward` a tensor is the model's only argument, a dict its keyword arguments, and of a tuple or list the
-    first entry counts.
+    Without `forward`, a tensor is the model's only argument, and a dict holds its keyword arguments. Of a tuple or
+    list, only the first entry is used, in the same way.
 
     Raises
     ------
@@ -116,7 +116,7 @@ class Rewindable(Iterable[Any]):
             yield batch
 
     def __len__(self) -> int:
-        """Return the number of batches, for those that tell; TypeError for others."""
+        """Return the number of batches. Raises a TypeError if the data has no length."""
         return len(self._batches)  # type: ignore[arg-type]
 
     def first(self) -> Any:

@@ -25,7 +25,7 @@ def progress_bar(
     progress
         True shows the bar, False does not, None shows it if stderr is a terminal and the work is long.
     total
-        The number of steps, where `iterable` does not tell.
+        The number of steps, if `iterable` has no length.
     """
     return tqdm(
         iterable,

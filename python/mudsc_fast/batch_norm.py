@@ -20,21 +20,20 @@ def reset_batch_norm(
 ) -> int:
     """Recompute the running mean and variance of every BatchNorm and InstanceNorm layer that tracks them, in place.
 
-    The statistics of a merged network's units are not the mean of those of the networks that it was made of. Each
-    layer's statistics become the averages over all batches, as seen with the layers before it normalizing by the batch.
+    The statistics of a merged network's units are not the mean of those of the networks that it was made of. They are
+    computed as the averages over all batches, while earlier normalization layers use the statistics of the batch.
 
-    It differs from :func:`torch.optim.swa_utils.update_bn` in that all other layers, such as dropout, stay in
-    evaluation mode, that it takes the batches that :func:`mudsc_fast.merge` takes, that a batch with one value for each
-    unit (a last batch of one sample) is no error, that InstanceNorm is served, and that the model is left as it was
-    after an error.
+    Differences from :func:`torch.optim.swa_utils.update_bn`: all other layers, such as dropout, stay in evaluation
+    mode; data has the form that :func:`mudsc_fast.merge` takes; a batch with one value per unit (a last batch of one
+    sample) is skipped instead of raising an error; InstanceNorm is supported; and an error leaves the model unchanged.
 
     Parameters
     ----------
     model
         The merged network. Only running statistics and their counters change.
     data
-        Batches, as for :func:`mudsc_fast.collect_statistics`; some thousand samples are enough. All batches count
-        alike, but a layer skips batches in which it sees one value for each unit.
+        Batches, as for :func:`mudsc_fast.collect_statistics`. A few thousand samples are enough. All batches have the
+        same weight, but a layer skips batches in which it sees only one value per unit.
     forward
         Runs the model on a batch, if the batch cannot be passed to the model directly.
     progress
@@ -43,14 +42,13 @@ def reset_batch_norm(
     Returns
     -------
     int
-        The number of layers that keep running statistics. It is 0 for a model without such layers, which is left as it
-        is, as by :func:`torch.optim.swa_utils.update_bn`; the data is then not read.
+        The number of layers with running statistics. If it is 0, the model is unchanged and the data is not read.
 
     Raises
     ------
     ValueError
-        If the data yields nothing, or a layer saw batches with one value for each unit alone. After this and any other
-        error the statistics are unchanged.
+        If the data is empty, or a layer only saw batches with one value per unit. After any error the statistics are
+        unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -31,7 +31,7 @@ def joint_accuracy(
     forward: Outputs | None = None,
     progress: bool | None = None,
 ) -> float:
-    """Return the share of samples whose label is the best of the classes of all tasks.
+    """Return the accuracy among the classes of all tasks.
 
     Parameters
     ----------
@@ -74,9 +74,9 @@ def task_accuracies(
 ) -> list[float]:
     """Return for each task the accuracy on samples of its own classes, among its own classes.
 
-    `tasks` names the classes of each task, e.g. ``[[0, 1, 2], [3, 4]]``; by default there is one task of all classes.
-    Other parameters, returned range and errors are those of :func:`joint_accuracy`. A task of whose classes there are
-    no samples is an error.
+    `tasks` lists the classes of each task, e.g. ``[[0, 1, 2], [3, 4]]``. By default there is one task with all classes.
+    The other parameters, the range of the results and the errors are those of :func:`joint_accuracy`. A task without
+    samples is an error.
     """
     vectors = _class_vectors(class_vectors)
     right = torch.zeros(1 if tasks is None else len(tasks), dtype=torch.long)
@@ -159,7 +159,7 @@ class Interpolation:
 
     @property
     def barrier(self) -> float:
-        """Largest amount by which a value exceeds the line between the two ends: the barrier, if values are losses.
+        """The largest amount by which a value exceeds the straight line between the ends. For losses, the barrier.
 
         Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020.
         """

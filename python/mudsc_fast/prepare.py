@@ -1,4 +1,4 @@
-"""From the models, spec and data that a user passes to networks that can be matched."""
+"""Turn the models, spec and data that a user passes into networks that can be matched."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Prepared:
     spec
         Their spec.
     data
-        The data, of which the first batch may have been looked at, or a function that collects statistics of it.
+        The data, or a function that collects its statistics. The first batch may have been read in advance.
     task_heads
-        The tensors to keep per task, by their name or its beginning up to a dot.
+        The tensors to keep per task: names, or prefixes of names that end before a dot.
     sharded
-        The tensors of networks that are divided over processes; `networks` then has their shapes alone.
+        The tensors of networks that are sharded over processes. `networks` then has only their shapes.
     """
 
     networks: Networks
@@ -61,7 +61,7 @@ class Prepared:
         Raises
         ------
         ValueError
-            If an entry names nothing, or classifiers that would be merged have other labels.
+            If an entry names nothing, or classifiers that would be merged have different labels.
         """
         networks = self.networks
         division = divide(networks.state_dicts, self.spec, names("stop_at", stop_at), self.task_heads)
@@ -104,7 +104,7 @@ def prepare(
     Raises
     ------
     TypeError
-        If `models` is not a sequence, holds anything else or a mixture, or if the networks' dtypes differ.
+        If `models` is not a sequence, has entries of other types or of several kinds, or if dtypes differ.
     ValueError
         If there are fewer than two, if a file cannot be read, if the networks differ in the names or the devices of
         their tensors, or if no spec can be found.
@@ -133,7 +133,7 @@ def prepare(
 
 
 def _kind_of(given: object) -> str:
-    """Return what processes must be given alike for all to go through the same steps; data differ between them."""
+    """Return the arguments that must be equal in all processes, so that all take the same steps. Data may differ."""
     if given is None:
         return "None"
     if isinstance(given, (PermutationSpec, MatchingStatistics)):
@@ -168,7 +168,7 @@ def check_models(models: Models, data: object = None) -> None:
     Raises
     ------
     TypeError
-        If it is not a sequence, or holds anything else or a mixture.
+        If it is not a sequence, or has entries of other types or of several kinds.
     ValueError
         If there are fewer than two.
     """
@@ -199,7 +199,7 @@ def _exchanged(data: object) -> str:
 
 
 def network_of(model: Model, spec: PermutationSpec) -> Networks:
-    """Return what is known of one network; tensors of files have the names of the spec.
+    """Return one network. Tensors in files get the names that the spec uses.
 
     Raises
     ------
