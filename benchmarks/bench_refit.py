@@ -50,6 +50,12 @@ ROWS = 8192
 PLEAS_STEPS = 400
 #: RegMean scales the entries off a gram matrix's diagonal by this (section 4.1 of the paper).
 REGMEAN_SCALE = 0.9
+#: Space, mode and balance of the matchings to compare.
+MATCHINGS: tuple[tuple[str, mudsc_fast.Mode, float], ...] = (
+    ("dual", "align", 0.3),
+    ("activation", "zip", 0.0),
+    ("dual", "zip", 0.3),
+)
 MNIST_WIDTH, MNIST_LAYERS, MNIST_EPOCHS = 128, 6, 10
 
 
@@ -395,14 +401,15 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> None:
     averaged = copy.deepcopy(case.models[0])
     averaged.load_state_dict(mean)
     show("average", reset(averaged, case))
-    for mode in ("align", "zip"):
-        matching = mudsc_fast.match(case.models, statistics, spec=spec, mode=mode, balance=0.3)
+    for space, mode, balance in MATCHINGS:
+        matching = mudsc_fast.match(case.models, statistics, spec=spec, mode=mode, balance=balance)
         merged = matching.merge(case.models)
         assert merged.model is not None
-        show(f"dual {mode}", reset(merged.model, case))
+        method = f"{space} {mode}"
+        show(method, reset(merged.model, case))
         if repaired_by == "repair":
             repaired, seconds = cpu_seconds(mudsc_fast.repair, merged, case.models, case.batches)
-            show(f"dual {mode}, REPAIR", repaired.model, seconds)
+            show(f"{method}, REPAIR", repaired.model, seconds)
         if mode == "align":
             unmatched = replace(matching, nodes={node: in_order(found) for node, found in matching.items()})
             refitted, seconds = cpu_seconds(mudsc_fast.refit, unmatched.merge(case.models), case.models, case.batches)
@@ -411,17 +418,17 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> None:
             aligned = [case.models[0], matching.permute(case.models[1], 1)]
             for name, function in (("RegMean", regmean), ("PLeaS", pleas)):
                 model, seconds = cpu_seconds(function, aligned, merged.model, case)
-                show(f"dual {mode}, {name}", model, seconds)
+                show(f"{method}, {name}", model, seconds)
         refitted, seconds = cpu_seconds(mudsc_fast.refit, merged, case.models, case.batches)
-        show(f"dual {mode}, refit", refitted.model, seconds)
-        if others:
-            show(f"dual {mode}, fine-tuned", fine_tuned(merged.model, case, seconds), seconds)
+        show(f"{method}, refit", refitted.model, seconds)
+        if others and space == "dual":
+            show(f"{method}, fine-tuned", fine_tuned(merged.model, case, seconds), seconds)
         for count in (500, 1500) if case.own else ():
             own = [iter(batches(count)) for batches in case.own]
             refitted, seconds = cpu_seconds(
                 lambda: mudsc_fast.refit(merged, case.models, own, max_samples=None)  # noqa: B023
             )
-            show(f"dual {mode}, refit, own data, {2 * count}", refitted.model, seconds)
+            show(f"{method}, refit, own data, {2 * count}", refitted.model, seconds)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,13 @@ def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bi
         chosen = _best_ridge(parts[0], parts[1], sorted(ridges), has_bias)
     else:
         chosen = sorted(ridges)[len(ridges) // 2]
-    nothing = _nothing(both)
-    change = nothing if chosen is None else _change(parts[2], chosen, has_bias)
-    return Solution(*change, chosen, _error(parts[2], *nothing), _error(parts[2], *change))
+    before = _present_error(parts[2])
+    if chosen is None:
+        groups, size = both.mean.shape
+        nothing = both.mean.new_zeros(groups, size - both.inputs, both.inputs)
+        return Solution(nothing, nothing[:, :, 0].clone(), None, before, before)
+    change = _change(parts[2], chosen, has_bias)
+    return Solution(*change, chosen, before, _fitted_error(parts[2], chosen, change[0]))
 
 
 def _best_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float], has_bias: bool) -> float | None:
@@ -76,27 +80,47 @@ def _best_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float], has
     for step in (-1, 1):
         while 0 <= place + step < len(ridges) and error(place + step) < error(place):
             place += step
-    return ridges[place] if error(place) < _error(held_out, *_nothing(held_out)) else None
+    return ridges[place] if error(place) < _present_error(held_out) else None
 
 
-def _nothing(moments: Moments) -> tuple[Tensor, Tensor]:
-    groups, size = moments.mean.shape
-    outputs = size - moments.inputs
-    return moments.mean.new_zeros(groups, outputs, moments.inputs), moments.mean.new_zeros(groups, outputs)
+def _penalty(moments: Moments, ridge: float) -> Tensor:
+    """Return [groups], the penalty on squared changes of a weight, in units of the products."""
+    inputs = moments.inputs
+    penalty = ridge * moments.products[:, :inputs, :inputs].diagonal(dim1=1, dim2=2).mean(1)
+    # If no input varies, any positive penalty leaves the weights unchanged.
+    return torch.where(penalty > 0, penalty, 1.0)
 
 
 def _change(moments: Moments, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
     """Return the changes of weight and bias that minimize the penalized error."""
     inputs = moments.inputs
     gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
-    penalty = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
-    # If no input varies, any positive penalty leaves the weights unchanged.
-    penalty = torch.where(penalty > 0, penalty, 1.0)
-    penalized = gram + penalty[:, None, None] * torch.eye(inputs, dtype=gram.dtype, device=gram.device)
+    penalized = gram.clone()
+    penalized.diagonal(dim1=1, dim2=2).add_(_penalty(moments, ridge)[:, None])
     weight = torch.cholesky_solve(cross, torch.linalg.cholesky(penalized)).transpose(1, 2)
     mean_inputs, mean_residuals = moments.mean[:, :inputs], moments.mean[:, inputs:]
     bias = mean_residuals - (weight @ mean_inputs[..., None])[..., 0]
     return weight, bias if has_bias else torch.zeros_like(bias)
+
+
+def _present_error(moments: Moments) -> float:
+    """Return the mean of |r|^2 over the samples."""
+    inputs = moments.inputs
+    squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum() / moments.count
+    return float(squares + moments.mean[:, inputs:].square().sum())
+
+
+def _fitted_error(moments: Moments, ridge: float, weight: Tensor) -> float:
+    """Return the error of the change fitted to these moments, without a further product with the gram matrix.
+
+    The weight D satisfies D (G + penalty I) = C^T for the products C of inputs and residuals, so that the error
+    tr(R - 2 D C + D G D^T) is tr(R) - tr(D C) - penalty |D|^2. The bias makes up for all means.
+    """
+    inputs = moments.inputs
+    squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum()
+    cross = moments.products[:, :inputs, inputs:]
+    explained = (weight * cross.transpose(1, 2)).sum() + (_penalty(moments, ridge) * weight.square().sum((1, 2))).sum()
+    return float(((squares - explained) / moments.count).clamp(min=0))
 
 
 def _error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
