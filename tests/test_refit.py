@@ -15,6 +15,8 @@ from torch.nn import functional
 
 import mudsc_fast
 from mudsc_fast.matching.apply import permute_state_dict
+from mudsc_fast.refitting.gram import Moments
+from mudsc_fast.refitting.solve import solve, solve_few
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
@@ -218,6 +220,51 @@ def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
     others = [models[0], permuted(models[1], spec, 3)]
     first, second = (mudsc_fast.merge(p, batches, spec=spec, mode=mode, refit=True) for p in (models, others))
     torch.testing.assert_close(outputs(first.model, batches), outputs(second.model, batches), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("ridges", [(1e-2,), (1e-4, 1e-3, 1e-2, 1e-1, 1.0)])
+def test_few_samples_are_solved_like_many(ridges: tuple[float, ...], has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(12, 24, generator=generator, dtype=torch.float64) + 0.3
+    samples[:, 20:] = samples[:, :4] + 0.1 * samples[:, 20:]
+    parts = samples[:9], samples[9:]
+    moments = []
+    for part in parts:
+        centered = part - part.mean(0)
+        moments.append(Moments(len(part), 20, part.mean(0)[None], (centered.T @ centered)[None]))
+    wanted = solve(moments[0], moments[1], ridges, has_bias=has_bias)
+    found = solve_few(*parts, 20, ridges, has_bias=has_bias)
+    assert found.ridge == wanted.ridge
+    torch.testing.assert_close(found.weight, wanted.weight)
+    torch.testing.assert_close(found.bias, wanted.bias)
+    residuals = samples[:, 20:] - samples[:, :20] @ found.weight[0].T - found.bias[0]
+    assert found.error_after == pytest.approx(float(residuals.square().sum(1).mean()))
+    assert wanted.error_after == pytest.approx(found.error_after)
+    assert wanted.error_before == pytest.approx(found.error_before)
+
+
+def test_few_samples_with_batch_norm() -> None:
+    class Wide(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(40, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6, 4))
+
+    batches = list(torch.randn(2, 10, 40, 1, 1, generator=torch.Generator().manual_seed(0)))
+    models: list[nn.Module] = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Wide().eval())
+    result = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches))
+    with pytest.warns(UserWarning, match="more inputs than there are samples"):
+        refitted = mudsc_fast.refit(result, models, batches, ridge=1e-2)
+    assert [layer.samples for layer in refitted.refit_layers] == [20, 20]
+    wanted = (outputs(models[0], batches) + outputs(models[1], batches)) / 2
+    error = (outputs(refitted.model, batches) - wanted).square().sum(1).mean()
+    assert refitted.refit_layers[1].error_after == pytest.approx(float(error / wanted.var(0, correction=0).sum()), 1e-3)
+    assert isinstance(refitted.model, Wide)
+    convolved = refitted.model[0](torch.cat(batches)).flatten(1)
+    torch.testing.assert_close(refitted.model[1].running_mean, convolved.mean(0))
+    torch.testing.assert_close(refitted.model[1].running_var, convolved.var(0, correction=0))
 
 
 @pytest.mark.parametrize("factory", list(SHAPES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from mudsc_fast.refitting.graph import Layer, Skipped, find_layers, is_layer_cal
 from mudsc_fast.refitting.network import Network, Progress, norm_affine, norm_epsilon
 from mudsc_fast.refitting.parents import ParentTargets
 from mudsc_fast.refitting.rows import Places, Sampler, product
-from mudsc_fast.refitting.solve import Solution, solve
+from mudsc_fast.refitting.solve import Solution, solve, solve_few
 from mudsc_fast.refitting.tape import Tape, shallow_first
 from mudsc_fast.refitting.targets import UnitTargets
 
@@ -40,6 +41,10 @@ class Settings:
 
 #: A layer's outputs are not fitted where the network multiplies them by less than this fraction of the largest factor.
 _HIDDEN = 1e-6
+
+
+#: Returns mean and variance of a layer's outputs for a matrix [groups, outputs, inputs].
+OutputStatistics = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Fitter:
@@ -117,15 +122,11 @@ class Fitter:
         assert fitted is not None  # there is a batch
         assert held_out is not None
         layer = self._layers[id(self._merged.tapes[0])][index]
-        moments = (fitted.moments(), held_out.moments())
-        if not (fitted.is_finite and held_out.is_finite):
-            raise ValueError(f"data must give finite activations, but what reaches layer {layer.name!r} is not finite")
         has_bias = layer.bias is not None or layer.norm is not None
-        solution = solve(*moments, self._settings.ridges, has_bias=has_bias)
-        self._write(index, solution, moments[0].joined(moments[1]))
+        solution, samples, output_statistics = self._solve(fitted, held_out, layer.name, has_bias)
+        self._write(index, solution, output_statistics)
         variance = spread.variance()
         scale = 1 / variance if variance > 0 else 0.0
-        samples = moments[0].count + moments[1].count
         groups, outputs, size = solution.weight.shape
         return RefitLayer(
             layer.name,
@@ -136,6 +137,25 @@ class Fitter:
             solution.error_before * scale,
             solution.error_after * scale,
         )
+
+    def _solve(
+        self, fitted: GramSums, held_out: GramSums, name: str, has_bias: bool
+    ) -> tuple[Solution, int, OutputStatistics]:
+        """Return the change of a layer, the number of samples, and what computes statistics of its new outputs."""
+        ridges, rows = self._settings.ridges, [fitted.rows(), held_out.rows()]
+        few = [part for part in rows if part is not None]
+        samples = sum(len(part) for part in few)
+        # Products of samples cost less than products of inputs if there are far fewer of them.
+        if len(few) == len(rows) and 2 * samples <= fitted.num_inputs:
+            if not all(_is_finite(part) for part in few):
+                raise _not_finite(name)
+            solution = solve_few(few[0], few[1], fitted.num_inputs, ridges, has_bias=has_bias)
+            return solution, samples, partial(_statistics_of, few, fitted.num_inputs)
+        moments = (fitted.moments(), held_out.moments())
+        if not (fitted.is_finite and held_out.is_finite):
+            raise _not_finite(name)
+        joined = moments[0].joined(moments[1])
+        return solve(*moments, ridges, has_bias=has_bias), joined.count, joined.output_statistics
 
     def _samples(self, index: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer's inputs in a batch, the residuals of its outputs, and its targets."""
@@ -195,7 +215,7 @@ class Fitter:
                 factor = torch.ones_like(current) * other if factor is None else factor * other
         return current, factor
 
-    def _write(self, index: int, solution: Solution, moments: Any) -> None:
+    def _write(self, index: int, solution: Solution, output_statistics: OutputStatistics) -> None:
         fixed, layer = self._merged.fixed(0), self._layers[id(self._merged.tapes[0])][index]
         self._merged.weights_changed()
         sampler = self._samplers(index)[0]
@@ -216,10 +236,7 @@ class Fitter:
         shift = shift + solution.bias.flatten()
         # The norm stores the statistics of its new input, and its affine part undoes the normalization. It then only
         # adds the shift, and still does so, approximately, after its statistics are recomputed.
-        size = moments.inputs
-        gram = moments.products[:, :size, :size] / moments.count
-        variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
-        mean = (matrix @ moments.mean[:, :size, None]).flatten()
+        mean, variance = output_statistics(matrix)
         sampler.set_matrix(matrix)
         named = layer.norm.named
         fixed[named["running_mean"].value].copy_(mean)
@@ -290,6 +307,20 @@ class _Spread:
 
     def variance(self) -> float:
         return float(self._squares / self._count)
+
+
+def _statistics_of(parts: Sequence[Tensor], inputs: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a matrix [1, outputs, inputs] times the inputs of samples."""
+    outputs = torch.cat([part[:, :inputs].double() @ matrix[0].T for part in parts])
+    return outputs.mean(0), outputs.var(0, correction=0)
+
+
+def _not_finite(name: str) -> ValueError:
+    return ValueError(f"data must give finite activations, but the inputs of layer {name!r} are not finite")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:

@@ -37,6 +37,12 @@ class Moments:
         raw = self.products + self.count * self.mean[:, :, None] * self.mean[:, None, :]
         return Moments(self.count, self.inputs, torch.zeros_like(self.mean), raw)
 
+    def output_statistics(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance, [groups * outputs], of a matrix [groups, outputs, inputs] times the inputs."""
+        gram = self.products[:, : self.inputs, : self.inputs] / self.count
+        variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
+        return (matrix @ self.mean[:, : self.inputs, None]).flatten(), variance
+
     def joined(self, other: Moments) -> Moments:
         """Return the moments of the union of two sets of samples (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
@@ -70,13 +76,15 @@ class GramSums:
     def __init__(
         self, groups: int, inputs: int, outputs: int, device: torch.device, workspace: Workspace, name: str
     ) -> None:
-        self._inputs, self._size, self._workspace, self._name = inputs, inputs + outputs, workspace, name
+        self._size, self._workspace, self._name = inputs + outputs, workspace, name
+        #: Number of inputs of each group.
+        self.num_inputs = inputs
         #: Whether all samples so far are finite.
         self.is_finite = True
         batched = self._size if groups > 1 else 0
         self._alone = CorrelationAccumulator(1, self._size, blocks="full", device=device) if groups == 1 else None
         self._rows: Tensor | None = None
-        self._num_rows = 0
+        self._num_rows = self._num_multiplied = 0
         self._sums = Moments(
             0,
             inputs,
@@ -98,7 +106,7 @@ class GramSums:
         products = torch.bmm(centered.transpose(1, 2), centered).double()
         products -= rest[:, :, None] * rest[:, None, :] / count
         self.is_finite &= bool(products.isfinite().all())
-        self._sums = self._sums.joined(Moments(count, self._inputs, mean + rest / count, products))
+        self._sums = self._sums.joined(Moments(count, self.num_inputs, mean + rest / count, products))
 
     def _collect(self, inputs: Tensor, residuals: Tensor) -> None:
         """Buffer samples until there are enough for one product."""
@@ -111,16 +119,25 @@ class GramSums:
         while begin < len(inputs):
             taken = min(len(inputs) - begin, len(self._rows) - self._num_rows)
             into = self._rows[self._num_rows : self._num_rows + taken]
-            into[:, : self._inputs] = inputs[begin : begin + taken]
-            into[:, self._inputs :] = residuals[begin : begin + taken]
+            into[:, : self.num_inputs] = inputs[begin : begin + taken]
+            into[:, self.num_inputs :] = residuals[begin : begin + taken]
             begin, self._num_rows = begin + taken, self._num_rows + taken
             if self._num_rows == len(self._rows):
                 self._multiply()
+
+    def rows(self) -> Tensor | None:
+        """Return all samples, [samples, inputs + outputs], until the next update. None if not all are buffered."""
+        if self._alone is None or self._num_multiplied:
+            return None
+        if self._rows is None:
+            return self._sums.mean.new_empty(0, self._size)
+        return self._rows[: self._num_rows]
 
     def _multiply(self) -> None:
         if self._alone is None or self._rows is None or self._num_rows == 0:
             return
         samples = self._rows[: self._num_rows]
+        self._num_multiplied += self._num_rows
         self._num_rows = 0
         # The accumulator would take NaN as 0, and raise an error of its own for infinity.
         self.is_finite &= all(bool(extreme.isfinite()) for extreme in torch.aminmax(samples))
@@ -136,4 +153,4 @@ class GramSums:
         state = self._alone.state_dict()
         # The accumulator may compute only the upper triangle.
         upper = state["comoments"][0].triu()
-        return Moments(state["num_samples"], self._inputs, state["mean"], (upper + upper.triu(1).T)[None])
+        return Moments(state["num_samples"], self.num_inputs, state["mean"], (upper + upper.triu(1).T)[None])

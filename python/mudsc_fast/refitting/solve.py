@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +52,13 @@ def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bi
     """
     both = fitted.joined(held_out)
     parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, both)]
-    if len(ridges) == 1:
-        chosen: float | None = ridges[0]
-    elif fitted.count and held_out.count:
-        chosen = _best_ridge(parts[0], parts[1], sorted(ridges), has_bias)
-    else:
-        chosen = sorted(ridges)[len(ridges) // 2]
+
+    def held_out_error(ridge: float | None) -> float:
+        if ridge is None:
+            return _present_error(parts[1])
+        return _error(parts[1], *_change(parts[0], ridge, has_bias))
+
+    chosen = _choose_ridge(ridges, held_out_error if fitted.count and held_out.count else None)
     before = _present_error(parts[2])
     if chosen is None:
         groups, size = both.mean.shape
@@ -67,20 +68,81 @@ def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bi
     return Solution(*change, chosen, before, _fitted_error(parts[2], chosen, change[0]))
 
 
-def _best_ridge(fitted: Moments, held_out: Moments, ridges: Sequence[float], has_bias: bool) -> float | None:
+def solve_few(fitted: Tensor, held_out: Tensor, inputs: int, ridges: Sequence[float], *, has_bias: bool) -> Solution:
+    """Return what :func:`solve` does, for fewer samples than inputs: with products of samples instead of inputs.
+
+    The weight (H^T H + p I)^-1 H^T R is H^T (H H^T + p I)^-1 R for inputs H and residuals R, one row a sample.
+
+    Parameters
+    ----------
+    fitted, held_out
+        The two parts of the samples, [samples, inputs + outputs]: inputs, then residuals. The second may be empty.
+    inputs
+        Number of inputs.
+    ridges, has_bias
+        As for :func:`solve`.
+    """
+    rows = torch.cat([fitted, held_out]).double()
+    part, rest = _Kernel(rows[: len(fitted)], inputs, has_bias), rows[len(fitted) :]
+
+    def held_out_error(ridge: float | None) -> float:
+        residuals = rest[:, inputs:]
+        if ridge is not None:
+            residuals = residuals - part.predict(rest[:, :inputs], part.coefficients(ridge))
+        return float(residuals.square().sum() / len(rest))
+
+    chosen = _choose_ridge(ridges, held_out_error if len(fitted) and len(rest) else None)
+    whole = _Kernel(rows, inputs, has_bias)
+    before = float(rows[:, inputs:].square().sum() / len(rows))
+    if chosen is None:
+        nothing = rows.new_zeros(1, rows.shape[1] - inputs, inputs)
+        return Solution(nothing, nothing[:, :, 0].clone(), None, before, before)
+    coefficients = whole.coefficients(chosen)
+    weight = coefficients.T @ whole.inputs
+    bias = whole.mean[inputs:] - weight @ whole.mean[:inputs]
+    after = float((whole.residuals - whole.products @ coefficients).square().sum() / len(rows))
+    return Solution(weight[None], bias[None], chosen, before, after)
+
+
+class _Kernel:
+    """Samples about their mean (about zero without a bias), and the products of their inputs."""
+
+    def __init__(self, rows: Tensor, inputs: int, has_bias: bool) -> None:
+        self.mean = rows.mean(0) if has_bias else rows.new_zeros(rows.shape[1])
+        centered = rows - self.mean
+        self.inputs, self.residuals = centered[:, :inputs], centered[:, inputs:]
+        self.products = self.inputs @ self.inputs.T
+
+    def coefficients(self, ridge: float) -> Tensor:
+        """Return [samples, outputs], the share of each sample in the weight."""
+        penalty = ridge * float(self.products.trace()) / self.inputs.shape[1]
+        penalized = self.products.clone()
+        penalized.diagonal().add_(penalty if penalty > 0 else 1.0)
+        return torch.cholesky_solve(self.residuals, torch.linalg.cholesky(penalized))
+
+    def predict(self, inputs: Tensor, coefficients: Tensor) -> Tensor:
+        """Return the change of the outputs for other inputs."""
+        width = self.inputs.shape[1]
+        return (inputs - self.mean[:width]) @ self.inputs.T @ coefficients + self.mean[width:]
+
+
+def _choose_ridge(ridges: Sequence[float], held_out_error: Callable[[float | None], float] | None) -> float | None:
     """Return the ridge of the smallest held-out error, found by descent from the middle value. None for no change."""
-
-    def error(place: int) -> float:
-        if place not in errors:
-            errors[place] = _error(held_out, *_change(fitted, ridges[place], has_bias))
-        return errors[place]
-
+    ordered = sorted(ridges)
+    place = len(ordered) // 2
+    if held_out_error is None or len(ordered) == 1:
+        return ordered[place]
     errors: dict[int, float] = {}
-    place = len(ridges) // 2
+
+    def error(at: int) -> float:
+        if at not in errors:
+            errors[at] = held_out_error(ordered[at])
+        return errors[at]
+
     for step in (-1, 1):
-        while 0 <= place + step < len(ridges) and error(place + step) < error(place):
+        while 0 <= place + step < len(ordered) and error(place + step) < error(place):
             place += step
-    return ridges[place] if error(place) < _present_error(held_out) else None
+    return ordered[place] if error(place) < held_out_error(None) else None
 
 
 def _penalty(moments: Moments, ridge: float) -> Tensor:
