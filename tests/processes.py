@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 from torch import distributed
 
+#: Modules that are imported once, in a server that all processes are forked from.
+_PRELOADED = ["pytest", "torch.distributed", "mudsc_fast", "mudsc_fast.io", "architectures", "networks"]
+
 #: Seconds that a busy machine may take; nothing waits so long where nothing is wrong.
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 def run_processes(function: Callable[..., None], count: int, folder: Path, *arguments: Any) -> list[int]:
@@ -22,21 +26,31 @@ def run_processes(function: Callable[..., None], count: int, folder: Path, *argu
     A code of -9 is that of a process that was killed. No process is left behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     processes = [
         context.Process(target=_in_group, args=(function, rank, count, folder, arguments)) for rank in range(count)
     ]
     try:
         for process in processes:
             process.start()
+        deadline = time.monotonic() + TIMEOUT
         for process in processes:
-            process.join(TIMEOUT)
+            process.join(max(0.0, deadline - time.monotonic()))
         return [-1 if process.exitcode is None else process.exitcode for process in processes]
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _context() -> Any:
+    """Return how to start processes: forked from a server without threads, where there is one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def _in_group(function: Callable[..., None], rank: int, count: int, folder: Path, arguments: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 
 import mudsc_fast
 from mudsc_fast.distributed import DistributedError
-from mudsc_fast.io import merge_checkpoints, writing
+from mudsc_fast.io import CheckpointError, merge_checkpoints, writing
 from mudsc_fast.matching import sweep
 from networks import MLP_SPEC, make_mlp
 from processes import TIMEOUT, run_processes
@@ -61,10 +61,10 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_in_phase(rank: int, folder: Path, phase: str, victim: int) -> None:
-    """Merge in two processes, one of which is killed; write what the other one reports."""
+def killed_in_phase(rank: int, folder: Path, phase: str, victim: int | None) -> None:
+    """Merge in two processes, of which one or both are killed; write what the other one reports."""
     data: Any = batches(2, rank)
-    if rank == victim:
+    if victim in (rank, None):
         if phase == "statistics":
             data = dying_batches(data)
         elif phase == "sweeps":
@@ -105,15 +105,21 @@ def die_while_writing() -> None:
     writing._contents = dying  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("phase", "victim"), [("statistics", 1), ("sweeps", 0), ("writing", 1), ("writing", 0)])
-def test_a_killed_run_can_be_resumed(phase: str, victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "victim"), [("statistics", 1), ("sweeps", 0), ("writing", 1), ("writing", 0), ("writing", None)]
+)
+def test_a_killed_run_can_be_resumed(phase: str, victim: int | None, tmp_path: Path) -> None:
     save_networks(tmp_path)
     codes = run_processes(killed_in_phase, 2, tmp_path, phase, victim)
-    assert codes[victim] == KILLED
-    survivor = 1 - victim
-    assert (tmp_path / "report.txt").read_text(encoding="utf-8").startswith(f"{survivor} rank {victim} was killed")
     left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"a.safetensors", "b.safetensors", "checkpoint", "report.txt", "rendezvous"}
+    if victim is None:
+        assert codes == [KILLED, KILLED]
+        assert [name for name in left if name.endswith(".partial")]
+    else:
+        assert codes[victim] == KILLED
+        report = (tmp_path / "report.txt").read_text(encoding="utf-8")
+        assert report.startswith(f"{1 - victim} rank {victim} was killed")
+        assert left <= {"a.safetensors", "b.safetensors", "checkpoint", "report.txt", "rendezvous"}
     kept = {path.name for path in (tmp_path / "checkpoint").iterdir() if not path.name.startswith(".")}
     assert kept == {"inputs.json"} | (set() if phase == "statistics" else {"statistics.pt", "sweeps.pt"})
 
@@ -125,6 +131,7 @@ def test_a_killed_run_can_be_resumed(phase: str, victim: int, tmp_path: Path) ->
             yield batch
 
     resumed = merge_files(tmp_path, data())  # in one process instead of two
+    assert not list(tmp_path.glob(".*.partial"))
     assert len(read) == (4 if phase == "statistics" else 0)
     whole = merge_checkpoints(
         [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
@@ -139,6 +146,21 @@ def test_a_killed_run_can_be_resumed(phase: str, victim: int, tmp_path: Path) ->
     torch.testing.assert_close(
         merged_tensors(tmp_path / "merged"), merged_tensors(tmp_path / "whole"), rtol=0, atol=1e-6
     )
+
+
+def test_an_output_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / ".merged.other.partial").mkdir()  # without a lock: not of an output
+
+    def write_at_once() -> None:
+        with writing.atomic_path(tmp_path / "merged") as first:
+            first.mkdir()
+            with writing.atomic_path(tmp_path / "merged") as second:
+                assert first.is_dir()
+                second.mkdir()
+
+    with pytest.raises(CheckpointError, match="already exists"):
+        write_at_once()
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", ".merged.other.partial"}
 
 
 def several_failures(rank: int, folder: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import mudsc_fast
 from networks import MLP_SPEC, make_mlp
@@ -20,6 +22,13 @@ try:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 except ImportError:
     pytest.skip("this torch has no FSDP2", allow_module_level=True)
+
+try:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+except ImportError:
+    storage: Any = None  # in older versions of torch
+else:
+    storage = HuggingFaceStorageWriter, HuggingFaceStorageReader
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dual": {"spec": MLP_SPEC, "balance": 0.4},
@@ -75,7 +84,15 @@ def merge_sharded(rank: int, folder: Path) -> None:
             for key, tensor in llama_tensors(seed).items()
         }
         states.append(divided)
-    results["llama"] = [whole(mudsc_fast.merge(states, spec=llama_spec(), group=group).state_dict)]
+    merged = mudsc_fast.merge(states, spec=llama_spec(), group=group)
+    results["llama"] = [whole(merged.state_dict)]
+    if storage is not None:
+        # As docs/distributed.md says.
+        shards = str(folder / "shards")
+        save(dict(merged.state_dict), storage_writer=storage[0](shards, save_distributed=True))
+        loaded = {key: torch.zeros_like(tensor) for key, tensor in merged.state_dict.items()}
+        load(loaded, storage_reader=storage[1](shards))
+        results["llama from shards"] = [whole(loaded)]
     for divided in states:
         divided["lm_head.weight"] = divided["model.embed_tokens.weight"]
     merged = mudsc_fast.merge(states, spec=tied_spec(), group=group)
@@ -98,6 +115,8 @@ def test_sharded_networks_merge_as_whole_ones(tmp_path: Path) -> None:
     expected["tied"] = [mudsc_fast.merge(states, spec=tied_spec()).state_dict]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        if storage is not None:
+            expected["llama from shards"] = expected["llama"]
         for name, tasks in expected.items():
             for one, other in zip(found[name], tasks, strict=True):
                 torch.testing.assert_close(one, dict(other), rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,15 +108,16 @@ def test_a_bundle_visited_twice_is_in_two_waves() -> None:
 
 
 def test_idle_ranks_get_shares() -> None:
-    bundles: dict[tuple[str, ...], float] = {("a",): 90.0, ("b",): 10.0}
-    shares = share_out(bundles, {("a",): 0, ("b",): 1}, [0.0, 0.0], {("a",): 10**6, ("b",): 10**6})
-    assert list(shares) == [("a",)]
-    parts = sorted(shares[("a",)], key=lambda share: share[1])
+    works, holder, cpu = {"a": 90.0, "b": 10.0}, {"a": 0, "b": 1}, torch.device("cpu")
+    many, few = dict.fromkeys("ab", 10.0**6), dict.fromkeys("ab", 1000.0)
+    shares = share_out(works, holder, [0.0, 0.0], many, cpu)
+    assert list(shares) == ["a"]
+    parts = sorted(shares["a"], key=lambda share: share[1])
     assert [rank for rank, _, _ in parts] == [0, 1]
     assert [parts[0][1], parts[1][2]] == [0.0, 1.0]
     assert parts[0][2] == parts[1][1] == pytest.approx(50 / 90)
-    assert share_out(bundles, {("a",): 0, ("b",): 1}, [0.0, 0.0], {("a",): 1000, ("b",): 1000}) == {}
-    assert share_out(bundles, {("a",): 0, ("b",): 1}, [0.0, 80.0], {("a",): 10**6, ("b",): 10**6}) == {}
+    assert share_out(works, holder, [0.0, 0.0], few, cpu) == {}
+    assert share_out(works, holder, [0.0, 80.0], many, cpu) == {}
 
 
 def matched(mode: Mode, units: int, seed: int) -> NodeMatching:
@@ -149,3 +151,57 @@ def test_shares_of_a_node_add_up(mode: Mode, places: tuple[float, ...], known: b
                 joined.merge(sums)
             assert joined.num_samples == whole.num_samples
             torch.testing.assert_close(joined.finalize(), whole.finalize(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_shares_are_cut_again(known: bool) -> None:
+    states: list[Mapping[str, Tensor]] = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
+    units = MLP_SPEC.units(states[0])
+    current = {node: matched("align", count, 3) for node, count in units.items()} if known else {}
+    weights = WeightSimilarity(states, MLP_SPEC, "cross", [0.5, 0.5])
+    for node, slices in tensor_slices(MLP_SPEC, states[0]).items():
+        half = cut_all(slices, 0.3, 1.0, states[0], units)
+        pieces = [cut_all(half, *places, states[0], units) for places in itertools.pairwise((0.0, 0.45, 1.0))]
+        joined = weights.sums_of(node, current, pieces[0])
+        joined.merge(weights.sums_of(node, current, pieces[1]))
+        whole = weights.sums_of(node, current, half)
+        assert joined.num_samples == whole.num_samples
+        torch.testing.assert_close(joined.finalize(), whole.finalize(), rtol=0, atol=1e-5)
+
+
+def moved(units: int, share: float, seed: int, start: NodeMatching) -> NodeMatching:
+    """Return a matching in which a share of the units of the second model has other partners."""
+    chosen = torch.randperm(units, generator=torch.Generator().manual_seed(seed))[: round(share * units)]
+    order = start.cluster_of_unit[1].clone()
+    order[chosen] = order[chosen.roll(1)]
+    return replace(start, cluster_of_unit=torch.stack([start.cluster_of_unit[0], order]))
+
+
+@pytest.mark.parametrize("places", [(0.0, 1.0), (0.0, 0.37, 1.0), (0.0, 0.1, 0.55, 0.9, 1.0)])
+def test_parts_of_an_update_add_up(places: tuple[float, ...]) -> None:
+    """The holder computes the first part of an update, and others what the rest adds to its sums."""
+    states: list[Mapping[str, Tensor]] = [ConvNet(seed).state_dict() for seed in (0, 1)]
+    units = CONV_SPEC.units(states[0])
+    before = {node: matched("align", count, 3) for node, count in units.items()}
+    now = {node: moved(count, 0.4, 4, before[node]) for node, count in units.items()}
+    slices = tensor_slices(CONV_SPEC, states[0])
+    num_updated = 0
+    for node in CONV_SPEC.nodes:
+        holder = WeightSimilarity(states, CONV_SPEC, "cross", [0.5, 0.5])
+        helper = WeightSimilarity(states, CONV_SPEC, "cross", [0.5, 0.5])
+        update = holder.update_of(node, before, now, slices[node])
+        if update is None or not update.exchanged:
+            continue
+        num_updated += 1
+        assert update.is_divisible
+        holder.sums(node, before)
+        mean = holder.kept_mean(node).clone()
+        assert mean.shape == helper.empty_mean(node).shape
+        first, *rest = itertools.pairwise(places)
+        sums = holder.updated(node, update.part([first]))
+        for share in rest:
+            sums._moments.comoments += helper.difference(node, update.part([share]), mean)._moments.comoments
+        fresh = WeightSimilarity(states, CONV_SPEC, "cross", [0.5, 0.5], keep=False).sums(node, now)
+        torch.testing.assert_close(sums.finalize(), fresh.finalize(), rtol=0, atol=1e-5)
+        assert holder.sums(node, now) is sums
+    assert num_updated

@@ -35,8 +35,18 @@ class Piece:
 
 
 def without_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of the same names and shapes on the meta device, to read shapes without opening files."""
-    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+    """Return tensors of the same names, shapes and floating-point dtypes on the meta device.
+
+    They tell what can be told without opening files again.
+    """
+    return {
+        name: torch.empty(
+            tensor.shape,
+            dtype=tensor.dtype if tensor.is_floating_point() or tensor.is_complex() else torch.int64,
+            device="meta",
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 class Padded(Mapping[str, Tensor]):

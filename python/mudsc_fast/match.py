@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mudsc_fast._forward import Forward
@@ -19,11 +20,12 @@ from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.matching.activation import check_varied, collect
 from mudsc_fast.matching.checkpoint import Checkpoint
 from mudsc_fast.matching.checks import check_compatible, check_entries, warn_of_unnamed
+from mudsc_fast.matching.exchange import Exchange, solve_on_owners
 from mudsc_fast.matching.inputs import input_parts
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.observer import observed_nodes
 from mudsc_fast.matching.owners import pack
-from mudsc_fast.matching.parallel import Exchange, ParallelSolver, solve_on_owners
+from mudsc_fast.matching.parallel import ParallelSolver
 from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, waves
 from mudsc_fast.matching.weight import WeightSimilarity
@@ -121,6 +123,8 @@ class PreparedMatching:
         The processes that match together; this one alone by default.
     checkpoint
         As for :func:`mudsc_fast.merge`.
+    device
+        Where units are compared and matched; by default where the tensors are.
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class PreparedMatching:
         weights: Sequence[float] | None = None,
         ranks: Ranks | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.phases = Phases()
         networks, spec, sharded = prepared.networks, prepared.spec, prepared.sharded
@@ -137,6 +142,8 @@ class PreparedMatching:
         self._task_heads = prepared.task_heads
         self._ranks = ranks = Ranks() if ranks is None else ranks
         with ranks.step("checking the arguments"):
+            # Tensors of files are opened when they are asked for: once for all checks.
+            opened = [list(tensors.values()) for tensors in networks.state_dicts]
             self._weights = checked_weights(weights, len(networks))
             self._division = prepared.divide()
             comparable = self._division.comparable
@@ -145,9 +152,11 @@ class PreparedMatching:
             inputs = {}
             if not ranks.alone or checkpoint is not None:
                 inputs = input_parts(networks.state_dicts, spec, options, self._weights, self._task_heads)
+            del opened
         ranks.check_same(inputs)
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, inputs, ranks)
-        self._device = next(iter(networks.state_dicts[0].values())).device if sharded is None else sharded.device
+        given = next(iter(networks.state_dicts[0].values())).device if sharded is None else sharded.device
+        self._device = given if device is None else device
         self.owners = pack(comparable, self._shapes, ranks.size)
         self._sharded = sharded
         self.state_dicts: Sequence[Mapping[str, Tensor]] = networks.state_dicts
@@ -199,7 +208,7 @@ class PreparedMatching:
             self._match_nodes,
             self._exchange,
             functools.partial(self.phases.timed, "weight similarity"),
-            shares_nodes=self._sharded is None,
+            shares_tasks=self._sharded is None,
         )
         found = self._by_activations(solve) if self._options.space == "activation" else self._sweep(solve)
         comparable = self._division.comparable
@@ -334,8 +343,12 @@ class PreparedMatching:
                 )
             self._ranks.check_same({"statistics as data": data.checksum()})
             return data
+        # A checkpoint is written by one process, which needs all sums.
+        roots = None
+        if self._checkpoint is None:
+            roots = {node: rank for bundle, rank in self.owners.owner.items() for node in bundle}
         if callable(data):
-            return data()
+            return data(roots)
         if data is None:
             raise ValueError(
                 f"data must be given to match in activation space, got None: space={self._options.space!r}"
@@ -353,4 +366,5 @@ class PreparedMatching:
             forward=self._options.forward,
             precision=self._options.precision,
             progress=self._options.progress,
+            roots=roots,
         )

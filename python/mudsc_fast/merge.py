@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.matching.statistics import MatchingStatistics
+from mudsc_fast.matching.partial import Division
+from mudsc_fast.matching_result import Matching
 from mudsc_fast.merge_matched import merge_divided, merge_matched
 from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
-from mudsc_fast.prepare import Names, prepare
+from mudsc_fast.prepare import Names, Prepared, prepare
 from mudsc_fast.spec.choose import SpecLike
 
 if TYPE_CHECKING:
@@ -177,18 +180,29 @@ def merge(
         division = inputs.divide(stop_at)
     ranks.check_same({"stop_at": repr(stop_at)})
     prepared = PreparedMatching(inputs, options, weights, ranks, checkpoint)
-    matching = prepared.at(options.balance)
-    if inputs.sharded is not None:
-        held = replace(networks, modules=(), state_dicts=tuple(prepared.state_dicts))
-        return merge_divided(held, inputs.sharded, matching, division, weights, ranks, prepared.owners.holder)
-    with ranks.step("merging the tensors"):
-        result = merge_matched(networks, matching, division, weights)
+    result = _merged(inputs, prepared, prepared.at(options.balance), division, weights, ranks)
     if not refit:
         return result
     from mudsc_fast.refitting import refit as fit_layers  # only here, so that `import mudsc_fast` stays fast
 
     assert isinstance(data, Iterable)  # checked above
     return fit_layers(result, networks.modules, data, random_state=random_state, forward=forward, progress=progress)
+
+
+def _merged(
+    inputs: Prepared,
+    prepared: PreparedMatching,
+    matching: Matching,
+    division: Division,
+    weights: Sequence[float] | None,
+    ranks: Ranks,
+) -> MergeResult:
+    """Merge networks by a matching of theirs."""
+    if inputs.sharded is not None:
+        held = replace(inputs.networks, modules=(), state_dicts=tuple(prepared.state_dicts))
+        return merge_divided(held, inputs.sharded, matching, division, weights, ranks, prepared.owners.holder)
+    with ranks.step("merging the tensors"):
+        return merge_matched(inputs.networks, matching, division, weights)
 
 
 def _check_refit_data(data: object) -> None:
@@ -221,6 +235,7 @@ def search_balance(
     precision: Precision = "float32",
     verify: bool = True,
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> MergeResult:
     """Merge in the dual space at several balances and return the best merge.
 
@@ -238,6 +253,9 @@ def search_balance(
     spec, mode, weights, shrink, budget, stop_at, task_heads, random_state, max_sweeps, patience, forward, precision,
     verify, progress
         As for :func:`mudsc_fast.merge`.
+    group
+        As for :func:`mudsc_fast.merge`. `score` is called in all processes, each of which may score the merge on data
+        of its own; the mean of their scores counts.
 
     Returns
     -------
@@ -249,37 +267,43 @@ def search_balance(
     ValueError, TypeError
         As :func:`mudsc_fast.merge`; and if `score` is no function or returns no number, or `balances` holds none.
     """
-    if not callable(score):
-        raise TypeError(f"score must be a function of a MergeResult, got {type(score).__name__}")
-    if data is None:
-        raise TypeError("data must be batches to search the balance of weights and activations, got None")
-    tried = [check_share(f"balances[{index}]", value) for index, value in enumerate(balances)]
-    if not tried:
-        raise ValueError("balances must hold at least one number, got none")
-    options = MatchOptions(
-        mode=mode,
-        space="dual",
-        shrink=shrink,
-        budget=budget,
-        random_state=random_state,
-        max_sweeps=max_sweeps,
-        patience=patience,
-        forward=forward,
-        precision=precision,
-        progress=progress,
-    )
-    inputs = prepare(models, spec, data, run=True, task_heads=task_heads, forward=forward, verify=verify)
-    division = inputs.divide(stop_at)
-    prepared = PreparedMatching(inputs, options, weights)
+    ranks = Ranks(group)
+    with ranks.step("checking the arguments"):
+        if not callable(score):
+            raise TypeError(f"score must be a function of a MergeResult, got {type(score).__name__}")
+        if data is None:
+            raise TypeError("data must be batches to search the balance of weights and activations, got None")
+        tried = [check_share(f"balances[{index}]", value) for index, value in enumerate(balances)]
+        if not tried:
+            raise ValueError("balances must hold at least one number, got none")
+        options = MatchOptions(
+            mode=mode,
+            space="dual",
+            shrink=shrink,
+            budget=budget,
+            random_state=random_state,
+            max_sweeps=max_sweeps,
+            patience=patience,
+            forward=forward,
+            precision=precision,
+            progress=ranks.progress(progress),
+        )
+    inputs = prepare(models, spec, data, run=True, task_heads=task_heads, forward=forward, verify=verify, ranks=ranks)
+    with ranks.step("checking the arguments"):
+        division = inputs.divide(stop_at)
+    ranks.check_same({"stop_at": repr(stop_at), "balances": repr(tried)})
+    prepared = PreparedMatching(inputs, options, weights, ranks)
     best: MergeResult | None = None
     best_score = -float("inf")
     scores: dict[float, float] = {}
     for balance in tried:
         matching = prepared.at(balance)
         with prepared.phases.timed("merging"):
-            result = merge_matched(inputs.networks, matching, division, weights)
+            result = _merged(inputs, prepared, matching, division, weights, ranks)
         with prepared.phases.timed("scoring"):
-            scores[balance] = check_number("the score", score(result))
+            with ranks.step("scoring a merge"):
+                own = check_number("the score", score(result))
+            scores[balance] = statistics.fmean(ranks.gather_objects(own, "scoring a merge"))
         if best is None or scores[balance] > best_score:
             best, best_score = result, scores[balance]
     assert best is not None  # there is at least one balance

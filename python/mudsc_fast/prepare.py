@@ -25,8 +25,11 @@ Names = str | Sequence[str]
 #: Batches, or what was computed from them.
 Data = Iterable[Any] | MatchingStatistics | None
 
+#: For each node the rank that alone needs the sums of its activations; None if all ranks do.
+Roots = Mapping[str, int] | None
+
 #: What activations are matched by: batches, their statistics, or a function that collects these if they are needed.
-Activations = Data | Callable[[], MatchingStatistics]
+Activations = Data | Callable[[Roots], MatchingStatistics]
 
 _KINDS: dict[str, Any] = {"modules": nn.Module, "state dicts": Mapping, "paths": (str, os.PathLike)}
 

@@ -312,6 +312,12 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("long runs")
     group.add_argument(
+        "--device",
+        default="cpu",
+        help="Where to compare and match: 'cpu', or 'cuda', with torchrun a GPU for each process. "
+        "Default: %(default)s.",
+    )
+    group.add_argument(
         "--checkpoint",
         type=Path,
         metavar="DIR",

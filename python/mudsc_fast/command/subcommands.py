@@ -29,7 +29,8 @@ def merge(given: argparse.Namespace) -> str:
         for name in ("progress", "random_state", "balance", "patience", "precision", "verify"):
             shared.pop(name)
         return str(plan_merge(given.inputs, given.output, mode=given.mode, **shared))
-    with torchrun.process_group(given.timeout) as group:
+    device = torchrun.device(given.device)
+    with torchrun.process_group(given.timeout, device) as group:
         result = merge_checkpoints(
             given.inputs,
             given.output,
@@ -39,6 +40,7 @@ def merge(given: argparse.Namespace) -> str:
             budget=given.budget,
             dtype=None if given.dtype is None else DTYPES[given.dtype],
             command=shlex.join(["mudsc-fast", *given.command_line]),
+            device=device,
             group=group,
             checkpoint=given.checkpoint,
             **_shared(given),

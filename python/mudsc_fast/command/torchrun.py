@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from mudsc_fast.distributed.ranks import Ranks, Terminated
+import torch
+
+from mudsc_fast.distributed.ranks import Ranks, Terminated, same_on_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,8 +31,53 @@ def _num_processes() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def device(text: str) -> torch.device:
+    """Return the device that this process computes on: of several processes of a machine each gets a GPU of its own.
+
+    Parameters
+    ----------
+    text
+        ``"cpu"``, ``"cuda"`` or, for one process, ``"cuda:N"``.
+
+    Raises
+    ------
+    ValueError
+        If the text is another, or there is no such GPU.
+    """
+    kind, _, number = text.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise same_on_all(ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}"))
+    if kind == "cpu":
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 0:
+        raise same_on_all(
+            ValueError(
+                f"--device {text}: torch {torch.__version__} finds no GPU on this machine: leave out --device to "
+                "compute on the CPU, or install a torch with CUDA and a driver"
+            )
+        )
+    several = _num_processes() > 1
+    if several and number:
+        raise same_on_all(
+            ValueError(f"--device {text}: processes cannot share a GPU: pass --device cuda, which gives each its own")
+        )
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several else 1
+    if num_local > num_gpus:
+        raise same_on_all(
+            ValueError(
+                f"--device {text}: torchrun started {num_local} processes on this machine, which has {num_gpus} "
+                f"{'GPU' if num_gpus == 1 else 'GPUs'}: start at most one for each (--nproc-per-node {num_gpus})"
+            )
+        )
+    index = int(os.environ.get("LOCAL_RANK", "0")) if several else int(number or 0)
+    if index >= num_gpus:
+        raise ValueError(f"--device {text}: the GPUs of this machine are cuda:0 to cuda:{num_gpus - 1}")
+    return torch.device("cuda", index)
+
+
 @contextmanager
-def process_group(timeout: float | None) -> Iterator[ProcessGroup | None]:
+def process_group(timeout: float | None, device: torch.device) -> Iterator[ProcessGroup | None]:
     """Join the processes that ``torchrun`` started, if it did; else yield None.
 
     ``torchrun`` ends all processes with SIGTERM when one of them fails. The signal is raised as an exception, so that
@@ -40,6 +87,8 @@ def process_group(timeout: float | None) -> Iterator[ProcessGroup | None]:
     ----------
     timeout
         Seconds after which a process that does not answer counts as failed; that of torch by default.
+    device
+        Where this process computes. Tensors on a GPU are sent by NCCL, and all else by gloo.
     """
     if _num_processes() == 1:
         yield None
@@ -49,7 +98,9 @@ def process_group(timeout: float | None) -> Iterator[ProcessGroup | None]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     limit = None if timeout is None else timedelta(seconds=timeout)
-    distributed.init_process_group("gloo", timeout=limit)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     try:
         yield distributed.group.WORLD
     except Terminated as error:

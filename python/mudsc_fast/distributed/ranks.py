@@ -97,6 +97,7 @@ class Ranks:
         self.bytes_sent = 0
         self._group = group
         self.rank, self.size = 0, 1
+        self._direct: set[str] = set()
         self._hosts: list[tuple[str, int]] = []
         if group is None:
             return
@@ -111,6 +112,7 @@ class Ranks:
         if not distributed.is_initialized():
             raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group first")
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+        self._direct = _devices_sent_from(distributed.get_backend_config(group))
         if self.size > 1:
             self._hosts = self.gather_objects((socket.gethostname(), os.getpid()), "starting")
             Ranks.latest = self
@@ -190,7 +192,7 @@ class Ranks:
         if self.alone:
             return [value]
         gathered: list[Any] = [None] * self.size
-        with self._communicating(doing):
+        with self._communicating(doing), self._on_own_gpu():
             distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 
@@ -199,7 +201,7 @@ class Ranks:
         if self.alone:
             return value
         values = [value]
-        with self._communicating(doing):
+        with self._communicating(doing), self._on_own_gpu():
             distributed.broadcast_object_list(values, src=self._global(root), group=self._group)
         return values[0]
 
@@ -253,11 +255,28 @@ class Ranks:
         return distributed.get_global_rank(self._group, rank)
 
     def _wire_device(self, device: torch.device | str) -> torch.device:
-        """Return where a tensor of a device has to be so that the group can send it."""
+        """Return where a tensor of a device has to be so that the group can send it.
+
+        That is where it is, unless the group has no backend for its device, or one that serves the CPU best: gloo.
+        """
         device = torch.device(device)
-        if device.type == "cpu" and distributed.get_backend(self._group) == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return device
+        if device.type in self._direct or not self._direct:
+            return device
+        return torch.device("cpu") if "cpu" in self._direct else self._own_gpu()
+
+    def _own_gpu(self) -> torch.device:
+        """Return the GPU of this process: that which the group was bound to, or else the current one."""
+        bound: torch.device | None = getattr(self._group, "bound_device_id", None)
+        return torch.device("cuda", torch.cuda.current_device()) if bound is None else bound
+
+    @contextmanager
+    def _on_own_gpu(self) -> Iterator[None]:
+        """Let torch move objects to the GPU of this process, where the group can send nothing else."""
+        if self._direct != {"cuda"}:
+            yield
+            return
+        with torch.cuda.device(self._own_gpu()):
+            yield
 
     @contextmanager
     def _on_wire(self, bucket: Sequence[Tensor], *, back: bool = True) -> Iterator[Tensor]:
@@ -353,6 +372,19 @@ class Ranks:
             self._store().set(f"note {self.rank}", text)
         except RuntimeError:
             return  # nobody is left to tell
+
+
+def _devices_sent_from(backends: str) -> set[str]:
+    """Return the types of devices whose tensors a group sends from where they are.
+
+    Parameters
+    ----------
+    backends
+        The configuration of the group, such as ``"cpu:gloo,cuda:nccl"``. Gloo is listed for GPUs, too, but it has only
+        some of the collectives for them, and these go through the memory of the host.
+    """
+    pairs = (pair.partition(":")[::2] for pair in backends.split(","))
+    return {device for device, backend in pairs if backend != "gloo" or device == "cpu"}
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

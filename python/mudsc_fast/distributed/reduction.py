@@ -30,6 +30,30 @@ def all_reduce_sums(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks
     ranks.all_reduce([sums for m in all_moments for sums in (m.squares, m.comoments)], doing)
 
 
+def reduce_to_roots(
+    accumulators: Mapping[str, CorrelationAccumulator], roots: Mapping[str, int], ranks: Ranks, doing: str
+) -> None:
+    """Add the samples of all processes to each accumulator of which this process is the root.
+
+    All processes get the means and variances. The co-moments, which are nearly all of the bytes, are sent to the root
+    alone: half of what an all-reduce sends. Accumulators of other roots lose theirs and are of no further use.
+    """
+    with ranks.step(doing):
+        for accumulator in accumulators.values():
+            accumulator._check_range()
+    all_moments = {node: accumulator._moments for node, accumulator in accumulators.items()}
+    device = next(iter(all_moments.values())).device
+    counts = torch.tensor([m.num_samples for m in all_moments.values()], dtype=torch.int64, device=device)
+    ranks.all_reduce([counts], doing)
+    _center(list(all_moments.values()), counts.tolist(), ranks, doing)
+    ranks.all_reduce([moments.squares for moments in all_moments.values()], doing)
+    for root in sorted({roots[node] for node in all_moments}):
+        ranks.reduce([m.comoments for node, m in all_moments.items() if roots[node] == root], root, doing)
+    for node, moments in all_moments.items():
+        if roots[node] != ranks.rank:
+            moments.comoments = moments.comoments.new_empty(0)
+
+
 def reduce_sums(
     accumulators: Mapping[str, CorrelationAccumulator],
     totals: Mapping[str, int],
@@ -58,22 +82,42 @@ def reduce_sums(
     return {node: copied for node, copied in copies.items() if roots[node] == ranks.rank}
 
 
-def send_sums(accumulator: CorrelationAccumulator, to: int, ranks: Ranks, doing: str) -> None:
-    """Send an accumulator to another process, which must call :func:`receive_sums`."""
+def send_sums(accumulator: CorrelationAccumulator, to: int, dtype: torch.dtype, ranks: Ranks, doing: str) -> None:
+    """Send an accumulator to another process, which must call :func:`receive_sums`.
+
+    The co-moments are sent in `dtype`: where features are multiplied in float32, float32 can hold the sums of one
+    process as exactly as they are known.
+    """
     moments = accumulator._moments
-    ranks.send([moments.mean, moments.squares, moments.comoments], to, doing)
+    ranks.send([moments.mean, moments.squares], to, doing)
+    ranks.send([moments.comoments.to(dtype)], to, doing)
 
 
 def receive_sums(
-    like: CorrelationAccumulator, samples: int, source: int, ranks: Ranks, doing: str
-) -> CorrelationAccumulator:
-    """Return the accumulator that another process sends, of this number of samples and the configuration of `like`."""
-    received = copy.copy(like)
-    own = like._moments
-    mean, squares, comoments = (torch.empty_like(tensor) for tensor in (own.mean, own.squares, own.comoments))
-    ranks.receive([mean, squares, comoments], source, doing)
-    received._moments = Moments(own.pairs, mean, squares, comoments, samples)
-    return received
+    into: CorrelationAccumulator, samples: int, source: int, dtype: torch.dtype, ranks: Ranks, doing: str
+) -> None:
+    """Add the accumulator of this number of samples that another process sends."""
+    own = into._moments
+    mean, squares = torch.empty_like(own.mean), torch.empty_like(own.squares)
+    comoments = torch.empty_like(own.comoments, dtype=dtype)
+    ranks.receive([mean, squares], source, doing)
+    ranks.receive([comoments], source, doing)
+    own.join(samples, mean, squares, comoments)
+
+
+def send_difference(accumulator: CorrelationAccumulator, to: int, dtype: torch.dtype, ranks: Ranks, doing: str) -> None:
+    """Send the co-moments of an accumulator to another process, which must call :func:`receive_difference`."""
+    ranks.send([accumulator._moments.comoments.to(dtype)], to, doing)
+
+
+def receive_difference(into: CorrelationAccumulator, source: int, dtype: torch.dtype, ranks: Ranks, doing: str) -> None:
+    """Add the co-moments that another process sends; means and variances stay."""
+    own = into._moments
+    difference = torch.empty_like(own.comoments, dtype=dtype)
+    ranks.receive([difference], source, doing)
+    none = torch.zeros_like(own.mean[0])
+    for comoment, added in zip(own.comoments, difference, strict=True):
+        own.accumulate(comoment, added, none, none)
 
 
 def _center(all_moments: Sequence[Moments], totals: Sequence[int], ranks: Ranks, doing: str) -> None:

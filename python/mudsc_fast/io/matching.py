@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mudsc_fast._forward import Rewindable
@@ -25,10 +26,12 @@ from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.verify import check_keeps_outputs
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
-from mudsc_fast.prepare import Prepared
+from mudsc_fast.prepare import Prepared, Roots
 from mudsc_fast.spec.axes import Axis
 from mudsc_fast.spec.choose import SpecLike, choose_spec
 from mudsc_fast.unit_map import UnitMap
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def match_networks(
     precision: Precision,
     verify: bool,
     progress: bool | None,
+    device: torch.device = _CPU,
     ranks: Ranks | None = None,
     checkpoint: PathLike | None = None,
     **arguments: Any,
@@ -134,14 +138,14 @@ def match_networks(
     collect_own = None
     if batches is not None:
         collect_own = functools.partial(
-            _activations, ranks, networks, spec, batches, build, mode, precision, verify, progress
+            _activations, ranks, networks, spec, batches, build, mode, precision, verify, progress, device
         )
     inputs = Prepared(Networks.of_tensors(networks.state_dicts), networks.spec, collect_own, tuple(networks.kept_names))
-    prepared = PreparedMatching(inputs, options, weights, ranks, checkpoint)
+    prepared = PreparedMatching(inputs, options, weights, ranks, checkpoint, device)
     found = prepared.at(options.balance)
     return MatchedNetworks(
         networks,
-        found.nodes,
+        {node: matched.to(_CPU) for node, matched in found.nodes.items()},  # files are merged on the CPU
         found.objectives,
         found.weights,
         found.timings,
@@ -160,9 +164,11 @@ def _activations(
     precision: Precision,
     verify: bool,
     progress: bool | None,
+    device: torch.device,
+    roots: Roots,
 ) -> MatchingStatistics:
     with ranks.step("loading the networks"):
-        models = [loading.load_model(checkpoint, build) for checkpoint in networks.checkpoints]
+        models = [loading.load_model(checkpoint, build).to(device) for checkpoint in networks.checkpoints]
         observed = networks.spec.without(networks.kept) if networks.kept else networks.spec
         if build is None and observed.problems(models[0].state_dict()):
             # Tensors may have other names in memory than in files. The nodes are the same.
@@ -173,7 +179,14 @@ def _activations(
             check_keeps_outputs(models[0], observed, batches.first())
     with loading.users_code("running the networks on the data"):
         statistics = collect(
-            ranks, models, batches, spec=observed, blocks=BLOCKS_OF_MODE[mode], precision=precision, progress=progress
+            ranks,
+            models,
+            batches,
+            spec=observed,
+            blocks=BLOCKS_OF_MODE[mode],
+            precision=precision,
+            progress=progress,
+            roots=roots,
         )
     statistics.spec = networks.spec
     return statistics

@@ -56,6 +56,7 @@ def merge_checkpoints(
     command: str | None = None,
     verify: bool = True,
     progress: bool | None = None,
+    device: torch.device | str = "cpu",
     group: ProcessGroup | None = None,
     checkpoint: PathLike | None = None,
 ) -> WriteResult:
@@ -100,6 +101,9 @@ def merge_checkpoints(
         Maximum number of bytes of tensors in a file of an output directory, e.g. ``"200MB"``; 5 GB by default.
     command
         The command line to show on the model card.
+    device
+        Where units are compared and matched, and models run: each tensor is moved there when it is needed. Merged
+        tensors are computed on the CPU. Of several processes each has a device of its own.
     group, checkpoint
         As for :func:`mudsc_fast.merge`. Each process of a group reads the tensors that it compares and merges, and
         writes them to its own shards. All processes must share the file system of the inputs and the output. Rank 0
@@ -153,6 +157,7 @@ def merge_checkpoints(
         precision=precision,
         verify=verify,
         progress=progress,
+        device=torch.device(device),
         ranks=ranks,
         checkpoint=checkpoint,
     )

@@ -1,12 +1,15 @@
 """Write checkpoints tensor by tensor, atomically.
 
 Files are written under a hidden name in the directory of their destination, and renamed when they are complete and
-flushed to disk. A failure leaves no partial output behind.
+flushed to disk. A failure leaves no partial output behind. A process that is killed cannot clean up; the next one that
+writes the same output does.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,16 @@ from mudsc_fast._files import atomic_write
 from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.distributed.ranks import Ranks
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is removed
+    fcntl = None  # type: ignore[assignment]
+
+_LOGGER = logging.getLogger(__name__)
+
+#: A file in the directory of an unfinished output that the process which writes it keeps locked.
+_LOCK_NAME = "lock"
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -111,12 +124,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
         If `target` exists, its directory does not exist, or it cannot be written.
     """
     check_free(target)
+    _remove_abandoned(target)
     try:
         # In a new directory, so that the path is free, and on the file system of the target, so that it can be renamed.
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        lock = (temporary / _LOCK_NAME).open("wb")
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     try:
+        _try_lock(lock)
         written = temporary / target.name
         yield written
         for path in [*written.rglob("*"), written] if written.is_dir() else [written]:
@@ -127,7 +143,32 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
+        lock.close()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left of the same output: the directories whose lock nobody holds."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        try:
+            with (left / _LOCK_NAME).open("rb+") as lock:
+                if not _try_lock(lock):
+                    continue
+        except OSError:  # not such a directory, or of another user
+            continue
+        _LOGGER.info("removing %s, which a killed run left", left)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """Lock a file for as long as this process has it open; return False if another process has locked it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked, or on a file system without locks
+        return False
+    return True
 
 
 @contextmanager

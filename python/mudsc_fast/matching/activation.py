@@ -119,8 +119,12 @@ def collect(
     autocast: torch.dtype | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    roots: Mapping[str, int] | None = None,
 ) -> MatchingStatistics:
-    """Collect the statistics of all processes, each of which has its own data; see :func:`collect_statistics`."""
+    """Collect the statistics of all processes, each of which has its own data; see :func:`collect_statistics`.
+
+    All processes get the sums of all nodes or, with `roots`, each those of the nodes whose root it is.
+    """
     if any(is_sharded(tensor) for model in models for tensor in model.state_dict().values()):
         data = _InStep(data, ranks)  # its processes exchange parameters in every batch
     with ranks.step("running the models on the data"):
@@ -131,7 +135,7 @@ def collect(
     with ranks.step("running the models on the data"):
         if not any(counts):
             raise ValueError("data must yield at least one batch, got none" + ("" if ranks.alone else " on any rank"))
-    statistics._all_reduce(ranks)
+    statistics._all_reduce(ranks, roots)
     return statistics
 
 

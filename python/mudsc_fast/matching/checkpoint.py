@@ -46,6 +46,8 @@ class Checkpoint:
         with ranks.step("opening the checkpoint"):
             if ranks.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
+                for left in self._path.glob(".*.partial"):  # by a run that was killed while it wrote
+                    left.unlink(missing_ok=True)
                 self._check_inputs({"format": _FORMAT, **inputs})
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:

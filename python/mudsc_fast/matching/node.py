@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,6 +69,10 @@ class NodeMatching:
     def permutations(self) -> Tensor | None:
         """[models, units] int64 if the units were aligned: unit k of the result is unit ``permutations[i, k]``."""
         return None if self.mode == "zip" else torch.argsort(self.cluster_of_unit, dim=1)
+
+    def to(self, device: torch.device) -> NodeMatching:
+        """Return the matching with its tensor on a device."""
+        return replace(self, cluster_of_unit=self.cluster_of_unit.to(device))
 
     def same_clusters(self, other: NodeMatching) -> bool:
         """Return whether both matchings assign every unit to the same cluster."""

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from mudsc_fast.matching.slices import TensorSlice, cut, tensor_slices
 from mudsc_fast.matching.sweep import Bundle
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+Task = TypeVar("Task")
 
 #: A rank, and the part of a node's samples that it computes: where it begins and ends, in [0, 1].
 Share = tuple[int, float, float]
@@ -26,8 +30,9 @@ _TOLERANCE = 0.05
 #: Smaller shares of a slice than this are rounding.
 _MIN_PIECE = 1e-3
 
-#: Minimum number of samples worth moving: summing the co-moments of two ranks takes as long as some hundred samples.
-_MIN_MOVED_SAMPLES = 1024
+#: Minimum number of samples worth moving, by the type of the device: sending co-moments and adding them takes as long
+#: as this number of samples. Measured on CPUs; reckoned for GPUs, which compute faster than they send.
+_MIN_MOVED_SAMPLES = {"cpu": 768, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -184,49 +189,56 @@ class _Packing:
 
 
 def share_out(
-    works: Mapping[Bundle, float], owner: Mapping[Bundle, int], loads: Sequence[float], samples: Mapping[Bundle, int]
-) -> dict[Bundle, list[Share]]:
-    """Return the bundles of a wave that several ranks should compute so that all finish together.
+    works: Mapping[Task, float],
+    holder: Mapping[Task, int],
+    loads: Sequence[float],
+    samples: Mapping[Task, float],
+    device: torch.device,
+) -> dict[Task, list[Share]]:
+    """Return the tasks of a wave that several ranks should compute so that all finish together.
 
     Parameters
     ----------
     works
-        The work of each bundle that can be shared.
-    owner
+        The work of each task that can be shared.
+    holder
         The rank that has it.
     loads
         For each rank the work that cannot be shared.
     samples
-        The samples of each bundle: few are not worth moving.
+        The samples of each task: few are not worth moving.
+    device
+        Where the ranks compute.
 
     Returns
     -------
     dict
-        For each bundle to share the shares of ranks, (rank, begin, end) from 0 to 1; together they are the whole.
+        For each task to share the shares of ranks, (rank, begin, end) from 0 to 1; together they are the whole.
     """
+    min_moved = _MIN_MOVED_SAMPLES.get(device.type, _MIN_MOVED_SAMPLES["cuda"])
     load = list(loads)
-    for bundle, work in works.items():
-        load[owner[bundle]] += work
+    for task, work in works.items():
+        load[holder[task]] += work
     share = sum(load) / len(load)
-    shares: dict[Bundle, list[Share]] = {}
+    shares: dict[Task, list[Share]] = {}
     left = dict(works)
     while True:
         most, least = load.index(max(load)), load.index(min(load))
         excess = min(load[most] - share, share - load[least])
-        whole = [bundle for bundle in works if owner[bundle] == most and left[bundle] > 0]
+        whole = [task for task in works if holder[task] == most and left[task] > 0]
         if excess <= _TOLERANCE * share or not whole:
             break
-        bundle = max(whole, key=lambda item: left[item])
-        moved = min(excess, left[bundle])
-        if moved / works[bundle] * samples[bundle] < _MIN_MOVED_SAMPLES:
+        task = max(whole, key=lambda item: left[item])
+        moved = min(excess, left[task])
+        if moved / works[task] * samples[task] < min_moved:
             break
-        end = left[bundle] / works[bundle]
-        begin = end - moved / works[bundle] if moved < left[bundle] else 0.0
-        shares.setdefault(bundle, []).append((least, begin, end))
-        left[bundle] -= moved
+        end = left[task] / works[task]
+        begin = end - moved / works[task] if moved < left[task] else 0.0
+        shares.setdefault(task, []).append((least, begin, end))
+        left[task] -= moved
         load[most] -= moved
         load[least] += moved
-    for bundle, moved_shares in shares.items():
-        if left[bundle] > 0:
-            moved_shares.append((owner[bundle], 0.0, left[bundle] / works[bundle]))
+    for task, moved_shares in shares.items():
+        if left[task] > 0:
+            moved_shares.append((holder[task], 0.0, left[task] / works[task]))
     return shares

@@ -98,17 +98,21 @@ def cut(
     """
     if begin <= 0 and end >= 1:
         return part
-    lengths = _cuttable(part, shape, units)
-    if not lengths:
-        return part if begin <= 0 < end else None
-    position = max(lengths, key=lambda at: lengths[at])
-    length = lengths[position]
+    if part.chosen is not None:
+        position, low, high = part.chosen
+        length = high - low
+    else:
+        lengths = _cuttable(part, shape, units)
+        if not lengths:
+            return part if begin <= 0 < end else None
+        position = max(lengths, key=lambda at: lengths[at])
+        low, length = 0, lengths[position]
     first, last = round(begin * length), round(min(end, 1.0) * length)
     if first >= last:
         return None
     samples = part.samples * (last - first) // length
     if part.axis(position) is not None:
-        return replace(part, chosen=(position, first, last), samples=samples)
+        return replace(part, chosen=(position, low + first, low + last), samples=samples)
     start = next((start for at, start, _ in part.windows if at == position), 0)
     windows = (*(window for window in part.windows if window[0] != position), (position, start + first, last - first))
     return replace(part, windows=windows, samples=samples)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mudsc_fast._files import atomic_write
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.distributed.reduction import all_reduce_sums
+from mudsc_fast.distributed.reduction import all_reduce_sums, reduce_to_roots
 from mudsc_fast.matching.node import with_first
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision, Workspace
 from mudsc_fast.spec.permutation_spec import PermutationSpec
@@ -66,6 +66,8 @@ class MatchingStatistics:
             for node, count in self.units.items()
         }
         self._similarities: dict[str, Tensor] = {}
+        #: For each node of which another process has the sums, the rank of that process.
+        self._elsewhere: dict[str, int] = {}
 
     def update(self, node: str, *features: Tensor, channel_axis: int = 1) -> None:
         """Add features of a node, as :meth:`mudsc_fast.ops.CorrelationAccumulator.update`."""
@@ -106,6 +108,8 @@ class MatchingStatistics:
         """
         if blocks == "full" and self.blocks == "cross":
             raise ValueError("zip needs the similarities of all models: collect them with blocks='full', got 'cross'")
+        if node in self._elsewhere:
+            raise RuntimeError(f"the sums of node {node!r} are on rank {self._elsewhere[node]}")
         if node not in self._similarities:
             self._similarities[node] = self._sums[node].finalize()
         similarity = self._similarities[node]
@@ -151,13 +155,20 @@ class MatchingStatistics:
         """
         self._all_reduce(Ranks(torch.distributed.group.WORLD if group is None else group))
 
-    def _all_reduce(self, ranks: Ranks) -> None:
+    def _all_reduce(self, ranks: Ranks, roots: Mapping[str, int] | None = None) -> None:
+        """Add the samples of all processes: in each of them, or those of a node on the rank that is its root."""
         described = "/".join(f"{node}: {count} units" for node, count in self.units.items())
         ranks.check_same(
             {"statistics": f"{self._described()}, {described}", "spec of the statistics": self.spec.to_json()}
         )
         self._similarities.clear()
-        all_reduce_sums(list(self._sums.values()), ranks, "summing activations")
+        doing = "summing activations"
+        if roots is None or ranks.alone:
+            all_reduce_sums(list(self._sums.values()), ranks, doing)
+            return
+        rank_of = {node: roots.get(node, 0) for node in self._sums}
+        reduce_to_roots(self._sums, rank_of, ranks, doing)
+        self._elsewhere = {node: rank for node, rank in rank_of.items() if rank != ranks.rank}
 
     def checksum(self) -> str:
         """Return a short text that distinguishes statistics of different data."""

@@ -25,6 +25,8 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 _MIN_SAMPLES = 512
 #: Sums kept between visits use at most this multiple of the memory of the largest node's sums.
 _MAX_KEPT = 4
+#: Replacing a sample takes this many times as long as adding one: where units are reordered, and where clusters change.
+_REORDER_WORK, _REPLACE_WORK = 1.4, 3.2
 
 
 class WeightSimilarity:
@@ -36,7 +38,7 @@ class WeightSimilarity:
     Parameters
     ----------
     state_dicts
-        The models' tensors by name, all on one device.
+        The models' tensors by name.
     spec
         The axes map.
     blocks
@@ -51,7 +53,8 @@ class WeightSimilarity:
         For each node the slices of tensors to compare, of :func:`tensor_slices`; all by default. Of several processes
         each has some.
     device
-        The device of the tensors, by default that of the first.
+        Where to compute: tensors on other devices are moved there when they are needed. By default where the first
+        tensor is.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class WeightSimilarity:
         self._model_weights = model_weights
         self._units = spec.units(state_dicts[0])
         self._tensor_slices = tensor_slices(spec, state_dicts[0]) if own is None else own
-        self._device = next(iter(state_dicts[0].values())).device if device is None else device
+        self.device = next(iter(state_dicts[0].values())).device if device is None else device
         self._kept: dict[str, _Kept] = {}
         self._keepable = nodes_to_keep(self._units) if keep else frozenset()
 
@@ -90,8 +93,9 @@ class WeightSimilarity:
         """Return the sums that a node's similarity is computed from; do not modify them."""
         around = self._around(node, matching)
         kept = self._kept.get(node)
-        if kept is not None and self._follow(node, kept, around):
-            return kept.sums
+        update = None if kept is None else self._update(kept.around, around, self._tensor_slices[node])
+        if update is not None:
+            return self.updated(node, update)
         sums = self._computed(node, self._tensor_slices[node], around)
         self.keep(node, matching, sums)
         return sums
@@ -113,13 +117,7 @@ class WeightSimilarity:
     def _computed(
         self, node: str, slices: Sequence[TensorSlice], around: Mapping[str, NodeMatching | None]
     ) -> CorrelationAccumulator:
-        sums = CorrelationAccumulator(
-            len(self._state_dicts),
-            self._units[node],
-            blocks=self._blocks,
-            device=self._device,
-            precision=self._precision,
-        )
+        sums = self._no_sums(node)
         short: list[list[Tensor]] = []
         with sums.computing_in(Workspace()):
             for part in slices:
@@ -131,6 +129,15 @@ class WeightSimilarity:
             if short:
                 sums.update(*(torch.cat(features, 1) for features in zip(*short, strict=True)), channel_axis=0)
         return sums
+
+    def _no_sums(self, node: str) -> CorrelationAccumulator:
+        return CorrelationAccumulator(
+            len(self._state_dicts),
+            self._units[node],
+            blocks=self._blocks,
+            device=self.device,
+            precision=self._precision,
+        )
 
     def _features(self, part: TensorSlice, around: Mapping[str, NodeMatching | None]) -> list[Tensor]:
         """Return the slices of all models."""
@@ -170,19 +177,53 @@ class WeightSimilarity:
             tensor = torch.view_as_real(tensor)
         for position, start, width in part.windows:
             tensor = tensor.narrow(position, start, width)
-        return tensor
+        return tensor.to(self.device)
 
-    def follows(
+    def update_of(
         self,
         node: str,
         before: Mapping[str, NodeMatching],
         now: Mapping[str, NodeMatching],
         slices: Sequence[TensorSlice],
-    ) -> bool:
-        """Return whether the sums over some slices are updated rather than recomputed, if they were kept before."""
+    ) -> Update | None:
+        """Return the update of the sums over some slices, as it is if they were kept; None if they are recomputed."""
         if node not in self._keepable:
-            return False
-        return _exchanged(slices, self._changes(self._around(node, before), self._around(node, now))) is not None
+            return None
+        return self._update(self._around(node, before), self._around(node, now), slices)
+
+    def updated(self, node: str, update: Update) -> CorrelationAccumulator:
+        """Return the kept sums of a node after a part of their update. Other processes compute the other parts."""
+        kept = self._kept[node]
+        self._replace(kept.sums, update)
+        kept.around = update.now
+        return kept.sums
+
+    def kept_mean(self, node: str) -> Tensor:
+        """Return the mean of each unit in the kept sums of a node: [models, units] float64."""
+        return self._kept[node].sums._moments.mean
+
+    def empty_mean(self, node: str) -> Tensor:
+        """Return a tensor like :meth:`kept_mean`, of any values."""
+        shape = (len(self._state_dicts), self._units[node])
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
+    def difference(self, node: str, update: Update, mean: Tensor) -> CorrelationAccumulator:
+        """Return what a part of an update adds to the co-moments of sums that another process keeps.
+
+        The update must be divisible: means and variances then stay.
+
+        Parameters
+        ----------
+        node, update
+            The node, and the part of its update.
+        mean
+            The :meth:`kept_mean` of that process.
+        """
+        sums = self._no_sums(node)
+        sums._moments.mean.copy_(mean)
+        sums._moments.num_samples = sum(part.samples for part, _ in update.exchanged)
+        self._replace(sums, update)
+        return sums
 
     def _changes(
         self, before: Mapping[str, NodeMatching | None], now: Mapping[str, NodeMatching | None]
@@ -194,21 +235,34 @@ class WeightSimilarity:
                 changes[other] = change
         return changes
 
-    def _follow(self, node: str, kept: _Kept, around: Mapping[str, NodeMatching | None]) -> bool:
-        """Update a node's sums incrementally; return False if recomputing them is as cheap."""
-        changes = self._changes(kept.around, around)
-        exchanged = _exchanged(self._tensor_slices[node], changes)
-        if exchanged is None:
-            return False
-        with kept.sums.computing_in(Workspace()):
-            for part, change in exchanged:
-                old = [self._slices(model, part, kept.around, change.old) for model in range(len(self._state_dicts))]
-                new = [self._slices(model, part, around, change.new) for model in range(len(self._state_dicts))]
+    def _update(
+        self,
+        before: Mapping[str, NodeMatching | None],
+        now: Mapping[str, NodeMatching | None],
+        slices: Sequence[TensorSlice],
+    ) -> Update | None:
+        """Return the update of sums over some slices; None if recomputing them is as cheap."""
+        changes = self._changes(before, now)
+        exchanged = []
+        for part in slices:
+            changed = [other for other in part.others if other in changes]
+            if len(changed) > 1 or (changed and part.chosen is not None):
+                return None
+            if changed:
+                exchanged.append((part, changes[changed[0]]))
+        update = Update(before, now, exchanged)
+        return None if exchanged and update.work >= sum(part.samples for part in slices) else update
+
+    def _replace(self, sums: CorrelationAccumulator, update: Update) -> None:
+        """Replace the samples of an update."""
+        models = range(len(self._state_dicts))
+        with sums.computing_in(Workspace()):
+            for part, change in update.exchanged:
+                old = [self._slices(model, part, update.before, change.old) for model in models]
+                new = [self._slices(model, part, update.now, change.new) for model in models]
                 if change.reordered:
                     new[0] = old[0]  # alignments keep the first model's order
-                kept.sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
-        kept.around = around
-        return True
+                sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
 
     def _slices(
         self,
@@ -270,20 +324,49 @@ def nodes_to_keep(units: Mapping[str, int]) -> frozenset[str]:
     return frozenset(kept)
 
 
-def _exchanged(
-    slices: Sequence[TensorSlice], changes: Mapping[str, _Change]
-) -> list[tuple[TensorSlice, _Change]] | None:
-    """Return the slices to replace after some neighbors changed, or None if recomputing everything is as cheap."""
-    work, exchanged = 0.0, []
-    for part in slices:
-        changed = [other for other in part.others if other in changes]
-        if len(changed) > 1 or (changed and part.chosen is not None):
-            return None
-        if changed:
-            change = changes[changed[0]]
-            exchanged.append((part, change))
-            work += part.samples * change.share * (1 if change.reordered else 2)
-    return exchanged if work < sum(part.samples for part in slices) or not exchanged else None
+@dataclass(frozen=True)
+class Update:
+    """How the sums of a node change when the matchings of its neighbors do.
+
+    Attributes
+    ----------
+    before, now
+        The matchings of the neighbors.
+    exchanged
+        The slices of which samples are replaced, and which samples.
+    """
+
+    before: Mapping[str, NodeMatching | None]
+    now: Mapping[str, NodeMatching | None]
+    exchanged: Sequence[tuple[TensorSlice, _Change]]
+
+    @property
+    def work(self) -> float:
+        """How many samples take as long to add as these take to replace."""
+        return sum(
+            part.samples * change.share * (_REORDER_WORK if change.reordered else _REPLACE_WORK)
+            for part, change in self.exchanged
+        )
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether several processes can each compute a part: the units of every model are only reordered."""
+        return all(change.reordered for _, change in self.exchanged)
+
+    def part(self, ranges: Sequence[tuple[float, float]]) -> Update:
+        """Return the share of a divisible update in some ranges, whose ends are in [0, 1]."""
+        total = sum(part.samples * change.share for part, change in self.exchanged)
+        exchanged = []
+        for begin, end in ranges:
+            before = 0.0
+            for part, change in self.exchanged:
+                samples = part.samples * change.share
+                first, last = (min(max((place * total - before) / samples, 0.0), 1.0) for place in (begin, end))
+                before += samples
+                found = change.part(first, last)
+                if found is not None:
+                    exchanged.append((part, found))
+        return Update(self.before, self.now, exchanged)
 
 
 @dataclass(frozen=True)
@@ -316,6 +399,10 @@ class _Selection:
                 tensor = chosen.flatten(position, position + 2)
         return tensor
 
+    def units(self, first: int, last: int) -> _Selection:
+        """Return some of the merged units, where each has one member of each model."""
+        return _Selection(self.node, [chosen[first:last] for chosen in self.members], self.merged[first:last], None)
+
     def map_of_members(self, model: int, whole: UnitMap) -> UnitMap:
         """Return how the members of :meth:`of` become the selected clusters; `whole` is the map of all units."""
         assert self.cluster_of_member is not None  # only clusters have members
@@ -339,6 +426,16 @@ class _Change:
     new: _Selection
     share: float
     reordered: bool
+
+    def part(self, begin: float, end: float) -> _Change | None:
+        """Return the change of the units from `begin` to `end`, both in [0, 1], of a reordering; None if of no unit."""
+        count = len(self.old.merged)
+        first, last = round(begin * count), round(end * count)
+        if first == last:
+            return None
+        return _Change(
+            self.old.units(first, last), self.new.units(first, last), self.share * (last - first) / count, True
+        )
 
 
 def _change(

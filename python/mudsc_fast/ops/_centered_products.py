@@ -187,7 +187,7 @@ def _less_rest(product: Tensor, row_rest: Tensor | None, column_rest: Tensor | N
 def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     """Return features [outer, C, inner] minus `mean` [C], as [C, samples], with NaN as 0."""
     units = features.transpose(0, 1).flatten(1).to(dtype)
-    return units.nan_to_num(0.0) - mean[:, None].to(dtype)
+    return units.nan_to_num(0.0).sub_(mean[:, None].to(dtype))
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:

@@ -1,0 +1,211 @@
+"""Where several processes compute and communicate: devices, and how often the host waits for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.overrides import TorchFunctionMode
+
+import mudsc_fast
+from mudsc_fast.command import torchrun
+from mudsc_fast.distributed import Ranks, ranks
+from mudsc_fast.matching import owners
+from mudsc_fast.ops._dispatch import use_backend
+from networks import MLP_SPEC, make_mlp
+from processes import run_processes
+from test_device_work import Waits
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"),
+    [
+        ("cpu:gloo,cuda:gloo", {"cpu"}),
+        ("cuda:nccl", {"cuda"}),
+        ("cpu:gloo,cuda:nccl", {"cpu", "cuda"}),
+        ("cpu:mpi,cuda:mpi", {"cpu", "cuda"}),
+    ],
+)
+def test_tensors_are_sent_from_where_a_backend_serves_them(
+    backends: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = ranks._devices_sent_from(backends)
+    assert direct == expected
+    alone = Ranks()
+    alone._direct = direct
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    gpu, cpu = torch.device("cuda", 3), torch.device("cpu")
+    assert alone._wire_device(gpu) == (gpu if "cuda" in direct else cpu)
+    assert alone._wire_device("cpu") == (cpu if "cpu" in direct else torch.device("cuda", 1))
+
+
+def test_a_group_that_is_bound_to_a_gpu_sends_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bound:
+        bound_device_id = torch.device("cuda", 2)
+
+    entered = []
+
+    class On:
+        def __init__(self, device: torch.device) -> None:
+            entered.append(device)
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    alone = Ranks()
+    alone._direct, alone._group = {"cuda"}, Bound()  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "device", On)
+    assert alone._wire_device("cpu") == torch.device("cuda", 2)
+    with alone._on_own_gpu():
+        assert entered == [torch.device("cuda", 2)]
+    alone._direct = {"cpu", "cuda"}
+    with alone._on_own_gpu():  # objects are sent by the backend of the CPU
+        assert len(entered) == 1
+
+
+def choose_device(text: str, gpus: int, monkeypatch: pytest.MonkeyPatch, local: tuple[int, int] | None = None) -> Any:
+    """Return the device of a process on a machine with some GPUs; `local` is its number among those of the machine."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if local is not None:
+        started = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        started |= {"LOCAL_RANK": str(local[0]), "LOCAL_WORLD_SIZE": str(local[1])}
+        for name, value in started.items():
+            monkeypatch.setenv(name, value)
+    return torchrun.device(text)
+
+
+def test_every_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu", 0, monkeypatch) == torch.device("cpu")
+    assert choose_device("cuda", 2, monkeypatch) == torch.device("cuda", 0)
+    assert choose_device("cuda:1", 2, monkeypatch) == torch.device("cuda", 1)
+    assert choose_device("cuda", 4, monkeypatch, (3, 4)) == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "local", "message"),
+    [
+        ("gpu", 1, None, r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ("cuda:x", 1, None, r"--device must be cpu, cuda or cuda:N"),
+        ("cuda", 0, None, r"finds no GPU on this machine: leave out --device"),
+        ("cuda:2", 2, None, r"the GPUs of this machine are cuda:0 to cuda:1"),
+        ("cuda:1", 2, (0, 2), r"processes cannot share a GPU: pass --device cuda"),
+        ("cuda", 2, (0, 4), r"started 4 processes on this machine, which has 2 GPUs: .* \(--nproc-per-node 2\)"),
+    ],
+)
+def test_a_device_that_is_missing(
+    text: str, gpus: int, local: tuple[int, int] | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_device(text, gpus, monkeypatch, local)
+
+
+class Sides(TorchFunctionMode):
+    """Tells tensors of the host from those of the device of the inputs, although all are on the CPU here.
+
+    What code puts on ``"cpu"`` by that name is on the host whatever the device of the inputs is, and so is what is
+    computed from it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "to" and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            on_host = args[1] == "cpu" and isinstance(args[1], str)
+        elif "device" in kwargs:
+            on_host = isinstance(kwargs["device"], str) and kwargs["device"] == "cpu"
+        elif name in ("copy_", "__setitem__"):
+            on_host = is_on_host(args[0])
+        else:
+            on_host = name == "cpu" or any(map(is_on_host, tensors_in([*args, *kwargs.values()])))
+        for tensor in tensors_in([result]):
+            tensor._is_on_host = on_host  # type: ignore[attr-defined]
+        return result
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    return getattr(tensor, "_is_on_host", False)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+def test_sides_are_told_apart() -> None:
+    device = torch.device("cpu")
+    with Sides():
+        ours = torch.zeros(3, device=device)
+        assert not is_on_host(ours + torch.ones(3, device=device))
+        assert is_on_host(torch.ones(3, device="cpu"))
+        assert is_on_host(torch.cat([torch.ones(3, device="cpu")]).view(3, 1))
+        assert is_on_host(ours.cpu())
+        assert not is_on_host(ours.cpu().to(device))
+        ours[0] = torch.ones((), device="cpu")
+        assert not is_on_host(ours)
+
+
+def count_waits_and_sends(rank: int, folder: Path) -> None:
+    """Match in two processes, and write how often the host waits and what is sent from it."""
+    owners._MIN_MOVED_SAMPLES["cpu"] = 1  # nodes are shared, too
+    sent: list[tuple[str, bool]] = []
+
+    def watch(name: str) -> None:
+        call = getattr(distributed, name)
+
+        def watched(tensor: Tensor, *arguments: Any, **more: Any) -> Any:
+            sent.append((name, is_on_host(tensor)))
+            return call(tensor, *arguments, **more)
+
+        setattr(distributed, name, watched)
+
+    for name in ("all_reduce", "reduce", "broadcast", "send", "recv"):
+        watch(name)
+    found = {}
+    for mode in ("align", "zip"):
+        with Waits() as waits:
+            found[mode] = match(mode, rank)
+        sent.clear()
+        # Kernels for the CPU put their results there by name, unlike those of the reference.
+        with use_backend("reference"), Sides():
+            match(mode, rank)
+        found[mode] |= {"waits": waits.calls.total(), "sent": list(sent)}
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def match(mode: Any, rank: int | None = None) -> dict[str, Any]:
+    """Match two networks by weights and activations, in all processes or, without a rank, in this one."""
+    data = [torch.randn(16, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    own = data if rank is None else data[rank::2]
+    group = None if rank is None else distributed.group.WORLD
+    models = [make_mlp(seed=seed) for seed in (0, 1)]
+    matching = mudsc_fast.match(models, own, spec=MLP_SPEC, mode=mode, balance=0.5, verify=False, group=group)
+    return {"sweeps": len(matching.objectives)}
+
+
+def test_processes_send_from_the_device_and_seldom_wait_for_it(tmp_path: Path) -> None:
+    assert run_processes(count_waits_and_sends, 2, tmp_path) == [0, 0]
+    for mode in ("align", "zip"):
+        with Waits() as alone:
+            expected = match(mode)
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))[mode]
+            assert found["sweeps"] == expected["sweeps"]
+            assert {"all_reduce", "send" if rank else "recv"} <= {name for name, _ in found["sent"]}
+            assert not [name for name, on_host in found["sent"] if on_host]
+            # In each of a few waves of a sweep: agreeing that all succeeded, who helps whom, and reading the results.
+            assert found["waits"] <= alone.calls.total() + 15 * expected["sweeps"]
