@@ -14,8 +14,8 @@ from mudsc_fast._models import Models
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.match import PreparedMatching
 from mudsc_fast.matching.node import Mode
-from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.partial import Division
+from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching_result import Matching
 from mudsc_fast.merge_matched import merge_divided, merge_matched
 from mudsc_fast.merge_result import MergeResult
