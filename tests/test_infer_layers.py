@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mudsc_fast
 from architectures import randomize
+from conftest import TORCH_VERSION
 from mudsc_fast import Observation, PermutationSpec, Space
 from mudsc_fast.spec.infer import derive
 from networks import assert_recovered, random_group_permutations
@@ -412,6 +413,8 @@ NETWORKS: dict[str, tuple[Build, Tensor, dict[str, int]]] = {
 
 
 def network(name: str) -> tuple[nn.Module, PermutationSpec, Tensor]:
+    if name == "Fourier transform of tokens" and TORCH_VERSION < (2, 5):
+        pytest.skip("torch.export of this version of torch fails on fft2 over one axis")
     build, inputs, _ = NETWORKS[name]
     torch.manual_seed(0)
     model = randomize(build(), seed=1)
