@@ -66,7 +66,7 @@ def test_every_process_gets_sums_of_all_samples(tmp_path: Path) -> None:
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
     for (blocks, samples), *states in zip(CASES, *(states for states, _ in results), strict=True):
         both = accumulate(0, blocks, samples[0])
         both.update(*features_of(1, samples[1]))

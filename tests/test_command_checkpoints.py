@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import mudsc_fast
 from architectures import randomize
+from conftest import TORCH_VERSION
 from mudsc_fast import cli
 from mudsc_fast.io import CheckpointError, align_checkpoints, merge_checkpoints, open_checkpoint
 from mudsc_fast.spec import PermutationSpec
@@ -69,10 +70,12 @@ NESTED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", NESTED)
 def test_nested_and_wrapped_state_dicts(kind: str, tmp_path: Path) -> None:
+    if kind in ("numpy score", "arguments") and TORCH_VERSION < (2, 6):
+        pytest.skip("this version of torch cannot allow functions by name, so it loads tensors and numbers only")
     a, _ = save_mlps(tmp_path, ".pt")
     torch.save(NESTED[kind](make_mlp(seed=1).state_dict()), tmp_path / "b.pt")
     run("merge", a, tmp_path / "b.pt", "--output", tmp_path / "out.pt", *MLP)
-    assert_states_equal(torch.load(tmp_path / "out.pt"), merged_mlps())
+    assert_states_equal(torch.load(tmp_path / "out.pt", weights_only=True), merged_mlps())
 
 
 def test_output_uses_names_of_first_network(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_output_uses_names_of_first_network(tmp_path: Path) -> None:
     wrapped = AveragedModel(make_mlp())
     torch.save(wrapped.state_dict(), tmp_path / "a.pt")
     run("merge", tmp_path / "a.pt", b, "--output", tmp_path / "out.pt", *MLP)
-    wrapped.load_state_dict(torch.load(tmp_path / "out.pt"))
+    wrapped.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
     assert_states_equal(wrapped.module.state_dict(), merged_mlps())
 
 
@@ -91,7 +94,7 @@ def test_ema_weights_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture
     run("merge", a, tmp_path / "b.pt", "--output", tmp_path / "out.pt", "--spec", "mlp")
     assert "warning: " in (shown := capsys.readouterr().err)
     assert "using the state dict at 'model'; the file also contains 'ema'" in shown
-    assert_states_equal(torch.load(tmp_path / "out.pt"), merged_mlps())
+    assert_states_equal(torch.load(tmp_path / "out.pt", weights_only=True), merged_mlps())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -141,7 +144,7 @@ def test_module_versions_are_kept(suffix: str, tmp_path: Path) -> None:
     run("merge", *paths, "--output", tmp_path / "out.pt", *given)
     merged = versioned()
     expected = mudsc_fast.merge(models, batches(), spec=mudsc_fast.spec.mlp(["0", "2"])).state_dict
-    state = torch.load(tmp_path / "out.pt")
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
     assert_states_equal(state, expected)
     if suffix == ".pt":
         merged.load_state_dict(state)
@@ -164,7 +167,7 @@ def test_extra_state_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         torch.save({**make_mlp(seed=ord(name) - 97).state_dict(), "fc1._extra_state": value}, tmp_path / f"{name}.pt")
     inputs = (tmp_path / "a.pt", tmp_path / "b.pt")
     run("merge", *inputs, "--output", tmp_path / "out.pt", *MLP)
-    found = torch.load(tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert found.pop("fc1._extra_state") == {"amax": 2}
     assert_states_equal(found, merged_mlps())
     shown = failure(capsys, tmp_path, "merge", *inputs, "--output", tmp_path / "out.safetensors", *MLP)

@@ -190,7 +190,7 @@ def test_activations_of_files(tmp_path: Path) -> None:
     run("merge", a, b, "--output", tmp_path / "out.pt", "--mode", "zip", "--data", data, "--model", model, "--quiet")
     models = [make_mlp(seed=index) for index in (0, 1)]
     expected = mudsc_fast.merge(models, mlp_batches(), spec=mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"]), mode="zip")
-    assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
+    assert_states_equal(torch.load(tmp_path / "out.pt", weights_only=True), expected.state_dict)
 
 
 def test_precision_applies_to_both_spaces(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_precision_applies_to_both_spaces(tmp_path: Path) -> None:
     models = [make_mlp(seed=index) for index in (0, 1)]
     spec = mudsc_fast.spec.mlp(["fc1", "fc2", "fc3"])
     expected = mudsc_fast.merge(models, mlp_batches(), spec=spec, precision="bfloat16")
-    assert_states_equal(torch.load(tmp_path / "out.pt"), expected.state_dict)
+    assert_states_equal(torch.load(tmp_path / "out.pt", weights_only=True), expected.state_dict)
 
 
 def test_other_files_are_copied(tmp_path: Path) -> None:

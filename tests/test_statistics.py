@@ -101,7 +101,7 @@ def test_files_without_statistics(tmp_path: Path, content: bytes) -> None:
 def test_incomplete_files(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
     mudsc_fast.collect_statistics(models(), batches(), spec=MLP_SPEC).save(path)
-    state = torch.load(path)
+    state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, path)
     with pytest.raises(ValueError, match=message):
