@@ -40,9 +40,9 @@ class EqualItemsInOrder : private AssignmentState<T> {
   }
 };
 
-template <class T>
-class DenseSolver : private DenseSearch<T> {
-  using Search = DenseSearch<T>;
+template <class T, class Number = typename ArithmeticOf<T>::type>
+class DenseSolver : private DenseSearch<T, Number> {
+  using Search = DenseSearch<T, Number>;
   using Search::assign;
   using Search::background_;
   using Search::clear_assignment;
@@ -70,14 +70,14 @@ class DenseSolver : private DenseSearch<T> {
   using Search::ties_;
   using Search::v_;
   using Search::width_;
-  using typename Search::Number;
 
  public:
   using Search::kMaxInOrder;
 
   explicit DenseSolver(const AssignmentProblem& problem) : Search(problem) {}
 
-  // `background`: whether most costs equal the largest of their row. Column minima are then poor initial duals.
+  // `background`: whether most costs equal the largest of their row. Column minima are then poor initial duals. Costs
+  // that `Number` does not hold count as invalid.
   void solve(const AssignmentProblem& problem, std::int64_t index, bool background = false) {
     Search::begin(problem, index);
     background_ = background;

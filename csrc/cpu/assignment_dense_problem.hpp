@@ -11,10 +11,11 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-template <class T>
+// `Number`: type of the copied costs. Where it is narrower than the values', only values that it holds are copied.
+template <class T, class Number = typename ArithmeticOf<T>::type>
 class DenseProblem {
  protected:
-  using Number = typename ArithmeticOf<T>::type;  // type of the copied costs
+  static constexpr bool kNarrows = sizeof(Number) < sizeof(typename ArithmeticOf<T>::type);
 
   explicit DenseProblem(const AssignmentProblem& problem)
       : rows_(problem.rows),
@@ -151,11 +152,19 @@ class DenseProblem {
         j += kVectorLanes;
       }
     }
-    for (; j < columns_; ++j) out[j] = sign_ * widen(values[j]);
+    for (; j < columns_; ++j) out[j] = static_cast<Number>(sign_ * widen(values[j]));
     for (; j < width_; ++j) out[j] = static_cast<Number>(kInfinity);
   }
 
-  // Copies the costs. Returns false if a cost is NaN or -inf. Finds the largest magnitude and whether several rows or
+  // Whether costs that were narrowed are those of the row.
+  bool is_exact(std::int64_t row, const Number* costs) const {
+    const T* const values = values_ + row * columns_;
+    std::int64_t equal = 0;
+    for (std::int64_t j = 0; j < columns_; ++j) equal += static_cast<T>(costs[j]) == static_cast<T>(sign_) * values[j];
+    return equal == columns_;
+  }
+
+  // Copies the costs. Returns false if a cost is NaN or -inf, or `Number` does not hold it. Finds the largest magnitude and whether several rows or
   // columns are zero. If not, column minima become the initial duals of a square problem without given prices.
   bool copy_costs() {
     using Vector = typename VectorOf<Number>::Type;
@@ -168,6 +177,9 @@ class DenseProblem {
     for (std::int64_t i = 0; i < rows_; ++i) {
       Number* const row = copied_ ? costs_ + i * width_ : costs_;
       write_costs(i, row);
+      if constexpr (kNarrows) {
+        if (!is_exact(i, row)) return false;
+      }
       Vector sum{};
       for (std::int64_t j = 0; j < width_; j += kVectorLanes) {
         const Vector costs = *reinterpret_cast<const Memory*>(row + j);

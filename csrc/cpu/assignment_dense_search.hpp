@@ -6,9 +6,9 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-template <class T>
-class DenseSearch : protected DenseProblem<T> {
-  using Problem = DenseProblem<T>;
+template <class T, class Number = typename ArithmeticOf<T>::type>
+class DenseSearch : protected DenseProblem<T, Number> {
+  using Problem = DenseProblem<T, Number>;
 
  protected:
   using Problem::assign;
@@ -39,7 +39,6 @@ class DenseSearch : protected DenseProblem<T> {
   using Problem::v_;
   using Problem::width_;
   using typename Problem::Closed;
-  using typename Problem::Number;
   typedef std::int64_t Indices __attribute__((vector_size(kLanes * sizeof(std::int64_t)), may_alias));
 
   // Up to this many columns every choice between equally good assignments is made as Crouse's algorithm makes it.

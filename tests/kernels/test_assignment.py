@@ -606,3 +606,21 @@ def test_bad_warm_start() -> None:
         linear_assignment(torch.zeros(3, 3), warm_start=3)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"warm_start must be of a problem of shape \[3, 3\]"):
         linear_assignment(torch.zeros(3, 3), warm_start=linear_assignment(torch.zeros(4, 4)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(200, 200), (150, 400), (300, 140)])
+@pytest.mark.parametrize("change", [None, 0.1, math.inf, math.nan])
+def test_float64_costs_that_float32_holds(rows: int, columns: int, change: float | None) -> None:
+    values = np.random.default_rng(rows).integers(-50, 50, (rows, columns)).astype(np.float64)
+    if change is not None:
+        values[-1, -1] = change
+    if change is not None and math.isnan(change):
+        with pytest.raises(ValueError, match="NaN"):
+            linear_assignment(values, maximize=False)
+        return
+    result = linear_assignment(values, maximize=False)
+    check_certificate(values, result, maximize=False)
+    if change != 0.1:
+        narrow = linear_assignment(values.astype(np.float32), maximize=False)
+        for name in ("columns", "row_duals", "column_duals", "objective", "gap"):
+            assert torch.equal(getattr(result, name), getattr(narrow, name))
