@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mudsc_fast
+from conftest import TORCH_VERSION
 from mudsc_fast import Matching, _checks
 from mudsc_fast.matching.node import Mode, align_units
 from mudsc_fast.ops._dispatch import use_backend
@@ -99,6 +100,7 @@ def match(mode: Mode, sweeps: int) -> Matching:
     return mudsc_fast.match(models, batches, **options, verify=False, progress=False)
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch 2.4 launches more operations for the same calls")
 @pytest.mark.parametrize(("mode", "most_waits", "most_launches"), [("align", 16, 125), ("zip", 17, 160)])
 def test_the_first_sweep(mode: Mode, most_waits: int, most_launches: int) -> None:
     waits, launches = work_of(lambda: match(mode, 1))
