@@ -195,7 +195,7 @@ def reckon() -> None:
                 for bundle in owners.spread
                 for node in bundle
             )
-            sent += sum(4.0 * 2 * count for count in units.values()) * ranks
+            sent += sum(4.0 * 2 * count for count in units.values()) * (ranks if ranks > 1 else 0)
             assigned = [0.0] * ranks
             for bundle, rank in owners.owner.items():
                 assigned[rank] += sum(ASSIGNMENT * (units[node] / 16384) ** 2 for node in bundle)
