@@ -69,8 +69,10 @@ void solve_transposed(const AssignmentProblem& problem, int threads) {
 }
 
 // Tries to solve a float64 problem with costs copied as float32, which takes half the memory traffic: integers, for
-// example, are the same in both. The arithmetic is, too, because duals are double. False if float32 does not hold them.
+// example, are the same in both. The arithmetic is, too, because duals are double. False if float32 does not hold them,
+// which the first cost usually tells before anything is allocated, and for small problems.
 bool solve_narrowed(const AssignmentProblem& problem, std::int64_t index, bool background) {
+  if (problem.columns <= DenseSolver<double>::kMaxInOrder) return false;
   const double first = static_cast<const double*>(problem.values)[index * problem.rows * problem.columns];
   if (static_cast<double>(static_cast<float>(first)) != first) return false;
   DenseSolver<double, float>(problem).solve(problem, index, background);
@@ -89,8 +91,7 @@ void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int6
       const Sample sample = sample_of(index);
       if (sample.two_valued && TwoValuedSolver<T>(problem).solve(problem, index)) continue;
       if constexpr (sizeof(T) == sizeof(double)) {
-        if (problem.columns > DenseSolver<T>::kMaxInOrder && solve_narrowed(problem, index, sample.background))
-          continue;
+        if (solve_narrowed(problem, index, sample.background)) continue;
       }
       dense.solve(problem, index, sample.background);
     }

@@ -164,8 +164,9 @@ class DenseProblem {
     return equal == columns_;
   }
 
-  // Copies the costs. Returns false if a cost is NaN or -inf, or `Number` does not hold it. Finds the largest magnitude and whether several rows or
-  // columns are zero. If not, column minima become the initial duals of a square problem without given prices.
+  // Copies the costs. Returns false if a cost is NaN or -inf, or `Number` does not hold it. Finds the largest magnitude
+  // and whether several rows or columns are zero. If not, column minima become the initial duals of a square problem
+  // without given prices.
   bool copy_costs() {
     using Vector = typename VectorOf<Number>::Type;
     using Memory = typename VectorOf<Number>::Unaligned;

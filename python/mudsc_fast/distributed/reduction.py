@@ -20,13 +20,7 @@ def all_reduce_sums(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks
     """
     if ranks.alone or not accumulators:
         return
-    with ranks.step(doing):
-        for accumulator in accumulators:
-            accumulator._check_range()
-    all_moments = [accumulator._moments for accumulator in accumulators]
-    counts = torch.tensor([m.num_samples for m in all_moments], dtype=torch.int64, device=all_moments[0].device)
-    ranks.all_reduce([counts], doing)
-    _center(all_moments, counts.tolist(), ranks, doing)
+    all_moments = _checked_and_centered(accumulators, ranks, doing)
     ranks.all_reduce([sums for m in all_moments for sums in (m.squares, m.comoments)], doing)
 
 
@@ -38,14 +32,7 @@ def reduce_to_roots(
     All processes get the means and variances. The co-moments, which are nearly all of the bytes, are sent to the root
     alone: half of what an all-reduce sends. Accumulators of other roots lose theirs and are of no further use.
     """
-    with ranks.step(doing):
-        for accumulator in accumulators.values():
-            accumulator._check_range()
-    all_moments = {node: accumulator._moments for node, accumulator in accumulators.items()}
-    device = next(iter(all_moments.values())).device
-    counts = torch.tensor([m.num_samples for m in all_moments.values()], dtype=torch.int64, device=device)
-    ranks.all_reduce([counts], doing)
-    _center(list(all_moments.values()), counts.tolist(), ranks, doing)
+    all_moments = dict(zip(accumulators, _checked_and_centered(list(accumulators.values()), ranks, doing), strict=True))
     ranks.all_reduce([moments.squares for moments in all_moments.values()], doing)
     for root in sorted({roots[node] for node in all_moments}):
         ranks.reduce([m.comoments for node, m in all_moments.items() if roots[node] == root], root, doing)
@@ -120,13 +107,21 @@ def receive_difference(into: CorrelationAccumulator, source: int, dtype: torch.d
         own.accumulate(comoment, added, none, none)
 
 
+def _checked_and_centered(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks, doing: str) -> list[Moments]:
+    """Return the moments of each accumulator about the mean of all processes, once all features are in range."""
+    with ranks.step(doing):
+        for accumulator in accumulators:
+            accumulator._check_range()
+    all_moments = [accumulator._moments for accumulator in accumulators]
+    counts = torch.tensor([m.num_samples for m in all_moments], dtype=torch.int64, device=all_moments[0].device)
+    ranks.all_reduce([counts], doing)
+    _center(all_moments, counts.tolist(), ranks, doing)
+    return all_moments
+
+
 def _center(all_moments: Sequence[Moments], totals: Sequence[int], ranks: Ranks, doing: str) -> None:
     """Make the moments of each process ones about the mean of all processes: such moments can be added."""
     means = [m.mean * (m.num_samples / max(total, 1)) for m, total in zip(all_moments, totals, strict=True)]
     ranks.all_reduce(means, doing)
     for moments, mean, total in zip(all_moments, means, totals, strict=True):
-        shift = moments.mean - mean
-        for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
-            own.addr_(moments.num_samples * shift[i], shift[j])
-        moments.squares += moments.num_samples * shift * shift
-        moments.mean, moments.num_samples = mean, total
+        moments.center_about(mean, total)

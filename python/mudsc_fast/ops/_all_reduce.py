@@ -33,14 +33,8 @@ def all_reduce(
     total = sum(num_samples for _, num_samples, _ in gathered)
     if total == 0:
         return
-    # Sums about the common mean can be added.
     mean = moments.mean * (moments.num_samples / total)
     torch.distributed.all_reduce(mean, group=group)
-    shift = moments.mean - mean
-    for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
-        own.addr_(moments.num_samples * shift[i], shift[j])
-    moments.squares += moments.num_samples * shift * shift
+    moments.center_about(mean, total)
     torch.distributed.all_reduce(moments.squares, group=group)
     torch.distributed.all_reduce(moments.comoments, group=group)
-    moments.mean.copy_(mean)
-    moments.num_samples = total

@@ -89,6 +89,15 @@ class Moments:
         self.mean += shift * (count / total)
         self.num_samples = total
 
+    def center_about(self, mean: Tensor, total: int) -> None:
+        """Make these the part of `total` samples with a common mean: parts about the same mean can be added."""
+        shift = self.mean - mean
+        for (i, j), own in zip(self.pairs, self.comoments, strict=True):
+            own.addr_(self.num_samples * shift[i], shift[j])
+        self.squares += self.num_samples * shift * shift
+        self.mean.copy_(mean)
+        self.num_samples = total
+
     def shift(self, shift: Tensor, squares: Tensor) -> None:
         """Move the mean by `shift` [N, C] over the number of samples, after `squares` changed by the given amount."""
         nothing = torch.zeros_like(self.comoments[0])
