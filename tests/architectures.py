@@ -1,4 +1,4 @@
-"""Small networks with the module names of published ones whose libraries the tests do without."""
+"""Small networks with the module names of published ones, so that tests do not need their libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def randomize(model: nn.Module, seed: int) -> nn.Module:
-    """Give every parameter and statistic random values under which all units differ."""
+    """Fill all parameters and statistics with random values, so that no two units are alike."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -40,7 +40,7 @@ def calibrate(model: nn.Module, inputs: Tensor) -> None:
 
 
 class ResidualBlock(nn.Module):
-    """Two or three convolutions around which the input is added."""
+    """Two or three convolutions with a residual connection."""
 
     def __init__(
         self, inputs: int, width: int, stride: int, shortcut: str, norm_groups: int | None, bottleneck: bool
@@ -159,7 +159,7 @@ class TransformerBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens, as in timm."""
+    """Maps patches to tokens, as in timm."""
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighboring positions to one, as in timm."""
+    """Merges four neighboring positions into one, as in timm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """A stage of timm's Swin, which but for the first begins by merging patches."""
+    """A stage of timm's Swin. All stages but the first begin by merging patches."""
 
     def __init__(self, width: int, heads: int, blocks: int, first: bool) -> None:
         super().__init__()

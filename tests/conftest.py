@@ -16,7 +16,7 @@ from hypothesis import settings
 from mudsc_fast import _core
 from mudsc_fast.kernels.cuda import _device
 
-# No deadline: a first call pays for imports. Sanitized runs are slow and try fewer examples.
+# No deadline, because the first call includes imports. Sanitized runs are slow and try fewer examples.
 settings.register_profile(
     "default", deadline=None, print_blob=True, max_examples=int(os.environ.get("MUDSC_TEST_EXAMPLES", "50"))
 )
@@ -29,7 +29,7 @@ TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """Skip tests of Hugging Face models with a torch for which transformers has only placeholders of them."""
+    """Skip tests of Hugging Face models if the installed torch is too old for transformers."""
     try:
         return (yield)
     except Exception as error:
@@ -54,7 +54,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Keep torch from splitting tiny tensors: on a busy machine its threads wait for each other."""
+    """Use one thread: on a busy machine, threads that share tiny tensors mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Let the wrappers of the CUDA kernels launch them in the simulator, on tensors in host memory."""
+    """Make the wrappers of the CUDA kernels launch them in the simulator, on tensors in host memory."""
     try:
         module = import_module("mudsc_fast._cuda_simulator")
     except ImportError:

@@ -1,4 +1,4 @@
-"""Reads the machine code of CUDA kernels as cuobjdump prints it."""
+"""Reads the machine code of CUDA kernels from the output of cuobjdump."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """An instruction: its address, its predicate ("" or such as "@!P0"), and its text without that."""
+    """An instruction: address, predicate (such as "@!P0", or ""), and text without the predicate."""
 
     address: int
     predicate: str
@@ -26,7 +26,7 @@ def parse(code: str) -> list[Instruction]:
 
 
 def main_loop(instructions: list[Instruction], marker: str, preferred: str = r"LDGSTS\S*\.128") -> list[Instruction]:
-    """Return one turn of the smallest loop around all instructions named `marker`, along its common path.
+    """Return one iteration of the smallest loop with all instructions named `marker`, along its common path.
 
     Of all paths through the loop it is the one with the most `preferred` instructions (a pattern of their names; by
     default copies of 16 bytes) and, of these, the one with the fewest instructions: a slab inside the samples, without
@@ -39,7 +39,7 @@ def main_loop(instructions: list[Instruction], marker: str, preferred: str = r"L
         ((to, at) for at, to in targets.items() if 0 <= to <= marked[0] and at > marked[-1]),
         key=lambda loop: loop[1] - loop[0],
     )
-    # From each instruction to the end: minus the number of preferred ones, the number of all, and which comes next.
+    # For each instruction: minus the number of preferred ones up to the end, the number of all, and the next one.
     best: dict[int, tuple[int, int, int]] = {end: (0, 1, -1)}
     for at in range(end - 1, begin - 1, -1):
         one = instructions[at]
@@ -60,6 +60,6 @@ def main_loop(instructions: list[Instruction], marker: str, preferred: str = r"L
 
 
 def _target(one: Instruction) -> int:
-    """Return the address that a branch goes to; -1 if it is not written out."""
+    """Return the target address of a branch, or -1 if the text has none."""
     found = re.search(r"0x([0-9a-f]+)$", one.text)
     return int(found[1], 16) if found else -1

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import distributed
 
-#: Modules that are imported once, in a server that all processes are forked from.
+#: Modules that the server imports once; all processes are forked from it.
 _PRELOADED = ["pytest", "torch.distributed", "mudsc_fast", "mudsc_fast.io", "architectures", "networks"]
 
-#: Seconds that a busy machine may take; nothing waits so long where nothing is wrong.
+#: Timeout in seconds, long enough for a busy machine. Only a test that fails waits this long.
 TIMEOUT = 300
 
 
 def run_processes(function: Callable[..., None], count: int, folder: Path, *arguments: Any) -> list[int]:
     """Run ``function(rank, folder, *arguments)`` in processes of one group, and return their exit codes.
 
-    A code of -9 is that of a process that was killed. No process is left behind.
+    The exit code of a killed process is -9. No process keeps running.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = _context()
@@ -45,7 +45,7 @@ def run_processes(function: Callable[..., None], count: int, folder: Path, *argu
 
 
 def _context() -> Any:
-    """Return how to start processes: forked from a server without threads, where there is one."""
+    """Return the start method: fork from a server without threads if the platform has one."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

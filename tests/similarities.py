@@ -44,7 +44,7 @@ FAMILIES: dict[str, Callable[[int, int], Tensor]] = {
     "dead units": dead_units,
     "negative": lambda units, seed: -symmetric(random_entries(units, seed)).abs() - 0.01,
     "negative, asymmetric": lambda units, seed: -random_entries(units, seed).abs() - 0.01,
-    # Shrunken powers of two tie with others again, and negative ones rise above the rest of their row.
+    # Shrunken powers of two tie with other entries, and negative ones become the largest of their row.
     "powers of two": lambda units, seed: powers_of_two(symmetric(random_entries(units, seed))),
     "negative powers of two": lambda units, seed: -powers_of_two(symmetric(random_entries(units, seed))),
     "negative powers of two, asymmetric": lambda units, seed: -powers_of_two(random_entries(units, seed)),

@@ -20,7 +20,7 @@ CASES: tuple[tuple[Blocks, tuple[int, ...]], ...] = (("cross", (30, 11)), ("full
 
 
 def features_of(rank: int, samples: int) -> list[Tensor]:
-    """Return one process's samples, whose means differ between processes."""
+    """Return the samples of one process. Their means differ between processes."""
     generator = torch.Generator().manual_seed(rank)
     return [1e3 * rank + torch.randn(samples, 5, generator=generator) for _ in range(2)]
 
@@ -51,7 +51,7 @@ def run_process(rank: int, folder: str) -> None:
     with pytest.raises(ValueError, match=r"configuration of rank 0, .*'units': 5.* got .*'units': 6.* in rank 1"):
         other.all_reduce()
     other = CorrelationAccumulator(2, 5)
-    other._moments.in_range = torch.tensor(rank == 0)  # as an infinite feature on a CUDA device leaves it
+    other._moments.in_range = torch.tensor(rank == 0)  # the state that an infinite feature on a CUDA device leaves
     with pytest.raises(ValueError, match=r"features must be finite, .* got others in .* in rank 1"):
         other.all_reduce()
     torch.save((states, empty.num_samples), f"{folder}/{rank}.pt")

@@ -14,7 +14,7 @@ from mudsc_fast import CorrelationAccumulator, UnitMap
 
 
 class Exporting:
-    """An array that other libraries read by DLPack, as JAX's and CuPy's."""
+    """An array with DLPack support, like those of JAX and CuPy."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -27,7 +27,7 @@ class Exporting:
 
 
 class Convertible:
-    """An array that NumPy reads."""
+    """An array that NumPy can convert."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -38,14 +38,14 @@ class Convertible:
 
 
 class Inconvertible(Exporting):
-    """An array that NumPy must not read, as CuPy's."""
+    """An array that NumPy must not convert, like those of CuPy."""
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray[Any, Any]:
         raise TypeError("implicit conversion to a NumPy array is not allowed")
 
 
 class Unexportable(Convertible):
-    """An array whose DLPack export does not serve others, as one on a device that torch does not know."""
+    """An array whose DLPack export fails, for example because torch does not know its device."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         raise BufferError("not on this device")

@@ -1,4 +1,4 @@
-"""Every builder: a permuted network computes the same, and merging with a permuted copy finds the permutation."""
+"""All builders: a permuted network gives the same outputs, and a merge with a permuted copy recovers the network."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ CASES = {
     "clip huggingface": Case(
         lambda: transformers.CLIPModel(
             transformers.CLIPConfig(
-                text_config={**SHAPE, **TEXT, "eos_token_id": 2},  # the texts are read at their largest token
+                text_config={**SHAPE, **TEXT, "eos_token_id": 2},  # texts are read at their largest token
                 vision_config={**SHAPE, "image_size": 8, "patch_size": 4},
                 projection_dim=10,
             )
@@ -208,7 +208,7 @@ def test_merge_with_permuted_copy_recovers_network(name: str, space: Space) -> N
     assert result.model is not None
     inputs = case.inputs(5)
     torch.testing.assert_close(outputs(result.model, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
-    # All that the specification does not name is a number for each class or for all of them.
+    # Tensors outside the specification have one entry per class or one in all.
     assert all(name.endswith(("bias", "logit_scale")) for name in result.unmatched_tensors)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: nested, wrapped, stale, quantized, tied, with other heads or labels."""
+"""Real-world checkpoints: nested, wrapped, stale, quantized, tied, or with different heads or labels."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_pickles_are_rejected_with_explanation(tmp_path: Path, capsys: pytest.Ca
 
 
 class Versioned(nn.Linear):
-    """Multiplies weights of an older format by 2 when it loads them, and refuses those without a version."""
+    """Doubles weights of an older format when it loads them, and rejects weights without a version."""
 
     _version = 2
 
@@ -281,7 +281,7 @@ def test_quantized_weights_are_rejected(dtype: str, tmp_path: Path, capsys: pyte
 
 
 def quantized(state: dict[str, Tensor], scheme: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a state dict with a quantized weight and its scale, and the numbers that they stand for."""
+    """Return a state dict with a quantized weight and its scale, and the dequantized values."""
     weight = state["fc2.weight"]
     rows, columns = weight.shape
     if scheme == "int8 rows":
@@ -458,7 +458,7 @@ def test_classifiers_with_other_labels(tmp_path: Path, capsys: pytest.CaptureFix
     shown = failure(capsys, tmp_path, "merge", animals, two, "--output", tmp_path / "out")
     assert "'classifier.weight' has shape [3, 32]" in shown
     assert "--task-heads auto" in shown
-    # Aligning finds the heads by itself, and a network merged with its permuted copy is the network.
+    # `align` finds the heads by itself, and a merge with a permuted copy returns the network.
     run("align", animals, plants, "--output", tmp_path / "aligned", "--quiet")
     run("merge", plants, tmp_path / "aligned", "--output", tmp_path / "own", "--task-heads", "classifier", "--quiet")
     tokens = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -608,7 +608,7 @@ def test_names_changed_by_transformers(name: str, tmp_path: Path) -> None:
     assert difference["largest"] < 1e-4 * difference["output"]
     stored = open_checkpoint(other).tensors
     assert set(open_checkpoint(tmp_path / "aligned").tensors) == set(stored) != set(load(other).state_dict())
-    # Merged with its permuted copy a network is what it was.
+    # A merge with a permuted copy returns the network.
     run("merge", other, tmp_path / "aligned", "--output", tmp_path / "merged", "--quiet")
     for key, tensor in open_checkpoint(tmp_path / "merged").tensors.items():
         torch.testing.assert_close(tensor, stored[key])
@@ -666,7 +666,7 @@ def test_joined_specs() -> None:
     assert joined.nodes == ("x", "z")
     assert {use.tensor for use in joined.uses("x")} == {"a.weight", "head.weight", "b.weight"}
     assert join_specs([first, first]) is first
-    # What one of the specs keeps in order stays in order, and groups stay together.
+    # Units that keep their order in one of the specs keep it in both, and groups stay together.
     third = PermutationSpec({"a.weight": (None, None), "c.weight": ("w", None), "d.weight": (None, "w")})
     assert join_specs([second.without({"c.weight"}), third]).nodes == ("z", "w")
     grouped = PermutationSpec({"a.weight": ("y", None), "b.weight": (None, "y")}, groups={"y": 4})

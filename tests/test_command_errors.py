@@ -1,4 +1,4 @@
-"""What the command says of bad input, and what it leaves behind: nothing."""
+"""Error messages of the command for bad input. It leaves no files behind."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_architectures_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture
     llama_model().save_pretrained(tmp_path / "llama")
     arguments = ("merge", a, tmp_path / "llama", "--output", tmp_path / "out")
     assert "model_type is 'vit' in one config.json and 'llama' in the other" in failure(capsys, tmp_path, *arguments)
-    # As many entries, but other heads.
+    # The same number of entries, but other heads.
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 8}))
     arguments = ("merge", a, tmp_path / "b", "--output", tmp_path / "out")
@@ -274,7 +274,7 @@ def test_without_transformers(
 
 @pytest.mark.parametrize("output", ["out", "out.safetensors", "out.pt"])
 def test_file_size_limit(output: str, tmp_path: Path) -> None:
-    """The system refuses to write more than 20 kB to a file, as it does where a disk is full."""
+    """Writing more than 20 kB to a file fails, as on a full disk."""
     a, b = save_mlps(tmp_path, widths=(20, 64, 64, 10))
     before = sorted(tmp_path.iterdir())
     script = textwrap.dedent(
@@ -374,10 +374,10 @@ def test_bad_sizes(text: str) -> None:
 
 
 def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
-    """Two networks of 151 MB each: neither they nor the result are ever in memory.
+    """Merges two networks of 151 MB; neither they nor the result are ever in memory as a whole.
 
-    Pages of mapped files count in a process's resident memory as long as nobody else needs it, so what is measured is
-    the memory that is not backed by a file, every few milliseconds.
+    Pages of mapped files count as resident memory until the system reclaims them, so the test measures only
+    memory that is not backed by a file, every few milliseconds.
     """
     width, layers = 1024, 36
     generator = torch.Generator().manual_seed(0)

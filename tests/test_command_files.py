@@ -88,7 +88,7 @@ def run(*arguments: str | Path) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str | Path) -> str:
-    """Run a command that must fail and leave nothing behind; return what it says."""
+    """Run a command that must fail and leave no files behind. Return its error message."""
     before = sorted(folder.iterdir())
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 2
@@ -269,7 +269,7 @@ def test_aligned_network_gives_same_outputs(name: str, tmp_path: Path, capsys: p
     assert difference["largest"] < 1e-4 * difference["output"]
     found, before = load(tmp_path / "out").state_dict(), load(other).state_dict()
     assert any(not torch.equal(found[key], before[key]) for key in before)
-    # Averaging with the base, as any tool does, is the merge.
+    # The plain average with the base equals the merge.
     merged = tmp_path / "merged"
     run("merge", base, other, "--output", merged, "--quiet")
     first = load(base).state_dict()

@@ -27,7 +27,7 @@ KNOWN = {
     "13.0": (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121),
 }
 
-#: Answers as nvcc of one release, and fails as nvcc does for an architecture that the release does not know.
+#: Imitates nvcc of one release, which fails for architectures that it does not know.
 NVCC = """#!/bin/sh
 case "$1" in
 --version) echo "Cuda compilation tools, release {release}, V{release}.0"; exit 0;;
@@ -65,13 +65,13 @@ def write_nvcc(folder: Path, release: str, compile_: str = "exit 0") -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return an environment in which the programs of `folder` are found first."""
+    """Return an environment with `folder` first in PATH."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "MUDSC"))}
     return {**kept, "PATH": f"{folder}:{os.environ['PATH']}", "CUDACXX": str(folder / "nvcc")}
 
 
 def plan(folder: Path, wanted: str = "AUTO", *, only_present: bool = True) -> tuple[dict[str, str], str]:
-    """Return what would be built with the programs of `folder`, and what is printed beside it."""
+    """Return what would be built with the programs of `folder`, and the messages."""
     script = folder / "plan.cmake"
     script.write_text(PLAN.format(root=ROOT, wanted=wanted, only_present=only_present))
     done = subprocess.run(
@@ -206,7 +206,7 @@ def test_other_builds_cover_devices(capability: tuple[int, int], architectures: 
 
 
 class _Module:
-    """Answers as the module of the CUDA kernels does on a machine with a T4 and an RTX 5090."""
+    """Imitates the module of the CUDA kernels on a machine with a T4 and an RTX 5090."""
 
     architectures = "80;100-virtual"
 

@@ -44,7 +44,7 @@ MAX_REGISTERS = {
     "do_nothing": 16,
 }
 
-#: Tensor-core instructions that the kernels of these sources and mangled names must have, on every architecture and on
+#: Tensor-core instructions that kernels must have, by source and mangled name: on every architecture, and (below) on
 #: 9.0a; f is float, S3_ the type before it.
 TENSOR_INSTRUCTIONS = {
     ("correlation_product", r"correlation_product_kernelI\w*fLb"): "HMMA.1688.F32.TF32",
@@ -70,7 +70,7 @@ def run(*command: str | Path) -> str:
 
 @cache
 def key() -> str:
-    """Return a name for the state of all that goes into the kernels."""
+    """Return a hash of everything that the kernels are compiled from."""
     files = sorted(path for folder in ("cuda", "include", "bindings") for path in (ROOT / "csrc" / folder).rglob("*.*"))
     content = hashlib.sha256(run(str(NVCC), "--version").encode() + (ROOT / "CMakeLists.txt").read_bytes())
     for path in files:
@@ -79,7 +79,7 @@ def key() -> str:
 
 
 def resources(source: str, architecture: str) -> str:
-    """Compile a source and return what the assembler says of its kernels."""
+    """Compile a source and return the assembler's report on its kernels."""
     report = KEPT / key() / f"{source}.{architecture}.txt"
     if not report.exists():
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def resources(source: str, architecture: str) -> str:
 def test_registers_and_spills(source: str, architecture: str) -> None:
     report = resources(source, architecture)
     assert "warning" not in report
-    # What the assembler says where it makes asynchronous products wait for each other.
+    # The assembler's warning that it serializes asynchronous products.
     assert "serialized" not in report
     kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
@@ -122,7 +122,7 @@ def test_registers_and_spills(source: str, architecture: str) -> None:
 
 
 def disassembler() -> str | None:
-    """Return cuobjdump: of the CUDA toolkit, or the one that Triton brings."""
+    """Return the path of cuobjdump, from the CUDA toolkit or from Triton."""
     found = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None and triton.origin is not None:
@@ -150,25 +150,25 @@ def test_products_use_tensor_cores(architecture: str) -> None:
 
 @cache
 def machine_code_of(source: str, architecture: str) -> list[tuple[str, str]]:
-    """Return the names of a source's kernels, and their machine code."""
+    """Return the name and the machine code of each kernel of a source."""
     resources(source, architecture)
     code = run(str(disassembler()), "-sass", KEPT / key() / f"{source}.{architecture}.cubin")
     _, *functions = re.split(r"Function : (?=\w)", code)
     return [(function.split()[0], function) for function in functions]
 
 
-#: Kernels whose features are copied 16 bytes at a time, by mangled name: float32 and halves as they are.
-COPIED_AS_THEY_ARE = r"kernelI(ff|\w*(8BFloat16|4Half)ES\w*_)Lb"
+#: Kernels that copy features 16 bytes at a time, by mangled name: float32, and half types without conversion.
+COPIED_UNCONVERTED = r"kernelI(ff|\w*(8BFloat16|4Half)ES\w*_)Lb"
 
 
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_copied_features_are_fixed_16_bytes_at_a_time(architecture: str) -> None:
-    """Scalar accesses 16 bytes apart meet 8 of 32 banks of shared memory: four times the cycles."""
+    """Scalar accesses 16 bytes apart use only 8 of 32 banks of shared memory and take four times the cycles."""
     wide = r"LDGSTS\S*\.128|LDS\.128|STS\.128"
     kernels = [
-        one for one in machine_code_of("correlation_product", architecture) if re.search(COPIED_AS_THEY_ARE, one[0])
+        one for one in machine_code_of("correlation_product", architecture) if re.search(COPIED_UNCONVERTED, one[0])
     ]
     assert len(kernels) == 6
     for name, code in kernels:
@@ -182,12 +182,12 @@ def test_copied_features_are_fixed_16_bytes_at_a_time(architecture: str) -> None
 @needs_nvcc
 @needs_disassembler
 def test_warpgroup_issue_slots_fit_tensor_cycles() -> None:
-    """Each of four schedulers issues the instructions of two of a block's eight warps.
+    """Each of the four schedulers issues the instructions of two of the block's eight warps.
 
     Nominal tensor cycles of a slab: 128 x 128 x 32 products three times in TF32, at 1024 a cycle, or 128 x 128 x 64 of
     halves at 2048. Halves whose units are adjacent are copied along walking samples, which takes more instructions.
     """
-    kernels = [one for one in machine_code_of("correlation_wgmma", "90a") if re.search(COPIED_AS_THEY_ARE, one[0])]
+    kernels = [one for one in machine_code_of("correlation_wgmma", "90a") if re.search(COPIED_UNCONVERTED, one[0])]
     assert len(kernels) == 6
     for name, code in kernels:
         loop = machine_code.main_loop(machine_code.parse(code), "HGMMA")
@@ -199,7 +199,7 @@ def test_warpgroup_issue_slots_fit_tensor_cycles() -> None:
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_zip_kernel_has_no_64_bit_division(architecture: str) -> None:
-    """Such a division is a function of some hundred instructions, which the assembler names."""
+    """A 64-bit division would be a call of a function, which the machine code names."""
     resources("zip", architecture)
     cubin = (KEPT / key() / f"zip.{architecture}.cubin").read_bytes()
     assert b"zip_merge" in cubin
@@ -209,9 +209,9 @@ def test_zip_kernel_has_no_64_bit_division(architecture: str) -> None:
 @needs_nvcc
 @needs_disassembler
 def test_wgmma_accumulators_are_not_touched_before_wait() -> None:
-    """A slab's products follow one another, and until they are waited for their registers are left alone.
+    """The products of a slab follow each other, and nothing else uses their registers before the wait.
 
-    Behind the last product the machine code goes back to the preparation of the next slab, which ends with the wait.
+    After the last product the machine code continues with preparing the next slab, which ends with the wait.
     """
     kernels = machine_code_of("correlation_wgmma", "90a")
     for name, code in kernels:
@@ -232,7 +232,7 @@ def test_wgmma_accumulators_are_not_touched_before_wait() -> None:
 
 @pytest.fixture(scope="module")
 def module_folder() -> Path:
-    """Build the module of the CUDA kernels for one architecture and return where it is."""
+    """Build the module of the CUDA kernels for one architecture and return its folder."""
     folder = KEPT / key() / f"module-{sys.version_info.major}.{sys.version_info.minor}"
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is needed to build the module of the CUDA kernels")
     if not list(folder.glob("_cuda.*")):

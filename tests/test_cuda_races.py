@@ -1,4 +1,4 @@
-"""The CUDA kernels in the simulator under ThreadSanitizer: no two threads touch memory without a barrier between."""
+"""The CUDA kernels in the simulator under ThreadSanitizer: threads that share memory are ordered by barriers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compile_to(folder: Path, source: Path, *flags: str) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Compile the kernels and their races into a program, or skip the test where that cannot be done."""
+    """Compile the kernels and tests/cuda/races.cpp into a program, or skip the test if that is not possible."""
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler: {COMPILER} was not found")
     empty = folder / "empty.cpp"
@@ -51,7 +51,7 @@ def build(folder: Path) -> Path:
     objects = [
         compile_to(folder, path, "-fsanitize=thread") for path in [*sources, ROOT / "tests" / "cuda" / "races.cpp"]
     ]
-    # The scheduler of fibers touches the memory of all of them, and is left out.
+    # The scheduler of the simulator is not checked, because it accesses the memory of all threads.
     objects.append(compile_to(folder, ROOT / "csrc" / "cuda_sim" / "simulator.cpp", "-DMUDSC_THREAD_SANITIZER"))
     subprocess.run([*sanitized, *map(str, objects), "-o", str(folder / "races")], check=True)
     return folder / "races"

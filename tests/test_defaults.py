@@ -86,7 +86,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "merge by zip": lambda: merged("zip"),
     "rebasin": rebasin,
 }
-#: It has one algorithm for all sizes.
+#: Left out, because the reference is slow on large matrices and uses the same code for all sizes.
 SLOW = ("large assignment", "reference")
 
 
@@ -126,13 +126,13 @@ def test_simulated_kernels_do_not_depend_on_defaults(case: str, monkeypatch: pyt
     monkeypatch.setattr(_dispatch, "_unusable_reason", lambda *_: "")
     monkeypatch.setattr(assignment, "MIN_BATCH", 1)
     monkeypatch.setattr(_tensor_cores, "WGMMA_CONFIRMED", frozenset({(9, 0)}))
-    # The comparison of instructions, which the first product makes, is part of it: of few units and samples.
+    # Includes the comparison of instructions at the first product, here with few units and samples.
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     monkeypatch.setattr(_tensor_cores, "_compared", {})
     monkeypatch.setattr(_tensor_cores, "_UNITS", 24)
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
     kernels = {op: {"cpu": ("cuda",), "other": ()} for op in ("assignment", "zip", "correlation")}
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, **kernels})
-    # Small matrices in the host's memory take a shorter way unless a backend is asked for.
+    # Small matrices in host memory take a fast path unless a backend is requested.
     with contextlib.nullcontext() if "correlation" in case else mudsc_fast.ops.use_backend("cuda"):
         check(case)

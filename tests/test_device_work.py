@@ -1,7 +1,7 @@
-"""How often `match` makes the host wait for a device, and how many operations it launches, counted on the CPU.
+"""How often `match` waits for a device, and how many operations it launches, counted on the CPU.
 
-The count is of the calls of torch that wait if tensors are on a CUDA device, whatever device they are on here. What
-kernels of this package do is not counted: the `reference` backend computes similarities by operations of torch.
+The tests count calls of torch that would wait if the tensors were on a CUDA device. Waits in kernels of this package
+are not counted: with the backend `reference`, torch operations compute the similarities.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mudsc_fast.matching.node import Mode, align_units
 from mudsc_fast.ops._dispatch import use_backend
 from mudsc_fast.unit_map import UnitMap
 
-#: Functions that read what a device computed, or whose result's shape depends on it.
+#: Functions that read results of a device, or whose output shape depends on them.
 WAITING = {
     "item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "equal", "allclose",
     "unique", "unique_consecutive", "masked_select", "bincount", "is_nonzero", "argwhere",
@@ -46,7 +46,7 @@ class Waits(TorchFunctionMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that compute something: a launch each on a device."""
+    """Counts operations that compute something, each of which is a launch on a device."""
 
     count = 0
 
@@ -58,7 +58,7 @@ class Launches(TorchDispatchMode):
 
 
 def work_of(call: Callable[[], object]) -> tuple[int, int]:
-    """Return how often a call waits, and how many operations it launches."""
+    """Return how often a call waits and how many operations it launches."""
     with use_backend("reference"), Waits() as waits, Launches() as launches:  # type: ignore[no-untyped-call]
         call()
     return waits.calls.total(), launches.count
@@ -70,7 +70,7 @@ def network(seed: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers, torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
 
 
-def test_the_counters_see_work() -> None:
+def test_counters_count() -> None:
     values = torch.ones(4)
     waits, launches = work_of(lambda: (values + 1).sum().item())
     assert (waits, launches) == (1, 2)
@@ -87,10 +87,10 @@ def test_checks_wait_once() -> None:
 
 
 @pytest.mark.parametrize("models", [1, 3])
-def test_aligning_a_node_waits_twice(models: int) -> None:
+def test_aligning_node_waits_twice(models: int) -> None:
     similarity = torch.rand(models, 16, 16)
     waits, launches = work_of(lambda: align_units({"node": similarity}))
-    assert waits == 2  # for the gap, and for both means; the solver checks the similarity on its own
+    assert waits == 2  # for the gap and for both means; the solver itself checks the similarity
     assert launches <= 15
 
 
@@ -102,14 +102,14 @@ def match(mode: Mode, sweeps: int) -> Matching:
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 5), reason="torch 2.4 launches more operations for the same calls")
 @pytest.mark.parametrize(("mode", "most_waits", "most_launches"), [("align", 16, 125), ("zip", 17, 160)])
-def test_the_first_sweep(mode: Mode, most_waits: int, most_launches: int) -> None:
+def test_first_sweep(mode: Mode, most_waits: int, most_launches: int) -> None:
     waits, launches = work_of(lambda: match(mode, 1))
-    assert waits / 3 <= most_waits  # for each of three nodes, with the statistics of the activations
+    assert waits / 3 <= most_waits  # for each of three nodes, including the activation statistics
     assert launches / 3 <= most_launches
 
 
-def test_a_later_visit_of_a_node() -> None:
-    # The partners of every node change in each sweep of this zip, so that its weights are compared again.
+def test_later_visits_of_node() -> None:
+    # In every sweep of this zip the neighbors of each node change, so its weights are compared again.
     (few_waits, few), (many_waits, many) = work_of(lambda: match("zip", 1)), work_of(lambda: match("zip", 4))
     assert (many_waits - few_waits) / 9 <= 16
     assert (many - few) / 9 <= 130

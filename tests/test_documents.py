@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
 def python_blocks(page: Path) -> list[str]:
-    """Return the Python code of a page; blocks with a title are files of the reader's, not code to run."""
+    """Return the Python code of a page, except blocks with a title, which show files of the reader."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 

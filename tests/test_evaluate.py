@@ -13,7 +13,7 @@ from mudsc_fast.evaluate import Ensemble, Interpolation, cross_entropy, interpol
 
 
 class Lookup(nn.Module):
-    """Returns its inputs, so that a test chooses the outputs."""
+    """Returns its inputs, so that tests choose the outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_interpolation_ends_and_barrier() -> None:
     line = interpolate(first, second, value, steps=5)
     assert line.shares == (0, 0.25, 0.5, 0.75, 1)
     assert (line.values[0], line.values[-1]) == pytest.approx([-end for end in ends])
-    # The square of a mixture is below the mixture of the squares, by share * (1 - share) * |difference|^2.
+    # The square of a mixture is less than the mixture of the squares by share * (1 - share) * |difference|^2.
     distance = float((first.weight - second.weight).detach().square().sum())
     assert line.barrier == pytest.approx(0.25 * distance, rel=1e-5)
     assert Interpolation((0, 0.5, 1), (1.0, 1.5, 2.0)).barrier == 0

@@ -1,4 +1,4 @@
-"""Whole networks merged by the published program: the same clusters, the same parameters, the same outputs."""
+"""Whole networks merged by the published program: clusters, parameters and outputs are the same."""
 
 from __future__ import annotations
 

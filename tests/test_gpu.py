@@ -1,4 +1,4 @@
-"""The public functions on a CUDA device: results stay there, and are those of the CPU or of the reference there."""
+"""The public functions on a CUDA device: results stay there and match those of the CPU or of the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp, random_permutations
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: Sums of halves round what may have cancelled.
+#: Tolerance of sums of half types, whose terms may cancel.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -31,7 +31,7 @@ def features_of(num_models: int, samples: int, units: int, seed: int = 0) -> lis
 
 
 def maps_of(kind: str, num_models: int, axes: dict[int, int], device: torch.device) -> dict[int, UnitMap]:
-    """Return a map of every axis, given by its length."""
+    """Return a map for each axis, given the lengths of the axes."""
     generator = torch.Generator().manual_seed(1)
     if kind == "permutations":
         return {
@@ -56,7 +56,7 @@ def assert_equal_there(found: Tensor, expected: Tensor, tolerance: float = 0.0) 
 
 
 def on_both(gpu: torch.device, compute: Callable[[torch.device], Any]) -> tuple[Any, Any]:
-    """Return what `compute` gives on the device and on the CPU."""
+    """Return the results of `compute` on the device and on the CPU."""
     return compute(gpu), compute(torch.device("cpu"))
 
 
@@ -137,7 +137,7 @@ def test_correlation_of_samples_in_another_order(gpu: torch.device, dtype: torch
         return sums.finalize()
 
     found, expected = on_both(gpu, correlate)
-    # Sums of bfloat16 are rounded to it, in the order of the kernel.
+    # Sums of bfloat16 are rounded to bfloat16 in the order in which the kernel adds.
     assert_equal_there(found, expected, 1e-2 if dtype == torch.bfloat16 and kind == "clusters" else 3e-6)
 
 
@@ -208,7 +208,7 @@ SPACES: tuple[Space, ...] = ("weight", "activation", "dual")
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("network", ["perceptron", "convolutions"])
 def test_merge_of_networks(gpu: torch.device, network: str, space: Space, mode: Mode) -> None:
-    """One network near the other in another order: its units are found whatever rounds differently."""
+    """The second network is a permuted copy plus small noise, so its units are found despite rounding differences."""
     first: nn.Module
     if network == "perceptron":
         spec, first, inputs = MLP_SPEC, make_mlp(), random_numbers(200, 20, seed=3)
@@ -242,7 +242,7 @@ def computed(sums: CorrelationAccumulator, features: list[Tensor], maps: dict[in
     return mudsc_fast.permute_merge(features, maps) + 1, assigned.columns, assigned.objective
 
 
-# The compiler's own imports and generated code warn.
+# The compiler's imports and its generated code emit warnings.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", [{"backend": "aot_eager"}, {}, {"mode": "reduce-overhead"}], ids=str)
 def test_compiled(gpu: torch.device, how: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""CUDA graphs: ops that make the host wait for the device refuse to be captured. Devices are stand-ins here."""
+"""CUDA graphs: ops that wait for the device raise an error during capture. The devices here are mocks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cpu_tensors_are_not_affected_by_capture() -> None:
 
 
 def test_unusable_device_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message about an older driver, or a device without code, reaches whoever passes a CUDA tensor."""
+    """Users who pass a CUDA tensor get the message about an old driver or a device without compiled code."""
     reason = "the driver is for CUDA 12.4, older than the CUDA 13.0 that this package was built with: update the driver"
     monkeypatch.setattr(_device, "unavailable_reason", lambda *_: reason)
     monkeypatch.setattr(_device, "is_built", lambda: True)
@@ -60,4 +60,4 @@ def test_unusable_device_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert _dispatch.backend_for("assignment", "cuda", 0) == "cpu"
     monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(_device, "is_built", lambda: False)
-    assert _dispatch.backend_for("zip", "cuda", 0) == "cpu"  # a build without CUDA is what someone chose
+    assert _dispatch.backend_for("zip", "cuda", 0) == "cpu"  # no warning, because the user chose a build without CUDA

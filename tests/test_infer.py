@@ -1,4 +1,4 @@
-"""Derived specifications: equal to those written by hand, true to the model's function, and recovered by a merge."""
+"""Derived specifications equal the handwritten ones, keep the model's outputs, and let merges recover permutations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Place = tuple[str, int, int, int, int, str, bool]
 
 
 class Sliced(nn.Module):
-    """A hidden layer of which a part is a gate for the rest's mean, and a layer over a part of its outputs."""
+    """A hidden layer with two slices that are read by different layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Sliced(nn.Module):
 
 
 class Skipped(nn.Module):
-    """A small U-Net: the first map is joined to the last along the channels."""
+    """A small U-Net, which concatenates the first map and the last along the channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Skipped(nn.Module):
 
 
 class Gated(nn.Module):
-    """A gated linear unit on one fused layer."""
+    """A gated linear unit with one fused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Gated(nn.Module):
 
 
 class Hidden(nn.Module):
-    """Two hidden layers, something done to the first."""
+    """Two hidden layers with a function after the first."""
 
     def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Hidden(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A ResNeXt block: a convolution in four groups of two channels between two of size 1."""
+    """A ResNeXt block: a convolution with four groups of two channels between two 1 x 1 convolutions."""
 
     def __init__(self, depthwise: bool = False) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Grouped(nn.Module):
 
 
 class NormedAttention(nn.Module):
-    """Attention with norms of queries and keys that all heads share, as in timm with ``qk_norm``."""
+    """Attention with norms of queries and keys that are shared by all heads, as in timm with ``qk_norm``."""
 
     def __init__(self, width: int = 24, heads: int = 3) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class NormedAttention(nn.Module):
 
 
 class Crossed(nn.Module):
-    """Attention of a few learnt tokens to those of the input."""
+    """Attention of a few learned tokens to those of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Crossed(nn.Module):
 
 
 class Dense(nn.Module):
-    """Layers each of which reads all before it, as in DenseNet."""
+    """Layers that read the outputs of all earlier layers, as in DenseNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def features(seed: int) -> dict[str, Tensor]:
     return {"pixel_values": images(32)(seed)[:8]}
 
 
-#: Networks without a builder: how they are made, their input, and whether they compute in float64 throughout.
+#: Networks without a builder: a function that makes them, their input, and whether they compute only in float64.
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], bool]] = {
     "sliced": (Sliced, vectors(64, 10), True),
     "skipped": (Skipped, images(8), True),
@@ -232,7 +232,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], bool]] = 
 
 @cache
 def derived(name: str) -> tuple[Case, bool]:
-    """Return a network with its derived specification, and whether it computes in float64 throughout."""
+    """Return a network, its derived specification, and whether it computes only in float64."""
     if name in CASES:
         build, inputs, exact = CASES[name].build, CASES[name].inputs, True
     else:
@@ -256,7 +256,7 @@ def places(spec: PermutationSpec, node: str) -> frozenset[Place]:
 
 
 def content(spec: PermutationSpec) -> set[frozenset[tuple[frozenset[Place], int]]]:
-    """Return bundles of nodes and the nodes' groups: a specification but for names and places to observe."""
+    """Return a specification without names and observations: the bundles of nodes and their groups."""
     return {frozenset((places(spec, node), spec.groups(node).count) for node in bundle) for bundle in spec.bundles}
 
 
@@ -268,8 +268,8 @@ def node_at(spec: PermutationSpec, tensor: str, position: int, segment: int = 0)
 def test_derived_spec_matches_handwritten_spec(name: str) -> None:
     written, found = content(CASES[name].spec), content(derived(name)[0].spec)
     if name == "clip openai":
-        # The space in which images and texts meet: no one sees it in what the model returns, so its order is free. The
-        # builder keeps it, because images and texts are embedded for their own sake too.
+        # The joint embedding space of images and texts is not visible in the outputs, so its order is free. The
+        # builder keeps the order, because users read the embeddings too.
         space = {("text_projection", 1, 0, 1, 1, "produce", True), ("visual.proj", 1, 0, 1, 1, "produce", True)}
         assert found - written == {frozenset({(frozenset(space), 1)})}
         assert written <= found
@@ -329,7 +329,7 @@ def test_decomposed_graphs_give_same_spec(name: str, monkeypatch: pytest.MonkeyP
     assert content(PermutationSpec.from_model(case.build(), case.inputs(0))) == content(case.spec)
 
 
-#: Architectures of Hugging Face for which only the truth of the derived specification is tested.
+#: Hugging Face architectures for which the tests only check that the derived specification keeps the outputs.
 FURTHER: dict[str, tuple[str, dict[str, Any], Callable[[int], Any]]] = {
     "Bart": (
         "BartForConditionalGeneration",
@@ -446,7 +446,7 @@ def test_halves_of_gated_layer_share_order() -> None:
 
 def test_grouped_convolution() -> None:
     spec = derived("grouped convolution")[0].spec
-    # A specification has no way to say that the second axis of the weight belongs to the group on the first.
+    # A specification cannot express that the second axis of the weight depends on the group of the first.
     assert node_at(spec, "conv1.weight", 0) == Axis("conv1", "produce", inner=2)
     assert spec.groups("conv1") == Groups(4, tie="conv1")
     assert spec.groups("conv2") == Groups(4, tie="conv1")
@@ -568,7 +568,7 @@ def test_observed_places() -> None:
     )
     assert spec.observations("blocks.0.attn.qkv.1") == (Observation("blocks.0.attn.proj", "input", -1),)
     assert spec.observations("blocks.0.mlp.fc1") == (Observation("blocks.0.mlp.fc2", "input", -1),)
-    # Of the layers that read the stream the last that reads all tokens.
+    # The last of the layers that read the stream for all tokens.
     assert spec.observations("patch_embed.proj") == (Observation("blocks.1.mlp.fc1", "input", -1),)
     packed = derived("clip openai")[0].spec
     assert packed.observations("visual.transformer.resblocks.0.attn.0") == (
@@ -625,7 +625,7 @@ def test_norm_groups_that_split_repeated_channels() -> None:
             return result
 
     spec = PermutationSpec.from_model(Repeated(), torch.randn(3, 5))
-    assert spec.nodes == ("first",)  # the fifth of the repeated channels is half in the one group, half in the other
+    assert spec.nodes == ("first",)  # the copies of the third channel are in different groups
 
 
 def test_integer_tensors_keep_their_order() -> None:

@@ -1,4 +1,4 @@
-"""The algebra of factors and views that derived specifications rest on."""
+"""The algebra of factors and views behind derived specifications."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_single_entry_has_no_factors() -> None:
 
 @st.composite
 def moves(draw: st.DrawFn) -> tuple[View, torch.Tensor]:
-    """Return a view and the tensor of flat indices that the same moves make of a tensor."""
+    """Apply random moves to a view and to a tensor of flat indices, and return both."""
     shape = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3))
     view = views.whole([Factor(length) for length in shape])
     tensor = torch.arange(math.prod(shape)).reshape(shape)

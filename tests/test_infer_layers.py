@@ -1,4 +1,4 @@
-"""Derivation through particular layers: parametrizations, buffers, padding, recurrent layers, Fourier transforms."""
+"""Derivation for special layers: parametrizations, buffers, padding, recurrent layers, Fourier transforms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VECTORS, IMAGES, SEQUENCES = sample(64, 6), sample(32, 3, 8, 8), sample(32, 9, 6
 
 
 def chain(wrap: Wrap) -> Build:
-    """Return a maker of three linear layers, each of them wrapped."""
+    """Return a function that makes three linear layers and wraps each of them."""
     return lambda: nn.Sequential(
         wrap(nn.Linear(6, 20)), nn.Tanh(), wrap(nn.Linear(20, 16)), nn.Tanh(), wrap(nn.Linear(16, 4))
     )
@@ -90,7 +90,7 @@ def frozen_batch_norm(layer: nn.Module) -> nn.Module:
 
 
 class PaddedBlock(nn.Module):
-    """A residual block whose shortcut takes every second pixel and fills new channels with zeros."""
+    """A residual block whose shortcut takes every second pixel and pads new channels with zeros."""
 
     def __init__(self, inputs: int, outputs: int, concatenated: bool) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def padded_resnet(concatenated: bool) -> Build:
 
 
 class Positions(nn.Module):
-    """A network that adds a table of positions that is longer than its inputs."""
+    """A network with a position table that is longer than its inputs."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Positions(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer of which the outputs, the last output, or the final states are used."""
+    """A recurrent layer; the network uses its outputs, its last output, or its final states."""
 
     def __init__(self, kind: Callable[..., nn.Module], used: str = "outputs", **options: Any) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class RecurrentCell(nn.Module):
 
 
 class Between(nn.Module):
-    """Two hidden layers with a function between them, on the last axis or on channels."""
+    """Two hidden layers with a function between them, applied to the last axis or to channels."""
 
     def __init__(self, between: Callable[[Tensor], Tensor], *, image: bool = False, width: int = 12) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class Auxiliary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention whose keys and values have widths of their own."""
+    """Attention whose keys and values have different widths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """An encoder of PyTorch that is called with a causal mask."""
+    """PyTorch's transformer encoder, called with a causal mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ def folded(images: Tensor) -> Tensor:
 
 TRANSFORMER_NODES = {"self_attn.0": 16, "self_attn.1": 16, "linear1": 24}
 
-#: For each network its input and the nodes with their units.
+#: Networks with their inputs and the units of their nodes.
 NETWORKS: dict[str, tuple[Build, Tensor, dict[str, int]]] = {
     "weight norm": (chain(parametrizations.weight_norm), VECTORS, {"0": 20, "2": 16}),
     "weight norm of convolutions": (convolutions(parametrizations.weight_norm), IMAGES, {"0": 12, "2": 10}),
@@ -594,7 +594,7 @@ def test_spec_of_untied_model_is_rejected_for_tied_model() -> None:
     of_tied, of_free = (PermutationSpec.from_model(model, tokens) for model in (tied, free))
     assert of_tied.units(tied.state_dict()) == {"table": 12}
     assert of_free.units(free.state_dict()) == {"table": 12, "hidden": 12}
-    for model in (tied, free):  # what is tied moves alike, so this fits both
+    for model in (tied, free):  # tied tensors are permuted alike, so this specification fits both models
         copied = copy.deepcopy(model)
         permutations = random_group_permutations(of_tied, of_tied.units(model.state_dict()), seed=2)
         copied.load_state_dict(mudsc_fast.permute_state_dict(model.state_dict(), of_tied, permutations))

@@ -1,4 +1,4 @@
-"""Random networks: permutations that the derived specification allows keep the network's outputs."""
+"""Random networks: permutations that the derived specification allows do not change the outputs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from networks import random_group_permutations
 
 
 class Network(nn.Module):
-    """A few random layers one after the other, some of which join what an earlier one wrote."""
+    """A sequence of a few random layers; some also read the output of an earlier one."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
         self.weights = nn.ParameterDict()
-        self(torch.zeros(3, 4, 6))  # makes the parameters
+        self(torch.zeros(3, 4, 6))  # creates the parameters
         generator = torch.Generator().manual_seed(seed)
         for weight in self.weights.values():
             values = torch.randn(weight.shape, generator=generator)
@@ -41,11 +41,11 @@ class Network(nn.Module):
         for index in range(choice.randint(4, 14)):
             hidden = choice.choice(written[-3:])
             layer = choice.choice(LAYERS)
-            if hidden.shape[-1] % 12 == 0:  # a length that every layer can take apart
+            if hidden.shape[-1] % 12 == 0:  # a length that all layers can divide
                 written.append(layer(self, f"{index}", hidden, choice, written))
             else:
                 written.append(F.linear(hidden, self.weight(f"{index}", 24, hidden.shape[-1])))
-        beside = F.gelu(F.linear(values, self.weight("beside", 5, 6)))  # so that something may always move
+        beside = F.gelu(F.linear(values, self.weight("beside", 5, 6)))  # so that at least one node can be permuted
         total = F.linear(beside, self.weight("last5", 3, 5))
         total = total + F.linear(written[-1], self.weight("last", 3, written[-1].shape[-1]))
         for hidden in choice.sample(written, 2):

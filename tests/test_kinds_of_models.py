@@ -1,4 +1,4 @@
-"""Models, tensors and batches of unusual kinds: shared, versioned, complex, quantized, cached, nested."""
+"""Unusual models, tensors and batches: shared, versioned, complex, quantized, cached, nested."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_tied_tensor_is_merged_once() -> None:
 
 
 class Versioned(nn.Module):
-    """Files of version 1 hold half the weight."""
+    """State dicts of version 1 store half of the weight."""
 
     _version = 2
 
@@ -342,7 +342,7 @@ class Example:
 
 
 class Movable:
-    """A batch with a method of its own, as those of torch_geometric and transformers."""
+    """A batch type with its own method `to`, as in torch_geometric and transformers."""
 
     def __init__(self, image: Tensor) -> None:
         self.image = image

@@ -93,7 +93,7 @@ def test_batch_norm_is_recomputed_at_each_point() -> None:
     with pytest.raises(ValueError, match="batch_norm_data must be given"):
         landscape(models, mean_of_outputs)
     found = landscape(models, mean_of_outputs, steps=3, batch_norm_data=data)
-    # Normalized outputs stay of the order of their scale, however far the point is from the networks.
+    # Normalized outputs keep their scale, no matter how far the point is from the networks.
     assert found.values["mean"].max() < 3
     assert all(norm.num_batches_tracked == 0 for norm in norms)
 

@@ -1,4 +1,4 @@
-"""The ops as torch traces them: opcheck, FakeTensor, torch.compile in one graph, and the refusal of gradients."""
+"""The ops when torch traces them: opcheck, FakeTensor, torch.compile with one graph, and errors for gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mudsc_fast import CorrelationAccumulator, UnitMap, linear_assignment, permute_merge, zip_units
 
-# The compiler's own imports warn of what torch has deprecated.
+# The compiler's imports use deprecated parts of torch.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -90,7 +90,7 @@ def test_compiled_assignment() -> None:
 
 
 def test_compiled_zip() -> None:
-    """The value is a float, and a float that depends on data is what the compiler must be allowed to take."""
+    """The value is a float that depends on data, which the compiler only accepts if it is told to capture scalars."""
     similarity = torch.corrcoef(models(8, 30)[0])
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         clusters = compiled(lambda values: zip_units(values * 1.0, 2).cluster_of_unit)(similarity)
@@ -128,7 +128,7 @@ def test_ops_stay_out_of_cuda_graphs(op: str) -> None:
 
 
 def test_compiled_updates_report_features_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device, where features are checked while they are multiplied."""
+    """As on a CUDA device, features are checked while they are multiplied."""
     accumulator = CorrelationAccumulator(2, 4)
     monkeypatch.setattr(CorrelationAccumulator, "in_range", property(lambda _: torch.tensor(False)))
     compiled(lambda a, b: accumulator.update(a, b))(torch.randn(9, 4), torch.randn(9, 4))

@@ -1,4 +1,4 @@
-"""Matchings: what they are made from, merging and aligning by them, and keeping them in files."""
+"""Matchings: their inputs, merging and aligning with them, and their files."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_saved_matching_gives_same_merge(mode: Mode, tmp_path: Path) -> None:
 
 
 def damaged(path: Path, change: str) -> None:
-    """Change what a matching's file says."""
+    """Change the contents of a matching's file."""
     with safetensors.safe_open(path, "pt") as file:
         metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if change == "clusters":
@@ -343,7 +343,7 @@ def test_models_in_another_order_are_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model must be model 1 of those that were matched, got model 0"):
         matching.permute(models[0], 1)
     others = [make_mlp(seed=seed) for seed in (7, 8)]
-    assert matching.merge(others).model is not None  # later checkpoints of the same runs are not known
+    assert matching.merge(others).model is not None  # later checkpoints of the same training runs are accepted
 
 
 def test_the_same_model_twice_can_be_merged_in_any_order() -> None:

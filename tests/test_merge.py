@@ -81,7 +81,7 @@ def test_permuted_convolutional_network_gives_same_outputs() -> None:
         torch.testing.assert_close(permuted(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-# Zips of more models are tested below: by weights alone, the sweeps may end in another local optimum.
+# Zips of more models are tested below. By weights alone, the sweeps may end in another local optimum.
 @pytest.mark.parametrize(("mode", "num_models"), [("align", 2), ("align", 3), ("zip", 2)])
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("unequal", [False, True])

@@ -25,7 +25,7 @@ DIRECTORIES = {name: HUGGING_FACE[name] for name in ("bert", "qwen2", "vit")} | 
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
-def test_directories_merge_as_by_the_command(name: str, tmp_path: Path) -> None:
+def test_directories_merge_like_command(name: str, tmp_path: Path) -> None:
     paths = save_pair(tmp_path, DIRECTORIES[name])
     merge_checkpoints(paths, tmp_path / "out")
     matching = mudsc_fast.match(paths)
@@ -36,7 +36,7 @@ def test_directories_merge_as_by_the_command(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "vit"])
-def test_an_aligned_directory_computes_the_same(name: str, tmp_path: Path) -> None:
+def test_aligned_directory_gives_same_outputs(name: str, tmp_path: Path) -> None:
     _, b = paths = save_pair(tmp_path, DIRECTORIES[name])
     before = load(b)
     aligned = mudsc_fast.match(paths).permute(b, 1)
@@ -49,7 +49,7 @@ def test_an_aligned_directory_computes_the_same(name: str, tmp_path: Path) -> No
         torch.testing.assert_close(load(b)(**inputs).logits, before(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_directories_with_data_are_loaded_under_names_in_memory(tmp_path: Path) -> None:
+def test_directories_with_data_use_names_in_memory(tmp_path: Path) -> None:
     paths = save_pair(tmp_path, RENAMED["dinov2"])
     images = [{"pixel_values": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}]
     result = mudsc_fast.merge(paths, images)
@@ -58,7 +58,7 @@ def test_directories_with_data_are_loaded_under_names_in_memory(tmp_path: Path) 
     assert_states_equal(result.state_dict, expected.state_dict)
 
 
-def test_an_output_layer_that_only_one_file_stores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_output_layer_stored_in_one_file_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     a, b = (Path(path) for path in save_pair(tmp_path, lambda: llama_model(tie_word_embeddings=True)))
     store_head(b, torch.randn(60, 32, generator=torch.Generator().manual_seed(0)))
     merge_checkpoints([a, b], tmp_path / "out")
@@ -95,7 +95,7 @@ def test_output_layers_of_other_sizes_are_kept(tmp_path: Path) -> None:
         assert_states_equal(tensors, dict(open_checkpoint(tmp_path / "out" / path.name).tensors))
 
 
-def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
+def test_different_tokenizers_are_rejected(tmp_path: Path) -> None:
     paths = save_pair(tmp_path, HUGGING_FACE["bert"])
     for path, words in zip(paths, (["the", "cat"], ["cat", "the"]), strict=True):
         (Path(path) / "vocab.txt").write_text("\n".join(words))
@@ -104,7 +104,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
             mudsc_fast.merge(paths, data)
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+def test_quantized_weights_are_rejected(tmp_path: Path) -> None:
     state, _ = quantized(make_mlp().state_dict(), "int8 rows")
     for name in "ab":
         safetensors.torch.save_file(state, tmp_path / f"{name}.safetensors")
@@ -112,7 +112,7 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
         mudsc_fast.merge([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], spec=MLP_SPEC)
 
 
-def test_tables_that_only_one_file_has_do_not_matter(tmp_path: Path) -> None:
+def test_tables_in_one_file_only_do_not_matter(tmp_path: Path) -> None:
     paths = save_pair(tmp_path, HUGGING_FACE["bert"])
     file = Path(paths[0]) / "model.safetensors"
     tensors = {**safetensors.torch.load_file(file), "bert.embeddings.position_ids": torch.arange(12)[None]}
@@ -127,7 +127,7 @@ def test_tables_that_only_one_file_has_do_not_matter(tmp_path: Path) -> None:
 
 
 class Scaled(nn.Linear):
-    """Keeps a number besides its tensors."""
+    """A module with a number in its extra state."""
 
     def get_extra_state(self) -> Any:
         return {"steps": 3}
@@ -136,7 +136,7 @@ class Scaled(nn.Linear):
         self.steps = state["steps"]
 
 
-def test_entries_of_files_that_are_no_tensors(tmp_path: Path) -> None:
+def test_non_tensor_entries_of_files(tmp_path: Path) -> None:
     models = [nn.Sequential(Scaled(4, 6), nn.ReLU(), Scaled(6, 2)) for _ in "ab"]
     for name, model in zip("ab", models, strict=True):
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
@@ -145,7 +145,7 @@ def test_entries_of_files_that_are_no_tensors(tmp_path: Path) -> None:
     assert models[0][0].steps == 3
 
 
-def test_a_saved_spec_of_names_in_memory_serves_files(tmp_path: Path) -> None:
+def test_saved_spec_with_names_in_memory_fits_files(tmp_path: Path) -> None:
     paths = save_pair(tmp_path, RENAMED["dinov2"])
     spec = mudsc_fast.match(paths).spec
     assert spec.problems(dict(open_checkpoint(paths[0]).tensors))
@@ -155,7 +155,7 @@ def test_a_saved_spec_of_names_in_memory_serves_files(tmp_path: Path) -> None:
         assert_states_equal(mudsc_fast.merge(paths, spec=given).state_dict, expected.state_dict)
 
 
-def test_weights_that_are_not_in_the_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_error_names_weights_missing_from_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for seed, name in enumerate("ab"):
         model = network(transformers.BertModel(HUGGING_FACE["bert"]().config), seed)
         model.save_pretrained(tmp_path / name)

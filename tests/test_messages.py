@@ -1,4 +1,4 @@
-"""What a user reads after a mistake: the argument, what was expected and given, and what to do."""
+"""Error messages name the argument, what was expected and given, and what to do."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_mistakes(mistake: str) -> None:
         call()
 
 
-def test_files_that_matchings_cannot_be_saved_to(tmp_path: Path) -> None:
+def test_matching_save_rejects_bad_paths(tmp_path: Path) -> None:
     matching = mudsc_fast.match(pair(), spec=MLP_SPEC)
     with pytest.raises(ValueError, match=r"path must end in .safetensors.*matching.pt"):
         matching.save(tmp_path / "matching.pt")
@@ -117,12 +117,12 @@ def test_files_that_matchings_cannot_be_saved_to(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_outside_the_spec_are_said_to_keep_their_order() -> None:
+def test_report_names_tensors_outside_spec() -> None:
     report = str(mudsc_fast.merge(pair(), data()))
     assert "averaged in their own order (not in the spec): fc3.bias" in report
 
 
-def test_reset_batch_norm_without_such_layers_does_nothing() -> None:
+def test_reset_batch_norm_without_batch_norm_does_nothing() -> None:
     model = make_mlp()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert mudsc_fast.reset_batch_norm(model, data()) == 0

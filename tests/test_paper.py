@@ -1,4 +1,4 @@
-"""The experiments of the paper, on few packaged images and with small networks."""
+"""The experiments of the paper with few images and small networks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_mnist_runs_and_resumes(
     rows = run(tmp_path)
     by_method = {row["method"]: float(row["mean"]) for row in rows}
     assert len(by_method) == len(rows) == 21
-    # After so little training merges are near chance; what is tested here is that every method runs on these networks.
+    # After so little training, merges are near chance level. This tests only that every method runs.
     assert by_method["parents"] > 70
     assert by_method["dual zip"] >= by_method["average"]
     shown = capsys.readouterr().out
@@ -59,18 +59,18 @@ def test_mnist_runs_and_resumes(
     for suffix in ("", "_landscape"):
         assert (tmp_path / f"mnist_width64_epochs12{suffix}.png").read_bytes().startswith(b"\x89PNG")
 
-    # Without its last lines the file is completed, the networks are loaded, and the other lines stay.
+    # If the last row is missing, a new run loads the networks, adds that row and keeps the others.
     path = tmp_path / "mnist_width64_epochs12.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-1]) + "\n")
     again = run(tmp_path)
     assert [row["mean"] for row in again] == [row["mean"] for row in rows]
 
-    # Neither results nor networks of other settings are taken for those of this run.
+    # Results and networks of other settings are errors.
     with pytest.raises(SystemExit, match=r"mnist_width64_epochs12\.csv holds results of other settings"):
         run(tmp_path, "--class-cosine", "0.9")
     path.unlink()
-    with pytest.raises(SystemExit, match="holds a network of another training: class_vectors must be"):
+    with pytest.raises(SystemExit, match="was trained with other settings: class_vectors must be"):
         run(tmp_path, "--class-cosine", "0.9")
 
 
@@ -105,7 +105,7 @@ def test_imagenet_has_ten_pairs_of_five_sets() -> None:
         ("imagenet", "resnet50", 8, 32),
     ],
 )
-def test_specifications_fit_what_the_networks_compute(name: str, network: str, width: int, image_size: int) -> None:
+def test_specifications_keep_outputs_of_networks(name: str, network: str, width: int, image_size: int) -> None:
     experiment = EXPERIMENTS[name][network]
     model = randomize(experiment.network(width, image_size), 0).eval()
     experiment.spec(width).validate(model)
@@ -119,7 +119,7 @@ def test_specifications_fit_what_the_networks_compute(name: str, network: str, w
 @pytest.mark.parametrize(
     ("name", "network", "without_last_layer"),
     [
-        # Of timm's resnet26, torchvision's resnet50, timm's resnet50_gn and timm's vit_small_patch16_384.
+        # timm's resnet26, torchvision's resnet50, timm's resnet50_gn and timm's vit_small_patch16_384.
         ("cifar100", "resnet26", 13_946_176),
         ("imagenet", "resnet50", 23_508_032),
         ("cifar100", "resnet50_gn", 23_508_032),
@@ -136,7 +136,7 @@ def test_networks_have_the_published_sizes(name: str, network: str, without_last
 
 
 def made_up_images(num_classes: int, per_class: int, size: int, seed: int) -> Images:
-    """Return noisy images of one random pattern per class."""
+    """Return noisy images with one random pattern per class."""
     patterns = torch.randint(0, 256, (num_classes, 3, size, size), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(num_classes).repeat(per_class)
     noise = torch.randint(-40, 41, (len(labels), 3, size, size), generator=torch.Generator().manual_seed(seed))
@@ -174,11 +174,11 @@ def test_cifar100_runs_with_another_network_from_pretrained_weights(tmp_path: Pa
     assert len(rows) == 3 + 6 * 2
     assert all(row["joint"] for row in rows if row["method"] != "parents")
     assert "images of 40 pixels (published: 224)" in (tmp_path / "cifar100_resnet26_width4_epochs1.md").read_text()
-    # At a learning rate of almost 0 the networks are those that the training started from.
+    # With a learning rate of almost 0 the networks keep the pretrained weights.
     found = load_file(tmp_path / "cifar100_resnet26_width4_epochs1_pair0a_0.safetensors")
     torch.testing.assert_close(found["layer1.0.conv1.weight"], start.state_dict()["layer1.0.conv1.weight"])
 
-    # The same networks merge as they are, too; one of other classes is refused.
+    # --trained merges the same networks without training; a network for other classes is an error.
     files = [str(tmp_path / f"cifar100_resnet26_width4_epochs1_pair0{name}.safetensors") for name in ("a_0", "b_1")]
     chosen = ["parents", "average", "dual align", "weight zip + refit"]
     main([*arguments, *folders, "--methods", *chosen, "--trained", *files])
@@ -277,7 +277,7 @@ def test_other_experiments_need_data(tmp_path: Path) -> None:
             main([name, "--output", str(tmp_path)])
 
 
-def test_without_augmentation_the_middle_is_kept_and_scaled() -> None:
+def test_images_are_center_cropped_and_resized_without_augmentation() -> None:
     pixels = torch.zeros(1, 1, 8, 8)
     pixels[:, :, 2:6, 2:6] = 255
     transform = Transform((0.0,), (255.0,), crop=4, resize=8)

@@ -1,4 +1,4 @@
-"""Merging encoders under the decoders of their own tasks."""
+"""Merging encoders, and scoring them through the decoders of their tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def write_experiment(folder: Path) -> None:
-    """Write random networks of three tasks, and data whose targets are what the networks compute."""
+    """Write random networks for three tasks, and data with the outputs of the networks as targets."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (2 * COUNT, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
     batches = list(taskonomy.Part(pixels, {}).batches(None, COUNT, torch.device("cpu")))
@@ -41,7 +41,7 @@ def write_experiment(folder: Path) -> None:
         encoder.eval()
         with torch.no_grad():
             if isinstance(decoder, ClassDecoder):
-                # Both classes occur, and the logits are far apart.
+                # so that both classes occur and the logits are far apart
                 decoder.fc2.weight.mul_(1000)
                 decoder.fc2.bias.sub_(decoder(encoder(batches[0])).mean(0))
             outputs = torch.cat([decoder(encoder(batch)) for batch in batches])
@@ -52,7 +52,7 @@ def write_experiment(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*more inputs than there are samples:UserWarning")
-def test_encoders_merge_in_pairs_under_their_own_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_are_merged_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "BALANCES", (0.5,))
     write_experiment(tmp_path)
     arguments = ["taskonomy", "--data", str(tmp_path), "--networks", str(tmp_path), "--output", str(tmp_path)]
@@ -71,7 +71,7 @@ def test_encoders_merge_in_pairs_under_their_own_decoders(tmp_path: Path, monkey
     assert "class_object, depth, normal" in text
 
 
-def test_the_encoder_has_the_published_shapes() -> None:
+def test_encoder_has_published_shapes() -> None:
     with torch.device("meta"):
         encoder = TaskonomyEncoder()
         maps = encoder(torch.empty(1, 3, 256, 256))
@@ -82,7 +82,7 @@ def test_the_encoder_has_the_published_shapes() -> None:
     assert sum(value.numel() for value in encoder.parameters()) == 23_508_032 + 2048 * 8 * 9 + 16
 
 
-def test_the_specification_keeps_the_channels_that_decoders_read() -> None:
+def test_specification_keeps_output_channels_in_order() -> None:
     encoder = randomize(TaskonomyEncoder(WIDTH, blocks=(1, 1, 1, 1)), 0).eval()
     images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     spec = taskonomy.encoder_spec(encoder, images)
@@ -90,7 +90,7 @@ def test_the_specification_keeps_the_channels_that_decoders_read() -> None:
     assert keeps_outputs(encoder, spec, images)
 
 
-def test_scaled_scores_lie_between_the_average_estimator_and_the_own_encoder() -> None:
+def test_scaled_score_is_0_for_average_estimator_and_100_for_own_encoder() -> None:
     assert taskonomy.scaled_score(4.0, average=4.0, own=1.0) == 0
     assert taskonomy.scaled_score(1.0, average=4.0, own=1.0) == 100
     assert taskonomy.scaled_score(2.0, average=4.0, own=1.0) == pytest.approx(200 / 3)
@@ -103,11 +103,11 @@ def test_scaled_scores_lie_between_the_average_estimator_and_the_own_encoder() -
         (torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1]), -(np.log(0.75) + np.log(0.25)) / 2),
     ],
 )
-def test_the_average_estimator_answers_with_the_mean_target(train: Tensor, targets: Tensor, loss: float) -> None:
+def test_average_estimator_predicts_mean_target(train: Tensor, targets: Tensor, loss: float) -> None:
     assert taskonomy.average_loss(train, targets) == pytest.approx(loss, rel=1e-6)
 
 
-def test_networks_worse_than_the_average_estimator_are_refused(tmp_path: Path) -> None:
+def test_networks_worse_than_average_estimator_are_rejected(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     with np.load(tmp_path / "test.npz") as file:
         arrays = dict(file)
@@ -119,7 +119,7 @@ def test_networks_worse_than_the_average_estimator_are_refused(tmp_path: Path) -
         main(["taskonomy", "--width", str(WIDTH), "--batch-size", str(COUNT), *arguments])
 
 
-def test_data_of_other_shapes_is_refused(tmp_path: Path) -> None:
+def test_data_of_other_shapes_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", rgb=np.zeros((3, 8, 8, 3), np.uint8), a=np.zeros(3, np.int64), b=np.zeros((2, 1)))
     with pytest.raises(ValueError, match=r"must have 'b' as floats \[3, C, H, W\] or integers \[3\]"):
         taskonomy.load_part(tmp_path / "train.npz")

@@ -1,4 +1,4 @@
-"""Partial merges: layers after a stop, and heads of different sizes, stay per task."""
+"""Partial merges: layers after a stop, and heads of different sizes, stay task-specific."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inputs(count: int = 3, size: int = 40, width: int = 20) -> list[Tensor]:
 
 
 def permuted_copies(model: nn.Module, spec: PermutationSpec, count: int) -> list[nn.Module]:
-    """Return the model and copies of it whose units are in other orders."""
+    """Return the model and permuted copies of it."""
     models = [model]
     units = spec.units(model.state_dict())
     for seed in range(1, count):
@@ -141,7 +141,7 @@ def test_heads_of_two_layers() -> None:
     result = mudsc_fast.merge(models, inputs(), spec=MLP_SPEC, task_heads=["fc2", "fc3"])
     assert list(result.matching) == ["fc1"]
     assert own_names(result) == ["fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias"]
-    # The second model's new layers read the first layer's units in the copy's order.
+    # The new layers of the second model read the units of the first layer in the order of the copy.
     assert_same_functions(result, models, inputs()[0])
 
 
@@ -221,7 +221,7 @@ def test_several_distinct_networks(family: str, num_models: int, mode: Mode) -> 
 
 
 class SeparateAttention(nn.Module):
-    """Attention of three layers, a residual stream around it."""
+    """Attention with three separate layers and a residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ def test_stop_in_each_of_two_towers() -> None:
 
 
 class TiedNetwork(nn.Module):
-    """An embedding table that is the output layer too, and two layers on a residual stream."""
+    """An embedding table tied to the output layer, and two layers on a residual stream."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plots: each returns the Axes with what it drew."""
+"""Plots: each function returns the Axes that it draws on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU kernels with other compilers, and on arm64 under emulation, where these are installed."""
+"""The CPU kernels compiled by clang, and for arm64 under emulation, if these tools are installed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OPS = ("assignment", "correlation", "permute", "zip")
 
-#: Compiler, and what runs its programs on this machine; with what to install on Debian. Other tests of the kernels run
-#: what gcc compiles.
+#: Compilers, emulators for their programs, and the Debian packages. The other tests of the kernels run programs that
+#: gcc compiled.
 TOOLCHAINS = {
     "clang": ("clang++", None),  # clang
     "arm64": ("aarch64-linux-gnu-g++", "qemu-aarch64"),  # g++-aarch64-linux-gnu, qemu-user
@@ -26,7 +26,7 @@ def test_baseline_kernels_match_plain_loops(toolchain: str, tmp_path: Path) -> N
     missing = [program for program in (compiler, emulator) if program is not None and shutil.which(program) is None]
     if missing:
         pytest.skip(f"{missing[0]} is not installed")
-    # Emulators know the instructions, not where the libraries of the other processor are: link these in.
+    # The emulator does not find shared libraries of the other processor, so link statically.
     link = [] if emulator is None else ["-static"]
     sources = [ROOT / "tests" / "portable" / "check_kernels.cpp", ROOT / "csrc" / "cpu" / "threads.cpp"]
     sources += [ROOT / "csrc" / "cpu" / f"{op}.cpp" for op in OPS]

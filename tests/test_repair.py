@@ -1,4 +1,4 @@
-"""Rescaling of merged networks to the statistics of the networks that they were made of."""
+"""Rescaling the units of merged networks to the statistics of the original networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VGG_SPEC = vgg((2, 2), positions=16, classifier=["classifier.0", "classifier.3"]
 
 
 def deep_mlp(seed: int) -> nn.Sequential:
-    """Return a network whose average with another one dies out."""
+    """Return a network so deep that the activations of an average with another one vanish."""
     model = make_mlp([20] + [32] * (DEPTH - 1) + [10], seed)
     with torch.no_grad():
         for layer in model:
@@ -50,7 +50,7 @@ def batches(*shape: int, count: int = 1) -> list[Tensor]:
 
 
 def outputs(model: nn.Module, data: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return what every linear layer and convolution puts out, [observations, units]."""
+    """Return the outputs of every linear layer and convolution, [observations, units]."""
     found: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_hook(
@@ -70,7 +70,7 @@ def outputs(model: nn.Module, data: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def targets(result: MergeResult, values: Sequence[Tensor], node: str) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of every merged unit, by a plain loop over its members."""
+    """Return the mean and deviation that every merged unit should have, with a plain loop over its members."""
     clusters = result.matching[node].cluster_of_unit
     means, deviations = [], []
     for cluster in range(result.matching[node].num_clusters):
@@ -108,7 +108,7 @@ def test_statistics_match_networks(family: str, num_models: int, weights: list[f
         torch.testing.assert_close(mended[node].std(0, correction=0), deviation, rtol=1e-4, atol=1e-4)
     last = spec.nodes[-1]
     _, deviation = targets(result, [seen[last] for seen in of_models], last)
-    # Clusters of a zip also join units of one network and lose less.
+    # Clusters of a zip also join units of one network, so less variance is lost.
     share = 0.5 if mode == "align" else 0.7
     assert collapsed[last].std(0, correction=0).mean() < share * deviation.mean()
     state = only(repaired.model).state_dict()
@@ -230,7 +230,7 @@ def test_layers_without_bias() -> None:
 
 
 class Conv1D(nn.Module):
-    """A linear layer with the weight transposed, as GPT-2 has it."""
+    """A linear layer with a transposed weight, as in GPT-2."""
 
     def __init__(self, read: int, written: int) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ def test_different_numbers_of_calls_are_rejected() -> None:
 
 
 class Shared(nn.Module):
-    """A network of which two layers have one weight."""
+    """A network with two layers that share one weight."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ def test_bad_input(
 
 @pytest.fixture(scope="module")
 def digits() -> dict[str, Any]:
-    """Two networks of six layers that learned the demo's tasks, and its images."""
+    """Two networks of six layers that were trained for the demo's tasks, and the images."""
     torch.set_num_threads(1)
     demo = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "demo.py"))
     train_images, test_images = demo["load_images"]()
@@ -416,7 +416,7 @@ def test_accuracy_of_deep_networks_without_norms(digits: dict[str, Any], space: 
     repaired = mudsc_fast.repair(result, models, data)
     before, after = (sum(test.accuracies(merge.model, tasks)) / 2 for merge in (result, repaired))
     assert after >= before
-    # Aligned by weights the network loses one of its tasks wholly: 64 %; rescaled it has 78 %.
+    # Aligned by weights, the network fails at one of the tasks: 64 % on average, and 78 % after rescaling.
     assert after > before + 0.08 or (mode, space) != ("align", "weight")
 
 
@@ -429,7 +429,7 @@ def test_accuracy_of_partial_merges(digits: dict[str, Any]) -> None:
         result = mudsc_fast.merge(models, activations, spec=spec, stop_at=stop)
         accuracies = [test.accuracies(model, tasks)[index] for index, model in enumerate(result.task_models)]
         means.append(sum(accuracies) / 2)
-    # The less is shared the better; one standard deviation of an accuracy of 95 % on 1,000 images is 0.007.
+    # Sharing less is better. The standard deviation of an accuracy of 95 % on 1,000 images is 0.007.
     assert all(means[i] >= means[i + 1] - 0.007 for i in range(3))
     assert means[0] > means[3] + 0.05
 

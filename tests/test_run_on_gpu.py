@@ -1,4 +1,4 @@
-"""benchmarks/run_on_gpu.sh from end to end, with programs that answer as Python, pytest and compute-sanitizer do."""
+"""Runs benchmarks/run_on_gpu.sh with scripts in place of Python, pytest and compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: A python3 that records how it is called, builds an empty package and passes all tests; by name of a step it fails.
+#: A python3 that records its calls, builds an empty package and passes all tests; named steps fail.
 PYTHON = r"""#!/bin/bash
 line="$*"; printf '%s \n' "${{line//$'\n'/ }}" >>{calls}
 case "$*" in
@@ -53,7 +53,7 @@ def run(
     tests: str = "true",
     found: str = "true",
 ) -> tuple[int, list[str], list[str]]:
-    """Return the exit status, the lines of the summary, and how Python was called."""
+    """Return the exit status, the lines of the summary, and the recorded calls of Python."""
     programs, calls = folder / "programs", folder / "calls"
     programs.mkdir(exist_ok=True)
     calls.write_text("")
@@ -136,7 +136,7 @@ def test_failures_are_reported_and_fail_run(tmp_path: Path, what: dict[str, str]
 
 
 def test_run_stops_at_time_limit(tmp_path: Path) -> None:
-    """All steps hang: each is stopped at its time limit, and later steps do not start."""
+    """If all steps hang, each is stopped at its time limit, and later steps do not start."""
     begin = time.monotonic()
     status, summary, _ = run(tmp_path, seconds=12, benchmark="sleep 100", tests="sleep 100")
     assert status == 1

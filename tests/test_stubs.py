@@ -19,7 +19,7 @@ STUBS = sorted(path.stem for path in PACKAGE.glob("_*.pyi"))
 def test_stub_matches_compiled_module(module: str, tmp_path: Path) -> None:
     if find_spec(f"mudsc_fast.{module}") is None:
         pytest.skip(f"mudsc_fast.{module} is not built")
-    # Only the stub, and a torch of one class: reading the sources of both packages takes mypy a minute.
+    # Only the stub, and a torch with a single class: with the sources of both packages, mypy takes a minute.
     for package, content in (("mudsc_fast", ""), ("torch", "class Tensor: ...\n")):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.pyi").write_text(content)

@@ -24,7 +24,7 @@ def matcher(mode: Mode) -> Matcher:
 def plain_sweep(
     spec: PermutationSpec, similarity_of: WeightSimilarity, match: Matcher, random_state: int
 ) -> tuple[dict[str, NodeMatching], list[float]]:
-    """Visit and recompute every node in every sweep."""
+    """Return the matching and the objectives of a search that recomputes every node in every sweep."""
     generator = torch.Generator().manual_seed(random_state)
     current: dict[str, NodeMatching] = {}
     best: dict[str, NodeMatching] = {}
@@ -116,7 +116,7 @@ def test_weight_vectors_follow_neighbor_matching() -> None:
 def random_matching(
     mode: Mode, units: int, seed: int, like: NodeMatching | None = None, moved: int = 4
 ) -> NodeMatching:
-    """Return a matching of two models, at random, or `like` another but for a few units."""
+    """Return a random matching of two models, or one that differs from `like` in a few units."""
     generator = torch.Generator().manual_seed(seed)
     if like is None:
         clusters = torch.stack([torch.arange(units), torch.randperm(units, generator=generator)])
@@ -128,7 +128,7 @@ def random_matching(
         model = 1 if mode == "align" else 0
         places = torch.randperm(units, generator=generator)[:moved]
         clusters[model, places] = clusters[model, places.roll(1)]
-        if mode == "zip":  # the same clusters under other numbers are the same
+        if mode == "zip":  # the same clusters with other numbers
             clusters = torch.randperm(units, generator=generator)[clusters]
     return NodeMatching(mode, clusters, units, 0.0, 0.0)
 

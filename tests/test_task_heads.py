@@ -1,4 +1,4 @@
-"""Merges of networks with a common backbone and heads of another structure."""
+"""Merges of networks that share a backbone and have heads of different structure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def batches() -> list[Tensor]:
 
 
 def permuted_pair() -> tuple[Classifier, Segmenter]:
-    """Return a classifier, and a segmenter on the same backbone with its units in another order."""
+    """Return a classifier, and a segmenter with a permuted copy of its backbone."""
     torch.manual_seed(0)
     classifier, segmenter = Classifier().eval(), Segmenter().eval()
     for norm_entry in ("weight", "bias", "running_mean", "running_var"):
@@ -146,7 +146,7 @@ def test_merged_backbones_are_repaired() -> None:
     assert_exact(mudsc_fast.repair(result, models, batches()), models)
 
 
-def test_refit_of_whole_networks_says_what_to_do() -> None:
+def test_refit_error_explains_how_to_refit_backbone() -> None:
     models = permuted_pair()
     result = mudsc_fast.merge(models, batches(), task_heads=HEADS)
     with pytest.raises(ValueError, match=r"models\[1\].*'classifier\.bias'.*lacks.*forward that runs no more"):
@@ -176,7 +176,7 @@ def test_merged_backbones_are_refitted(mode: Any) -> None:
             torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
 
 
-def test_directories_with_other_heads(tmp_path: Path) -> None:
+def test_directories_with_different_heads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = transformers.BertConfig(**shape, vocab_size=20, max_position_embeddings=8)

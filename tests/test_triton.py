@@ -1,6 +1,6 @@
-"""The Triton kernels, without a GPU and on one: each file of tests/triton_kernels in a process of its own.
+"""The Triton kernels, with and without a GPU: each file of tests/triton_kernels runs in a separate process.
 
-Triton reads TRITON_INTERPRET when it is imported and patches itself, so neither way of running may see the other.
+Triton reads TRITON_INTERPRET when it is imported and then patches itself, so one process cannot do both.
 """
 
 from __future__ import annotations

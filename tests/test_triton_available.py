@@ -13,7 +13,7 @@ def _nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(_triton, "is_installed", lambda: True)
     for name in ("_version_problem", "_compile_problem"):
-        monkeypatch.setattr(_triton, name, getattr(_triton, name).__wrapped__)  # without what was found before
+        monkeypatch.setattr(_triton, name, getattr(_triton, name).__wrapped__)  # forget earlier results
 
 
 @pytest.mark.parametrize("installed", ["3.0.0", "3.2.0", "2.3.1"])
@@ -34,7 +34,7 @@ def test_newer_triton_is_used(installed: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_triton_without_compiler_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no device here, so that compiling for one fails, as it does without a C compiler."""
+    """There is no device here, so compiling for one fails, as it does without a C compiler."""
     monkeypatch.setattr(_triton, "version", lambda _: "3.6.0")
     with pytest.warns(UserWarning, match=r"triton cannot compile kernels \(.*\); it needs a C compiler such as gcc"):
         assert _dispatch.backend_for("permute", "cuda", 0) == "reference"

@@ -1,4 +1,4 @@
-"""Specs that are given or recognized by names are only used if they fit what the model computes."""
+"""Specs that are given or recognized by names are only used if they keep the outputs of the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from paper.networks import BasicBlock, ResNet20
 
 
 class Rewired(ResNet20):
-    """The tensors of a ResNet, but the inner channels of the first stage's blocks are added to its stream."""
+    """The tensors of a ResNet, but with the inner channels of the first stage's blocks added to its stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.bn1(self.conv1(x)))
@@ -120,7 +120,7 @@ def spec_with(changes: dict[str, tuple[str | None, ...] | None]) -> PermutationS
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_spec_is_refused_and_the_nodes_named(mistake: str, tmp_path: Path) -> None:
+def test_error_names_nodes_of_wrong_spec(mistake: str, tmp_path: Path) -> None:
     changes, nodes = MISTAKES[mistake]
     spec = spec_with(changes)
     with pytest.raises(ValueError, match="spec does not describe this model") as raised:
@@ -136,17 +136,17 @@ def test_a_wrong_spec_is_refused_and_the_nodes_named(mistake: str, tmp_path: Pat
     assert mudsc_fast.match(residuals(), INPUTS, spec=spec, verify=False).spec == spec
 
 
-def test_a_right_spec_is_used() -> None:
+def test_correct_spec_is_used() -> None:
     assert mudsc_fast.merge(residuals(), INPUTS, spec=spec_with({})).spec == spec_with({})
 
 
-def test_a_family_that_is_named_is_verified() -> None:
+def test_named_family_is_verified() -> None:
     models = [randomize(Rewired(outputs=10), seed).eval() for seed in range(2)]
     with pytest.raises(ValueError, match="spec does not describe this model"):
         mudsc_fast.merge(models, IMAGES, spec="resnet")
 
 
-def test_a_function_of_the_user_runs_the_model() -> None:
+def test_forward_is_used_for_verification() -> None:
     batches = [{"x": batch} for batch in INPUTS]
     wrong = spec_with(MISTAKES["a bias is missing"][0])
 
@@ -170,7 +170,7 @@ class Noisy(Residual):
         return super().forward(x) + torch.randn(3)
 
 
-def test_what_cannot_be_verified_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_unverifiable_spec_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     models = [randomize(Noisy(), seed).eval() for seed in range(2)]
     wrong = spec_with(MISTAKES["a bias is missing"][0])
     with caplog.at_level(logging.INFO, "mudsc_fast"):
@@ -187,7 +187,7 @@ def test_other_dtypes_are_verified(dtype: torch.dtype) -> None:
         mudsc_fast.match(models, batches, spec=spec_with(MISTAKES["a tie is forgotten"][0]))
 
 
-def test_biases_and_norms_that_a_spec_omits_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_names_biases_and_norms_missing_from_spec(caplog: pytest.LogCaptureFixture) -> None:
     states = [model.state_dict() for model in residuals()]
     missing = {"a bias is missing": "head.bias", "running statistics are missing": "norm.running_mean"}
     for mistake, name in {**missing, "a norm is missing": "norm.weight"}.items():

@@ -1,4 +1,4 @@
-"""A zip of any number of permuted copies of a network gives back the network, at default settings."""
+"""With default settings, a zip of any number of permuted copies of a network returns the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from paper.networks import ResNet20
 
 
 def deep_mlp() -> nn.Module:
-    """Return a network with a narrow input, so that most nodes are matched in a wrong order at first."""
+    """Return a network with a narrow input, so that most nodes are first matched wrongly."""
     torch.manual_seed(1)
     widths = (5, 24, 24, 24, 24, 24, 24, 3)
     layers = [(nn.Linear(n, m), nn.ReLU()) for n, m in itertools.pairwise(widths)]
@@ -29,7 +29,7 @@ def deep_mlp() -> nn.Module:
 
 def resnet() -> nn.Module:
     model = randomize(ResNet20(outputs=10), 0)
-    calibrate(model, torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(3)))  # few units never fire
+    calibrate(model, torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(3)))  # few dead units
     return model.eval()
 
 

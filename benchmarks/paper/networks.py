@@ -1,4 +1,4 @@
-"""The small networks that the paper's experiments train: the MNIST network and the CIFAR ResNets."""
+"""The small networks of the paper's experiments: the MNIST network and the CIFAR ResNets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paper.resnets import Norm
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: a strided 3 x 3 convolution where the shape changes."""
+    """Two 3 x 3 convolutions and a shortcut, which is a strided 3 x 3 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ def _stage(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.S
 
 
 class MnistMlp(nn.Sequential):
-    """784-1024-1024-1024-512 without biases, with a ReLU after every layer, the last one too.
+    """784-1024-1024-1024-512 without biases, with a ReLU after every layer, including the last.
 
-    Weights are initialized as PyTorch does by default. Networks that start from the larger weights of Kaiming's normal
-    initialization reach the same accuracy, but merge worse (docs/results.md).
+    Weights have PyTorch's default initialization. With the larger weights of Kaiming's normal initialization the
+    networks reach the same accuracy, but merge worse (docs/results.md).
     """
 
     def __init__(self, width: int = 1024, outputs: int = 512) -> None:

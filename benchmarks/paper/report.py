@@ -1,4 +1,4 @@
-"""Outcomes as CSV, as a Markdown table with means and deviations over pairs, and as a picture."""
+"""Outcomes as a CSV file, as a Markdown table with means and deviations over pairs, and as a picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, str]
 
 
 def row_of(pair: int, outcome: Outcome) -> Row:
-    """Return a line of the CSV file."""
+    """Return a row of the CSV file."""
     numbers = {name: f"{value:.2f}" for name, value in outcome.scores.items()}
     balance = "" if outcome.balance is None else f"{outcome.balance:g}"
     return {
@@ -34,12 +34,12 @@ def _settings_file(path: Path) -> Path:
 
 
 def read(path: Path, settings: Sequence[str]) -> list[Row]:
-    """Return the lines of a CSV file, to be continued; none if there is no such file.
+    """Return the rows of an earlier run's CSV file, or no rows if the file does not exist.
 
     Raises
     ------
     SystemExit
-        If the file was written with other settings, so that its lines and new ones could not be compared.
+        If the file was written with other settings, because its rows and new ones could not be compared.
     """
     if not path.exists():
         return []
@@ -56,7 +56,7 @@ def read(path: Path, settings: Sequence[str]) -> list[Row]:
 
 
 def write(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
-    """Write the CSV file and its settings, replacing older ones once they are complete."""
+    """Write the CSV file and its settings; existing files are replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(_settings_file(path)) as temporary:
         temporary.write_text(json.dumps(list(settings), indent=1), encoding="utf-8")
@@ -67,7 +67,7 @@ def write(path: Path, rows: Sequence[Row], settings: Sequence[str]) -> None:
 
 
 def table(title: str, notes: Sequence[str], rows: Sequence[Row], published: Mapping[str, float]) -> str:
-    """Return a Markdown section: one line per method, mean and standard deviation over the pairs in percent."""
+    """Return a Markdown section with one row per method: mean and standard deviation over the pairs in percent."""
     by_method: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_method[row["method"]].append(row)
@@ -89,7 +89,7 @@ def table(title: str, notes: Sequence[str], rows: Sequence[Row], published: Mapp
 def write_table(
     path: Path, title: str, notes: Sequence[str], rows: Sequence[Row], published: Mapping[str, float]
 ) -> None:
-    """Write the Markdown section to a file, and print it."""
+    """Write the Markdown section to a file and print it."""
     text = table(title, notes, rows, published)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -97,7 +97,7 @@ def write_table(
 
 
 def picture(path: Path, title: str, rows: Sequence[Row], measure: str = "accuracy") -> None:
-    """Save bars of the scores by method: joint where there are joint ones, else the mean over the tasks."""
+    """Save a bar chart of the joint score by method or, without joint scores, of the mean over the tasks."""
     from matplotlib.figure import Figure
 
     by_method: dict[str, list[float]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""ResNets of bottleneck blocks: ResNet-26 and ResNet-50, and Taskonomy's encoder with its decoders."""
+"""ResNets with bottleneck blocks: ResNet-26, ResNet-50, and Taskonomy's encoder with its decoders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Returns the norm layer of a number of channels.
+#: Returns a norm layer for a number of channels.
 Norm = Callable[[int], nn.Module]
 
 
@@ -17,7 +17,7 @@ def group_norm(groups: int) -> Norm:
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1, 3 and 1 pixels, and a shortcut with a 1 x 1 convolution where the shape changes."""
+    """Convolutions of 1 x 1, 3 x 3 and 1 x 1, and a shortcut with a 1 x 1 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class BottleneckResNet(_Trunk):
 
 
 class TaskonomyEncoder(_Trunk):
-    """ResNet-50 whose last stage keeps the size of its maps, and a projection to `projected` channels.
+    """ResNet-50 without stride in its last stage, followed by a projection to `projected` channels.
 
-    A 256 x 256 image becomes 8 maps of 16 x 16, what every decoder of Taskonomy reads.
+    It maps a 256 x 256 image to 8 maps of 16 x 16, the input of every Taskonomy decoder.
     """
 
     def __init__(self, width: int = 64, projected: int = 8, blocks: Sequence[int] = (3, 4, 6, 3)) -> None:
@@ -104,7 +104,7 @@ class TaskonomyEncoder(_Trunk):
 
 
 class PixelDecoder(nn.Module):
-    """Upsamples an encoder's maps to an image of `channels` channels, doubling their size four times."""
+    """Upsamples an encoder's maps to an image with `channels` channels by doubling their size four times."""
 
     def __init__(self, channels: int, width: int = 64, projected: int = 8) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class PixelDecoder(nn.Module):
 
 
 class ClassDecoder(nn.Module):
-    """Maps an encoder's averaged maps to the logits of `classes` classes."""
+    """Maps an encoder's pooled maps to the logits of `classes` classes."""
 
     def __init__(self, classes: int, width: int = 64, projected: int = 8, grid: int = 4) -> None:
         super().__init__()

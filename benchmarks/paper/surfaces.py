@@ -1,4 +1,4 @@
-"""The loss landscape around merges of a pair, as in the paper's figure."""
+"""The loss landscape around the merges of a pair, as in the paper's figure."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def draw(
     cache: Path,
     path: Path,
 ) -> None:
-    """Draw the plane by principal components through both networks and their merges.
+    """Draw the loss on the plane of the first two principal components of seven networks.
 
-    The networks are the first of the pair; and, matched onto it in weight, activation and dual space, the second and
-    the mean of both.
+    They are the first network of the pair and, for each of the three spaces, the second network matched to the first
+    and the mean of both.
     """
     from matplotlib import pyplot
     from matplotlib.figure import Figure

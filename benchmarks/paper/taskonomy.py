@@ -1,4 +1,4 @@
-"""The Taskonomy experiment: encoders merged in pairs, each task judged through its own decoder."""
+"""The Taskonomy experiment: encoders are merged in pairs, and each task is scored through its own decoder."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from paper.methods import METHODS, Setting, outcomes
 from paper.resnets import ClassDecoder, PixelDecoder, TaskonomyEncoder
 
 TITLE = "Taskonomy, encoders in pairs"
-#: Mean scaled scores over 66 pairs of encoders.
+#: Published scaled scores, means over 66 pairs of encoders.
 PUBLISHED = {"activation align": 76.6, "activation zip": 83.9, "dual align": 77.4, "dual zip": 84.8}
 FULL_WIDTH, FULL_SIZE, FULL_TASKS = 64, 256, 12
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images, uint8 [N, H, W, 3], and each task's targets: float [N, C, H, W], or classes, integers [N]."""
+    """Images uint8 [N, H, W, 3] and the targets of each task: images float [N, C, H, W] or classes as integers [N]."""
 
     images: Tensor
     targets: Mapping[str, Tensor]
 
     def batches(self, count: int | None, size: int, device: torch.device) -> Iterator[Tensor]:
-        """Yield images as networks read them, float32 [B, 3, H, W] in [-1, 1]."""
+        """Yield the inputs of the networks, float32 [B, 3, H, W] in [-1, 1]."""
         for pixels in self.images[:count].split(size):
             yield pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Batches of images without targets, which can be read repeatedly."""
+    """Batches of images without targets. They can be iterated over several times."""
 
     part: Part
     count: int | None
@@ -62,7 +62,7 @@ class TaskNetwork:
     decoder: nn.Module
 
     def loss(self, encoder: nn.Module, part: Part, count: int | None, size: int, device: torch.device) -> float:
-        """Return the mean loss over images where another encoder, or the task's own, precedes the decoder."""
+        """Return the mean loss of an encoder, the task's own or another, followed by the task's decoder."""
         total, start = 0.0, 0
         targets = part.targets[self.task][:count]
         with torch.no_grad():
@@ -74,7 +74,7 @@ class TaskNetwork:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load encoders and decoders, merge the encoders in pairs by every method, and write CSV, table and picture."""
+    """Load the networks, merge the encoders in pairs by every method, and write CSV, table and picture."""
     if options.data is None:
         raise SystemExit("--data is required: a folder with train.npz and test.npz")
     device = torch.device(options.device)
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
 def load_part(path: Path) -> Part:
     """Return the images and targets of an .npz file: ``rgb`` uint8 [N, H, W, 3], and one array per task.
 
-    An array of floats [N, C, H, W] holds images, one of integers [N] classes.
+    A task's array holds images if it is floating point [N, C, H, W], and classes if it is of integers [N].
     """
     with np.load(path) as file:
         if "rgb" not in file.files or len(file.files) < 3:
@@ -141,12 +141,12 @@ def load_part(path: Path) -> Part:
 
 
 def encoder_spec(encoder: nn.Module, images: Tensor) -> mudsc_fast.PermutationSpec:
-    """Return which axes of an encoder belong together; the channels that decoders read keep their order."""
+    """Return the specification of an encoder. Its output channels keep their order, because decoders read them."""
     return mudsc_fast.PermutationSpec.from_model(encoder, images)
 
 
 def by_task(pairs: Sequence[tuple[TaskNetwork, TaskNetwork]], rows: Sequence[report.Row]) -> list[str]:
-    """Return a note with each task's mean score over the pairs it is in, of the method that the paper proposes."""
+    """Return a note with the mean score of each task over its pairs, for the method that the paper proposes."""
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row["method"] == "dual zip" and int(row["pair"]) < len(pairs):
@@ -158,7 +158,7 @@ def by_task(pairs: Sequence[tuple[TaskNetwork, TaskNetwork]], rows: Sequence[rep
 
 @dataclass(frozen=True)
 class _Scale:
-    """The data that a task is judged by, and the losses between which its scores lie."""
+    """The data that a task is scored on, and the losses that correspond to scores of 0 and 100."""
 
     part: Part
     count: int | None
@@ -176,7 +176,7 @@ class _Scale:
         if own >= average:
             raise ValueError(
                 f"the network of {network.task!r} must be better than the average estimator, whose loss is "
-                f"{average:.4g}, got {own:.4g}: scaled scores mean nothing then. Train it, or check its weights"
+                f"{average:.4g}, got {own:.4g}: scores cannot be scaled otherwise. Train it, or check its weights"
             )
         return cls(part, count, size, device, average, own)
 
@@ -186,12 +186,12 @@ class _Scale:
 
 
 def scaled_score(loss: float, average: float, own: float) -> float:
-    """Return the score in percent: 0 for the loss of the average estimator, 100 for that of the own encoder."""
+    """Return the score in percent: 0 at the loss of the average estimator, 100 at that of the task's own encoder."""
     return 100 * (average - loss) / (average - own)
 
 
 def average_loss(train: Tensor, targets: Tensor) -> float:
-    """Return the loss of the estimator that answers every image with the mean of the training targets."""
+    """Return the loss of the estimator that predicts the mean of the training targets for every image."""
     if train.is_floating_point():
         estimate = train.mean(0, keepdim=True).expand_as(targets)
     else:
@@ -201,7 +201,7 @@ def average_loss(train: Tensor, targets: Tensor) -> float:
 
 
 def _losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return each image's loss: the mean absolute error, or the cross entropy of classes."""
+    """Return the loss of each image: the mean absolute error, or the cross entropy for classes."""
     if targets.is_floating_point():
         return (outputs - targets).abs().flatten(1).mean(1)
     return functional.cross_entropy(outputs, targets.long(), reduction="none")
@@ -217,10 +217,10 @@ def _scores(
 
 
 def _load(task: str, folder: Path, width: int, train: Part, merging: Inputs) -> TaskNetwork:
-    """Return a task's network from TASK.safetensors, with tensors named ``encoder.`` and ``decoder.``."""
+    """Load a task's network from TASK.safetensors, whose tensors are named ``encoder.*`` and ``decoder.*``."""
     path = folder / f"{task}.safetensors"
     if not path.exists():
-        raise SystemExit(f"--networks must have {path.name} for every task of the data, and {folder} has none")
+        raise SystemExit(f"--networks must have one file per task of the data, got no {path.name} in {folder}")
     state, target = load_file(path), train.targets[task]
     if target.is_floating_point():
         decoder: nn.Module = PixelDecoder(target.shape[1], width)
@@ -229,6 +229,6 @@ def _load(task: str, folder: Path, width: int, train: Part, merging: Inputs) -> 
     network = nn.ModuleDict({"encoder": TaskonomyEncoder(width), "decoder": decoder})
     network.load_state_dict(state)
     network.to(merging.device).eval()
-    # All encoders have the BatchNorm statistics of the same images.
+    # All encoders get BatchNorm statistics of the same images.
     mudsc_fast.reset_batch_norm(network["encoder"], merging)
     return TaskNetwork(task, network["encoder"], network["decoder"])

@@ -1,4 +1,4 @@
-"""Training of the experiments' networks, cached and continued where it was stopped."""
+"""Training of the networks. Results are cached, and an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from paper.data import Batches
 class Recipe:
     """SGD with momentum on the cross entropy of scaled cosines between outputs and class vectors.
 
-    ``schedule``: ``"cosine"`` from the learning rate to 0 by epochs, or ``"triangle"``, linearly up over the warm-up
-    epochs and linearly down to 0, by steps.
+    ``schedule="cosine"`` decays the learning rate to 0 with one update per epoch. ``schedule="triangle"`` raises it
+    linearly over the warm-up epochs and then lowers it linearly to 0, with one update per batch.
     """
 
     epochs: int
@@ -49,13 +49,13 @@ class Recipe:
 
 
 def load_trained(network: nn.Module, path: Path) -> nn.Module:
-    """Return the network with the weights of a file, in evaluation mode."""
+    """Load weights from a file and return the network in evaluation mode."""
     network.load_state_dict(load_file(path))
     return network.eval()
 
 
 def load_pretrained(network: nn.Module, path: Path) -> None:
-    """Load weights to start the training from: all but those of the last layer, which has other outputs.
+    """Load pretrained weights to fine-tune, except those of the last layer, whose outputs differ.
 
     The file is a ``.safetensors`` file or one that ``torch.load`` reads with ``weights_only=True``.
     """
@@ -85,14 +85,14 @@ def trained(
     bfloat16: bool = True,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Return the network with trained weights, from the file if it is there, else trained and written to it.
+    """Return the trained network: loaded from `path` if the file exists, otherwise trained and saved there.
 
-    Labels of the batches index the class vectors [K, D]. A run that is stopped continues after its last whole epoch.
+    Labels of the batches index the class vectors [K, D]. An interrupted run continues after its last complete epoch.
 
     Raises
     ------
     SystemExit
-        If the file holds a network that was trained by another recipe or for other class vectors.
+        If the file has a network that was trained with another recipe or other class vectors.
     """
     made_by = {
         "recipe": json.dumps(asdict(recipe)),
@@ -167,12 +167,12 @@ def _check_metadata(path: Path, made_by: dict[str, str]) -> None:
 
 
 def _check_same(path: Path, made_by: dict[str, str], found: dict[str, str]) -> None:
-    """Refuse a cached network that this run would have trained otherwise."""
+    """Raise an error if a cached network was trained with other settings than those of this run."""
     for name, value in made_by.items():
         if found.get(name) != value:
             raise SystemExit(
-                f"{path} holds a network of another training: {name} must be {value}, got {found.get(name)}. Remove "
-                "it, or choose another --networks"
+                f"{path} was trained with other settings: {name} must be {value}, got {found.get(name)}. Remove it, "
+                "or choose another --networks"
             )
 
 

@@ -1,4 +1,4 @@
-"""The vision transformer of the experiments, with the names of timm."""
+"""The vision transformer of the experiments. Its parameters are named as in timm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one layer for queries, keys and values."""
+    """Multi-head self-attention with one linear layer for queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of a transformer, normalized before attention and MLP."""
+    """A transformer block with pre-normalization."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Maps patches of an image to vectors."""
+    """Maps the patches of an image to vectors."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()

@@ -24,13 +24,13 @@ CASES = 300
 
 
 def library(name: str) -> ModuleType:
-    """Return an installed library, or skip the test; an extension may warn when it is loaded."""
+    """Import a library, or skip the test if it is not installed."""
     module: ModuleType = pytest.importorskip(name, exc_type=ImportError)
     return module
 
 
 def random_costs(random: np.random.Generator, shape: tuple[int, ...] | None = None) -> Array:
-    """Return costs of many kinds: random ones, integers with ties, distances, some of them negative."""
+    """Return random costs in float32 or float64, some of them negative, or integers with ties."""
     shape = shape or tuple(int(size) for size in random.integers(1, 15, 2))
     kind = random.integers(4)
     costs = random.random(shape) if kind else random.integers(0, 5, shape).astype(np.float64)
@@ -38,7 +38,7 @@ def random_costs(random: np.random.Generator, shape: tuple[int, ...] | None = No
 
 
 def with_rejects(costs: Array, x: Array, limit: float) -> float:
-    """Return what lap minimizes with a limit: matched costs, and half the limit for each unmatched row or column."""
+    """Return lap's objective with a limit: the matched costs plus half the limit for each unmatched row or column."""
     rows = np.flatnonzero(x >= 0)
     matched = float(costs.astype(np.float64)[rows, x[rows]].sum())
     return matched + limit / 2 * (sum(costs.shape) - 2 * len(rows))
@@ -85,12 +85,12 @@ def test_lapx_results_have_the_same_form(name: str, limit: float) -> None:
                 found, expected = ((result[1:] if len(result) == 3 else result[1]) for result in (found, expected))
             batch = name.endswith("batch")
             for mine, theirs in zip(problems(found, batch), problems(expected, batch), strict=True):
-                # There are no ties; lapx has another order of pairs where there are more rows than columns.
+                # There are no ties. With more rows than columns, lapx returns the pairs in another order.
                 assert pairs_of(mine) == sorted(pairs_of(theirs))
 
 
 def problems(result: Any, batch: bool) -> list[Any]:
-    """Return the result of each problem, of which a single one is a batch of one."""
+    """Return the results as a list; a single problem counts as a batch of one."""
     if not batch:
         return [result]
     return list(zip(*result, strict=True)) if isinstance(result, tuple) else list(result)
@@ -128,7 +128,7 @@ def test_recorded_facts_of_lap() -> None:
     for backend in (None, "cpu"):
         with use_backend(backend or "cpu"):
             assert_result(lap.lapjv(np.array([[inf, 1.0], [1.0, inf]])), 2.0, [1, 0], [1, 0])
-            # A forbidden pair is used where there is no other way, and the total says so.
+            # A forbidden pair is used only if there is no other solution; the total is then infinite.
             assert_result(lap.lapjv(np.array([[inf, inf], [1.0, 2.0]])), inf, [1, 0], [1, 0])
             limited = lap.lapjv(np.array([[inf, inf], [inf, 2.0]]), extend_cost=True, cost_limit=10.0)
             assert_result(limited, 2.0, [-1, 1], [-1, 1])
@@ -304,7 +304,7 @@ def test_optax_without_jax() -> None:
 
 
 def test_patch_replaces_library_functions() -> None:
-    """A module that has bound a function of lap gets mudsc_fast's, also where lap is loaded while patched."""
+    """A module that has bound a function of lap gets mudsc_fast's, even if lap is imported during the patch."""
     code = """
 import sys
 import mudsc_fast

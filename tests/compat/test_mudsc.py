@@ -1,4 +1,4 @@
-"""The MuDSC program's interface: whole networks that it merged, and its settings one by one."""
+"""The interface of the MuDSC program: recorded merges of whole networks, and each setting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MLP_PERM: dict[str, Any] = {
 
 
 class PooledResNet(ResNet):
-    """A ResNet whose pooling is a module, where the published specification observes the last stream."""
+    """A ResNet with pooling as a module, because the published specification observes the last stream there."""
 
     def __init__(self, norm_groups: int | None) -> None:
         super().__init__((1, 1, 1), (8, 16, 32), norm_groups=norm_groups)
@@ -40,7 +40,7 @@ class PooledResNet(ResNet):
 
 
 class AttentionWithNorms(Attention):
-    """Attention in which queries and keys pass modules."""
+    """Attention with norms for queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
@@ -112,7 +112,7 @@ def test_golden_networks(family: str, kind: str, mode: str) -> None:
 def by_matrices(
     tensor: str, uses: list[tuple[int, Tensor]], states: Sequence[Mapping[str, Tensor]]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean and the parts of a tensor multiplied by dense matrices along its axes."""
+    """Return the mean and the terms of a tensor multiplied by dense matrices along its axes."""
     parts = []
     for i, state in enumerate(states):
         part = state[tensor]
@@ -220,7 +220,7 @@ def test_swin_outputs_are_unchanged_by_found_permutations() -> None:
     fusion.transform([Holder(state) for state in states], perm)
     assert set(perm) == set(range(7))
     assert len([entry for entry in perm[3] if entry[1] == "layers.1.blocks.0.norm1.bias"]) == 2
-    # The bias that is listed twice is permuted once, as its weight is.
+    # The bias that is listed twice is permuted only once, like its weight.
     order = fusion.perm_mats[3][1][32:].argmax(0)
     parts = fusion.apply_permute(states, no_avg=True)
     scale = fusion.perm_mats[3][0].max()
@@ -230,7 +230,7 @@ def test_swin_outputs_are_unchanged_by_found_permutations() -> None:
 
 
 class Holder(nn.Module):
-    """A network that is nothing but its tensors."""
+    """A module that only holds tensors."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Holder(nn.Module):
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the names that timm had when the program was written."""
+    """Return the tensors with the names that timm used when the program was written."""
     names = {name: name.replace("layers.1.downsample", "layers.0.downsample") for name in state}
     return {names[name].replace("head.fc", "head"): tensor for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""Replacing scipy's function: in which modules, for how long, and without leaving a trace."""
+"""Replacing scipy's function: which modules are patched, for how long, and that everything is restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 
 import mudsc_fast
 
-# Kept where a patch does not look for it: a name of this module would be replaced, too.
+# Kept in a place where patches do not look. A name of this module would be replaced too.
 KEPT = SimpleNamespace(original=scipy.optimize.linear_sum_assignment)
 COST = np.array([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0], [3.0, 2.0, 2.0]])
 
@@ -35,7 +35,7 @@ def user_module(name: str, **names: Any) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _no_trace() -> Iterator[None]:
-    """Check that a test leaves no trace of a patch."""
+    """Check that a test restores everything that it patched."""
     finders, loaded = list(sys.meta_path), set(sys.modules)
     yield
     assert sys.meta_path == finders
@@ -169,7 +169,7 @@ def test_later_imports_are_not_patched(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_loader_of_several_modules_is_patched_and_restored() -> None:
     class Loader:
-        """Makes modules that bind the function, like the import hooks of pytest and of packagers."""
+        """Makes modules that bind the function, like the import hooks of pytest and of packaging tools."""
 
         def __init__(self) -> None:
             self.exec_module = self.execute

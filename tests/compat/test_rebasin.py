@@ -1,4 +1,4 @@
-"""Weight matching with the ports' interface, and the package rebasin under the patch."""
+"""Weight matching with the interface of git-re-basin's ports, and the package rebasin with a patch."""
 
 from __future__ import annotations
 

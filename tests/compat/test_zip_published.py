@@ -1,4 +1,4 @@
-"""The zip of the published programs: recorded clusters, by the kernel and by the search of the whole matrix."""
+"""The zip of the published programs: recorded clusters against the kernel and the search of the whole matrix."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_recorded_units(number: int, search: bool) -> None:
 
 
 def test_budget_is_shared_by_groups_of_a_model() -> None:
-    """The first set may use it up: later ones then join units of different models only."""
+    """If the first set of groups spends the budget, later sets only join units of different models."""
     generator = torch.Generator().manual_seed(0)
     similarity = torch.rand(24, 24, generator=generator) * 0.1
     for group in range(4):  # two groups of six in each of two models; units of a group are most alike

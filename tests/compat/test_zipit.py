@@ -1,4 +1,4 @@
-"""ZipIt's functions: recorded results, and the procedure written out once more."""
+"""ZipIt's functions against recorded results and a plain implementation of the procedure."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def zipped_by_hand(similarity: Tensor, num_models: int, remaining: int, budget: 
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_zip_matches_published_procedure(models: int, units: int, a: float, b: float, seed: int) -> None:
-    # float64 is the arithmetic of Python's numbers, so the two agree merge for merge.
+    # Python's numbers are float64, so both make exactly the same merges.
     covariance = random_covariance(models * units, seed, torch.float64)
     ratio = 1 - 1 / models
     similarity = zipit.compute_correlation(covariance)
@@ -135,7 +135,7 @@ def test_full_search_matches_kernel() -> None:
     for budget in (0, 1, 4, 9):
         fast = zip_published(similarity, 2, 18, budget, 0.5)
         sets = [torch.arange(36)]
-        # A budget of a model that a group's exceeds is one that the kernel does not know.
+        # The kernel does not support a budget per group that exceeds the budget of the model.
         slow = zip_published(similarity, 2, 18, budget, 0.5, sets=sets, group_budget=max(1, budget) + 1)
         assert torch.equal(fast.cluster_of_unit, slow.cluster_of_unit)
         assert fast.value == pytest.approx(slow.value, rel=1e-6)

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 def check_certificate(values: Array, result: mudsc_fast.Assignment, maximize: bool) -> None:
-    """Assert that the result is a matching, and that its duals are feasible and prove it to be the best."""
+    """Assert that the result is a matching, and that its duals are feasible and prove that it is optimal."""
     exact = torch.from_numpy(values.astype(np.float64))
     rows, columns = exact.shape
     assigned = (result.columns >= 0).nonzero().flatten()
@@ -130,7 +130,7 @@ def test_zero_rows_differ_from_nearly_zero_rows(dtype: Any) -> None:
 
 
 def test_rows_full_of_ties_refill_their_lists() -> None:
-    # Every row likes the same few columns, so that lists run out again and again.
+    # All rows prefer the same few columns, so their lists are exhausted again and again.
     random = np.random.default_rng(0)
     values = np.sort(random.integers(0, 40, 790))[None] + random.integers(0, 2, (790, 790)) * 1.0
     result = linear_assignment(values)
@@ -139,7 +139,7 @@ def test_rows_full_of_ties_refill_their_lists() -> None:
 
 
 def make_float32(family: str, rows: int, columns: int, random: np.random.Generator) -> Array:
-    """Return an exact float32 matrix of a family; where its spread allows, of any scale from 1e-20 to 1e20."""
+    """Return a float32 matrix of a family, scaled by a factor from 1e-20 to 1e20 if its range allows."""
     values = random.standard_normal((rows, columns), dtype=np.float32)
     if family == "ties":
         values = random.integers(-2, 3, (rows, columns)).astype(np.float32)
@@ -189,7 +189,7 @@ def test_thousands_of_float32_problems_are_proven(family: str, seed: int, maximi
 
 
 def prove(values: Array, result: mudsc_fast.Assignment, maximize: bool) -> None:
-    """Assert what is promised of float32 input: optimal, feasible for every entry, and a gap of at most 1e-12."""
+    """Assert the guarantees for float32 input: optimal, feasible for every entry, and a gap of at most 1e-12."""
     exact, sign = values.astype(np.float64), 1.0 if maximize else -1.0
     columns = result.columns.numpy()
     assigned = np.flatnonzero(columns >= 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mudsc_fast import Assignment, linear_assignment, linear_sum_assignment
 
-#: Prints by how many bytes a solve raises resident memory at its peak.
+#: Prints by how many bytes a solve raises the peak of resident memory.
 MEMORY_PROGRAM = """
 import pathlib, sys
 import torch, mudsc_fast
@@ -42,7 +42,7 @@ print(resident("VmHWM") - before)
 
 
 def check(similarity: Tensor, result: Assignment, maximize: bool = True) -> None:
-    """Compare with scipy, and prove the result by its duals."""
+    """Compare the result with scipy's, and check that its duals prove it."""
     exact = similarity.to(torch.float64)
     rows, columns = scipy_solve(exact.numpy(), maximize)
     best = float(exact[rows, columns].sum())
@@ -71,7 +71,7 @@ def test_peak_memory_is_the_input_and_little_more(kind: str) -> None:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("maximize", [True, False])
 @pytest.mark.parametrize("size", [129, 300, 800])
-def test_columns_by_columns_is_as_rows_by_rows(size: int, maximize: bool) -> None:
+def test_column_major_matrices_give_same_result(size: int, maximize: bool) -> None:
     similarity = random_matrix(size)
     by_columns = similarity.T.contiguous().T
     result = linear_assignment(by_columns, maximize=maximize)
@@ -81,13 +81,13 @@ def test_columns_by_columns_is_as_rows_by_rows(size: int, maximize: bool) -> Non
     assert torch.equal(warm.columns, result.columns)
 
 
-def test_batch_that_lies_by_columns() -> None:
+def test_column_major_batch() -> None:
     similarity = torch.stack([random_matrix(200, seed) for seed in range(3)])
     result = linear_assignment(similarity.mT.contiguous().mT)
     assert torch.equal(result.columns, linear_assignment(similarity).columns)
 
 
-def test_array_that_lies_by_columns() -> None:
+def test_column_major_array() -> None:
     similarity = random_matrix(300).numpy()
     rows, columns = linear_sum_assignment(np.asfortranarray(similarity))
     expected = scipy_solve(similarity)
@@ -95,7 +95,7 @@ def test_array_that_lies_by_columns() -> None:
     assert np.array_equal(columns, expected[1])
 
 
-def test_forbidden_and_invalid_entries_by_columns() -> None:
+def test_forbidden_and_invalid_entries_of_column_major_matrices() -> None:
     similarity = random_matrix(200)
     earlier = linear_assignment(similarity)
     similarity[torch.arange(200), earlier.columns] = -torch.inf
@@ -137,7 +137,7 @@ def test_dead_and_repeated_units(size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_lists_prove_the_duals(dtype: torch.dtype, scale: float) -> None:
-    """Costs close to each other and far from 0, where the rounding of scans is as large as their differences."""
+    """Costs are close to each other and far from 0, so that rounding in scans is as large as their differences."""
     similarity = (scale * (1 + 1e-3 * random_matrix(780))).to(dtype)
     check(similarity, linear_assignment(similarity))
 
@@ -161,7 +161,7 @@ def box_distances(size: int) -> Tensor:
 
 
 def levels(size: int) -> Tensor:
-    """Return costs whose sizes are a dozen orders of magnitude apart."""
+    """Return costs that span a dozen orders of magnitude."""
     random = torch.Generator().manual_seed(size)
     level = torch.rand(size, size, generator=random)
     costs = 1e-3 * torch.rand(size, size, generator=random)
@@ -184,14 +184,14 @@ def levels(size: int) -> Tensor:
     ids=["most rows forced", "few rows forced", "boxes", "levels"],
 )
 def test_large_costs_of_forbidden_pairs(make: Callable[[int], Tensor], size: int, dtype: torch.dtype) -> None:
-    """Most pairs have one large cost, which many rows must take."""
+    """Most pairs have the same large cost, and many rows must take it."""
     costs = make(size).to(dtype)
     check(costs, linear_assignment(costs, maximize=False), maximize=False)
 
 
 @pytest.mark.parametrize("kind", ["low rank", "dead units", "integers"])
 def test_threads_do_not_change_the_result(kind: str) -> None:
-    """Threads share the bids of a block of rows, which is the same whatever their number."""
+    """Threads divide the bids of a block of rows, and the block does not depend on the number of threads."""
     size = 1800
     random = torch.Generator().manual_seed(1)
     similarity = torch.randn(size, 8, generator=random) @ torch.randn(8, size, generator=random)
@@ -239,7 +239,7 @@ def tall_matrix(kind: str, rows: int, columns: int) -> Tensor:
     "kind",
     ["normal", "low rank", "small integers", "dead and repeated units", "constant", "constant columns"],
 )
-def test_more_rows_than_columns_is_as_the_transpose(kind: str, dtype: torch.dtype) -> None:
+def test_more_rows_than_columns_matches_transpose(kind: str, dtype: torch.dtype) -> None:
     similarity = tall_matrix(kind, 1101, 1027 if kind == "low rank" else 803).to(dtype)
     in_place = linear_assignment(similarity)
     copied = linear_assignment(similarity.T.contiguous())
@@ -269,7 +269,7 @@ def test_forbidden_and_invalid_entries_of_more_rows_than_columns() -> None:
 
 
 def sparse_integers(rows: int, columns: int, values: int, seed: int) -> Tensor:
-    """Return mostly zeros and, in about three places a row, numbers below `values`."""
+    """Return mostly zeros, with integers below `values` in about three places per row."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.rand(rows, columns, generator=generator) < 3 / columns
     return chosen * torch.randint(1, values, (rows, columns), generator=generator).float()
@@ -295,7 +295,7 @@ def test_two_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("values", [2, 3])
 @pytest.mark.parametrize("size", [200, 512, 900])
-def test_of_equal_columns_the_first_get_a_row_in_ascending_order(size: int, values: int) -> None:
+def test_equal_columns_are_assigned_in_ascending_order(size: int, values: int) -> None:
     similarity = sparse_integers(size - 40, size, values, 0)
     columns = linear_assignment(similarity).columns
     row_of_column = torch.full((size,), size)
@@ -311,7 +311,7 @@ def test_of_equal_columns_the_first_get_a_row_in_ascending_order(size: int, valu
 
 
 def test_nearly_two_values() -> None:
-    """A third value, one that is not finite, or too many of the lower cost are left to the general solvers."""
+    """The general solvers handle a third value, a value that is not finite, and too many entries of the lower cost."""
     for odd in (0.5, torch.inf, -torch.inf):
         similarity = sparse_integers(300, 300, 2, 0)
         similarity[299, 298] = odd

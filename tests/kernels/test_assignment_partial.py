@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 def best_with_threshold(values: Array, threshold: float, maximize: bool) -> float:
-    """Return the optimal sum of the pairs' distances to the threshold, by scipy."""
+    """Return scipy's optimal sum of the distances of the pairs to the threshold."""
     gains = np.maximum((values.astype(np.float64) - threshold) * (1.0 if maximize else -1.0), 0.0)
     return float(gains[scipy_assignment(gains, maximize=True)].sum())
 
@@ -65,7 +65,7 @@ def test_threshold_is_optimal_and_proven(
     family: str, rows: int, columns: int, seed: int, quantile: float, maximize: bool, dtype: Any
 ) -> None:
     values = make(family, rows, columns, seed).astype(dtype)
-    # Ties with the threshold are as likely as thresholds between entries.
+    # Half of the thresholds equal an entry; the others lie between entries.
     threshold = float(np.quantile(values.astype(np.float64), quantile, method="nearest" if seed % 2 else "linear"))
     check_threshold(values, linear_assignment(values, threshold=threshold, maximize=maximize), threshold, maximize)
     for backend in ("cpu", "reference"):

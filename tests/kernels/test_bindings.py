@@ -1,4 +1,4 @@
-"""Tensors as arguments of bindings: checked in one place, by either way of reading them."""
+"""Tensors as arguments of bindings: both ways of reading them make the same checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ISA, THREADS = 0, 1
 
 @pytest.fixture(params=["DLPack", "attributes"])
 def _reading(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Read tensors by torch's functions for other libraries, and as in versions of torch without them."""
+    """Read tensors with torch's C functions, and as with versions of torch that lack them."""
     _core.read_tensors_by_attributes(request.param == "attributes")
     yield
     _core.read_tensors_by_attributes(False)

@@ -25,7 +25,7 @@ BACKENDS = ("cpu", "reference")
 
 
 def features_of(num_models: int, *shape: int) -> list[Tensor]:
-    """Return features that correlate across models: a shared part and noise."""
+    """Return features that correlate across models: a shared signal plus noise."""
     shared = torch.randn(*shape)
     return [shared + 0.7 * torch.randn(*shape) for _ in range(num_models)]
 
@@ -135,12 +135,12 @@ def test_center_with_index_matches_reference(dtype: torch.dtype) -> None:
 
 
 def taken(length: int) -> SampleOrder:
-    """Return an order that takes some samples twice, some not at all, more than there are."""
+    """Return an index that is longer than the samples, reads some of them twice, and skips others."""
     return SampleOrder(torch.randint(length, (60,), dtype=torch.int32))
 
 
 def summed(length: int) -> SampleOrder:
-    """Return an order of 40 sums of none, one or several samples."""
+    """Return an index of 40 outputs, each the sum of no, one or several samples."""
     cluster = torch.randint(40, (length,))
     ends = torch.bincount(cluster, minlength=40).cumsum(0, dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), ends])
@@ -167,7 +167,7 @@ def test_sums_and_quotients_match_reference(units: int) -> None:
             correlate(start, row, column, 7, 0.05, off, result[units:, :units], None, 1.0)
             correlate(start, row, column, 7, 0.05, diagonal, diagonal, None, 1.0)
             correlate(start, row, column, 7, 0.05, result[units:, units:], None, None, 1.0)
-        # Halves may round a value half-way between two of them either way.
+        # Half types may round a tie either way.
         torch.testing.assert_close(wide[0], wide[1], rtol=torch.finfo(dtype).eps, atol=1e-15)
         upper = wide[0, :, :]
         assert torch.equal(upper[:units, :].T[:units], upper[:units, :units])
@@ -179,7 +179,7 @@ def test_sums_and_quotients_match_reference(units: int) -> None:
 @pytest.mark.parametrize("blocks", ["cross", "full"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_finalize_blends_like_lerp(backend: str, blocks: Blocks, dtype: torch.dtype) -> None:
-    """Up to a rounding: torch adds the product unrounded. Rows of the other similarity may lie apart."""
+    """Results agree up to rounding: torch adds the unrounded product. The other similarity may have strided rows."""
     torch.manual_seed(12)
     with use_backend(backend):
         accumulator = CorrelationAccumulator(2, 37, blocks=blocks, dtype=dtype)
@@ -253,7 +253,7 @@ def test_layouts_agree(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["units first", "units last"])
 def test_mean_far_from_zero(backend: str, layout: str) -> None:
-    """Mean 1e3, deviation 1, drifting by a thousand deviations more: as accurate as in float64."""
+    """With mean 1e3, deviation 1 and a drift of a thousand deviations, the result is as accurate as in float64."""
     torch.manual_seed(4)
     result = CorrelationAccumulator(2, 20, blocks="full")
     seen = []
@@ -484,7 +484,7 @@ def test_self_products_by_blocks(units: int) -> None:
 
 
 def maps_of(kind: str, *lengths: int) -> list[UnitMap]:
-    """Return a map of two models for each length: permutations, selections of more samples, or clusters."""
+    """Return a map of two models for each length: permutations, longer selections, or clusters."""
     if kind == "permutations":
         return [UnitMap.permutation(torch.stack([torch.arange(n), torch.randperm(n)])) for n in lengths]
     if kind == "selections":
@@ -514,7 +514,7 @@ def test_maps_reindex_samples_while_summing(
             sums.update(*features, channel_axis=channel_axis, maps=maps)
             expected = accumulated(copies, axis=channel_axis, dtype=torch.float64)
         assert sums.num_samples == copies[0].numel() // copies[0].shape[channel_axis]
-        # The same operations on the same numbers: nothing rounds differently.
+        # Both do the same operations on the same numbers, so rounding does not differ.
         assert torch.equal(sums.finalize(), expected)
 
 

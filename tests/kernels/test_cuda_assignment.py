@@ -1,4 +1,4 @@
-"""Assignment in CUDA, in the simulator and on a device."""
+"""CUDA kernels of the assignment, in the simulator and on a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import assignment as cuda
 
-#: Of a block of csrc/cuda/assignment_large.cu in the simulator.
+#: Threads per block of csrc/cuda/assignment_large.cu in the simulator.
 SIMULATED_THREADS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,7 +31,7 @@ def matrix(family: str, rows: int, columns: int, seed: int) -> Tensor:
 
 
 def assert_same_choice(values: Tensor, found: Solution, wanted: Solution, maximize: bool) -> None:
-    """The assignments are the same to the bit; either solver proves them by duals of its own."""
+    """Assert that both assignments are equal. The duals may differ, but each set proves the optimum."""
     assert torch.equal(found.status.cpu(), wanted.status)
     assert torch.equal(found.columns.cpu(), wanted.columns)
     for position, one in enumerate(values.double()):
@@ -205,7 +205,7 @@ def test_simulated_large_problems_are_listed_in_parts(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auction_rounds_do_not_depend_on_thread_order(simulator: Any, family: str) -> None:
-    """The kernel, in several orders, and the plain loops of csrc/cuda_sim/auction_rounds.cpp agree to the bit."""
+    """The kernel, with several thread orders, and the loops of csrc/cuda_sim/auction_rounds.cpp agree bit for bit."""
     rows = 70
     values = matrix(family, rows, rows, 5).float()
     prices, column_of_row = torch.zeros(rows), torch.empty(rows, dtype=torch.int32)
@@ -236,7 +236,7 @@ def test_auction_rounds_do_not_depend_on_thread_order(simulator: Any, family: st
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wanted", [4, 30, 40, 100])
 def test_lists_match_plain_loops(simulator: Any, family: str, wanted: int) -> None:
-    """The kernel and csrc/cuda_sim/row_lists.cpp agree to the bit, among ties too."""
+    """The kernel and csrc/cuda_sim/row_lists.cpp agree bit for bit, also with ties."""
     rows = 90
     values = matrix(family, rows, rows, 4).float()
     duals = -torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

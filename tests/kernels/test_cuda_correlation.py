@@ -1,4 +1,4 @@
-"""Streaming correlation in CUDA, in the simulator and on a device, against float64 and the other kernels."""
+"""CUDA kernels of streaming correlation, in the simulator and on a device, against float64 and other kernels."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from mudsc_fast.ops.permute import UnitMap, permute_merge
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
-#: Error of a correlation: that of a float32 product.
+#: Tolerance of a correlation: the error of a float32 product.
 TOLERANCE = 1e-6
 
 
 @pytest.fixture
 def used(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let accumulators on the CPU use the CUDA kernels, in the simulator."""
+    """Make accumulators on the CPU use the CUDA kernels in the simulator."""
     monkeypatch.setattr(_dispatch, "KERNELS", {**_dispatch.KERNELS, "correlation": {"cpu": ("cuda",), "other": ()}})
     monkeypatch.setattr(_dispatch, "_unusable_reason", lambda *_: "")
     return simulator
@@ -38,27 +38,27 @@ def used(simulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(params=[_tensor_cores.MMA_SYNC, _tensor_cores.WGMMA])
 def simulated(used: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Simulate products by either instruction."""
+    """Simulate products with each of the instructions."""
     monkeypatch.setenv("MUDSC_TENSOR_CORES", request.param)
     return used
 
 
 @pytest.fixture
 def warpgroups_simulated(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Simulate products by wgmma."""
+    """Simulate products with wgmma."""
     monkeypatch.setenv("MUDSC_TENSOR_CORES", _tensor_cores.WGMMA)
     return used
 
 
 def features_of(num_models: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return features that correlate across models: a shared part and noise."""
+    """Return features that correlate across models: a shared signal plus noise."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(*shape, generator=generator)
     return [(shared + 0.7 * torch.randn(*shape, generator=generator)).to(dtype) for _ in range(num_models)]
 
 
 def samples_of(features: list[Tensor], axis: int = 1) -> Tensor:
-    """Return [N C, T] in float64, with NaN as 0."""
+    """Return the samples [N C, T] in float64, with NaN replaced by 0."""
     return torch.cat([one.movedim(axis, 0).flatten(1).double().cpu() for one in features]).nan_to_num(nan=0.0)
 
 
@@ -122,7 +122,7 @@ def test_layouts(simulated: Any, layout: str, dtype: torch.dtype) -> None:
 
 
 def maps_of(kind: str, length: int) -> UnitMap:
-    """Return a map of two models: permutations, selections of more samples, or clusters."""
+    """Return a map of two models: permutations, longer selections, or clusters."""
     if kind == "permutations":
         return UnitMap.permutation(torch.stack([torch.arange(length), torch.randperm(length)]))
     if kind == "selections":
@@ -163,7 +163,7 @@ def test_samples_are_read_through_index(
         indexed.clear()
         sums.update(*features, channel_axis=units_axis, maps={axis: unit_map})
         assert indexed == [in_place and kind != "clusters"]
-        # The same operations on the same numbers: nothing rounds differently.
+        # Both do the same operations on the same numbers, so rounding does not differ.
         assert torch.equal(sums.finalize(), accumulated(copies, axis=units_axis))
 
 
@@ -176,7 +176,7 @@ def test_one_sample_index_keeps_vectors_aligned(simulated: Any) -> None:  # noqa
 
 
 def noting(samples: Any, indexed: list[bool]) -> Any:
-    """Return `Samples` that note whether they are read through an index."""
+    """Return a class of `Samples` that records whether they are read through an index."""
 
     def make(features: list[Tensor], outer_index: list[Tensor | None]) -> Any:
         indexed.append(outer_index[0] is not None)
@@ -214,7 +214,7 @@ def test_constant_units_give_exact_zeros(simulated: Any, axis: int) -> None:  # 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_mean_far_from_zero(simulated: Any, dtype: torch.dtype, axis: int) -> None:  # noqa: ARG001
-    """Half of the units at 1e3 deviations from zero, and drifting between updates by as much again."""
+    """Half of the units have a mean of 1e3 deviations and drift by as much between updates."""
     offset = torch.where(torch.arange(70) < 40, 1e3 if dtype != torch.bfloat16 else 1e2, 0.0)
     sums = CorrelationAccumulator(2, 70, blocks="full", dtype=torch.float64)
     seen = []
@@ -228,7 +228,7 @@ def test_mean_far_from_zero(simulated: Any, dtype: torch.dtype, axis: int) -> No
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_products_have_float32_accuracy(simulated: Any, axis: int) -> None:  # noqa: ARG001
-    """The split into TF32 against a product in float32, both measured in float64, relative to the deviations."""
+    """The TF32 split has the error of a float32 product; both are measured in float64, in units of deviations."""
     generator = torch.Generator().manual_seed(3)
     features = [torch.randn(1500, 32, generator=generator) for _ in range(2)]
     arranged = [one.movedim(1, axis).contiguous() for one in features]
@@ -315,7 +315,7 @@ def test_other_methods(simulated: Any) -> None:  # noqa: ARG001
 def test_replaced_samples(
     simulated: Any, monkeypatch: pytest.MonkeyPatch, stays: bool, blocks: Any, dtype: Any
 ) -> None:
-    """No product is left to torch; the sums are those of the new samples."""
+    """The kernel computes all products, and the sums are those of the new samples."""
     simulated.set_seed(3)
     monkeypatch.setattr(_centered_products, "exchange", None)
     old, kept, new = ([3 + one for one in features_of(3, 4, 9, 20, seed=seed, dtype=dtype)] for seed in range(3))
@@ -388,7 +388,7 @@ def test_blend_in_one_pass(simulated: Any, blocks: Any) -> None:  # noqa: ARG001
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float16, 20.0)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_several_tiles_of_warpgroups(warpgroups_simulated: Any, axis: int, dtype: torch.dtype, offset: float) -> None:
-    """A tile of wgmma is as large in the simulator as on a device."""
+    """The simulator uses the same wgmma tile size as a device."""
     warpgroups_simulated.set_seed(4)
     features = [(offset + one).to(dtype) for one in features_of(2, 210, 134)]
     features[0][7, 131] = features[1][5, 3] = math.nan
@@ -403,7 +403,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def comparison(used: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the first use of the simulator compare products again, with few units and samples."""
+    """Make the first use of the simulator compare products again, with few units and samples."""
     monkeypatch.delenv("MUDSC_TENSOR_CORES", raising=False)
     monkeypatch.setattr(_tensor_cores, "_UNITS", 24)
     monkeypatch.setattr(_tensor_cores, "_SAMPLES", 70)
@@ -538,9 +538,9 @@ def test_float32_is_centered_where_tf32_is_slow(simulated: Any, monkeypatch: pyt
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches of an update: torch's operations that compute, and the kernels here."""
+    """Counts the launches of an update: torch operations that compute something, and kernels of this package."""
 
-    #: Operations that allocate or view memory, and launch nothing.
+    #: Operations that only allocate or view memory and launch nothing.
     FREE = ("empty", "view", "select", "slice", "unsqueeze", "detach", "as_strided", "alias", "unbind")
 
     def __init__(self, simulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,7 +610,7 @@ def test_on_device(
     monkeypatch.setenv("MUDSC_TENSOR_CORES", instructions)
     features = [(offset + one).to(dtype).to(gpu) for one in features_of(2, samples, units)]
     features[0][3] = math.nan
-    # Far from zero the NaN, counted as 0, lies far from all others: float32 products of torch are off by 9e-6 there.
+    # With a mean far from zero, a NaN counted as 0 is an outlier: float32 products of torch have an error of 9e-6.
     assert_correlated([one.movedim(1, axis).contiguous() for one in features], axis, 2e-6 if offset == 0 else 3e-5)
 
 

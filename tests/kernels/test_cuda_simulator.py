@@ -42,7 +42,7 @@ def test_failed_launch_names_kernel(simulator: Any, threads: int) -> None:
         simulator.check_block_size(threads)
 
 
-#: What the warpgroup of check_warpgroup may forget; 0 is nothing.
+#: The mistakes that check_warpgroup can make; 0 is none.
 STORES_FENCE, REGISTERS_FENCE, WAIT = 1, 2, 3
 
 
@@ -68,6 +68,6 @@ def test_warpgroup_without_fence_is_detected(simulator: Any, forgotten: int, mes
 
 
 def test_warpgroup_reads_operands_late(simulator: Any) -> None:
-    """Operands that are overwritten before the wait change the product."""
+    """If operands are overwritten before the wait, the product changes."""
     found = torch.tensor(simulator.check_warpgroup(WAIT)).reshape(64, 128)
     assert not torch.equal(found, product_of_warpgroup())

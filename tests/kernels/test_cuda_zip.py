@@ -1,4 +1,4 @@
-"""Zip in CUDA, in the simulator and on a device: the result of the C++ kernel bit for bit."""
+"""The CUDA kernel of zip, in the simulator and on a device, gives the result of the C++ kernel bit for bit."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from mudsc_fast.ops._dispatch import use_backend
 from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Kernel and reference round sums in another order: a few units in the last place of the accumulator, and at
+# Kernel and reference add in different orders: a few units in the last place of the accumulator, and at
 # most one of the result.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -53,7 +53,7 @@ def assert_as_reference(tensors: Sequence[Tensor], maps: Mapping[int, UnitMap], 
     assert result.dtype == expected.dtype == tensors[0].dtype
     assert result.is_contiguous()
     tolerance = TOLERANCE[result.dtype]
-    # Sums may cancel: the tolerance is of the entries that were summed, at most a few.
+    # Sums may cancel, so the tolerance is relative to the few entries that are added.
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
 
 
@@ -84,7 +84,7 @@ def test_single_model_permutation_is_bit_exact(dtype: torch.dtype) -> None:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty(0, dtype=dtype).element_size()]
     limits = torch.iinfo(integers)
     for shape in [(61,), (40, 70), (20, 30, 3, 3), (6, 5, 5, 5), (5, 700)]:
-        # Random bits: NaN with payloads, infinities, subnormals and negative zeros among them.
+        # Random bits include NaN with payloads, infinities, subnormals and negative zeros.
         bits = torch.randint(limits.min, limits.max, shape, dtype=integers)
         for count in range(min(3, len(shape)) + 1):
             for axes in itertools.combinations(range(len(shape)), count):
@@ -101,7 +101,7 @@ def test_single_model_permutation_is_bit_exact(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(7,), (40, 70), (5, 9, 3, 3), (3, 4, 5, 6), (2, 3, 80), (900, 700)], ids=str)
 @pytest.mark.parametrize("num_models", [1, 2, 9])
 def test_fast_path_matches_general_path(dtype: torch.dtype, shape: tuple[int, ...], num_models: int) -> None:
-    """What C++ does as a whole call equals what goes through every check, to the last bit."""
+    """The call that runs entirely in C++ and the one with Python's checks agree bit for bit."""
     torch.manual_seed(9)
     tensors = random_tensors(num_models, shape, dtype)
     for count in range(3):
@@ -135,7 +135,7 @@ def test_fast_path_matches_general_path(dtype: torch.dtype, shape: tuple[int, ..
 def test_large_results_bypass_caches(
     dtype: torch.dtype, shape: tuple[int, ...], num_models: int, axes: tuple[int, ...]
 ) -> None:
-    """Of 32 MB and more, in lines that begin and end within a vector."""
+    """Results of 32 MB and more, with lines that begin and end within a vector."""
     torch.manual_seed(10)
     tensor = torch.rand(shape, dtype=dtype)
     maps = {axis: random_permutation(num_models, shape[axis]) for axis in axes}
@@ -155,7 +155,7 @@ def test_used_maps_can_be_copied() -> None:
 
 
 class Marked(Tensor):
-    """A tensor that other libraries extend."""
+    """A tensor subclass, as other libraries define them."""
 
 
 def test_tensor_subclasses_use_general_path() -> None:
@@ -204,7 +204,7 @@ def test_three_axes() -> None:
 
 @pytest.mark.usefixtures("isa")
 def test_matches_product_with_cluster_matrices() -> None:
-    """Merge on the producing axis, unmerge on the consuming one, mean over models: as published."""
+    """As published: merge the producing axis, unmerge the consuming axis, average over models."""
     torch.manual_seed(3)
     models, units = 2, 12
     cluster_of_unit = torch.randperm(models * units).remainder(units).reshape(models, units)
@@ -286,7 +286,7 @@ def test_clusters_without_units_are_zero() -> None:
 
 @pytest.mark.usefixtures("isa")
 def test_half_sums_are_accumulated_in_float32() -> None:
-    """1024 units of 1.0 and 1024 of 2^-10: lost one by one in float16, exact when summed in float32."""
+    """1024 units of 1.0 and 1024 of 2^-10: the small ones are lost one by one in float16, but not in float32."""
     units = torch.cat([torch.full((1024,), 1.0), torch.full((1024,), 2.0**-10)]).half()
     together = UnitMap.clusters(torch.zeros(1, 2048, dtype=torch.int64), 1)
     assert permute_merge([units], {0: together}, weights=[1.0]).item() == 1025
@@ -386,7 +386,7 @@ def test_in_place_matches_copy(dtype: torch.dtype, threads: int) -> None:
 
 @given(data=st.data())
 def test_in_place_with_any_cycles_and_strides(data: st.DataObject) -> None:
-    """Runs of threads that begin within a cycle, cycles of one unit, and tensors that are not contiguous."""
+    """Threads may start within a cycle, cycles may have one unit, and tensors need not be contiguous."""
     rows = data.draw(st.permutations(range(data.draw(st.integers(1, 9)))))
     torch.set_num_threads(data.draw(st.integers(1, 4)))
     tensor = torch.randn(len(rows), data.draw(st.sampled_from([3, 300_000])))

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def device(simulator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Let cuda:0 be the simulator, with nothing tested yet and an empty cache directory."""
+    """Make the simulator cuda:0, with no self-test done and an empty cache directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MUDSC_SELF_TEST", raising=False)
     monkeypatch.setenv("MUDSC_TENSOR_CORES", "mma.sync")
@@ -30,7 +30,7 @@ def device(simulator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> A
 
 
 def skew(simulator: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, argument: str) -> None:
-    """Let a kernel give a slightly wrong result."""
+    """Make a kernel return a slightly wrong result."""
     launch = getattr(simulator, kernel)
 
     def wrong(**given: Any) -> None:
@@ -63,7 +63,7 @@ def test_wrong_zip_is_detected_and_runs_on_cpu(device: Any, monkeypatch: pytest.
 def test_wrong_correlation_is_detected(
     device: Any, monkeypatch: pytest.MonkeyPatch, kernel: str, argument: str
 ) -> None:
-    if argument == "eps":  # no result of this case depends on it: let the wrong one drown all
+    if argument == "eps":  # no result of this case depends on this value, so make the error large
         launch = getattr(device, kernel)
         monkeypatch.setattr(device, kernel, lambda **given: launch(**{**given, "eps": 1e3}))
     else:
@@ -75,7 +75,7 @@ def test_pass_is_recorded_for_later_processes(device: Any, monkeypatch: pytest.M
     assert _self_test.failure("zip", 0) == ""
     file = tmp_path / "mudsc_fast" / "self_test.json"
     assert len(json.loads(file.read_text())["passed"]) == 1
-    monkeypatch.setattr(_self_test, "_results", {})  # as in another process
+    monkeypatch.setattr(_self_test, "_results", {})  # as if in another process
     monkeypatch.setattr(device, "zip_units", None)  # what runs again would fail
     assert _self_test.failure("zip", 0) == ""
     monkeypatch.setattr(_self_test, "_results", {})

@@ -1,4 +1,4 @@
-"""Zip: the C++ kernel against the literal procedure, the published results, and cases worked out by hand."""
+"""Zip: the C++ kernel against the plain procedure, published results, and cases solved by hand."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SHRINKS = (0.5, 0.3, 0.125, 0.9, 1.0, 1.7, 2.0, 0.0, -1.0)
 BUDGETS = (0.0, 0.125, 0.5, 1.0)
 BACKENDS = ("cpu", "reference")
 
-# The isa fixture sets an environment variable for the whole test: every example may share it.
+# The fixture `isa` sets an environment variable for the whole test, which all examples may share.
 examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Draw a similarity matrix of any family, shape and dtype, and its number of models."""
+    """Draw a similarity matrix of any family, shape and dtype, with its number of models."""
     num_models = draw(st.integers(1, 4))
     units = num_models * draw(st.integers(1, 24))
     family = FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))]
@@ -143,7 +143,7 @@ def test_properties(problem: tuple[Tensor, int], shrink: float, budget: float, r
     assert result.sizes.tolist() == torch.bincount(result.cluster_of_unit).tolist()
     first_units = [result.cluster_of_unit.tolist().index(cluster) for cluster in range(remaining)]
     assert first_units == sorted(first_units)
-    # Clusters of model 0 disappear only in one another, so their number tells the merges inside it.
+    # Each merge within model 0 removes one of its clusters, so their number gives the number of merges.
     clusters_of_first_model = sum(unit < units // num_models for unit in first_units)
     inside = units // num_models - clusters_of_first_model
     assert inside <= int((units - remaining) // num_models * budget + 1e-4)
@@ -260,7 +260,7 @@ def test_arguments_match_published_procedure() -> None:
     clusters, values = reference.zip_units(similarity, 3, remaining=8, budget=2, shrink=0.3)
     assert torch.equal(result.cluster_of_unit, clusters)
     assert result.value == float(values.mean())
-    # 90 * (1 - 0.9) is 8.999...8 in float64; the procedure means 9.
+    # 90 * (1 - 0.9) is 8.999...8 in float64, but must count as 9.
     assert len(zip_units(torch.eye(90), 10).sizes) == 9
 
 

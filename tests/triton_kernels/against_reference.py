@@ -1,6 +1,6 @@
-"""Triton kernels against the reference, on odd shapes: under Triton's interpreter, or on a CUDA device.
+"""Compares Triton kernels with the reference on odd shapes, in Triton's interpreter or on a CUDA device.
 
-Which of them says TRITON_INTERPRET. On a device every case compiles a kernel: there are fewer.
+TRITON_INTERPRET selects one of them. On a device every case compiles a kernel, so there are fewer cases.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = (
     else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 )
 
-# Not by a default device, which the kernels' own tensors would follow.
+# No default device, because the kernels' own tensors would follow it.
 randn, rand, randint, randperm, arange, empty, ones, zeros, full = (
     functools.partial(make, device=DEVICE)
     for make in (
@@ -51,14 +51,14 @@ randn, rand, randint, randperm, arange, empty, ones, zeros, full = (
     )
 )
 
-# Sums are rounded once; half types by one unit in the last place of what may have cancelled.
+# Sums are rounded once: half types by one unit in the last place of the terms, which may cancel.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-6}
 DTYPES = [*TOLERANCE] if INTERPRETED else [torch.bfloat16, torch.float32]
 KINDS = ("permutation", "clusters", "scaled clusters", "selection")
 SHAPES = [(7,), (101, 3), (17, 9, 3, 3), (2, 1030)]
 if INTERPRETED:
     SHAPES += [(1,), (1, 131), (3, 101), (3, 4, 5, 6), (5, 2, 70)]
-#: How features [outer, C, inner] lie: those of convolutions and of linear layers, and views.
+#: Layouts of features [outer, C, inner]: those of convolutions and of linear layers, and views.
 LAYOUTS = {
     "samples adjacent": lambda: randn(3, 37, 9),
     "units adjacent": lambda: randn(50, 33, 1),
@@ -164,7 +164,7 @@ def test_group(dtype: torch.dtype) -> None:
 
 
 def test_layer_group_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors as in a layer of LLaMA, small: aligned vectors and matrices, re-indexed by heads, rows and columns."""
+    """Small tensors as in a layer of LLaMA: aligned vectors and matrices, re-indexed by heads, rows and columns."""
     torch.manual_seed(3)
     hidden, heads, width, middle = 32, 2, 16, 48
     residual, order, units = (random_map("permutation", 2, count) for count in (hidden, heads, middle))
@@ -204,7 +204,7 @@ def test_single_model_group_is_copied_exactly() -> None:
 
 
 def test_groups_are_launched_separately_in_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of a grouped launch would be copied from the host."""
+    """A grouped launch would have to copy its table from the host."""
     monkeypatch.setattr(_device, "is_capturing", lambda _: True)
     monkeypatch.setattr(permute_group, "merge_group_kernel", None)
     tensors, by_axis = [randn(9, 7) for _ in range(2)], {0: random_map("permutation", 2, 9)}
@@ -253,7 +253,7 @@ def taken(length: int) -> SampleOrder:
 
 
 def summed(length: int, scaled: bool = True) -> SampleOrder:
-    """Return an order of sums of none, one or several samples."""
+    """Return an index whose outputs are sums of no, one or several samples."""
     sample = randint(length, (length,))
     starts = torch.searchsorted(sample.sort().values, arange(length + 1)).to(torch.int32)
     scale = rand(length, dtype=torch.float64) + 0.5 if scaled else None
@@ -261,7 +261,7 @@ def summed(length: int, scaled: bool = True) -> SampleOrder:
 
 
 def assert_centered(features: Tensor, outer: SampleOrder | None = None, inner: SampleOrder | None = None) -> None:
-    """Compare what is left of the shift, and sums in float64, with the reference."""
+    """Compare the centered features and the float64 sums with the reference."""
     samples = math.prod(
         features.shape[axis] if order is None else len(order) for axis, order in ((0, outer), (2, inner))
     )
@@ -270,7 +270,7 @@ def assert_centered(features: Tensor, outer: SampleOrder | None = None, inner: S
     expected = reference_correlation.center(features, memory[1], outer, inner)
     tolerance = 1e-12 if memory.dtype == torch.float64 else 1e-6
     if features.dtype in TOLERANCE and any(order is not None and order.starts is not None for order in (outer, inner)):
-        tolerance = TOLERANCE[features.dtype]  # sums of halves are rounded
+        tolerance = TOLERANCE[features.dtype]  # sums of half types are rounded
     deviation = (expected.squares / samples).sqrt()
     assert found.rest is not None
     torch.testing.assert_close(found.rest, found.values.sum(1, dtype=torch.float64), rtol=1e-9, atol=1e-9)
@@ -349,7 +349,7 @@ def test_weight_vectors_are_gathered_during_summation(kind: str, monkeypatch: py
 @pytest.mark.parametrize("units", [1, 70])
 @pytest.mark.parametrize("balance", [None, 0.3, 0.8])
 def test_correlate(dtype: torch.dtype, units: int, balance: float | None) -> None:
-    """Blocks of one matrix: one with its mirror image elsewhere, one symmetric, one alone."""
+    """Blocks of one matrix: one with its transpose elsewhere, one symmetric, one alone."""
     torch.manual_seed(4)
     comoment = randn(units, units, dtype=torch.float64)
     row, column = rand(units, dtype=torch.float64), rand(units, dtype=torch.float64)
@@ -362,6 +362,6 @@ def test_correlate(dtype: torch.dtype, units: int, balance: float | None) -> Non
         correlate(comoment, row, column, 7, 0.05, off, result[units:, :units], other, share)
         correlate(comoment, row, column, 7, 0.05, diagonal, diagonal, other, share)
         correlate(comoment, row, column, 7, 0.05, result[units:, units:], None, other, share)
-    # The share is a float32 number for the kernel.
+    # The kernel reads the share as float32.
     tolerance = 1e-6 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(wide[0], wide[1], rtol=tolerance, atol=2 * tolerance)

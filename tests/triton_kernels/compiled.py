@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for GPUs that need not be there: registers, spills, widths of access."""
+"""Compiles Triton kernels for GPUs that need not be present and checks registers, spills and access widths."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ assert os.environ.get("TRITON_INTERPRET") != "1", "to be run by tests/test_trito
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
-#: What lets 4 programs of 128 threads share the 65536 registers of a multiprocessor.
-MOST_REGISTERS = 128
+#: Registers per thread with which 4 programs of 128 threads fit into the 65536 registers of a multiprocessor.
+MAX_REGISTERS = 128
 ALIGNED = [["tt.divisibility", 16]]
 KINDS = {"rows": (1, 0), "columns": (0, 1), "both": (1, 1), "clusters": (2, 2)}
 
 
 class Compiled:
-    """A kernel's code, and what its machine code takes."""
+    """The code of a kernel and the resources that it needs."""
 
     def __init__(self, kernel: Any, architecture: int, arguments: dict[str, Any], directory: Path) -> None:
         names = kernel.arg_names
@@ -56,7 +56,7 @@ class Compiled:
         self.registers, self.stack, self.local = map(int, found.groups())
 
     def accesses(self, instruction: str) -> list[int]:
-        """Return the bits that each access of the PTX to global memory moves."""
+        """Return the number of bits of each access to global memory in the PTX."""
         found = re.findall(instruction + r"\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", self.ptx)
         return [int(vector or 1) * int(bits) for vector, bits in found]
 
@@ -84,29 +84,29 @@ def merge_arguments(kinds: tuple[int, int], dtype: str, num_models: int, inner: 
 @pytest.mark.parametrize("kinds", KINDS)
 def test_merge(architecture: int, dtype: str, kinds: str, tmp_path: Path) -> None:
     compiled = Compiled(permute.merge_kernel, architecture, merge_arguments(KINDS[kinds], dtype, 2, 1, False), tmp_path)
-    compiled.assert_fits(MOST_REGISTERS)
+    compiled.assert_fits(MAX_REGISTERS)
     stores = compiled.accesses("st")
     assert stores
     assert set(stores) == {128}
     if kinds == "rows":
-        # Of both models the row numbers of four lines and four vectors a thread.
+        # For both models, the row numbers of four lines and four vectors per thread.
         assert compiled.accesses("ld") == [128] * 2 * (1 + 4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_copy_and_convolution(architecture: int, tmp_path: Path) -> None:
     copied = Compiled(permute.merge_kernel, architecture, merge_arguments((1, 0), "i16", 1, 1, True), tmp_path)
-    copied.assert_fits(MOST_REGISTERS)
+    copied.assert_fits(MAX_REGISTERS)
     assert copied.accesses("ld") == [128] * (1 + 4)
     assert set(copied.accesses("st")) == {128}
     kernels = Compiled(permute.merge_kernel, architecture, merge_arguments((1, 1), "fp32", 2, 9, False), tmp_path)
-    kernels.assert_fits(MOST_REGISTERS)
+    kernels.assert_fits(MAX_REGISTERS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("copies", [False, True])
 def test_group(architecture: int, copies: bool, tmp_path: Path) -> None:
-    """Rows of whole tensors are read and written by vectors, whatever else the launch does."""
+    """Whole rows are read and written in vectors, no matter what else the launch does."""
     dtype, num_models = ("i16", 1) if copies else ("bf16", 2)
     arguments = {
         "table": "*i64", "like": f"*{dtype}", "weights": ("fp32",) * num_models,
@@ -132,10 +132,10 @@ def test_group(architecture: int, copies: bool, tmp_path: Path) -> None:
     ids=str,
 )
 def test_center(architecture: int, dtype: str, by_unit: bool, kinds: tuple[int, int], tmp_path: Path) -> None:
-    """Convolutions and weights [units, samples], read unit by unit, and weights [samples, units]."""
+    """Covers convolutions and weights [units, samples], read unit by unit, and weights [samples, units]."""
     arguments = center_arguments(dtype, by_unit, kinds)
     compiled = Compiled(center.center_kernel, architecture, arguments, tmp_path)
-    compiled.assert_fits(MOST_REGISTERS)
+    compiled.assert_fits(MAX_REGISTERS)
     assert set(compiled.accesses("st")) == {128, 64}  # 64 bits are sums
     if kinds[1] == 0 and not (by_unit and 2 in kinds):
         numbers = arguments["BLOCK_UNITS"] * arguments["BLOCK_SAMPLES"]
@@ -146,7 +146,7 @@ def test_center(architecture: int, dtype: str, by_unit: bool, kinds: tuple[int, 
 @pytest.mark.parametrize("by_unit", [True, False])
 def test_shift(architecture: int, by_unit: bool, tmp_path: Path) -> None:
     arguments = center_arguments("fp32", by_unit, (0, 2) if by_unit else (2, 0)) | {"step": "i32", "total": "*fp64"}
-    Compiled(center.shift_kernel, architecture, arguments, tmp_path).assert_fits(MOST_REGISTERS)
+    Compiled(center.shift_kernel, architecture, arguments, tmp_path).assert_fits(MAX_REGISTERS)
 
 
 def center_arguments(dtype: str, by_unit: bool, kinds: tuple[int, int]) -> dict[str, Any]:
@@ -172,5 +172,5 @@ def test_correlate(architecture: int, dtype: str, tmp_path: Path) -> None:
         "EPS": 1e-7, "MIRRORED": True, "SYMMETRIC": False, "BLENDED": True, "BLOCK": 32,
     }  # fmt: skip
     compiled = Compiled(correlation.correlate_kernel, architecture, arguments, tmp_path)
-    compiled.assert_fits(MOST_REGISTERS)
+    compiled.assert_fits(MAX_REGISTERS)
     assert 128 in compiled.accesses("ld")
