@@ -1,6 +1,6 @@
-"""DETR's matcher of predictions and targets: transformers' own one sped up by a line, and one that stays on the device.
+"""DETR's matcher from transformers, accelerated by one line, and a matcher that stays on the device.
 
-Needs the packages transformers and scipy.
+It needs the packages transformers and scipy.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class DeviceMatcher:
-    """The same matching in one call for all images; neither costs nor pairs leave the device."""
+    """The same matcher with one call for all images. Costs and pairs stay on the device."""
 
     def __init__(self, class_cost: float, bbox_cost: float, giou_cost: float) -> None:
         self.class_cost, self.bbox_cost, self.giou_cost = class_cost, bbox_cost, giou_cost
 
     @torch.no_grad()
     def __call__(self, outputs: Outputs, targets: Targets) -> Pairs:
-        """Return prediction and target of each pair, for each image."""
+        """Return for each image the predictions and the targets of the pairs."""
         images = zip(outputs["logits"].softmax(-1), outputs["pred_boxes"], targets, strict=True)
         costs = [self.cost(probability, boxes, target) for probability, boxes, target in images]
         pairs = []
@@ -70,7 +70,7 @@ def make_batch(
 
 
 def main() -> None:
-    """Match a batch in three ways, and compare pairs and times."""
+    """Match a batch in three ways and compare the pairs and the times."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outputs, targets = make_batch(device)
     weights = {"class_cost": 1.0, "bbox_cost": 5.0, "giou_cost": 2.0}

@@ -10,7 +10,7 @@ from mudsc_fast.compat import mudsc as weight_fusion
 
 
 def network(seed: int) -> nn.Sequential:
-    """Return a small network; two that were trained apart stand here in practice."""
+    """Return a small network with random weights, in place of a trained one."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
 

@@ -1,4 +1,4 @@
-"""Weight matching by the interface of the git-re-basin ports, on networks that differ by the order of their units."""
+"""Weight matching with the interface of git-re-basin's PyTorch ports, on a network and a permuted copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mudsc_fast.compat.rebasin import PermutationSpec, apply_permutation, weight
 
 
 def main() -> None:
-    """Find the order in which a network's units were shuffled."""
+    """Permute the units of a network, find the permutation, and undo it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
     params_a = model.state_dict()
@@ -22,7 +22,7 @@ def main() -> None:
     found = weight_matching(spec, params_a, params_b, silent=True)
     restored = apply_permutation(spec, found, params_b)
     same = all(torch.equal(restored[name], tensor) for name, tensor in params_a.items())
-    print(f"the network is {'the same again' if same else 'another'}")
+    print("the network was restored" if same else "the network differs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A tool that calls scipy's assignment, as it is and sped up: one line around it."""
+"""A tool that calls SciPy's assignment, accelerated by one line around the call."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import mudsc_fast
 
 
 def someone_elses_tool(similarity: np.ndarray) -> float:
-    """Return the summed similarity of the best pairs; uses scipy only."""
+    """Return the total similarity of the best pairs, computed with SciPy only."""
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     return float(similarity[rows, columns].sum())
 
 
 def main() -> None:
-    """Run the tool both ways and show what was patched."""
+    """Run the tool without and with the patch, and show what was patched."""
     features = np.random.default_rng(0).standard_normal((2, 1000, 64))
     similarity = np.tanh(features[0] @ features[1].T / 8)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""ZipIt's matching from mudsc_fast: in ZipIt's scripts only the import changes."""
+"""ZipIt's matching function from mudsc_fast. In ZipIt's scripts only the import changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mudsc_fast.compat.zipit import CovarianceMetric, match_tensors_zipit
 
 
 def main() -> None:
-    """Cluster the units of two layers that compute partly the same."""
+    """Cluster the units of two layers that share some features."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(48, 2000, generator=generator)
     layers = [

@@ -11,7 +11,7 @@ SHOWN = {
     "with_detr": "the same pairs for 16 images",
     "with_zipit": "64 clusters, ",
     "with_mudsc": "merged (128, 64) units: 10 outputs",
-    "with_rebasin": "the network is the same again",
+    "with_rebasin": "the network was restored",
     "with_pleas": "200 of 200 units found",
 }
 
