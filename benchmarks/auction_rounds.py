@@ -1,13 +1,18 @@
-"""Count rounds and bids of the CUDA auction of one large assignment on a CPU, without a device and without its timing.
+"""Count the rounds and bids of the CUDA auction on a CPU, for one large assignment at a time.
 
     MUDSC_BENCHMARK_SIZES=1024,4096 python benchmarks/auction_rounds.py
 
-The rounds are those of csrc/cuda_sim/auction_rounds.cpp, which agrees with the kernel to the bit (tests). `rounds` are
-followed by a barrier of the whole device each; `bids` read a row each, `reads` is their number in reads of the matrix;
-`small` is the share of rounds with fewer bidders than an H100 has multiprocessors. Then the paths on the host are
-searched, on lists made here in the device's place: `left` rows without a column, `lists` requests that the device would
-serve, with `relisted` rows in all, and the host's own milliseconds on one core of this machine. Every result is proven.
-Needs the simulator: pip install . --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
+The rounds are those of csrc/cuda_sim/auction_rounds.cpp, which tests compare with the kernel bit for bit. Columns:
+
+- `rounds`: number of rounds, each followed by a barrier of the whole device;
+- `bids`: number of bids, each of which reads a row, and `reads`, the same in reads of the whole matrix;
+- `small`: share of rounds with fewer bidders than an H100 has multiprocessors;
+- `left`: rows without a column that are left to the path searches on the host;
+- `lists`: requests of the host for new lists, with `relisted` rows in all. Here, torch makes the lists;
+- the time of the host in milliseconds on one core of this machine.
+
+Every result is proven optimal. The script needs the simulator:
+pip install . --config-settings=cmake.define.MUDSC_CUDA_SIMULATOR=ON
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ SIZES = tuple(map(int, os.environ.get("MUDSC_BENCHMARK_SIZES", "1024,2048,4096,8
 FAMILIES = ("independent", "uniform", "low_rank", "dead_units", "planted", "integer_ties", "gated", "zero_one")
 #: Wider perceptrons take minutes to train.
 LARGEST_TRAINED = 2048
-#: In a block of the kernel that makes lists.
+#: Threads in a block of the kernel that makes lists.
 THREADS = 256
 COLUMNS = ("n", "family", "rounds", "bids", "reads", "small", "left", "lists", "relisted", "host ms")
 

@@ -1,4 +1,4 @@
-"""Assignment: `linear_assignment` against scipy and every other installed solver, on one thread, in one run.
+"""Assignment: `linear_assignment` compared with scipy and all other installed solvers, on one thread, in one run.
 
 Every result is a permutation whose objective, in float64, is that of scipy (unless scipy is skipped at that size) and
 is proven by its own duals, checked entry for entry. A table for each size gives the shortest times in milliseconds, the
@@ -12,11 +12,11 @@ MUDSC_BENCHMARK_SIZES
     Sizes n, ascending, 64 to 16384 (1 GB a matrix); by default 64 to 2048. The largest is that of the measurements of
     warm start, instruction levels, threads and memory.
 MUDSC_BENCHMARK_SECONDS
-    A peer is skipped where eight times its time on the leading quarter of the matrix exceeds this; by default 20.
+    A peer is skipped if eight times its time on the leading quarter of the matrix exceeds this (default: 20).
 MUDSC_BENCHMARK_CACHE, MUDSC_BENCHMARK_DATA
     See families.py.
 
-Peers are given the negated matrix, made beforehand, as contiguous float32, and run with their own defaults.
+Peers get the negated matrix, computed beforehand, as contiguous float32, and run with their defaults.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from mudsc_fast import Assignment, linear_assignment
 SIZES = tuple(map(int, os.environ.get("MUDSC_BENCHMARK_SIZES", "64,128,256,512,1024,2048").split(",")))
 LARGEST = max(SIZES)
 MOST_SECONDS = float(os.environ.get("MUDSC_BENCHMARK_SECONDS", "20"))
-#: Below this a peer is run without asking how long it takes.
+#: Up to this size a peer is run without an estimate of its time.
 ALWAYS_RUN = 512
-#: How far float64 sums may lie from each other, in units of the sum of the assigned entries' magnitudes.
+#: Tolerance between float64 sums, relative to the sum of the magnitudes of the assigned entries.
 ROUNDING = 1e-12
 SMALL = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 #: Families of small matrices: one optimum, ties everywhere, and rows and columns that can exchange their partners.
@@ -56,8 +56,8 @@ SMALL_FAMILIES = ("independent", "integer_ties", "dead_units")
 BATCH, BATCH_SIZE = 1024, 128
 THREADS = (1, 2)
 
-#: Prints by how many bytes a solve raises resident memory at its peak. The peak is reset before, since that of starting
-#: Python may lie above what is resident later.
+#: Prints by how many bytes a solve raises the peak of resident memory. The peak is reset first, because starting
+#: Python may need more memory than is resident later.
 MEMORY_PROGRAM = """
 import pathlib, sys
 import numpy, torch, mudsc_fast
@@ -217,7 +217,7 @@ def check(similarity: Tensor, result: Assignment) -> None:
 
 
 def within_limit(peer: peers.Peer, cost: peers.Cost, budget: float = 0.05) -> tuple[float, peers.Columns | None]:
-    """Return a peer's shortest time and columns, or infinity where it is expected to exceed its limit."""
+    """Return a peer's shortest time and its columns, or infinity if it is expected to exceed its limit."""
     if len(cost) > ALWAYS_RUN:
         half = len(cost) // 2
         seconds, _ = within_limit(peer, np.ascontiguousarray(cost[:half, :half]), budget=0.0)
@@ -227,7 +227,7 @@ def within_limit(peer: peers.Peer, cost: peers.Cost, budget: float = 0.05) -> tu
 
 
 def measure_peers(similarity: Tensor, own: Assignment) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the peers' times and versions, having compared their objectives with ours."""
+    """Return the peers' times and versions. Their objectives are compared with ours."""
     cost = (-similarity).numpy()
     expected = float(objective(similarity, own.columns))
     allowed = ROUNDING * magnitude(similarity, own.columns)
@@ -287,7 +287,7 @@ def test_hard_families(benchmark: Benchmark, table: Table) -> None:
 @pytest.mark.parametrize("family", SMALL_FAMILIES)
 @pytest.mark.parametrize("size", SMALL)
 def test_call_overhead(benchmark: Benchmark, size: int, family: str, dtype: str, function: str) -> None:
-    """Measure small matrices, of which the least cost the call more than the search; given and returned as scipy's."""
+    """Measure small matrices, for which the call takes longer than the search, with scipy's arguments and results."""
     benchmark.group = f"assignment, call overhead, n = {size}"
     similarity = families.load(family, size).astype(dtype)
     solve = getattr(mudsc_fast, function)
@@ -336,7 +336,7 @@ def test_batch(benchmark: Benchmark, threads: int) -> None:
 @pytest.mark.parametrize("size", [size for size in (2048, 4096) if size <= LARGEST] or [LARGEST])
 @pytest.mark.parametrize("family", ["independent", "activations_2"])
 def test_warm_start(benchmark: Benchmark, family: str, size: int) -> None:
-    """Solve a matrix again after noise of 1 % of its spread, with and without the earlier duals."""
+    """Solve a matrix again after adding noise of 1 % of its standard deviation, with and without the earlier duals."""
     benchmark.group = f"assignment, warm start, n = {size}"
     similarity = torch.from_numpy(families.load(family, size))
     earlier = linear_assignment(similarity)
@@ -355,7 +355,7 @@ def test_warm_start(benchmark: Benchmark, family: str, size: int) -> None:
 
 @pytest.mark.parametrize("family", ["independent", "activations_2"])
 def test_instruction_levels(benchmark: Benchmark, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure what the kernel loses where a processor has fewer instructions."""
+    """Measure how much slower the kernel is with lower instruction levels."""
     benchmark.group = f"assignment, instruction levels, n = {LARGEST}"
     similarity = torch.from_numpy(families.load(family, LARGEST))
     best_seconds, result = run(benchmark, lambda: linear_assignment(similarity))
@@ -388,7 +388,7 @@ def test_two_threads(benchmark: Benchmark, family: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("family", ["independent", "activations_2"])
 def test_peak_memory(benchmark: Benchmark, family: str) -> None:
-    """Measure, in a process of its own, by how much a solve raises the peak of memory."""
+    """Measure by how much a solve raises the peak of memory, in a separate process."""
     benchmark.group = f"assignment, memory, n = {LARGEST}"
     path = families.path_of(family, LARGEST)
     package = Path(mudsc_fast.__file__).parents[1]

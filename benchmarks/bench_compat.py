@@ -1,10 +1,10 @@
-"""The matching step of other libraries, with and without mudsc_fast, in one process, on one core.
+"""The matching steps of other libraries, with and without mudsc_fast, in one process on one core.
 
     pytest benchmarks/bench_compat.py --benchmark-only -s
 
-For libraries that cannot be installed the step is written out here from its formula; ``rebasin`` is measured itself if
-it is installed (``pip install rebasin``). Every benchmark checks that both give the same result and records the seconds
-before and after, and their ratio, in its extra information.
+For libraries that cannot be installed, this file implements the step from its formula. ``rebasin`` itself is measured
+if it is installed (``pip install rebasin``). Every benchmark checks that both results are equal, and records both times
+in seconds and their ratio in its extra information.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_scipy(benchmark: Benchmark) -> None:
 @pytest.mark.parametrize("limit", [None, 0.8])
 @pytest.mark.parametrize("shape", [(10, 12), (50, 60)])
 def test_lapjv(benchmark: Benchmark, shape: tuple[int, int], limit: float | None) -> None:
-    """Compare the sizes of trackers, in CPU time: other work on the machine would decide the ratio otherwise."""
+    """Compare the CPU times at sizes of trackers; other work on the machine would distort ratios of wall times."""
     package = pytest.importorskip("lap", reason="pip install lapx, or lap")
     costs = np.random.default_rng(0).random(shape)
     options: dict[str, Any] = {"extend_cost": True} if limit is None else {"extend_cost": True, "cost_limit": limit}

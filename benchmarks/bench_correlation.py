@@ -1,11 +1,12 @@
 """Streaming correlation against torch's matrix products and the published accumulator, on this machine's devices.
 
-What is measured is an update of two models' features, "cross": for float32, 2 T C^2 operations and the sums, from
-features that lie [T, C]. Beside it, in the same run: torch.mm alone, in float32, with TF32 and in bfloat16 (no mean, no
-sums of squares, no NaN), and the accumulator as published, the second moment of both models' units together. The
-result is compared with float64 on some of the units. On a device of compute capability 9.0 this is done with wgmma and
-with mma.sync. The floor of an update is, on a GPU, three products in TF32 for
-float32 and one in bfloat16 for that, on a CPU one in float32; of finalize, the time to copy as many bytes.
+The benchmark measures an update with the features [T, C] of two models and ``blocks="cross"``: in float32, 2 T C^2
+operations and the sums. In the same run it measures torch.mm alone in float32, TF32 and bfloat16 (without means, sums
+of squares and checks for NaN), and the published accumulator, which takes the second moment of the units of both models
+together. Some units are compared with float64. On a device of compute capability 9.0, wgmma and mma.sync are measured.
+
+The lower bound of an update is one product in float32 on a CPU; on a GPU it is three products in TF32 for float32, and
+one product in bfloat16 for bfloat16. The lower bound of finalize is the time to copy as many bytes.
 
     pytest benchmarks/bench_correlation.py --benchmark-only --benchmark-columns=min,mean,rounds -s
 """
@@ -27,10 +28,10 @@ from mudsc_fast.ops.correlation import CorrelationAccumulator
 
 NUM_MODELS = 2
 ROUNDS = 5
-#: Units whose correlations are compared with float64, and the error allowed.
+#: Number of units whose correlations are compared with float64, and the tolerance.
 CHECKED = 64
 MOST_ERROR = {torch.float32: 1e-6, torch.bfloat16: 1e-6}
-#: Small sizes on a CPU, as a check; sizes of real networks on a GPU.
+#: Small sizes on a CPU, and sizes of real networks on a GPU.
 SIZES = [("cpu", 256, 8192), ("cpu", 768, 8192)]
 if torch.cuda.is_available():
     SIZES += [("cuda", units, 65536) for units in (768, 2048, 4096, 8192)]
@@ -51,7 +52,7 @@ def features_of(device: str, units: int, samples: int, dtype: torch.dtype) -> li
 
 
 def seconds(device: str, call: Callable[[], object]) -> float:
-    """Return the shortest time of a call, until the device is done."""
+    """Return the shortest time of a call, including the wait for the device."""
     shortest = float("inf")
     for _ in range(ROUNDS + 1):  # the first one warms up
         begin = time.perf_counter()
@@ -74,7 +75,7 @@ def tf32() -> Iterator[None]:
 
 
 def published(features: list[Tensor]) -> Tensor:
-    """Return the correlation as the published accumulator takes it: mean and second moment of all units together."""
+    """Return the correlation as the published accumulator computes it: from the mean and second moment of all units."""
     units = torch.cat([one.T for one in features])
     mean = units.mean(1)
     covariance = units @ units.T / units.shape[1] - torch.outer(mean, mean)
@@ -83,7 +84,7 @@ def published(features: list[Tensor]) -> Tensor:
 
 
 def error_of(result: Tensor, features: list[Tensor]) -> float:
-    """Return the largest error of the first units' correlations."""
+    """Return the largest error among the correlations of the first units."""
     first, second = (one[:, :CHECKED].double() - one[:, :CHECKED].double().mean(0) for one in features)
     exact = first.T @ second / torch.outer(first.norm(dim=0), second.norm(dim=0))
     return float((result[:CHECKED, :CHECKED].double() - exact).abs().max())

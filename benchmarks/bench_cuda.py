@@ -1,17 +1,19 @@
-"""The CUDA and Triton kernels on a device: times beside their floors, torch, scipy and the kernels on the CPU.
+"""The CUDA and Triton kernels on a device, compared with lower bounds, torch, scipy and the kernels on the CPU.
 
     python benchmarks/bench_cuda.py [--smoke] OUTPUT_FOLDER
 
-Writes `cuda.json` and a table, `cuda.md`, after every row, the most important rows first; --smoke measures the first
-eight, one for each kind of kernel. Times are medians of wall time after warm-up, including the wait for the device, on
-random inputs. Before a row is timed its result is compared with that of the kernels on the CPU or, for correlations and
-re-indexed tensors, with torch's in float64 or by `index_select`. A floor is the bytes that must be moved over the
-measured rate of a large copy; for a correlation it is the time of its products on tensor cores by torch, if longer.
-`copied_ms` is what a device tensor takes through the host's memory and the kernels on the CPU.
+The script writes `cuda.json` and a table, `cuda.md`, after every row. The most important rows come first; --smoke
+measures the first eight, one for each kind of kernel. Times are medians of wall time after warm-up on random inputs,
+including the wait for the device. Before a row is timed, its result is compared with that of the kernels on the CPU,
+or with torch's: in float64 for correlations, and of `index_select` for re-indexed tensors.
 
-Rows are measured by a second process. If it fails, hangs or loses the device, the row's `error` says what went wrong,
-and another process continues behind it. `MUDSC_BENCHMARK_SECONDS` ends the run (240 by default); rows for which there
-was no time are counted in `not_measured`.
+A floor is a lower bound: the bytes that must be moved, divided by the measured rate of a large copy. For a correlation
+it is the time of torch for the products on tensor cores, if that is longer. `copied_ms` is the time for a device tensor
+that is copied to the host and computed by the kernels on the CPU.
+
+A second process measures the rows. If it fails, hangs or loses the device, the row's `error` gives the reason, and
+another process continues with the next row. The run ends after `MUDSC_BENCHMARK_SECONDS` (240 by default); rows that
+were not reached are counted in `not_measured`.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ LARGEST_FOR_SCIPY, LARGEST_FOR_CPU, LARGEST_FOR_COPY = 2048, 8192, 4096
 SMOKE_ROWS = 8
 #: Time limit of a row in seconds.
 SECONDS_OF_A_ROW = 45
-#: Seconds that a row may take after the time limit if it began before.
+#: Seconds that a row may continue after the time limit of the run.
 GRACE = 10
 #: Number of samples of a row's features, large enough that the products dominate.
 SAMPLES = 65536
-#: Error of a correlation that float32 sums explain.
+#: Tolerance of a correlation, for rounding in float32 sums.
 MAX_ERROR = 3e-6
 
 Row = dict[str, Any]
@@ -85,7 +87,7 @@ def floor_milliseconds(read_and_written: int, rate: float) -> float:
 
 
 def check(row: Row, is_right: bool, what: str) -> None:
-    """Record a wrong result; the row is timed anyway."""
+    """Record a wrong result. The row is timed anyway."""
     if not is_right:
         row["error"] = f"wrong result: {what}"
 

@@ -1,11 +1,11 @@
-"""The whole merge against the way it was published, in one process, on one core.
+"""Whole merges compared with the published procedure, in one process on one core.
 
     pytest benchmarks/bench_merge.py --benchmark-only -s --benchmark-json=new.json
     python benchmarks/compare.py benchmarks/results/merge.json new.json
 
-Every benchmark merges one pair of networks (see benchmarks/merge_cases.py) both ways, checks that the objectives agree,
-and records the seconds of each phase, the ratios, and the memory beyond models and data. The published way takes ten
-minutes for a zip of 1024 units a layer and longer for LLaMA's block: MUDSC_BENCHMARK_LARGE=1 asks for these.
+Every benchmark merges one pair of networks (see benchmarks/merge_cases.py) in both ways, checks that the objectives
+agree, and records the seconds of each phase, the ratios, and the memory beyond models and data. MUDSC_BENCHMARK_LARGE=1
+adds the zips of 1024 units per layer, for which the published procedure takes ten minutes, and LLaMA's block.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_merge(benchmark: Benchmark, name: str, mode: Any, space: Any, balance: 
 
 @pytest.mark.skipif(not LARGE, reason="takes 8 GB and minutes: set MUDSC_BENCHMARK_LARGE=1")
 def test_llama_block(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights only; measured against the time in torch's matrix products, without which no similarity is."""
+    """Compare a merge by weights with the time of torch's matrix products, which every similarity needs."""
     benchmark.group = "merge, llama block, align, weight"
     case = llama_block_pair()
     in_products = 0.0
@@ -120,7 +120,7 @@ def test_llama_block(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _check_agreement(ours: mudsc_fast.MergeResult, published_objective: float) -> None:
-    """Both searches climb the same objective; rounding may lead them to other local optima close by."""
+    """Both searches maximize the same objective, but rounding may lead them to different local optima."""
     assert max(ours.objectives) == pytest.approx(published_objective, rel=0.02)
 
 
@@ -143,7 +143,7 @@ def _activation_floor(case: Case, mode: str) -> float:
         _seconds_of_forward([model], case.batches)
         for handle in handles:
             handle.remove()
-    pairs = {"align": 1.0, "zip": 2.0}[mode]  # of a zip: half of two by two blocks
+    pairs = {"align": 1.0, "zip": 2.0}[mode]  # a zip needs half of two by two blocks
     products = sum(2.0 * pairs * units[node] ** 2 * samples[node] for node in case.spec.nodes)
     return forward + products / _matrix_rate()
 

@@ -1,9 +1,9 @@
-"""Permute: the C++ kernel against what torch offers for the same, and against the bytes that must be moved.
+"""Permute: the C++ kernel compared with functions of torch and with the time to move the same bytes.
 
-Every case is checked, and measured in one run with its peers and its floor: the time to copy as many bytes as the sum
-reads and writes, from the faster of torch's `copy_` and a copy that writes past the caches (`permute_merge` without
-maps), both of one tensor to one that exists. The share of the copy's bandwidth is of writing to a result that exists;
-peers, which allocate theirs, are compared with the same call that allocates its own.
+Every case is checked, and measured in one run with its peers and its lower bound: the time to copy as many bytes as the
+call reads and writes. The copy is the faster of torch's `copy_` and one that bypasses the caches (`permute_merge`
+without maps), both into an existing tensor. The share of the copy's bandwidth is that of a call with `out`. Peers
+allocate their results and are compared with a call that allocates its result too.
 
     pytest benchmarks/bench_permute.py --benchmark-only --benchmark-columns=min,mean,rounds -s
 
@@ -28,7 +28,7 @@ from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge
 SIZE = int(os.environ.get("MUDSC_BENCHMARK_SIZE", "4096"))
 THREADS = int(os.environ.get("MUDSC_BENCHMARK_THREADS", "1"))
 AXES = {"rows": (0,), "columns": (1,), "both": (0, 1)}
-#: Least share of the copy's bandwidth for one tensor, and times that a product with dense matrices takes.
+#: Minimum share of the copy's bandwidth for one tensor, and minimum speedup over a product with dense matrices.
 LEAST_BANDWIDTH = {"rows": 0.8, "columns": 0.5, "both": 0.0}
 LEAST_DENSE = 5.0
 
@@ -54,7 +54,7 @@ def seconds(call: Callable[[], object], rounds: int = 7) -> float:
 
 
 def in_turns(call: Callable[[], object], tensor: Tensor, copy: Tensor) -> tuple[float, float]:
-    """Return the shortest times of a call and of a copy, in turns: what else the machine does then meets both."""
+    """Return the shortest times of a call and of a copy, measured in turns, so that other load affects both alike."""
     here = copied = float("inf")
     for _ in range(3):
         here = min(here, seconds(call))
@@ -153,7 +153,7 @@ def test_in_place(benchmark: Benchmark, axes: str) -> None:
     print(f"\n{benchmark.group}: {dict(benchmark.extra_info)}")
 
 
-#: Shapes of weights, biases and features, small, odd and large.
+#: Shapes of weights, biases and features: small, odd and large ones.
 SHAPES = (
     (64,),
     (64, 64),
@@ -203,7 +203,7 @@ def cases_of(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor], Ca
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_many_shapes(benchmark: Benchmark, dtype: torch.dtype) -> None:
-    """Calls that allocate their results against chains of `index_select` and `index_add_` that do, in turns."""
+    """Compare calls that allocate their results with chains of `index_select` and `index_add_`, in turns."""
     benchmark.group = f"permute, many shapes, {dtype}"
     torch.manual_seed(0)
     ratios = {}

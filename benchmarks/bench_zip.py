@@ -1,11 +1,11 @@
-"""Zip: the C++ kernel against the literal PyTorch procedure, on correlations of features, on one core.
+"""Zip: the C++ kernel compared with the procedure in plain PyTorch, on correlations of features, on one core.
 
-Every benchmark checks its result and records in its extra information how it compares with what was measured beside it
-in the same run: the reference, and the floor, which is the time to copy the similarity once.
+Every benchmark checks its result. Its extra information has the ratios to two times measured in the same run: that of
+the reference, and a lower bound, which is the time to copy the similarity once.
 
     pytest benchmarks/bench_zip.py --benchmark-only --benchmark-columns=min,mean,rounds -s
 
-MUDSC_BENCHMARK_LARGE=1 adds C = 8192, a similarity of 1 GB: making it takes another 2 GB of memory.
+MUDSC_BENCHMARK_LARGE=1 adds C = 8192, whose similarity has 1 GB; computing it takes another 2 GB of memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mudsc_fast.ops.zip import ZipResult, zip_units
 NUM_MODELS = 2
 COMPARED = (256, 512)
 ALONE = (2048, 8192) if os.environ.get("MUDSC_BENCHMARK_LARGE") else (2048,)
-#: Times that the kernel must keep at C units per model: at most so many seconds, so many times the reference's speed.
+#: Limits for C units per model: maximum seconds, and minimum speedup over the reference.
 MOST_SECONDS = {2048: 0.5, 8192: 5.0}
 LEAST_SPEEDUP = {512: 100.0}
 
@@ -62,7 +62,7 @@ def by_reference(similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def record_floor(benchmark: Benchmark, similarity: Tensor, kernel_seconds: float) -> None:
-    """Record the time to copy the similarity, which is to be read at least once, and the distance from it."""
+    """Record the time to copy the similarity, which must be read at least once, and the ratio to it."""
     copy = torch.empty_like(similarity).zero_()
     copy_seconds, _ = seconds(lambda: copy.copy_(similarity), rounds=5)
     benchmark.extra_info["similarity_bytes"] = similarity.nbytes

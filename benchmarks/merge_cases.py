@@ -37,11 +37,11 @@ class Case:
     models
         The networks; modules if the case uses activations.
     spec
-        Their axes map.
+        Their specification.
     batches
-        What activations are taken of; None for a merge by weights alone.
+        Inputs for the activations; None for a merge by weights alone.
     accuracy
-        Mean accuracy of a network over both tasks, in percent, where the networks were trained.
+        Returns the mean accuracy of a network over both tasks in percent; None for networks that were not trained.
     """
 
     models: Sequence[nn.Module]
@@ -51,7 +51,7 @@ class Case:
 
 
 def mnist_pair() -> Case:
-    """Return two networks 784-1024-1024-1024-512, trained to say whether a digit is prime and whether it is odd."""
+    """Return two networks 784-1024-1024-1024-512. One is trained to detect prime digits, the other odd digits."""
     train, train_digits, test, test_digits = _mnist()
     generator = torch.Generator().manual_seed(0)
     vectors = functional.normalize(torch.randn(2, 2, 512, generator=generator), dim=2)
@@ -155,7 +155,7 @@ class _ResNet20(nn.Module):
 
 
 def mlp(widths: Sequence[int], seed: int) -> nn.Sequential:
-    """Return a network of linear layers ``fc1``, ``fc2``, ... with rectifiers between."""
+    """Return a network of linear layers ``fc1``, ``fc2``, ... with ReLUs between them."""
     torch.manual_seed(seed)
     model = nn.Sequential()
     for layer, (width_in, width_out) in enumerate(itertools.pairwise(widths), start=1):

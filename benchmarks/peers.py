@@ -1,6 +1,6 @@
-"""Other solvers of the assignment problem, as far as they are installed, behind one signature: cost to columns.
+"""The other assignment solvers that are installed, with one signature: from costs to columns.
 
-Two distributions, lap and lapx, share the module name `lap`; whichever was installed last is measured, under its own
+The distributions lap and lapx share the module name `lap`. The one that was installed last is measured, under its own
 name.
 """
 

@@ -1,8 +1,8 @@
-"""The merge as it was published: the slow side of benchmarks/bench_merge.py.
+"""The published procedure, with which benchmarks/bench_merge.py compares.
 
-Written from the description in Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024: dense permutation and
-cluster matrices multiplied into every tensor, whole correlation matrices, scipy's assignment, the greedy loop with a
-search of the whole matrix for every merge, and every node recomputed in every sweep.
+It is written from the description in Xu et al., "Training-Free Pretrained Model Merging", CVPR 2024: every tensor is
+multiplied by dense permutation or cluster matrices, correlation matrices are computed as a whole, scipy solves the
+assignments, the greedy loop searches the whole matrix for every merge, and every sweep recomputes every node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Published:
     spec, models, mode, balance
         As for :func:`mudsc_fast.merge`.
     seconds
-        Of each phase.
+        Seconds of each phase.
     merges, unmerges
         For each node [models * units, units]: the matrices of axes that produce and that consume its units.
     """
