@@ -30,7 +30,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -164,12 +164,6 @@ def cifar_case(pair: Sequence[str], images: str, vectors: str, test_images: int)
     )
 
 
-def in_order(found: mudsc_fast.NodeMatching) -> mudsc_fast.NodeMatching:
-    """Return the matching of units with the same index."""
-    units = torch.arange(found.cluster_of_unit.shape[1])
-    return replace(found, cluster_of_unit=units.expand(found.cluster_of_unit.shape).clone())
-
-
 def reset(model: nn.Module | None, case: Case) -> nn.Module:
     """Return a copy with BatchNorm statistics recomputed."""
     assert model is not None
@@ -258,10 +252,25 @@ def pleas(aligned: Sequence[nn.Module], merged: nn.Module, case: Case) -> nn.Mod
     return reset(result, case)
 
 
-def fine_tuned(merged: nn.Module, case: Case, seconds: float) -> nn.Module:
-    """Train the merge on the parents' mean outputs for some seconds with each of three rates, and return the best."""
+def fine_tuned(
+    merged: nn.Module, case: Case, seconds: float, own: Sequence[Sequence[Tensor]] | None = None
+) -> nn.Module:
+    """Train the merge on the parents' mean outputs for some seconds with each of three rates, and return the best.
+
+    With batches of each network's own data, the targets are the outputs of that network.
+    """
     with torch.no_grad():
-        targets = [mean_output(case, batch) for batch in case.batches]
+        if own is None:
+            batches = list(case.batches)
+            targets = [mean_output(case, batch) for batch in batches]
+        else:
+            owned = [
+                (batch, model)
+                for turn in zip(*own, strict=True)
+                for batch, model in zip(turn, case.models, strict=True)
+            ]
+            batches = [batch for batch, _ in owned]
+            targets = [model(batch) for batch, model in owned]
     best: tuple[float, nn.Module] | None = None
     for rate in (3e-4, 1e-3, 3e-3):
         model = reset(merged, case)
@@ -270,15 +279,15 @@ def fine_tuned(merged: nn.Module, case: Case, seconds: float) -> nn.Module:
         step, loss = 0, 0.0
         model.train()
         while time.thread_time() < ends:
-            index = step % len(case.batches)
-            error = functional.mse_loss(model(case.batches[index]), targets[index])
+            index = step % len(batches)
+            error = functional.mse_loss(model(batches[index]), targets[index])
             optimizer.zero_grad()
             error.backward()
             optimizer.step()
             step += 1
         model.eval()
         with torch.no_grad():
-            loss = sum(float(functional.mse_loss(model(x), t)) for x, t in zip(case.batches, targets, strict=True))
+            loss = sum(float(functional.mse_loss(model(x), t)) for x, t in zip(batches, targets, strict=True))
         if best is None or loss < best[0]:
             best = (loss, model)
     assert best is not None  # of three
@@ -315,9 +324,9 @@ def floor(models: Sequence[nn.Module], batches: Sequence[Tensor], layers: Sequen
         seconds.append(cpu_seconds(lambda: [model(batch) for model in laid_out for batch in images])[1])  # noqa: B023
     total = min(seconds)
     for layer in layers:
-        samples = torch.randn(layer.samples, layer.inputs + layer.outputs)
-        accumulator = mudsc_fast.ops.CorrelationAccumulator(1, samples.shape[1], blocks="full")
-        total += cpu_seconds(accumulator.update, samples)[1]
+        inputs, residuals = torch.randn(layer.samples, layer.inputs), torch.randn(layer.samples, layer.outputs)
+        accumulator = mudsc_fast.ops.CorrelationAccumulator(1, layer.inputs, blocks="full")
+        total += cpu_seconds(accumulator.update, inputs)[1] + cpu_seconds(torch.mm, inputs.T, residuals)[1]
     return total
 
 
@@ -374,35 +383,41 @@ def main() -> None:
     elif options.case == "mnist":
         compare(mnist_case(), "repair", others=not options.refit_only)
     else:
+        tables = []
         for pair in options.pair:
             print(" ".join(pair))
             case = cifar_case(pair, options.images, options.vectors, options.test_images)
-            compare(case, "batch norm", others=not options.refit_only)
+            tables.append(compare(case, "batch norm", others=not options.refit_only))
+        print_means(tables)
 
 
-def compare(case: Case, repaired_by: str, *, others: bool) -> None:
+#: Accuracy in percent, and CPU seconds if they were measured, by method.
+Table = dict[str, tuple[float, float | None]]
+
+
+def compare(case: Case, repaired_by: str, *, others: bool) -> Table:
     """Measure and print the accuracies of one pair of networks."""
     statistics = mudsc_fast.collect_statistics(case.models, case.batches)
+    table: Table = {}
 
-    def show(method: str, network: Callable[[Tensor], Tensor], seconds: float | None = None) -> None:
+    def show(method: str, network: Callable[[Tensor], Tensor] | None, seconds: float | None = None) -> None:
+        assert network is not None
         with torch.no_grad():
-            shown = "" if seconds is None else f"{seconds:8.2f}"
-            print(f"{method:<38} {case.accuracy(network):6.2f} {shown}", flush=True)
+            table[method] = (case.accuracy(network), seconds)
+        print(f"{method:<38} {table[method][0]:6.2f} {'' if seconds is None else f'{seconds:8.2f}'}", flush=True)
 
     print(f"{'method':<38} {'accuracy':>6} {'CPU s':>6}")
     for index, accuracy in enumerate(case.alone):
+        table[f"network {index} on its own classes"] = (accuracy, None)
         print(f"network {index} on its own classes         {accuracy:6.2f}")
     show("ensemble", lambda x: mean_output(case, x))
-    spec = statistics.spec
-    mean = {
-        name: torch.stack([model.state_dict()[name].float() for model in case.models]).mean(0).to(tensor.dtype)
-        for name, tensor in case.models[0].state_dict().items()
-    }
-    averaged = copy.deepcopy(case.models[0])
-    averaged.load_state_dict(mean)
-    show("average", reset(averaged, case))
     for space, mode, balance in MATCHINGS:
-        matching = mudsc_fast.match(case.models, statistics, spec=spec, mode=mode, balance=balance)
+        matching = mudsc_fast.match(case.models, statistics, spec=statistics.spec, mode=mode, balance=balance)
+        if mode == "align":
+            average = matching.without_matching().merge(case.models)
+            show("average", reset(average.model, case))
+            refitted, seconds = cpu_seconds(mudsc_fast.refit, average, case.models, case.batches)
+            show("average, refit", refitted.model, seconds)
         merged = matching.merge(case.models)
         assert merged.model is not None
         method = f"{space} {mode}"
@@ -410,10 +425,6 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> None:
         if repaired_by == "repair":
             repaired, seconds = cpu_seconds(mudsc_fast.repair, merged, case.models, case.batches)
             show(f"{method}, REPAIR", repaired.model, seconds)
-        if mode == "align":
-            unmatched = replace(matching, nodes={node: in_order(found) for node, found in matching.items()})
-            refitted, seconds = cpu_seconds(mudsc_fast.refit, unmatched.merge(case.models), case.models, case.batches)
-            show("average, refit", refitted.model, seconds)
         if mode == "align" and others:
             aligned = [case.models[0], matching.permute(case.models[1], 1)]
             for name, function in (("RegMean", regmean), ("PLeaS", pleas)):
@@ -422,13 +433,30 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> None:
         refitted, seconds = cpu_seconds(mudsc_fast.refit, merged, case.models, case.batches)
         show(f"{method}, refit", refitted.model, seconds)
         if others and space == "dual":
-            show(f"{method}, fine-tuned", fine_tuned(merged.model, case, seconds), seconds)
+            show(f"{method}, fine-tuned", fine_tuned(merged.model, case, seconds), 3 * seconds)
         for count in (500, 1500) if case.own else ():
-            own = [iter(batches(count)) for batches in case.own]
+            own = [batches(count) for batches in case.own]
             refitted, seconds = cpu_seconds(
-                lambda: mudsc_fast.refit(merged, case.models, own, max_samples=None)  # noqa: B023
+                lambda: mudsc_fast.refit(merged, case.models, [iter(part) for part in own], max_samples=None)  # noqa: B023
             )
             show(f"{method}, refit, own data, {2 * count}", refitted.model, seconds)
+            if others and (space, mode) == ("dual", "zip"):
+                tuned = fine_tuned(merged.model, case, seconds, own)
+                show(f"{method}, fine-tuned, own data, {2 * count}", tuned, 3 * seconds)
+    return table
+
+
+def print_means(tables: Sequence[Table]) -> None:
+    """Print a Markdown table of all pairs, with the mean accuracy and its standard error, and the mean CPU seconds."""
+    print("| method | " + " | ".join(f"pair {index}" for index in range(len(tables))) + " | mean | CPU s |")
+    print("| --- " * (len(tables) + 3) + "|")
+    for method in tables[0]:
+        accuracies = [table[method][0] for table in tables]
+        seconds = [table[method][1] for table in tables]
+        error = float(np.std(accuracies, ddof=1)) / math.sqrt(len(tables)) if len(tables) > 1 else math.nan
+        shown = "" if None in seconds else f"{np.mean([second for second in seconds if second is not None]):.1f}"
+        cells = [f"{accuracy:.1f}" for accuracy in accuracies]
+        print(f"| {method} | {' | '.join(cells)} | {np.mean(accuracies):.2f} +- {error:.2f} | {shown} |")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mudsc_fast
-from bench_refit import Case, cpu_seconds, fine_tuned, in_order, mean_output
+from bench_refit import Case, cpu_seconds, fine_tuned, mean_output
 
 WIDTH, HEADS = 128, 4
 VIT_LAYERS, VIT_PATCH, VIT_EPOCHS = 4, 8, 4
@@ -224,8 +223,7 @@ def compare(case: Case, own_samples: int) -> None:
     for mode in modes:
         matching = mudsc_fast.match(case.models, statistics, mode=mode, balance=0.3)
         if mode == "align":
-            unmatched = replace(matching, nodes={node: in_order(found) for node, found in matching.items()})
-            refit_and_show(case, "average", unmatched.merge(case.models), own_samples, show)
+            refit_and_show(case, "average", matching.without_matching().merge(case.models), own_samples, show)
         refit_and_show(case, f"dual {mode}", matching.merge(case.models), own_samples, show)
 
 

@@ -17,6 +17,7 @@ import mudsc_fast
 from mudsc_fast.matching.apply import permute_state_dict
 from mudsc_fast.refitting.gram import Moments
 from mudsc_fast.refitting.solve import solve, solve_few
+from mudsc_fast.refitting.tape import record
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
@@ -222,19 +223,23 @@ def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
     torch.testing.assert_close(outputs(first.model, batches), outputs(second.model, batches), rtol=1e-3, atol=1e-4)
 
 
+def moments_of(inputs: Tensor, residuals: Tensor) -> Moments:
+    means = inputs.mean(0), residuals.mean(0)
+    h, r = inputs - means[0], residuals - means[1]
+    return Moments(len(h), means[0][None], means[1][None], (h.T @ h)[None], (h.T @ r)[None], r.square().sum()[None])
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("ridges", [(1e-2,), (1e-4, 1e-3, 1e-2, 1e-1, 1.0)])
 def test_few_samples_are_solved_like_many(ridges: tuple[float, ...], has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(12, 24, generator=generator, dtype=torch.float64) + 0.3
     samples[:, 20:] = samples[:, :4] + 0.1 * samples[:, 20:]
-    parts = samples[:9], samples[9:]
-    moments = []
-    for part in parts:
-        centered = part - part.mean(0)
-        moments.append(Moments(len(part), 20, part.mean(0)[None], (centered.T @ centered)[None]))
-    wanted = solve(moments[0], moments[1], ridges, has_bias=has_bias)
-    found = solve_few(*parts, 20, ridges, has_bias=has_bias)
+    parts = [(part[:, :20], part[:, 20:]) for part in (samples[:9], samples[9:])]
+    moments = [moments_of(*part) for part in parts]
+    whole = moments_of(samples[:, :20], samples[:, 20:])
+    wanted = solve(moments[0], moments[1], whole, ridges, has_bias=has_bias)
+    found = solve_few(parts[0], parts[1], ridges, has_bias=has_bias)
     assert found.ridge == wanted.ridge
     torch.testing.assert_close(found.weight, wanted.weight)
     torch.testing.assert_close(found.bias, wanted.bias)
@@ -242,6 +247,23 @@ def test_few_samples_are_solved_like_many(ridges: tuple[float, ...], has_bias: b
     assert found.error_after == pytest.approx(float(residuals.square().sum(1).mean()))
     assert wanted.error_after == pytest.approx(found.error_after)
     assert wanted.error_before == pytest.approx(found.error_before)
+
+
+def test_search_balance_scores_refitted_merges() -> None:
+    batches = batches_for(Mlp)
+    models = make_models(Mlp, 2)
+    spec = make_spec(models[0], batches)
+    scored = []
+
+    def score(result: mudsc_fast.MergeResult) -> float:
+        scored.append(result.refit_layers[-1].error_after)
+        return -scored[-1]
+
+    found = mudsc_fast.search_balance(models, batches, spec=spec, score=score, balances=(0, 0.5, 1), refit=True)
+    assert found.balance == (0, 0.5, 1)[scored.index(min(scored))]
+    assert found.timings["refit"] > 0
+    alone = mudsc_fast.merge(models, batches, spec=spec, balance=found.balance, refit=True)
+    assert all(torch.equal(found.state_dict[name], tensor) for name, tensor in alone.state_dict.items())
 
 
 def test_few_samples_with_batch_norm() -> None:
@@ -337,6 +359,26 @@ def test_views_of_images_need_the_usual_layout() -> None:
         merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches))
         refitted.append(outputs(mudsc_fast.refit(merged, models, batches).model, batches))
     torch.testing.assert_close(refitted[0], refitted[1])
+
+
+def test_pooling_to_one_position_keeps_channels_last() -> None:
+    class Pooled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+    batches = list(torch.randn(4, 30, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    models: list[nn.Module] = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Pooled())
+    laid_out = batches[0].contiguous(memory_format=torch.channels_last)
+    tape, _ = record(models[0], laid_out, None, None)
+    assert not any(call.name.startswith("as_strided") for call in tape.calls)
+    merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip")
+    refitted = mudsc_fast.refit(merged, models, batches)
+    wanted = (outputs(models[0], batches) + outputs(models[1], batches)) / 2
+    error = (outputs(refitted.model, batches) - wanted).square().sum(1).mean() / wanted.var(0, correction=0).sum()
+    assert refitted.refit_layers[-1].error_after == pytest.approx(float(error), rel=1e-3)
 
 
 def test_partial_merge_refits_trunk_and_heads() -> None:
@@ -443,8 +485,14 @@ class TestBadInput:
             mudsc_fast.refit(result, self.models, self.batches)
 
     def test_merge_reads_data_twice(self) -> None:
-        with pytest.raises(TypeError, match="refit=True reads data twice, got an iterator"):
+        with pytest.raises(TypeError, match="refit=True reads data more than once, got an iterator"):
             mudsc_fast.merge(self.models, iter(self.batches), spec=self.result.spec, refit=True)
+
+    def test_search_reads_data_for_each_balance(self) -> None:
+        with pytest.raises(TypeError, match="refit=True reads data more than once, got an iterator"):
+            mudsc_fast.search_balance(
+                self.models, iter(self.batches), spec=self.result.spec, score=lambda _: 0, refit=True
+            )
 
     def test_merge_without_modules(self) -> None:
         states = [model.state_dict() for model in self.models]

@@ -167,10 +167,8 @@ def merge(
             precision=precision,
             progress=ranks.progress(progress),
         )
-        if refit and group is not None:
-            raise ValueError("refit=True fits on the data of one process: call mudsc_fast.refit on the result instead")
         if refit:
-            _check_refit_data(data)
+            _check_refit_data(data, group)
     run = options.space != "weight" or refit
     inputs = prepare(models, spec, data, run=run, task_heads=task_heads, forward=forward, verify=verify, ranks=ranks)
     networks = inputs.networks
@@ -181,12 +179,7 @@ def merge(
     ranks.check_same({"stop_at": repr(stop_at)})
     prepared = PreparedMatching(inputs, options, weights, ranks, checkpoint)
     result = _merged(inputs, prepared, prepared.at(options.balance), division, weights, ranks)
-    if not refit:
-        return result
-    from mudsc_fast.refitting import refit as fit_layers  # only here, so that `import mudsc_fast` stays fast
-
-    assert isinstance(data, Iterable)  # checked above
-    return fit_layers(result, networks.modules, data, random_state=random_state, forward=forward, progress=progress)
+    return _refitted(result, inputs, data, options) if refit else result
 
 
 def _merged(
@@ -205,14 +198,32 @@ def _merged(
         return merge_matched(inputs.networks, matching, division, weights)
 
 
-def _check_refit_data(data: object) -> None:
-    """Raise a TypeError unless there are batches to refit on that can be read twice."""
+def _refitted(result: MergeResult, inputs: Prepared, data: object, options: MatchOptions) -> MergeResult:
+    """Refit a merge with the data and the settings that its units were matched with."""
+    from mudsc_fast.refitting import refit  # only here, so that `import mudsc_fast` stays fast
+
+    assert isinstance(data, Iterable)  # _check_refit_data has checked that
+    return refit(
+        result,
+        inputs.networks.modules,
+        data,
+        random_state=options.random_state,
+        forward=options.forward,
+        progress=options.progress,
+    )
+
+
+def _check_refit_data(data: object, group: ProcessGroup | None) -> None:
+    """Raise an error unless there are batches to refit on that can be read twice, in one process."""
+    if group is not None:
+        raise ValueError("refit=True fits on the data of one process: call mudsc_fast.refit on the result instead")
     if not isinstance(data, Iterable):
         raise TypeError(
-            f"refit=True needs data as batches, got {type(data).__name__}: call mudsc_fast.refit(result, models, data)"
+            f"refit=True needs data as batches, got {type(data).__name__}: pass the batches, or call "
+            "mudsc_fast.refit(result, models, batches)"
         )
     if isinstance(data, Iterator):
-        raise TypeError("refit=True reads data twice, got an iterator: pass a list or a DataLoader")
+        raise TypeError("refit=True reads data more than once, got an iterator: pass a list or a DataLoader")
 
 
 def search_balance(
@@ -235,6 +246,7 @@ def search_balance(
     precision: Precision = "float32",
     verify: bool = True,
     progress: bool | None = None,
+    refit: bool = False,
     group: ProcessGroup | None = None,
 ) -> MergeResult:
     """Merge in the dual space at several balances and return the best merge.
@@ -253,6 +265,8 @@ def search_balance(
     spec, mode, weights, shrink, budget, stop_at, task_heads, random_state, max_sweeps, patience, forward, precision,
     verify, progress
         As for :func:`mudsc_fast.merge`.
+    refit
+        As for :func:`mudsc_fast.merge`. Every merge is refitted before it is scored.
     group
         As for :func:`mudsc_fast.merge`. `score` is called in all processes, each of which may score the merge on data
         of its own; the mean of their scores counts.
@@ -288,6 +302,8 @@ def search_balance(
             precision=precision,
             progress=ranks.progress(progress),
         )
+        if refit:
+            _check_refit_data(data, group)
     inputs = prepare(models, spec, data, run=True, task_heads=task_heads, forward=forward, verify=verify, ranks=ranks)
     with ranks.step("checking the arguments"):
         division = inputs.divide(stop_at)
@@ -300,6 +316,9 @@ def search_balance(
         matching = prepared.at(balance)
         with prepared.phases.timed("merging"):
             result = _merged(inputs, prepared, matching, division, weights, ranks)
+        if refit:
+            with prepared.phases.timed("refit"):
+                result = _refitted(result, inputs, data, options)
         with prepared.phases.timed("scoring"):
             with ranks.step("scoring a merge"):
                 own = check_number("the score", score(result))

@@ -14,7 +14,7 @@ from torch.nn import functional
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.merge_result import RefitLayer
 from mudsc_fast.ops.correlation import Workspace
-from mudsc_fast.refitting.gram import GramSums
+from mudsc_fast.refitting.gram import GramSums, is_finite
 from mudsc_fast.refitting.graph import Layer, Skipped, find_layers, is_layer_call, undo
 from mudsc_fast.refitting.network import Network, Progress, norm_affine, norm_epsilon
 from mudsc_fast.refitting.parents import ParentTargets
@@ -61,7 +61,8 @@ class Fitter:
     held_out
         For each batch, whether it is held out to choose the ridges.
     targets_of
-        Returns, for a layer of a tape, which merged output each output of the parents belongs to.
+        Returns which merged output each output of the parents belongs to, for a layer of the merged network's tape,
+        given that tape and those of the parents.
     is_wanted
         Returns whether to fit the layer of a given name.
     settings
@@ -74,7 +75,7 @@ class Fitter:
         parents: Sequence[Network],
         shares: Sequence[Sequence[float]],
         held_out: Sequence[bool],
-        targets_of: Callable[[Tape, Layer], UnitTargets],
+        targets_of: Callable[[Tape, Sequence[Tape], Layer], UnitTargets],
         is_wanted: Callable[[str], bool],
         settings: Settings,
     ) -> None:
@@ -84,14 +85,15 @@ class Fitter:
         self._order_alike()
         self._layers: dict[int, list[Layer]] = {}
         self.skipped: list[Skipped] = []
+        self._last_ridge: float | None = None
         for batch, tape in enumerate(merged.tapes):
             if id(tape) not in self._layers:
                 layers, skipped = find_layers(tape, merged.fixed(batch))
                 self._layers[id(tape)] = [layer for layer in layers if is_wanted(layer.name)]
                 self.skipped = skipped
         self._check_same_layers()
-        first = merged.tapes[0]
-        targets = [targets_of(first, layer) for layer in self._layers[id(first)]]
+        first, tapes = merged.tapes[0], [parent.tapes[0] for parent in parents]
+        targets = [targets_of(first, tapes, layer) for layer in self._layers[id(first)]]
         self._targets = targets
         self._samplers_of: dict[int, list[Sampler]] = {}
         self._places = Places(self._samplers, settings.max_rows, settings.random_state)
@@ -142,20 +144,23 @@ class Fitter:
         self, fitted: GramSums, held_out: GramSums, name: str, has_bias: bool
     ) -> tuple[Solution, int, OutputStatistics]:
         """Return the change of a layer, the number of samples, and what computes statistics of its new outputs."""
-        ridges, rows = self._settings.ridges, [fitted.rows(), held_out.rows()]
-        few = [part for part in rows if part is not None]
-        samples = sum(len(part) for part in few)
-        # Products of samples cost less than products of inputs if there are far fewer of them.
-        if len(few) == len(rows) and 2 * samples <= fitted.num_inputs:
-            if not all(_is_finite(part) for part in few):
+        ridges, few = self._settings.ridges, [part for part in (fitted.buffered(), held_out.buffered()) if part]
+        samples = sum(len(inputs) for inputs, _ in few)
+        # Products of samples cost less than products of inputs if there are fewer of them.
+        if len(few) == 2 and samples <= fitted.num_inputs:
+            if not all(is_finite(tensor) for part in few for tensor in part):
                 raise _not_finite(name)
-            solution = solve_few(few[0], few[1], fitted.num_inputs, ridges, has_bias=has_bias)
-            return solution, samples, partial(_statistics_of, few, fitted.num_inputs)
-        moments = (fitted.moments(), held_out.moments())
-        if not (fitted.is_finite and held_out.is_finite):
-            raise _not_finite(name)
-        joined = moments[0].joined(moments[1])
-        return solve(*moments, ridges, has_bias=has_bias), joined.count, joined.output_statistics
+            solution = solve_few(few[0], few[1], ridges, has_bias=has_bias, first=self._last_ridge)
+            statistics: OutputStatistics = partial(_statistics_of, [inputs for inputs, _ in few])
+        else:
+            moments = fitted.moments(), held_out.moments()
+            if not (fitted.is_finite and held_out.is_finite):
+                raise _not_finite(name)
+            whole = moments[0].joined(moments[1])
+            solution = solve(moments[0], moments[1], whole, ridges, has_bias=has_bias, first=self._last_ridge)
+            samples, statistics = whole.count, whole.output_statistics
+        self._last_ridge = solution.ridge or self._last_ridge
+        return solution, samples, statistics
 
     def _samples(self, index: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a layer's inputs in a batch, the residuals of its outputs, and its targets."""
@@ -309,18 +314,14 @@ class _Spread:
         return float(self._squares / self._count)
 
 
-def _statistics_of(parts: Sequence[Tensor], inputs: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics_of(parts: Sequence[Tensor], matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance of a matrix [1, outputs, inputs] times the inputs of samples."""
-    outputs = torch.cat([part[:, :inputs].double() @ matrix[0].T for part in parts])
+    outputs = torch.cat([part.double() @ matrix[0].T for part in parts])
     return outputs.mean(0), outputs.var(0, correction=0)
 
 
 def _not_finite(name: str) -> ValueError:
     return ValueError(f"data must give finite activations, but the inputs of layer {name!r} are not finite")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _update_parts(fitted: GramSums, held_out: GramSums, inputs: Tensor, residuals: Tensor) -> None:

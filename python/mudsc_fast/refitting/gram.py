@@ -10,56 +10,96 @@ from torch import Tensor
 from mudsc_fast.ops._centered_products import chunk_samples
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Workspace
 
+#: Rows of a symmetric product that are computed at a time.
+_BLOCK = 192
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Second central moments of inputs and residuals, in float64.
+    """Means and second central moments of inputs and residuals, in float64 unless they were rounded.
 
     Attributes
     ----------
     count
         Number of samples.
-    inputs
-        Number of inputs. They come first on the axes below, followed by the outputs.
-    mean
-        [groups, inputs + outputs].
-    products
-        [groups, inputs + outputs, inputs + outputs], sums of products of deviations from the mean.
+    mean_inputs, mean_residuals
+        [groups, inputs] and [groups, outputs].
+    gram
+        [groups, inputs, inputs], sums of products of the inputs' deviations from their mean.
+    cross
+        [groups, inputs, outputs], sums of products of deviations of inputs and of residuals.
+    squares
+        [groups], sums of the squared deviations of all residuals.
     """
 
     count: int
-    inputs: int
-    mean: Tensor
-    products: Tensor
+    mean_inputs: Tensor
+    mean_residuals: Tensor
+    gram: Tensor
+    cross: Tensor
+    squares: Tensor
+
+    @classmethod
+    def zeros(cls, groups: int, inputs: int, outputs: int, device: torch.device) -> Moments:
+        """Return the moments of no samples."""
+        shapes = ((inputs,), (outputs,), (inputs, inputs), (inputs, outputs), ())
+        return cls(0, *(torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of inputs of each group."""
+        return self.gram.shape[1]
+
+    def to(self, dtype: torch.dtype) -> Moments:
+        """Return the moments in another precision."""
+        parts = (self.mean_inputs, self.mean_residuals, self.gram, self.cross, self.squares)
+        return Moments(self.count, *(part.to(dtype) for part in parts))
 
     def about_zero(self) -> Moments:
         """Return the moments about zero."""
-        raw = self.products + self.count * self.mean[:, :, None] * self.mean[:, None, :]
-        return Moments(self.count, self.inputs, torch.zeros_like(self.mean), raw)
+        return Moments(
+            self.count,
+            torch.zeros_like(self.mean_inputs),
+            torch.zeros_like(self.mean_residuals),
+            _plus_outer(self.gram, self.mean_inputs, self.mean_inputs, self.count),
+            _plus_outer(self.cross, self.mean_inputs, self.mean_residuals, self.count),
+            self.squares + self.count * self.mean_residuals.square().sum(1),
+        )
 
     def output_statistics(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance, [groups * outputs], of a matrix [groups, outputs, inputs] times the inputs."""
-        gram = self.products[:, : self.inputs, : self.inputs] / self.count
-        variance = ((matrix @ gram) * matrix).sum(2).flatten().clamp(min=0)
-        return (matrix @ self.mean[:, : self.inputs, None]).flatten(), variance
+        variance = ((matrix @ self.gram) * matrix).sum(2).flatten().clamp(min=0) / self.count
+        return (matrix @ self.mean_inputs[..., None]).flatten(), variance
 
     def joined(self, other: Moments) -> Moments:
         """Return the moments of the union of two sets of samples (Chan, Golub and LeVeque, 1979)."""
+        if not self.count or not other.count:
+            return self if self.count else other
         count = self.count + other.count
-        if count == 0:
-            return self
-        shift = other.mean - self.mean
-        products = self.products + other.products
-        products = products + (self.count * (other.count / count)) * shift[:, :, None] * shift[:, None, :]
-        return Moments(count, self.inputs, self.mean + shift * (other.count / count), products)
+        share = other.count / count
+        inputs, residuals = other.mean_inputs - self.mean_inputs, other.mean_residuals - self.mean_residuals
+        factor = self.count * share
+        return Moments(
+            count,
+            self.mean_inputs + share * inputs,
+            self.mean_residuals + share * residuals,
+            _plus_outer(self.gram, inputs, inputs, factor).add_(other.gram),
+            _plus_outer(self.cross, inputs, residuals, factor).add_(other.cross),
+            self.squares + other.squares + factor * residuals.square().sum(1),
+        )
+
+
+def _plus_outer(matrices: Tensor, rows: Tensor, columns: Tensor, factor: float) -> Tensor:
+    """Return matrices plus a factor times the outer products of rows and columns, one for each group."""
+    return torch.baddbmm(matrices, rows[:, :, None], columns[:, None, :], alpha=factor)
 
 
 class GramSums:
     """Accumulates :class:`Moments`: products in float32, sums in float64.
 
-    A single group, as of a linear layer, is accumulated by the kernels of
+    The inputs of a single group, as of a linear layer, are multiplied by the kernels of
     :class:`mudsc_fast.ops.CorrelationAccumulator`, which compute one half of a symmetric product. The many small groups
-    of a grouped convolution use one batched product.
+    of a grouped convolution use batched products.
 
     Parameters
     ----------
@@ -76,74 +116,82 @@ class GramSums:
     def __init__(
         self, groups: int, inputs: int, outputs: int, device: torch.device, workspace: Workspace, name: str
     ) -> None:
-        self._size, self._workspace, self._name = inputs + outputs, workspace, name
-        #: Number of inputs of each group.
-        self.num_inputs = inputs
+        self._workspace, self._name = workspace, name
+        self._sizes = (inputs, outputs)
         #: Whether all samples so far are finite.
         self.is_finite = True
-        batched = self._size if groups > 1 else 0
-        self._alone = CorrelationAccumulator(1, self._size, blocks="full", device=device) if groups == 1 else None
-        self._rows: Tensor | None = None
-        self._num_rows = self._num_multiplied = 0
-        self._sums = Moments(
-            0,
-            inputs,
-            torch.zeros(groups, self._size, dtype=torch.float64, device=device),
-            torch.zeros(groups, batched, batched, dtype=torch.float64, device=device),
-        )
+        self._alone = CorrelationAccumulator(1, inputs, blocks="full", device=device) if groups == 1 else None
+        self._buffers: list[Tensor] = []  # of inputs and residuals, [samples, numbers]
+        self._num_buffered = 0
+        #: Subtracted from inputs and residuals before they are multiplied: the means of the first samples.
+        self._shifts: list[Tensor] = []
+        # Of a single group, these are sums about the shifts, and the accumulator has the products of the inputs.
+        self._sums = Moments.zeros(groups, inputs if groups > 1 else 0, outputs, device)
+        self._cross = torch.zeros(inputs if groups == 1 else 0, outputs, dtype=torch.float64, device=device)
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of inputs of each group."""
+        return self._sizes[0]
 
     def update(self, inputs: Tensor, residuals: Tensor) -> None:
         """Add samples: inputs [groups, samples, inputs] and residuals [samples, outputs of all groups]."""
-        groups, count, _ = inputs.shape
         if self._alone is not None:
             self._collect(inputs[0], residuals)
             return
-        samples = torch.cat([inputs, residuals.reshape(count, groups, -1).transpose(0, 1)], 2)
-        samples = samples if samples.dtype == torch.float64 else samples.float()
-        mean = samples.mean(1, dtype=torch.float64)
-        centered = samples - mean[:, None].to(samples.dtype)
-        rest = centered.sum(1, dtype=torch.float64)
-        products = torch.bmm(centered.transpose(1, 2), centered).double()
-        products -= rest[:, :, None] * rest[:, None, :] / count
-        self.is_finite &= bool(products.isfinite().all())
-        self._sums = self._sums.joined(Moments(count, self.num_inputs, mean + rest / count, products))
+        groups, count, _ = inputs.shape
+        moments = _moments_of(inputs, residuals.reshape(count, groups, -1).transpose(0, 1))
+        self.is_finite &= bool(moments.gram.isfinite().all() and moments.cross.isfinite().all())
+        self._sums = self._sums.joined(moments)
 
     def _collect(self, inputs: Tensor, residuals: Tensor) -> None:
         """Buffer samples until there are enough for one product."""
-        if self._rows is None:
-            capacity = chunk_samples(1, self._size)
-            dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-            memory = self._workspace.empty(f"rows of {self._name}", capacity * self._size, dtype, inputs.device)
-            self._rows = memory.view(capacity, self._size)
+        if not self._buffers:
+            kinds = zip(("inputs", "residuals"), self._sizes, (inputs, residuals), strict=True)
+            self._buffers = [self._buffer(kind, numbers, like) for kind, numbers, like in kinds]
         begin = 0
         while begin < len(inputs):
-            taken = min(len(inputs) - begin, len(self._rows) - self._num_rows)
-            into = self._rows[self._num_rows : self._num_rows + taken]
-            into[:, : self.num_inputs] = inputs[begin : begin + taken]
-            into[:, self.num_inputs :] = residuals[begin : begin + taken]
-            begin, self._num_rows = begin + taken, self._num_rows + taken
-            if self._num_rows == len(self._rows):
+            taken = min(len(inputs) - begin, len(self._buffers[0]) - self._num_buffered)
+            for buffer, new in zip(self._buffers, (inputs, residuals), strict=True):
+                buffer[self._num_buffered : self._num_buffered + taken] = new[begin : begin + taken]
+            begin, self._num_buffered = begin + taken, self._num_buffered + taken
+            if self._num_buffered == len(self._buffers[0]):
                 self._multiply()
 
-    def rows(self) -> Tensor | None:
-        """Return all samples, [samples, inputs + outputs], until the next update. None if not all are buffered."""
-        if self._alone is None or self._num_multiplied:
+    def _buffer(self, kind: str, numbers: int, like: Tensor) -> Tensor:
+        capacity = chunk_samples(1, self.num_inputs)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        memory = self._workspace.empty(f"{kind} {self._name}", capacity * numbers, dtype, like.device)
+        return memory.view(capacity, numbers)
+
+    def buffered(self) -> tuple[Tensor, Tensor] | None:
+        """Return all inputs and residuals, [samples, numbers], until the next update. None if not all are buffered."""
+        if self._alone is None or self._shifts:
             return None
-        if self._rows is None:
-            return self._sums.mean.new_empty(0, self._size)
-        return self._rows[: self._num_rows]
+        if not self._buffers:
+            inputs, outputs = self._sizes
+            return self._cross.new_empty(0, inputs), self._cross.new_empty(0, outputs)
+        return self._buffers[0][: self._num_buffered], self._buffers[1][: self._num_buffered]
 
     def _multiply(self) -> None:
-        if self._alone is None or self._rows is None or self._num_rows == 0:
+        """Add the products of the buffered samples."""
+        if self._alone is None or not self._num_buffered:
             return
-        samples = self._rows[: self._num_rows]
-        self._num_multiplied += self._num_rows
-        self._num_rows = 0
+        parts = [buffer[: self._num_buffered] for buffer in self._buffers]
+        self._num_buffered = 0
         # The accumulator would take NaN as 0, and raise an error of its own for infinity.
-        self.is_finite &= all(bool(extreme.isfinite()) for extreme in torch.aminmax(samples))
-        if self.is_finite:
-            with self._alone.computing_in(self._workspace):
-                self._alone.update(samples, channel_axis=1)
+        self.is_finite &= all(is_finite(part) for part in parts)
+        if not self.is_finite:
+            return
+        if not self._shifts:
+            self._shifts = [part.mean(0) for part in parts]
+        inputs, residuals = (part.sub_(shift) for part, shift in zip(parts, self._shifts, strict=True))
+        with self._alone.computing_in(self._workspace):
+            self._alone.update(inputs, channel_axis=1)
+        self._cross += inputs.T @ residuals
+        sums = self._sums
+        sums.mean_residuals.add_(residuals.sum(0, dtype=torch.float64))  # divided by the number of samples at the end
+        sums.squares.add_(torch.linalg.vector_norm(residuals).double().square())
 
     def moments(self) -> Moments:
         """Return the moments of all samples so far."""
@@ -151,6 +199,56 @@ class GramSums:
             return self._sums
         self._multiply()
         state = self._alone.state_dict()
+        count, mean = state["num_samples"], state["mean"]
         # The accumulator may compute only the upper triangle.
-        upper = state["comoments"][0].triu()
-        return Moments(state["num_samples"], self.num_inputs, state["mean"], (upper + upper.triu(1).T)[None])
+        gram = state["comoments"].triu_()
+        gram += gram.triu(1).transpose(1, 2)
+        if not count:
+            return Moments.zeros(1, *self._sizes, gram.device)
+        total = self._sums.mean_residuals
+        shifts = [shift.double() for shift in self._shifts]
+        return Moments(
+            count,
+            mean + shifts[0],
+            total / count + shifts[1],
+            gram,
+            torch.addr(self._cross, mean[0], total[0], alpha=-1)[None],
+            self._sums.squares - total.square().sum(1) / count,
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def symmetric_product(rows: Tensor) -> Tensor:
+    """Return rows @ rows.T, computed in blocks of rows that leave out most of one half."""
+    count = len(rows)
+    result = rows.new_empty(count, count)
+    for first in range(0, count, _BLOCK):
+        last = min(first + _BLOCK, count)
+        torch.mm(rows[first:last], rows[first:].T, out=result[first:last, first:])
+        result[last:, first:last] = result[first:last, last:].T
+    return result
+
+
+def _moments_of(inputs: Tensor, residuals: Tensor) -> Moments:
+    """Return the moments of samples: inputs [groups, samples, inputs] and residuals [groups, samples, outputs]."""
+    count = inputs.shape[1]
+    means, centered, rests = [], [], []
+    for samples in (inputs, residuals):
+        given = samples if samples.dtype == torch.float64 else samples.float()
+        mean = given.mean(1, dtype=torch.float64)
+        centered.append(given - mean[:, None].to(given.dtype))
+        rests.append(centered[-1].sum(1, dtype=torch.float64))
+        means.append(mean + rests[-1] / count)
+    transposed = centered[0].transpose(1, 2)
+    return Moments(
+        count,
+        means[0],
+        means[1],
+        _plus_outer(torch.bmm(transposed, centered[0]).double(), rests[0], rests[0], -1 / count),
+        _plus_outer(torch.bmm(transposed, centered[1]).double(), rests[0], rests[1], -1 / count),
+        centered[1].double().square().sum((1, 2)) - rests[1].square().sum(1) / count,
+    )

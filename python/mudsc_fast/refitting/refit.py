@@ -17,7 +17,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Any, get_args
@@ -214,7 +214,7 @@ class _Run:
             parents,
             [[1.0] for _ in batches],
             [batch.held_out for batch in batches],
-            lambda tape, layer: self._task_targets(tape, layer, index),
+            lambda tape, parents, layer: self._task_targets(tape, parents, layer, index),
             lambda name: name in own,
             self._settings,
         )
@@ -257,18 +257,16 @@ class _Run:
             for index, weight in enumerate(weights)
         ]
 
-    def _shared_targets(self, tape: Tape, layer: Layer) -> UnitTargets:
-        tensor, axis, entries = _outputs_of(tape, layer)
-        members = []
-        for index, model in enumerate(self._models):
-            length = model.state_dict()[tensor].shape[axis]
-            merged = shared_entries(self._result.spec, self._result.matching.nodes, tensor, axis, length, index)
-            members.append(_positions(entries, merged))
-        return UnitTargets(members, len(entries))
-
-    def _task_targets(self, tape: Tape, layer: Layer, index: int) -> UnitTargets:
+    def _shared_targets(self, tape: Tape, parents: Sequence[Tape], layer: Layer) -> UnitTargets:
         result = self._result
-        tensor, axis, entries = _outputs_of(tape, layer)
+
+        def merged_entries(tensor: str, axis: int, length: int, model: int) -> Tensor:
+            return shared_entries(result.spec, result.matching.nodes, tensor, axis, length, model)
+
+        return _targets(tape, parents, layer, self._models, merged_entries)
+
+    def _task_targets(self, tape: Tape, parents: Sequence[Tape], layer: Layer, index: int) -> UnitTargets:
+        result = self._result
         merged_nodes = frozenset(
             segment.axis.node
             for name in result.state_dict
@@ -276,9 +274,11 @@ class _Run:
             for segment in segments
             if segment.axis is not None
         )
-        length = self._models[index].state_dict()[tensor].shape[axis]
-        merged = task_entries(result.spec, result.matching.nodes, merged_nodes, tensor, axis, length, index)
-        return UnitTargets([_positions(entries, merged)], len(entries))
+
+        def merged_entries(tensor: str, axis: int, length: int, model: int) -> Tensor:  # noqa: ARG001
+            return task_entries(result.spec, result.matching.nodes, merged_nodes, tensor, axis, length, index)
+
+        return _targets(tape, parents, layer, [self._models[index]], merged_entries)
 
     def _note(self, skipped: Iterable[Skipped]) -> None:
         self.skipped |= {one.name: one.reason for one in skipped}
@@ -302,11 +302,28 @@ def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
     return output_entries(tape, layer.weight, 1)
 
 
-def _positions(entries: Tensor, merged: Tensor) -> Tensor:
-    """Return, for each output of a parent's layer, the output of the merged layer that it belongs to."""
-    place = torch.full((1 + int(max(entries.max(), merged.max())),), -1)
-    place[entries] = torch.arange(len(entries))
-    return place[merged[entries]]
+def _targets(
+    tape: Tape,
+    parents: Sequence[Tape],
+    layer: Layer,
+    models: Sequence[nn.Module],
+    merged_entries: Callable[[str, int, int, int], Tensor],
+) -> UnitTargets:
+    """Return which output of a merged layer each output of the parents' layers belongs to.
+
+    `merged_entries` returns, for a tensor, one of its axes, that axis' length in a model and the model's number, the
+    entry of the merged tensor that each entry belongs to.
+    """
+    entries = _outputs_of(tape, layer)[2]
+    members = []
+    for index, (parent, model) in enumerate(zip(parents, models, strict=True)):
+        tensor, axis, own = _outputs_of(parent, layer)
+        merged = merged_entries(tensor, axis, model.state_dict()[tensor].shape[axis], index)
+        # A layer may have only some entries of the tensor, e.g. one of several fused projections.
+        place = torch.full((1 + int(max(entries.max(), merged.max())),), -1)
+        place[entries] = torch.arange(len(entries))
+        members.append(place[merged[own]])
+    return UnitTargets(members, len(entries))
 
 
 def _recorded_bytes(network: Network) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mudsc_fast.refitting.gram import Moments
+from mudsc_fast.refitting.gram import Moments, symmetric_product
+
+#: Penalties below this multiple of float32's precision, relative to the norm of the gram matrix, need float64.
+_FLOAT32_MARGIN = 64.0
 
 
 @dataclass(frozen=True)
@@ -34,41 +38,53 @@ class Solution:
     error_after: float
 
 
-def solve(fitted: Moments, held_out: Moments, ridges: Sequence[float], *, has_bias: bool) -> Solution:
+def solve(
+    fitted: Moments,
+    held_out: Moments,
+    whole: Moments,
+    ridges: Sequence[float],
+    *,
+    has_bias: bool,
+    first: float | None = None,
+) -> Solution:
     """Return the change of a layer that minimizes its residuals.
 
     Minimizes E |r - D h - b|^2 + ridge * trace(G) / inputs * |D|^2 for residuals r, inputs h and G = E[h h^T]. If there
     is a bias b, moments are central and the bias is not penalized. Of several ridges, the one with the smallest error
-    on the held-out samples is used, or no change at all if that error is smaller still. The final fit uses all samples.
+    on the held-out samples is used, or no change at all if that error is smaller still. The final fit uses all samples
+    and float64. The fits that are compared use float32 where their penalty is large enough for its precision.
 
     Parameters
     ----------
-    fitted, held_out
-        Moments of the two parts of the samples. The second part may be empty.
+    fitted, held_out, whole
+        Moments of the two parts of the samples, of which the second may be empty, and of all samples.
     ridges
         The values to choose from.
     has_bias
         Whether the layer has a bias.
+    first
+        The ridge to try first. By default the middle one.
     """
-    both = fitted.joined(held_out)
-    parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, both)]
-
-    def held_out_error(ridge: float | None) -> float:
-        if ridge is None:
-            return _present_error(parts[1])
-        return _error(parts[1], *_change(parts[0], ridge, has_bias))
-
-    chosen = _choose_ridge(ridges, held_out_error if fitted.count and held_out.count else None)
+    parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, whole)]
+    trials = _Trials(parts[0], parts[1], has_bias=has_bias) if fitted.count and held_out.count else None
+    chosen = _choose_ridge(ridges, None if trials is None else trials.error, first)
     before = _present_error(parts[2])
     if chosen is None:
-        groups, size = both.mean.shape
-        nothing = both.mean.new_zeros(groups, size - both.inputs, both.inputs)
-        return Solution(nothing, nothing[:, :, 0].clone(), None, before, before)
-    change = _change(parts[2], chosen, has_bias)
-    return Solution(*change, chosen, before, _fitted_error(parts[2], chosen, change[0]))
+        nothing = torch.zeros_like(parts[2].cross).transpose(1, 2)
+        return Solution(nothing, torch.zeros_like(parts[2].mean_residuals), None, before, before)
+    penalty = _penalty(parts[2], chosen)
+    weight = _solved(parts[2].gram, parts[2].cross, penalty).transpose(1, 2)
+    return Solution(weight, _bias(parts[2], weight, has_bias), chosen, before, _fitted_error(parts[2], penalty, weight))
 
 
-def solve_few(fitted: Tensor, held_out: Tensor, inputs: int, ridges: Sequence[float], *, has_bias: bool) -> Solution:
+def solve_few(
+    fitted: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    ridges: Sequence[float],
+    *,
+    has_bias: bool,
+    first: float | None = None,
+) -> Solution:
     """Return what :func:`solve` does, for fewer samples than inputs: with products of samples instead of inputs.
 
     The weight (H^T H + p I)^-1 H^T R is H^T (H H^T + p I)^-1 R for inputs H and residuals R, one row a sample.
@@ -76,62 +92,66 @@ def solve_few(fitted: Tensor, held_out: Tensor, inputs: int, ridges: Sequence[fl
     Parameters
     ----------
     fitted, held_out
-        The two parts of the samples, [samples, inputs + outputs]: inputs, then residuals. The second may be empty.
-    inputs
-        Number of inputs.
-    ridges, has_bias
+        Inputs and residuals of the two parts of the samples, [samples, numbers]. The second part may be empty.
+    ridges, has_bias, first
         As for :func:`solve`.
     """
-    rows = torch.cat([fitted, held_out]).double()
-    part, rest = _Kernel(rows[: len(fitted)], inputs, has_bias), rows[len(fitted) :]
+    inputs, residuals = (torch.cat(parts) for parts in zip(fitted, held_out, strict=True))
+    residuals = residuals.double()
+    count, (samples, size) = len(fitted[0]), inputs.shape
+    shift = inputs.mean(0) if has_bias else inputs.new_zeros(size)
+    inputs = inputs - shift
+    products = symmetric_product(inputs).double()
+    known, missing = residuals[:count], residuals[count:]
+    part = _centered(products, count, has_bias)
+    mean = known.mean(0) if has_bias and count else known.new_zeros(known.shape[1])
 
-    def held_out_error(ridge: float | None) -> float:
-        residuals = rest[:, inputs:]
-        if ridge is not None:
-            residuals = residuals - part.predict(rest[:, :inputs], part.coefficients(ridge))
-        return float(residuals.square().sum() / len(rest))
+    def error(ridge: float | None) -> float:
+        if ridge is None:
+            return float(missing.square().sum() / len(missing))
+        predicted = part[count:] @ _coefficients(part[:count], known - mean, ridge, size) + mean
+        return float((missing - predicted).square().sum() / len(missing))
 
-    chosen = _choose_ridge(ridges, held_out_error if len(fitted) and len(rest) else None)
-    whole = _Kernel(rows, inputs, has_bias)
-    before = float(rows[:, inputs:].square().sum() / len(rows))
+    chosen = _choose_ridge(ridges, error if 0 < count < samples else None, first)
+    before = float(residuals.square().sum() / samples)
     if chosen is None:
-        nothing = rows.new_zeros(1, rows.shape[1] - inputs, inputs)
+        nothing = residuals.new_zeros(1, residuals.shape[1], size)
         return Solution(nothing, nothing[:, :, 0].clone(), None, before, before)
-    coefficients = whole.coefficients(chosen)
-    weight = coefficients.T @ whole.inputs
-    bias = whole.mean[inputs:] - weight @ whole.mean[:inputs]
-    after = float((whole.residuals - whole.products @ coefficients).square().sum() / len(rows))
+    whole = _centered(products, samples, has_bias)
+    mean = residuals.mean(0) if has_bias else torch.zeros_like(mean)
+    coefficients = _coefficients(whole, residuals - mean, chosen, size)
+    # The coefficients of centered residuals sum to 0, so that any shift of the inputs gives the same weight.
+    weight = coefficients.T @ inputs.double()
+    bias = mean - weight @ (shift.double() + inputs.mean(0, dtype=torch.float64)) if has_bias else mean
+    after = float((residuals - mean - whole @ coefficients).square().sum() / samples)
     return Solution(weight[None], bias[None], chosen, before, after)
 
 
-class _Kernel:
-    """Samples about their mean (about zero without a bias), and the products of their inputs."""
-
-    def __init__(self, rows: Tensor, inputs: int, has_bias: bool) -> None:
-        self.mean = rows.mean(0) if has_bias else rows.new_zeros(rows.shape[1])
-        centered = rows - self.mean
-        self.inputs, self.residuals = centered[:, :inputs], centered[:, inputs:]
-        self.products = self.inputs @ self.inputs.T
-
-    def coefficients(self, ridge: float) -> Tensor:
-        """Return [samples, outputs], the share of each sample in the weight."""
-        penalty = ridge * float(self.products.trace()) / self.inputs.shape[1]
-        penalized = self.products.clone()
-        penalized.diagonal().add_(penalty if penalty > 0 else 1.0)
-        return torch.cholesky_solve(self.residuals, torch.linalg.cholesky(penalized))
-
-    def predict(self, inputs: Tensor, coefficients: Tensor) -> Tensor:
-        """Return the change of the outputs for other inputs."""
-        width = self.inputs.shape[1]
-        return (inputs - self.mean[:width]) @ self.inputs.T @ coefficients + self.mean[width:]
+def _centered(products: Tensor, count: int, has_bias: bool) -> Tensor:
+    """Return the first columns of a matrix of products of samples, about the mean of the first ones for a bias."""
+    part = products[:, :count]
+    if not has_bias or not count:
+        return part
+    means = part.mean(1)
+    return part - means[:, None] - means[:count] + means[:count].mean()
 
 
-def _choose_ridge(ridges: Sequence[float], held_out_error: Callable[[float | None], float] | None) -> float | None:
-    """Return the ridge of the smallest held-out error, found by descent from the middle value. None for no change."""
+def _coefficients(products: Tensor, residuals: Tensor, ridge: float, size: int) -> Tensor:
+    """Return [samples, outputs], the share of each sample in the weight."""
+    penalty = ridge * float(products.trace()) / size
+    penalized = products.clone()
+    penalized.diagonal().add_(penalty if penalty > 0 else 1.0)
+    return torch.cholesky_solve(residuals, torch.linalg.cholesky(penalized))
+
+
+def _choose_ridge(
+    ridges: Sequence[float], held_out_error: Callable[[float | None], float] | None, first: float | None
+) -> float | None:
+    """Return the ridge of the smallest held-out error, found by descent from the first one. None for no change."""
     ordered = sorted(ridges)
-    place = len(ordered) // 2
+    place = ordered.index(first) if first in ordered else len(ordered) // 2
     if held_out_error is None or len(ordered) == 1:
-        return ordered[place]
+        return ordered[len(ordered) // 2]
     errors: dict[int, float] = {}
 
     def error(at: int) -> float:
@@ -145,51 +165,69 @@ def _choose_ridge(ridges: Sequence[float], held_out_error: Callable[[float | Non
     return ordered[place] if error(place) < held_out_error(None) else None
 
 
+class _Trials:
+    """Held-out errors of fits with several ridges, computed in float32 if that is precise enough."""
+
+    def __init__(self, fitted: Moments, held_out: Moments, *, has_bias: bool) -> None:
+        self._fitted, self._held_out, self._has_bias = fitted, held_out, has_bias
+        self._single: tuple[Moments, Moments] | None = None
+        norm = torch.linalg.matrix_norm(fitted.gram)
+        self._smallest = _FLOAT32_MARGIN * torch.finfo(torch.float32).eps * norm
+
+    def error(self, ridge: float | None) -> float:
+        """Return the mean of |r - D h - b|^2 over the held-out samples for a ridge, or without a change for None."""
+        if ridge is None:
+            return _present_error(self._held_out)
+        penalty = _penalty(self._fitted, ridge)
+        if bool((penalty >= self._smallest).all()):
+            if self._single is None:
+                self._single = self._fitted.to(torch.float32), self._held_out.to(torch.float32)
+            found = self._error(*self._single, penalty.float())
+            if math.isfinite(found):
+                return found
+        return self._error(self._fitted, self._held_out, penalty)
+
+    def _error(self, fitted: Moments, held_out: Moments, penalty: Tensor) -> float:
+        weight = _solved(fitted.gram, fitted.cross, penalty).transpose(1, 2)
+        squares = held_out.squares.sum() - 2 * (weight * held_out.cross.transpose(1, 2)).sum()
+        squares = squares + ((weight @ held_out.gram) * weight).sum()
+        bias = _bias(fitted, weight, self._has_bias)
+        rest = held_out.mean_residuals - (weight @ held_out.mean_inputs[..., None])[..., 0] - bias
+        return float((squares / held_out.count + rest.square().sum()).clamp(min=0))
+
+
 def _penalty(moments: Moments, ridge: float) -> Tensor:
     """Return [groups], the penalty on squared changes of a weight, in units of the products."""
-    inputs = moments.inputs
-    penalty = ridge * moments.products[:, :inputs, :inputs].diagonal(dim1=1, dim2=2).mean(1)
+    penalty = ridge * moments.gram.diagonal(dim1=1, dim2=2).mean(1)
     # If no input varies, any positive penalty leaves the weights unchanged.
     return torch.where(penalty > 0, penalty, 1.0)
 
 
-def _change(moments: Moments, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
-    """Return the changes of weight and bias that minimize the penalized error."""
-    inputs = moments.inputs
-    gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
+def _solved(gram: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
+    """Return [groups, inputs, outputs], the solution of (G + penalty I) X = C. NaN if the matrix is not positive."""
     penalized = gram.clone()
-    penalized.diagonal(dim1=1, dim2=2).add_(_penalty(moments, ridge)[:, None])
-    weight = torch.cholesky_solve(cross, torch.linalg.cholesky(penalized)).transpose(1, 2)
-    mean_inputs, mean_residuals = moments.mean[:, :inputs], moments.mean[:, inputs:]
-    bias = mean_residuals - (weight @ mean_inputs[..., None])[..., 0]
-    return weight, bias if has_bias else torch.zeros_like(bias)
+    penalized.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
+    factor, info = torch.linalg.cholesky_ex(penalized)
+    solution = torch.cholesky_solve(cross, factor)
+    return torch.where((info == 0)[:, None, None], solution, torch.nan)
+
+
+def _bias(moments: Moments, weight: Tensor, has_bias: bool) -> Tensor:
+    if not has_bias:
+        return torch.zeros_like(moments.mean_residuals)
+    return moments.mean_residuals - (weight @ moments.mean_inputs[..., None])[..., 0]
 
 
 def _present_error(moments: Moments) -> float:
     """Return the mean of |r|^2 over the samples."""
-    inputs = moments.inputs
-    squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum() / moments.count
-    return float(squares + moments.mean[:, inputs:].square().sum())
+    return float(moments.squares.sum() / moments.count + moments.mean_residuals.square().sum())
 
 
-def _fitted_error(moments: Moments, ridge: float, weight: Tensor) -> float:
+def _fitted_error(moments: Moments, penalty: Tensor, weight: Tensor) -> float:
     """Return the error of the change fitted to these moments, without a further product with the gram matrix.
 
     The weight D satisfies D (G + penalty I) = C^T for the products C of inputs and residuals, so that the error
     tr(R - 2 D C + D G D^T) is tr(R) - tr(D C) - penalty |D|^2. The bias makes up for all means.
     """
-    inputs = moments.inputs
-    squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum()
-    cross = moments.products[:, :inputs, inputs:]
-    explained = (weight * cross.transpose(1, 2)).sum() + (_penalty(moments, ridge) * weight.square().sum((1, 2))).sum()
-    return float(((squares - explained) / moments.count).clamp(min=0))
-
-
-def _error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
-    """Return the mean of |r - D h - b|^2 over the samples."""
-    inputs = moments.inputs
-    gram, cross = moments.products[:, :inputs, :inputs], moments.products[:, :inputs, inputs:]
-    squares = moments.products.diagonal(dim1=1, dim2=2)[:, inputs:].sum()
-    squares = squares - 2 * (weight * cross.transpose(1, 2)).sum() + ((weight @ gram) * weight).sum()
-    rest = moments.mean[:, inputs:] - (weight @ moments.mean[:, :inputs, None])[..., 0] - bias
-    return float((squares / moments.count + rest.square().sum()).clamp(min=0))
+    explained = (weight * moments.cross.transpose(1, 2)).sum() + (penalty * weight.square().sum((1, 2))).sum()
+    return float(((moments.squares.sum() - explained) / moments.count).clamp(min=0))

@@ -225,6 +225,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record a call while it runs."""
+        if func is torch.ops.aten.as_strided_.default and not kwargs and _keeps_numbers(*args):
+            return func(*args)
         flat, structure = pytree.tree_flatten((args, kwargs or {}))
         arguments = tuple(Ref(self._value(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in flat)
         written = _written_arguments(func, args, kwargs or {})
@@ -308,6 +310,15 @@ class _Recorder(TorchDispatchMode):
         if source == "constants":
             self._tape.constants[value] = tensor
         return value
+
+
+def _keeps_numbers(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    """Return whether a tensor keeps its shape and numbers under other strides.
+
+    AdaptiveAvgPool2d(1) changes the strides of the axes of length 1 if its input is in the layout channels_last.
+    """
+    same = (now == then for length, now, then in zip(size, tensor.stride(), stride, strict=True) if length > 1)
+    return tuple(tensor.shape) == tuple(size) and offset in (None, tensor.storage_offset()) and all(same)
 
 
 def _written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
