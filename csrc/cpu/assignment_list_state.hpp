@@ -19,6 +19,7 @@
 #pragma once
 
 #include "assignment_sorting.hpp"
+#include "assignment_two_smallest.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
@@ -75,20 +76,9 @@ class ListState : protected State {
   // Finds the two smallest reduced costs in a row's list. Returns whether they are known to be the row's.
   bool look_up(std::int64_t row, Known known, BestTwo& best) const {
     const List& list = lists_[row];
-    best = BestTwo{kInfinity, kInfinity, -1, 0.0};
-    for (std::int64_t k = 0; k < list.size; ++k) {
-      const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
-      if (cost < best.second) {
-        if (cost < best.first) {
-          best.second = best.first;
-          best.first = cost;
-          best.column = list.columns[k];
-        } else {
-          best.second = cost;
-        }
-      }
-    }
-    if (best.column >= 0) best.price = v_[best.column];
+    const std::int64_t place = two_smallest(list.costs, list.columns, list.size, v_.data(), best.first, best.second);
+    best.column = place >= 0 ? list.columns[place] : -1;
+    best.price = place >= 0 ? v_[best.column] : 0.0;
     return (known == Known::both ? best.second : best.first) <= list.floor || list.size == columns_;
   }
 
