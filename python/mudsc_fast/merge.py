@@ -17,7 +17,7 @@ from mudsc_fast.matching.node import Mode
 from mudsc_fast.matching.partial import Division
 from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching_result import Matching
-from mudsc_fast.merge_matched import merge_divided, merge_matched
+from mudsc_fast.merge_matched import merge_matched, merge_sharded
 from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops.correlation import Precision
 from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
@@ -193,7 +193,7 @@ def _merged(
     """Merge networks by a matching of theirs."""
     if inputs.sharded is not None:
         held = replace(inputs.networks, modules=(), state_dicts=tuple(prepared.state_dicts))
-        return merge_divided(held, inputs.sharded, matching, division, weights, ranks, prepared.owners.holder)
+        return merge_sharded(held, inputs.sharded, matching, division, weights, ranks, prepared.owners.holder)
     with ranks.step("merging the tensors"):
         return merge_matched(inputs.networks, matching, division, weights)
 

@@ -58,7 +58,7 @@ def merge_matched(
     )
 
 
-def merge_divided(
+def merge_sharded(
     networks: Networks,
     sharded: Sharded,
     matching: Matching,
@@ -67,29 +67,29 @@ def merge_divided(
     ranks: Ranks,
     holder: Mapping[str, int],
 ) -> MergeResult:
-    """Merge networks that are divided over processes, tensor by tensor: each in the process that holds it.
+    """Merge networks that are sharded over processes, each tensor in the process that holds it.
 
     Parameters
     ----------
     networks
-        The networks, with those tensors whole that this process holds.
+        The networks, with the tensors that this process holds gathered.
     sharded
-        The tensors of all processes.
+        The sharded tensors.
     matching, division, weights
         As for :func:`merge_matched`.
     ranks, holder
-        The processes, and which of them holds a tensor.
+        The processes, and the rank that holds each tensor.
     """
     shares = list(matching.weights) if weights is None else checked_weights(weights, len(networks))
     factors = effective_weights(shares, matching)
     phases, spec, states = Phases(), matching.spec, networks.state_dicts
 
-    def divided(name: str, rank: int, compute: Callable[[], Tensor], model: int = 0) -> Tensor:
+    def merged_shard(name: str, rank: int, compute: Callable[[], Tensor], model: int = 0) -> Tensor:
         whole: Tensor | None = None
         with ranks.step("merging the tensors"):
             if rank == ranks.rank or not is_sharded(sharded.given[model][name]):
                 whole = compute()
-        return sharded.divided(name, whole, rank, ranks, model)
+        return sharded.shard(name, whole, rank, ranks, model)
 
     with phases.timed("merging"):
         described = [{name: tensors[name] for name in division.shared} for tensors in sharded.described]
@@ -101,7 +101,7 @@ def merge_divided(
                 merged[name] = merged[first]
                 continue
             tied = [other for other in division.shared if first_name.get(other, other) == name]
-            merged[name] = divided(
+            merged[name] = merged_shard(
                 name,
                 holder[name],
                 lambda tied=tied, name=name: merge_state_dicts(  # type: ignore[misc]
@@ -111,7 +111,7 @@ def merge_divided(
         tasks = []
         for index, tensors in enumerate(states):
             own = {
-                name: divided(
+                name: merged_shard(
                     name,
                     holder[name],
                     lambda name=name, tensors=tensors, index=index: task_tensors(  # type: ignore[misc]

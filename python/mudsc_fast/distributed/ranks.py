@@ -1,4 +1,4 @@
-"""The processes of a torch.distributed group: their collectives, and what happens when one of them fails."""
+"""The processes of a torch.distributed group: collectives, and errors when a process fails."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 Failure = TypeVar("Failure", bound=Exception)
 
-#: Small tensors are joined into messages of at most this many bytes. A tensor of at least the second number of bytes
-#: is a message of its own, as copying it takes longer than starting a message.
+#: Small tensors are packed into messages of at most the first number of bytes. Tensors of at least the second number of
+#: bytes are sent on their own, because copying them takes longer than starting another message.
 _BUCKET_BYTES, _ALONE_BYTES = 64 * 2**20, 8 * 2**20
 
-#: Seconds in which the processes that are left find out which one is gone, and seconds between two looks.
-_SEARCH_SECONDS, _LOOK_SECONDS = 20.0, 0.05
+#: Seconds that the remaining processes search for the one that is gone, and the interval between two checks.
+_SEARCH_SECONDS, _POLL_SECONDS = 20.0, 0.05
 
 
-#: Attribute of an exception that all ranks raise.
+#: Name of the attribute that marks an exception as raised by all ranks.
 _AGREED = "_mudsc_fast_agreed"
 
 
 class DistributedError(RuntimeError):
-    """A process of the group failed or is gone. All others raise this error, which names the rank and the cause.
+    """A process of the group failed or died. The others raise this error, which names the rank and the cause.
 
     Attributes
     ----------
     reporter
-        The lowest rank that is left: the one to show the message, where one message is enough.
+        The lowest remaining rank. Only this rank should print the message, so that it is shown once.
     """
 
     def __init__(self, message: str, reporter: int = 0) -> None:
@@ -46,51 +46,51 @@ class DistributedError(RuntimeError):
 
 
 class Terminated(BaseException):
-    """A signal asks this process to end: raised as an exception, so that it cleans up first."""
+    """Raised when a signal asks this process to exit, so that it cleans up first."""
 
 
 def is_reported_elsewhere(error: BaseException, rank: int) -> bool:
-    """Return whether another rank shows an error that all ranks raise."""
+    """Return whether another rank prints this error, so that this rank must not."""
     if isinstance(error, DistributedError):
         return error.reporter != rank
     return rank != 0 and getattr(error, _AGREED, False)
 
 
 def same_on_all(error: Failure, cause: BaseException | None = None) -> Failure:
-    """Return an error that all ranks raise, marked as such; with a cause only if all ranks raise that one."""
+    """Mark an error as raised by all ranks, and return it. If `cause` is given, mark it only if the cause is marked."""
     if cause is None or getattr(cause, _AGREED, False):
         setattr(error, _AGREED, True)
     return error
 
 
 class Ranks:
-    """The processes that work together: those of a group, or this process alone.
+    """The processes of a group, or this process alone.
 
-    All processes call the same methods in the same order. Without a group no method communicates.
+    All processes must call the same methods in the same order. Without a group, no method communicates.
 
     Parameters
     ----------
     group
-        The process group; None for this process alone.
+        The process group, or None for this process alone.
 
     Attributes
     ----------
     rank, size
-        The number of this process in the group, and the number of processes.
+        The rank of this process in the group, and the number of processes.
     bytes_sent
-        Bytes of the tensors that this process has given to collectives.
+        Number of bytes of the tensors that this process has sent.
 
     Raises
     ------
     TypeError
         If `group` is not a process group.
     ValueError
-        If this process does not belong to it.
+        If this process is not a member of the group.
     RuntimeError
         If torch.distributed is not initialized.
     """
 
-    #: The processes that this one began to work with last.
+    #: The most recent instance with more than one process.
     latest: ClassVar[Ranks | None] = None
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -102,15 +102,15 @@ class Ranks:
         if group is None:
             return
         if not distributed.is_available():
-            raise RuntimeError("group needs a torch that was built with torch.distributed")
+            raise RuntimeError("group requires a build of torch with torch.distributed")
         if not isinstance(group, distributed.ProcessGroup):
             if group is distributed.GroupMember.NON_GROUP_MEMBER:
-                raise ValueError("group must contain this process: call only from its members")
+                raise ValueError("group must contain this process: call this function only in its members")
             raise TypeError(
                 f"group must be a process group such as torch.distributed.group.WORLD, got {type(group).__name__}"
             )
         if not distributed.is_initialized():
-            raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group first")
+            raise RuntimeError("group requires torch.distributed: call torch.distributed.init_process_group first")
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self._direct = _devices_sent_from(distributed.get_backend_config(group))
         if self.size > 1:
@@ -119,31 +119,32 @@ class Ranks:
 
     @property
     def has_group(self) -> bool:
-        """Whether there is a process group, be it of one process."""
+        """Whether there is a process group, even one of a single process."""
         return self._group is not None
 
     @property
     def alone(self) -> bool:
-        """Whether there is only this process."""
+        """Whether this is the only process."""
         return self.size == 1
 
     def progress(self, progress: bool | None) -> bool | None:
-        """Return whether this process shows progress bars: only rank 0 does."""
+        """Return `progress` on rank 0, and False on other ranks, which show no progress bars."""
         return progress if self.rank == 0 else False
 
     @contextmanager
     def step(self, doing: str) -> Iterator[None]:
-        """Run code that does not communicate, then make sure that it succeeded in all processes.
+        """Context manager for code that does not communicate. On exit, check that it succeeded in all processes.
 
         Parameters
         ----------
         doing
-            What the code does, for error messages, e.g. "matching units".
+            What the code does, for error messages, for example "matching units".
 
         Raises
         ------
         DistributedError
-            If it raised an exception in some processes. Where it raised the same one in all, that one is raised.
+            If the code raised an exception in some processes. If it raised the same exception in all of them, that
+            exception is raised instead.
         """
         if self.alone:
             yield
@@ -153,7 +154,7 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        except BaseException as error:  # an interruption ends this process without asking the others
+        except BaseException as error:  # interrupted: exit without a collective
             self._leave_note(f"was stopped while {doing} ({type(error).__name__})")
             raise
         self._agree(doing, failure)
@@ -172,7 +173,7 @@ class Ranks:
         raise DistributedError(f"rank {rank} failed while {doing}: {kind}: {text}") from failure
 
     def check_same(self, parts: Mapping[str, str]) -> None:
-        """Raise a ValueError in all processes unless `parts` are the same in all; it names the first that differs."""
+        """Raise a ValueError in all processes if `parts` differ between processes. It names the first difference."""
         if self.alone:
             return
         first, *others = self.gather_objects(dict(parts), "comparing the inputs")
@@ -188,7 +189,7 @@ class Ranks:
                     )
 
     def gather_objects(self, value: Value, doing: str) -> list[Value]:
-        """Return the value of every process, by rank. Values are pickled: use it for small things, and seldom."""
+        """Return the values of all processes, in the order of ranks. Values are pickled, so they should be small."""
         if self.alone:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -197,7 +198,7 @@ class Ranks:
         return gathered
 
     def broadcast_object(self, value: Value, doing: str, root: int = 0) -> Value:
-        """Return the value of process `root`."""
+        """Return the value of rank `root`."""
         if self.alone:
             return value
         values = [value]
@@ -206,7 +207,7 @@ class Ranks:
         return values[0]
 
     def all_reduce(self, tensors: Sequence[Tensor], doing: str) -> None:
-        """Sum tensors of one dtype over all processes, in place, in as few messages as their size allows."""
+        """Sum tensors of one dtype over all processes, in place. Small tensors share a message."""
         if self.alone:
             return
         with self._communicating(doing):
@@ -216,7 +217,7 @@ class Ranks:
                     distributed.all_reduce(flat, group=self._group)
 
     def reduce(self, tensors: Sequence[Tensor], root: int, doing: str) -> None:
-        """Sum tensors of one dtype over all processes into those of process `root`; the others' are overwritten."""
+        """Sum tensors of one dtype over all processes into those of rank `root`, and overwrite those of others."""
         if self.alone:
             return
         with self._communicating(doing):
@@ -226,7 +227,7 @@ class Ranks:
                     distributed.reduce(flat, dst=self._global(root), group=self._group)
 
     def broadcast(self, tensors: Sequence[Tensor], root: int, doing: str) -> None:
-        """Overwrite tensors of one dtype with those of process `root`."""
+        """Overwrite tensors of one dtype with those of rank `root`."""
         if self.alone:
             return
         with self._communicating(doing):
@@ -236,7 +237,7 @@ class Ranks:
                     distributed.broadcast(flat, src=self._global(root), group=self._group)
 
     def send(self, tensors: Sequence[Tensor], to: int, doing: str) -> None:
-        """Send tensors of one dtype to another process, which must call :meth:`receive`."""
+        """Send tensors of one dtype to another rank, which must call :meth:`receive`."""
         with self._communicating(doing):
             for bucket in _buckets(tensors):
                 with self._on_wire(bucket, back=False) as flat:
@@ -244,7 +245,7 @@ class Ranks:
                     distributed.send(flat, dst=self._global(to), group=self._group)
 
     def receive(self, tensors: Sequence[Tensor], source: int, doing: str) -> None:
-        """Overwrite tensors of one dtype with those that another process sends."""
+        """Overwrite tensors of one dtype with those that another rank sends."""
         with self._communicating(doing):
             for bucket in _buckets(tensors):
                 with self._on_wire(bucket) as flat:
@@ -255,9 +256,9 @@ class Ranks:
         return distributed.get_global_rank(self._group, rank)
 
     def _wire_device(self, device: torch.device | str) -> torch.device:
-        """Return where a tensor of a device has to be so that the group can send it.
+        """Return the device from which the group sends tensors of `device`.
 
-        That is where it is, unless the group has no backend for its device, or one that serves the CPU best: gloo.
+        This is `device` itself if the group has a backend for it. Gloo counts as a backend for the CPU only.
         """
         device = torch.device(device)
         if device.type in self._direct or not self._direct:
@@ -265,13 +266,13 @@ class Ranks:
         return torch.device("cpu") if "cpu" in self._direct else self._own_gpu()
 
     def _own_gpu(self) -> torch.device:
-        """Return the GPU of this process: that which the group was bound to, or else the current one."""
+        """Return the GPU of this process: the one that the group is bound to, otherwise the current one."""
         bound: torch.device | None = getattr(self._group, "bound_device_id", None)
         return torch.device("cuda", torch.cuda.current_device()) if bound is None else bound
 
     @contextmanager
     def _on_own_gpu(self) -> Iterator[None]:
-        """Let torch move objects to the GPU of this process, where the group can send nothing else."""
+        """Make the GPU of this process current if the group sends from GPUs only: torch pickles objects to that GPU."""
         if self._direct != {"cuda"}:
             yield
             return
@@ -280,7 +281,7 @@ class Ranks:
 
     @contextmanager
     def _on_wire(self, bucket: Sequence[Tensor], *, back: bool = True) -> Iterator[Tensor]:
-        """Yield one tensor that holds a bucket, and copy it `back` afterwards unless it is the bucket itself."""
+        """Yield one tensor with the contents of a bucket. If it is a copy and `back` is set, copy it back."""
         device = self._wire_device(bucket[0].device)
         if len(bucket) == 1 and bucket[0].is_contiguous() and bucket[0].device == device:
             yield bucket[0]
@@ -294,20 +295,20 @@ class Ranks:
 
     @contextmanager
     def _communicating(self, doing: str) -> Iterator[None]:
-        """Turn the error of a collective, which says little, into one that names the process that is gone."""
+        """Replace the error of a collective by one that names the process that is gone."""
         try:
             yield
         except RuntimeError as error:
             raise self._why_lost(doing, error) from error
 
     def explain(self, error: Terminated) -> BaseException:
-        """Return why this process was asked to end: another one died, after which torchrun ends all; else `error`."""
+        """Return an error that names the process whose death made torchrun terminate all processes, or else `error`."""
         if any(self._has_died(rank) for rank in range(self.size) if rank != self.rank):
             return self._why_lost("waiting for it", error)
         return error
 
     def _why_lost(self, doing: str, error: BaseException) -> DistributedError:
-        """Find out which process is gone. The first to know tells the others, through the store of the group."""
+        """Find out which process is gone. The first process to know tells the others through the store of the group."""
         try:
             store = self._store()
             store.set(f"waiting {self.rank}", "")
@@ -320,21 +321,21 @@ class Ranks:
             found = store.compare_set("verdict", "", f"{min(left)} {message}").decode()
             reporter, _, message = found.partition(" ")
             return DistributedError(message, int(reporter))
-        except RuntimeError:  # of the store; it is in the process of rank 0, unless torchrun keeps it
+        except RuntimeError:  # the store is gone: it is in the process of rank 0, unless torchrun keeps it
             return DistributedError(
                 f"rank 0 is gone, and with it the store of the process group; noticed while {doing}",
                 next((rank for rank in range(1, self.size) if not self._has_died(rank)), self.rank),
             )
 
     def _store(self) -> Any:
-        """Return the store of the process group, in which the processes find each other."""
+        """Return the key-value store of the process group."""
         assert self._group is not None
         return distributed.distributed_c10d.PrefixStore(
             f"mudsc_fast {self._group.group_name}", distributed.distributed_c10d._get_default_store()
         )
 
     def _search(self, store: Any) -> tuple[list[int], dict[int, str]]:
-        """Return the ranks that are gone, and what they or the search have to say about them."""
+        """Return the ranks that are gone, and the reason for each."""
         notes: dict[int, str] = {}
         others = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + _SEARCH_SECONDS
@@ -347,10 +348,10 @@ class Ranks:
                 return sorted(notes), notes
             if time.monotonic() > deadline:
                 return silent, dict.fromkeys(silent, "did not answer within the timeout of the process group")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def _has_died(self, rank: int) -> bool:
-        """Return whether the process of a rank is known to have ended: only those of this machine are."""
+        """Return whether the process of a rank is known to have exited. False for processes on other machines."""
         if rank >= len(self._hosts) or self._hosts[rank][0] != socket.gethostname():
             return False
         process = self._hosts[rank][1]
@@ -359,36 +360,36 @@ class Ranks:
         except ProcessLookupError:
             return True
         except OSError:
-            return False  # it belongs to another user
+            return False  # the process of another user
         try:
             state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except OSError:
-            return False  # no Linux: the store tells
+            return False  # not on Linux
         return state in ("Z", "X")
 
     def _leave_note(self, text: str) -> None:
-        """Tell the others why this process leaves."""
+        """Tell the other processes why this one exits."""
         try:
             self._store().set(f"note {self.rank}", text)
         except RuntimeError:
-            return  # nobody is left to tell
+            return  # the store is gone
 
 
 def _devices_sent_from(backends: str) -> set[str]:
-    """Return the types of devices whose tensors a group sends from where they are.
+    """Return the device types whose tensors a group sends without a copy to another device.
 
     Parameters
     ----------
     backends
-        The configuration of the group, such as ``"cpu:gloo,cuda:nccl"``. Gloo is listed for GPUs, too, but it has only
-        some of the collectives for them, and these go through the memory of the host.
+        The backend configuration of the group, such as ``"cpu:gloo,cuda:nccl"``. Gloo may be listed for GPUs, too, but
+        it supports only some collectives there, and copies through host memory.
     """
     pairs = (pair.partition(":")[::2] for pair in backends.split(","))
     return {device for device, backend in pairs if backend != "gloo" or device == "cpu"}
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Group tensors into messages: small ones in their order, then each large one."""
+    """Group tensors into messages: first the small tensors, packed in order, then each large tensor on its own."""
     bucket: list[Tensor] = []
     size = 0
     large = []

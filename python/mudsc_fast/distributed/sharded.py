@@ -1,7 +1,7 @@
-"""Networks whose tensors are divided over the processes: state dicts of DTensors, as those of modules under FSDP2.
+"""Networks sharded over processes: state dicts of DTensors, such as those of FSDP2 modules.
 
-Each process gets the whole of those tensors that it compares and merges, and no others. Tensors are gathered one by
-one, so no process holds a whole network; results are divided again in the same way.
+Each process gathers only the tensors that it compares and merges. Tensors are gathered one at a time, so no process
+holds a whole network. Merged tensors get the placements of the original ones.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mudsc_fast.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class Sharded:
-    """The tensors of networks, divided over processes.
+    """The tensors of networks that are sharded over processes.
 
     Attributes
     ----------
     given
-        The state dicts, of DTensors and of tensors that every process has.
+        The state dicts, which hold DTensors and tensors that are whole in every process.
     described
-        The same with a tensor without memory in place of each DTensor; names of one tensor have one such tensor.
+        The same state dicts with a meta tensor for each DTensor. Tied tensors share one meta tensor.
     device
-        Where the parts of this process are.
+        The device of this process's shards.
     """
 
     given: tuple[Mapping[str, Tensor], ...]
@@ -36,24 +36,24 @@ class Sharded:
 
     @classmethod
     def of(cls, state_dicts: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> Sharded | None:
-        """Return the networks if they are divided, else None.
+        """Return the networks if they hold DTensors, else None.
 
         Raises
         ------
         TypeError
-            If they are, but there is no group of processes.
+            If they hold DTensors, but no process group was given.
         """
         sharded = [tensor for tensors in state_dicts for tensor in tensors.values() if is_sharded(tensor)]
         if not sharded:
             return None
         if not ranks.has_group:
             raise TypeError(
-                "models hold DTensors, which are divided over processes: pass the group of these processes, e.g. "
-                "group=torch.distributed.group.WORLD"
+                "models hold DTensors, which are sharded over processes: pass the group of these processes, for "
+                "example group=torch.distributed.group.WORLD"
             )
         described = []
         for tensors in state_dicts:
-            # The first rank has a part of every tensor; those of others may be empty, and then look alike.
+            # Ask rank 0, which has a part of every tensor. Shards of other ranks may be empty, and then look alike.
             names = ranks.broadcast_object(_first_names(tensors), "describing the tensors")
             empty: dict[str, Tensor] = {}
             for name, tensor in tensors.items():
@@ -67,7 +67,7 @@ class Sharded:
         return cls(tuple(state_dicts), tuple(described), sharded[0].device)
 
     def gathered(self, needed: set[str]) -> tuple[dict[str, Tensor], ...]:
-        """Return the networks with those tensors whole that this process needs. All processes make this call."""
+        """Return the networks with all tensors that this process needs gathered. All processes must call this."""
         return tuple(
             {name: self._whole(tensors[name], description, name in needed) for name, description in described.items()}
             for tensors, described in zip(self.given, self.described, strict=True)
@@ -79,28 +79,28 @@ class Sharded:
         whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]  # of DTensor
         return whole if needed else description
 
-    def divided(self, name: str, whole: Tensor | None, holder: int, ranks: Ranks, model: int = 0) -> Tensor:
-        """Return a tensor that process `holder` has, divided as that of a network is. All processes make this call."""
+    def shard(self, name: str, whole: Tensor | None, holder: int, ranks: Ranks, model: int = 0) -> Tensor:
+        """Shard a tensor that rank `holder` has as that of a model is sharded. All processes must call this."""
         from torch.distributed.tensor import distribute_tensor
 
         like: Any = self.given[model][name]
         if not is_sharded(like):
-            assert whole is not None  # every process has it
+            assert whole is not None  # it is whole in every process
             return whole
         if whole is None:
             whole = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         whole = whole.contiguous()
-        ranks.broadcast([whole], holder, "dividing the merged tensors")
+        ranks.broadcast([whole], holder, "sharding the merged tensors")
         return distribute_tensor(whole, like.device_mesh, like.placements)
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is divided over processes."""
+    """Return whether a tensor is sharded over processes."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return for each name the first name of the same tensor."""
+    """Map each name to the first name of the same tensor."""
     first: dict[object, str] = {}
     names = {}
     for name, tensor in tensors.items():
