@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,15 @@ import torch
 from torch import distributed
 
 #: Modules that the server imports once; all processes are forked from it.
-_PRELOADED = ["pytest", "torch.distributed", "mudsc_fast", "mudsc_fast.io", "architectures", "networks"]
+_PRELOADED = [
+    "pytest",
+    "torch.distributed.launcher.api",
+    "mudsc_fast",
+    "mudsc_fast.cli",
+    "mudsc_fast.io",
+    "architectures",
+    "networks",
+]
 
 #: Timeout in seconds, long enough for a busy machine. Only a test that fails waits this long.
 TIMEOUT = 300
@@ -65,3 +75,57 @@ def _in_group(function: Callable[..., None], rank: int, count: int, folder: Path
     function(rank, folder, *arguments)
     sys.stdout.flush()
     distributed.destroy_process_group()
+
+
+def run_command(arguments: Sequence[str], count: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in `folder` as ``torchrun --nproc-per-node COUNT -m mudsc_fast`` does.
+
+    The agent of torchrun starts, watches and ends the processes, but none of them has to import torch first.
+    """
+    streams = [folder / ".stdout", folder / ".stderr"]
+    agent = _context().Process(target=_agent, args=(list(arguments), count, folder, streams))
+    agent.start()
+    try:
+        agent.join(TIMEOUT)
+        code = -1 if agent.exitcode is None else agent.exitcode
+        return subprocess.CompletedProcess(arguments, code, *(path.read_text(encoding="utf-8") for path in streams))
+    finally:
+        if agent.is_alive():
+            agent.terminate()
+            agent.join()
+        for path in streams:
+            path.unlink(missing_ok=True)
+
+
+def _agent(arguments: list[str], count: int, folder: Path, streams: list[Path]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    for stream, path in zip((1, 2), streams, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, _command)(arguments)
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def _command(arguments: list[str]) -> None:
+    from mudsc_fast.cli import main
+
+    torch.set_num_threads(1)
+    code = main(arguments)
+    sys.stdout.flush()
+    if code:
+        sys.exit(code)

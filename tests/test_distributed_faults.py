@@ -22,7 +22,7 @@ from mudsc_fast.distributed import DistributedError
 from mudsc_fast.io import CheckpointError, merge_checkpoints, writing
 from mudsc_fast.matching import sweep
 from networks import MLP_SPEC, make_mlp
-from processes import TIMEOUT, run_processes
+from processes import TIMEOUT, run_command, run_processes
 
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not hasattr(signal, "SIGKILL"), reason="needs torch.distributed and signals"
@@ -226,15 +226,12 @@ def test_every_rank_reports_the_failure_of_one(tmp_path: Path) -> None:
         assert text.startswith("rank 1 failed while running the models on the data: ")
 
 
-RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mudsc_fast", "merge"]
-
-
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     return subprocess.run(
-        [*RUN[:4], "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *RUN[5:], "a", "b", *arguments],
+        [sys.executable, *start, "--rdzv-endpoint", "localhost:0", "-m", "mudsc_fast", *arguments],
         cwd=folder,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -252,7 +249,7 @@ def save_directories(folder: Path) -> None:
 
 def test_torchrun_writes_the_directory_of_one_process(tmp_path: Path) -> None:
     save_directories(tmp_path)
-    ran = torchrun(tmp_path, "--spec", "spec.json", "--output", "merged", "--report", "report.json")
+    ran = torchrun(tmp_path, "merge", "a", "b", "--spec", "spec.json", "--output", "merged", "--report", "report.json")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("2 nodes matched") == 1
     assert "2 ranks, with" in ran.stdout
@@ -270,7 +267,7 @@ def test_torchrun_writes_the_directory_of_one_process(tmp_path: Path) -> None:
     assert len(report["distribution"]["sweep_bytes"]) == len(report["objectives"])
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
-    again = torchrun(tmp_path, "--spec", "spec.json", "--output", "merged")
+    again = run_command(["merge", "a", "b", "--spec", "spec.json", "--output", "merged"], 2, tmp_path)
     assert again.returncode != 0
     assert again.stderr.count("already exists") == 1
 
@@ -295,7 +292,7 @@ def test_torchrun_names_the_rank_that_was_killed(tmp_path: Path) -> None:
     save_directories(tmp_path)
     (tmp_path / "my_data.py").write_text(DATA, encoding="utf-8")
     options = ("--spec", "spec.json", "--model", "my_data:model", "--data", "my_data:batches")
-    ran = torchrun(tmp_path, *options, "--output", "merged", "--timeout", "100")
+    ran = run_command(["merge", "a", "b", *options, "--output", "merged", "--timeout", "100"], 2, tmp_path)
     assert ran.returncode != 0
     assert ran.stderr.count("mudsc-fast merge: error: rank 1 was killed") == 1
     assert not (tmp_path / "merged").exists()
