@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 import mudsc_fast
 from architectures import ResNet, calibrate, randomize
 from mudsc_fast.matching import owners, parallel
+from mudsc_fast.matching.weight import WeightSimilarity
 from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 from processes import run_processes
 
@@ -134,7 +135,7 @@ def compared(result: mudsc_fast.MergeResult) -> dict[str, Any]:
 
 def merge_in_groups(rank: int, folder: Path) -> None:
     """Merge all cases in groups of one, two and three processes; nodes are shared however small they are."""
-    owners._MIN_MOVED_SAMPLES["cpu"] = 1
+    parallel._MIN_MOVED_SAMPLES["cpu"] = parallel._MIN_SAMPLES_OF_ROWS = 1
     num_shared = Counter[str]()
 
     def counted(*arguments: Any) -> Any:
@@ -146,7 +147,7 @@ def merge_in_groups(rank: int, folder: Path) -> None:
         num_shared["updates"] += 1
         return updated_sums(*arguments)
 
-    updated_sums = parallel.ParallelSolver._updated_sums
+    by_rows, updated_sums = WeightSimilarity.divides_rows, parallel.ParallelSolver._updated_sums
     setattr(parallel, "share_out", counted)  # noqa: B010 mypy knows it as an import of that module
     setattr(parallel.ParallelSolver, "_updated_sums", counted_updates)  # noqa: B010
     results: dict[str, Any] = {}
@@ -157,6 +158,8 @@ def merge_in_groups(rank: int, folder: Path) -> None:
         for name, merge in CASES.items():
             if size == 1 and name not in ALONE:
                 continue
+            # On GPUs and for zip, ranks share samples instead of rows.
+            setattr(WeightSimilarity, "divides_rows", False if name == "llama of three" else by_rows)  # noqa: B010
             result = merge(SHARES[size][rank], group=group)
             results[f"{name} {size}"] = compared(result)
             division = result.matching.distribution

@@ -14,11 +14,20 @@ from torch.overrides import TorchFunctionMode
 import mudsc_fast
 from mudsc_fast.command import torchrun
 from mudsc_fast.distributed import Ranks, ranks
-from mudsc_fast.matching import owners
+from mudsc_fast.matching import parallel
 from mudsc_fast.ops._dispatch import use_backend
 from networks import MLP_SPEC, make_mlp
 from processes import run_processes
 from test_device_work import Waits
+from test_distributed import llama_spec, llama_tensors
+
+try:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+except ImportError:
+    has_dtensors = False
+else:
+    has_dtensors = True
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
 
@@ -161,7 +170,7 @@ def test_sides_are_told_apart() -> None:
 
 def count_waits_and_sends(rank: int, folder: Path) -> None:
     """Match in two processes, and write how often the host waits and what is sent from it."""
-    owners._MIN_MOVED_SAMPLES["cpu"] = 1  # nodes are shared, too
+    parallel._MIN_MOVED_SAMPLES["cpu"] = parallel._MIN_SAMPLES_OF_ROWS = 1  # nodes are shared, too
     sent: list[tuple[str, bool]] = []
 
     def watch(name: str) -> None:
@@ -176,36 +185,51 @@ def count_waits_and_sends(rank: int, folder: Path) -> None:
     for name in ("all_reduce", "reduce", "broadcast", "send", "recv"):
         watch(name)
     found = {}
-    for mode in ("align", "zip"):
+    for case in CASES:
         with Waits() as waits:
-            found[mode] = match(mode, rank)
+            sweeps = run_case(case, rank)
         sent.clear()
         # Kernels for the CPU put their results there by name, unlike those of the reference.
         with use_backend("reference"), Sides():
-            match(mode, rank)
-        found[mode] |= {"waits": waits.calls.total(), "sent": list(sent)}
+            run_case(case, rank)
+        found[case] = {"sweeps": sweeps, "waits": waits.calls.total(), "sent": list(sent)}
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def match(mode: Any, rank: int | None = None) -> dict[str, Any]:
-    """Match two networks by weights and activations, in all processes or, without a rank, in this one."""
-    data = [torch.randn(16, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    own = data if rank is None else data[rank::2]
-    group = None if rank is None else distributed.group.WORLD
-    models = [make_mlp(seed=seed) for seed in (0, 1)]
-    matching = mudsc_fast.match(models, own, spec=MLP_SPEC, mode=mode, balance=0.5, verify=False, group=group)
-    return {"sweeps": len(matching.objectives)}
+#: Networks by weights and activations; tensors by weights, with groups of units; and the same tensors, sharded.
+CASES = ("align", "zip", "groups align", "groups zip", *(("sharded align", "sharded zip") if has_dtensors else ()))
+
+
+def run_case(case: str, rank: int | None = None) -> int:
+    """Match or merge two networks in all processes or, without a rank, in this one; return the number of sweeps."""
+    kind, _, mode = case.rpartition(" ")
+    options: dict[str, Any] = {"mode": mode, "group": None if rank is None else distributed.group.WORLD}
+    if not kind:
+        data = [torch.randn(16, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+        own = data if rank is None else data[rank::2]
+        models = [make_mlp(seed=seed) for seed in (0, 1)]
+        return len(mudsc_fast.match(models, own, spec=MLP_SPEC, balance=0.5, verify=False, **options).objectives)
+    states = [llama_tensors(seed, layers=1) for seed in (0, 1)]
+    if kind == "sharded" and rank is not None:
+        mesh = init_device_mesh("cpu", (2,))
+        states = [
+            {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
+            for tensors in states
+        ]
+    merged = mudsc_fast.merge(states, spec=llama_spec(layers=1), **options)
+    return len(merged.objectives)
 
 
 def test_processes_send_from_the_device_and_seldom_wait_for_it(tmp_path: Path) -> None:
     assert run_processes(count_waits_and_sends, 2, tmp_path) == [0, 0]
-    for mode in ("align", "zip"):
+    for case in CASES:
         with Waits() as alone:
-            expected = match(mode)
+            sweeps = run_case(case)
         for rank in (0, 1):
-            found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))[mode]
-            assert found["sweeps"] == expected["sweeps"]
-            assert {"all_reduce", "send" if rank else "recv"} <= {name for name, _ in found["sent"]}
+            found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))[case]
+            assert found["sweeps"] == sweeps
+            used = {name for name, _ in found["sent"]}
+            assert {"all_reduce", "broadcast" if "sharded" in case else "send" if rank else "recv"} <= used
             assert not [name for name, on_host in found["sent"] if on_host]
             # In each of a few waves of a sweep: agreeing that all succeeded, who helps whom, and reading the results.
-            assert found["waits"] <= alone.calls.total() + 15 * expected["sweeps"]
+            assert found["waits"] <= alone.calls.total() + 15 * sweeps, case

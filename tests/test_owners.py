@@ -108,16 +108,33 @@ def test_a_bundle_visited_twice_is_in_two_waves() -> None:
 
 
 def test_idle_ranks_get_shares() -> None:
-    works, holder, cpu = {"a": 90.0, "b": 10.0}, {"a": 0, "b": 1}, torch.device("cpu")
-    many, few = dict.fromkeys("ab", 10.0**6), dict.fromkeys("ab", 1000.0)
-    shares = share_out(works, holder, [0.0, 0.0], many, cpu)
+    works, holder = {"a": 90.0, "b": 10.0}, {"a": 0, "b": 1}
+    fractions = []
+
+    def always(task: str, fraction: float) -> bool:
+        fractions.append((task, pytest.approx(fraction)))
+        return True
+
+    shares = share_out(works, holder, [0.0, 0.0], always)
+    assert fractions == [("a", 40 / 90)]
     assert list(shares) == ["a"]
     parts = sorted(shares["a"], key=lambda share: share[1])
     assert [rank for rank, _, _ in parts] == [0, 1]
     assert [parts[0][1], parts[1][2]] == [0.0, 1.0]
     assert parts[0][2] == parts[1][1] == pytest.approx(50 / 90)
-    assert share_out(works, holder, [0.0, 0.0], few, cpu) == {}
-    assert share_out(works, holder, [0.0, 80.0], many, cpu) == {}
+    assert share_out(works, holder, [0.0, 0.0], lambda *_: False) == {}
+    assert share_out(works, holder, [0.0, 80.0], always) == {}
+
+
+def test_shares_of_several_ranks_leave_no_gap() -> None:
+    works = {"a": 1 / 3, "b": 1 / 7}
+    shares = share_out(works, {"a": 0, "b": 0}, [0.0] * 7, lambda *_: True)
+    for parts in shares.values():
+        parts.sort(key=lambda share: share[1])
+        assert parts[0][1] == 0
+        assert parts[-1][2] == 1
+        assert all(one[2] == other[1] for one, other in itertools.pairwise(parts))
+    assert {rank for parts in shares.values() for rank, _, _ in parts} == set(range(7))
 
 
 def matched(mode: Mode, units: int, seed: int) -> NodeMatching:

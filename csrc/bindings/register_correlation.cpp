@@ -58,17 +58,18 @@ void accumulate_comoment(const py::object& comoment, const py::object& product, 
                          const py::object& column_shift, int isa, int threads) {
   const TensorView sums(comoment, "comoment");
   sums.expect_shape({-1, -1});
-  const std::int64_t units = sums.shape[0];
+  const std::int64_t rows = sums.shape[0], units = sums.shape[1];
   const TensorView added(product, "product");
   added.expect_float();
-  added.expect_shape({units, units});
+  added.expect_shape({rows, units});
   added.expect_contiguous();
   const AccumulateProblem problem{added.scalar_type(),
                                   added.data,
-                                  TensorView(row_shift, "row_shift").contiguous<double>({units}),
+                                  TensorView(row_shift, "row_shift").contiguous<double>({rows}),
                                   TensorView(column_shift, "column_shift").contiguous<double>({units}),
+                                  rows,
                                   units,
-                                  sums.contiguous<double>({units, units}),
+                                  sums.contiguous<double>({rows, units}),
                                   threads};
   const py::gil_scoped_release released;
   MUDSC_CALL_KERNEL(static_cast<Isa>(isa), accumulate_comoment, problem);

@@ -363,7 +363,7 @@ void accumulate(const AccumulateProblem& p) {
       }
     }
   };
-  parallel_for(p.threads, p.units, 1 + kElementsPerThread / p.units, body);
+  parallel_for(p.threads, p.rows, 1 + kElementsPerThread / p.units, body);
 }
 
 // float64 results are written directly, others through float32.

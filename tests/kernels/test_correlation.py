@@ -462,6 +462,51 @@ def test_replaced_samples(backend: str, blocks: Any, dtype: torch.dtype, layout:
         torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("blocks", ["cross", "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "units_axis", "axis"), [((40, 7), 1, 0), ((7, 40), 0, -1), ((8, 7, 5), 1, 2)])
+def test_reordered_samples(
+    backend: str, blocks: Any, dtype: torch.dtype, shape: tuple[int, ...], units_axis: int, axis: int
+) -> None:
+    torch.manual_seed(13)
+    features = [(3 + one).to(dtype) for one in features_of(3, *shape)]
+    places = torch.randperm(shape[axis])[: shape[axis] // 2]
+    orders = [places, places[torch.randperm(len(places))], places.flip(0)]
+    with use_backend(backend):
+        sums = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        sums.update(*features, channel_axis=units_axis)
+        sums._reorder(*features, axis=axis, old=[places] * 3, new=orders, channel_axis=units_axis)
+        for feature, order in zip(features, orders, strict=True):
+            chosen = feature.index_select(axis % len(shape), order)
+            feature.index_copy_(axis % len(shape), places, chosen)
+        expected = CorrelationAccumulator(3, 7, blocks=blocks, dtype=torch.float64)
+        expected.update(*features, channel_axis=units_axis)
+        torch.testing.assert_close(sums.finalize(), expected.finalize(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_computed_by_rows(backend: str) -> None:
+    torch.manual_seed(14)
+    features, more = features_of(3, 9, 600), features_of(3, 9, 40)
+    places = torch.arange(20)
+    moved = [places, places.flip(0), places.roll(3)]
+    with use_backend(backend):
+        whole = CorrelationAccumulator(3, 9)
+        parts = [CorrelationAccumulator(3, 9) for _ in range(2)]
+        for sums, rows in ((whole, (0, 9)), (parts[0], (0, 4)), (parts[1], (4, 9))):
+            with sums._only_rows(*rows):
+                sums.update(*features, channel_axis=0)
+                sums.update(*more, channel_axis=0)
+                sums._reorder(*more, axis=1, old=[places] * 3, new=moved, channel_axis=0)
+        first, second = (one._moments for one in parts)
+        first.comoments[:, 4:] = second.comoments[:, 4:]
+        for one, other in ((first.mean, second.mean), (first.squares, second.squares)):
+            assert (one[0, 4:] == 0).all()
+            one[0, 4:] = other[0, 4:]
+        torch.testing.assert_close(parts[0].finalize(), whole.finalize(), rtol=0, atol=1e-6)
+
+
 def test_bad_replacements_leave_state_unchanged() -> None:
     sums = CorrelationAccumulator(2, 4)
     sums.update(*features_of(2, 9, 4))
@@ -472,6 +517,9 @@ def test_bad_replacements_leave_state_unchanged() -> None:
         sums.replace(features_of(2, 10, 4), features_of(2, 10, 4))
     with pytest.raises(ValueError, match="features must be one tensor for each of 2 models, got 3"):
         sums.replace(features_of(3, 2, 4), features_of(2, 2, 4))
+    places = [torch.arange(10)] * 2
+    with pytest.raises(ValueError, match="old must hold at most the 9 samples so far, got 10"):
+        sums._reorder(*features_of(2, 10, 4), axis=0, old=places, new=places)
     assert torch.equal(sums.finalize(), before)
 
 

@@ -35,12 +35,13 @@ struct CenterProblem {
   std::int32_t threads;
 };
 
-// comoment += product + outer(row_shift, column_shift); matrices [units, units], contiguous.
+// comoment += product + outer(row_shift, column_shift); matrices [rows, units], contiguous.
 struct AccumulateProblem {
   ScalarType product_dtype;  // float32 or float64
   const void* product;
   const double* row_shift;
   const double* column_shift;
+  std::int64_t rows;
   std::int64_t units;
   double* comoment;
   std::int32_t threads;

@@ -1,18 +1,17 @@
 """Distribution of nodes and tensors over ranks by work.
 
-The similarity of a node with C units takes C² operations for every sample, and a tensor of S entries has S / C samples
-for each node on one of its axes. A node whose tensors fit into the share of one rank is computed there, by its owner. A
-node whose tensors do not, such as the residual stream of a transformer, is *spread*: every rank computes the sums over
-some of its tensors, and the sums are added in its owner.
+The similarity of a node with C units takes C² operations per sample. A tensor of S entries has S / C samples for each
+node on its axes. If the tensors of a node fit into the share of one rank, this rank, the owner, computes the
+similarity. Otherwise, as for the residual stream of a transformer, the node is *spread*: each rank computes the sums
+over some of the tensors, and the owner adds the sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from mudsc_fast.matching.slices import TensorSlice, cut, tensor_slices
@@ -21,38 +20,34 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 Task = TypeVar("Task")
 
-#: A rank, and the part of a node's samples that it computes: where it begins and ends, in [0, 1].
+#: A rank, and the begin and end, in [0, 1], of the part of a node's work that it does.
 Share = tuple[int, float, float]
 
-#: Ranks may have this much more work than their equal share before work is moved.
+#: Work is moved from a rank only if its load exceeds an equal share by more than this fraction.
 _TOLERANCE = 0.05
 
-#: Smaller shares of a slice than this are rounding.
+#: Shares of a slice below this size are rounding errors.
 _MIN_PIECE = 1e-3
-
-#: Minimum number of samples worth moving, by the type of the device: sending co-moments and adding them takes as long
-#: as this number of samples. Measured on CPUs; reckoned for GPUs, which compute faster than they send.
-_MIN_MOVED_SAMPLES = {"cpu": 768, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Owners:
-    """The distribution of work.
+    """The distribution of work over ranks.
 
     Attributes
     ----------
     owner
-        For each bundle of nodes the rank that matches it.
+        The rank that matches each bundle of nodes.
     spread
-        The bundles whose similarity several ranks compute.
+        The bundles whose similarity is computed by several ranks.
     slices
-        For each rank and each node the slices of tensors that this rank compares.
+        For each rank and each node, the slices of tensors that the rank compares.
     samples
-        For each node the number of samples, of all ranks together.
+        For each node, the total number of samples of all ranks.
     work
-        For each rank its work, as a share of all work.
+        For each rank, its fraction of the work.
     holder
-        For each tensor the rank that compares most of it; this rank merges and writes it.
+        For each tensor, the rank that compares most of it. This rank merges and writes the tensor.
     """
 
     owner: Mapping[Bundle, int]
@@ -63,19 +58,19 @@ class Owners:
     holder: Mapping[str, int]
 
     def needed(self, rank: int) -> set[str]:
-        """Return the tensors that a rank compares."""
+        """Return the names of the tensors that a rank compares."""
         return {part.tensor for slices in self.slices[rank].values() for part in slices}
 
 
 def pack(spec: PermutationSpec, state_dict: Mapping[str, Tensor], ranks: int) -> Owners:
-    """Pack the nodes and tensors of a network onto ranks; of the tensors only names and shapes are read.
+    """Pack the nodes and tensors of a network onto ranks. Only the names and shapes of the tensors are read.
 
     Parameters
     ----------
     spec
-        The specification of what is matched.
+        The spec of the tensors that are matched.
     state_dict
-        One network's tensors. Those without a node are packed by their size.
+        The tensors of one network. Tensors without a node are packed by size.
     ranks
         The number of ranks.
     """
@@ -92,7 +87,7 @@ def pack(spec: PermutationSpec, state_dict: Mapping[str, Tensor], ranks: int) ->
 
 
 class _Packing:
-    """The state of :func:`pack`: the load of each rank, and the owners."""
+    """The state of :func:`pack`: the loads of the ranks, and the owners of the bundles."""
 
     def __init__(self, spec: PermutationSpec, state_dict: Mapping[str, Tensor], ranks: int) -> None:
         self._spec, self._ranks = spec, ranks
@@ -102,7 +97,7 @@ class _Packing:
         self.entries = {name: tensor.numel() for name, tensor in state_dict.items()}
 
     def pack(self, spread: set[Bundle]) -> None:
-        """Pack all bundles: those that are not spread as wholes, then the slices of the others where there is room."""
+        """Pack all bundles: first those that are not spread, each on one rank, then the slices of the spread ones."""
         self.load = [0.0] * self._ranks
         self.owner: dict[Bundle, int] = {}
         self._own: list[dict[str, list[TensorSlice]]] = [
@@ -142,7 +137,7 @@ class _Packing:
         return sum(self.entries[name] for name in {part.tensor for node in bundle for part in self._slices[node]})
 
     def owners(self, spread: set[Bundle]) -> Owners:
-        """Return the result."""
+        """Return the distribution."""
         held: dict[str, list[float]] = {}
         for rank, slices in enumerate(self._own):
             for node, parts in slices.items():
@@ -176,7 +171,7 @@ class _Packing:
         return self.load.index(min(self.load))
 
     def _divide(self, node: str, part: TensorSlice, share: float) -> None:
-        """Give a slice of a spread node that fits on no rank to several, each as much as it has room for."""
+        """Divide a slice of a spread node that does not fit on any rank, in proportion to the room of the ranks."""
         work, begin = self._work(node, part), 0.0
         while begin < 1:
             rank = self._least_loaded()
@@ -192,8 +187,7 @@ def share_out(
     works: Mapping[Task, float],
     holder: Mapping[Task, int],
     loads: Sequence[float],
-    samples: Mapping[Task, float],
-    device: torch.device,
+    is_worth_moving: Callable[[Task, float], bool],
 ) -> dict[Task, list[Share]]:
     """Return the tasks of a wave that several ranks should compute so that all finish together.
 
@@ -205,23 +199,21 @@ def share_out(
         The rank that has it.
     loads
         For each rank the work that cannot be shared.
-    samples
-        The samples of each task: few are not worth moving.
-    device
-        Where the ranks compute.
+    is_worth_moving
+        Tells whether it is worth moving some fraction of a task to another rank.
 
     Returns
     -------
     dict
         For each task to share the shares of ranks, (rank, begin, end) from 0 to 1; together they are the whole.
     """
-    min_moved = _MIN_MOVED_SAMPLES.get(device.type, _MIN_MOVED_SAMPLES["cuda"])
     load = list(loads)
     for task, work in works.items():
         load[holder[task]] += work
     share = sum(load) / len(load)
     shares: dict[Task, list[Share]] = {}
     left = dict(works)
+    edge = dict.fromkeys(works, 1.0)  # where the part that the holder still has ends
     while True:
         most, least = load.index(max(load)), load.index(min(load))
         excess = min(load[most] - share, share - load[least])
@@ -230,15 +222,15 @@ def share_out(
             break
         task = max(whole, key=lambda item: left[item])
         moved = min(excess, left[task])
-        if moved / works[task] * samples[task] < min_moved:
+        if not is_worth_moving(task, moved / works[task]):
             break
-        end = left[task] / works[task]
-        begin = end - moved / works[task] if moved < left[task] else 0.0
-        shares.setdefault(task, []).append((least, begin, end))
+        begin = max(0.0, edge[task] - moved / works[task]) if moved < left[task] else 0.0
+        shares.setdefault(task, []).append((least, begin, edge[task]))
+        edge[task] = begin
         left[task] -= moved
         load[most] -= moved
         load[least] += moved
     for task, moved_shares in shares.items():
         if left[task] > 0:
-            moved_shares.append((holder[task], 0.0, left[task] / works[task]))
+            moved_shares.append((holder[task], 0.0, edge[task]))
     return shares

@@ -13,9 +13,11 @@ from torch import Tensor
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.reduction import (
     receive_difference,
+    receive_rows,
     receive_sums,
     reduce_sums,
     send_difference,
+    send_rows,
     send_sums,
 )
 from mudsc_fast.matching.exchange import Exchange
@@ -23,7 +25,7 @@ from mudsc_fast.matching.node import Matcher, NodeMatching
 from mudsc_fast.matching.owners import Owners, Share, share_out
 from mudsc_fast.matching.slices import TensorSlice, cut_all, tensor_slices
 from mudsc_fast.matching.sweep import Bundle
-from mudsc_fast.matching.weight import Update, WeightSimilarity
+from mudsc_fast.matching.weight import Rows, Update, WeightSimilarity
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
@@ -31,6 +33,13 @@ _MATCHING = "matching units"
 
 #: At most this many ranks send their parts of a node to its owner; of more, the sums are reduced by all ranks.
 _MAX_SENDERS = 6
+
+#: Minimum number of samples worth moving, by the type of the device: sending co-moments and adding them takes as long
+#: as this number of samples. Measured on CPUs; reckoned for GPUs, which compute faster than they send.
+_MIN_MOVED_SAMPLES = {"cpu": 768, "cuda": 8192}
+
+#: Minimum number of samples of a task of which some rows are worth moving, however many.
+_MIN_SAMPLES_OF_ROWS = 512
 
 #: The similarity and the assignment of a node take about as long as adding this many samples.
 _MATCHING_SAMPLES = 300
@@ -111,7 +120,9 @@ class ParallelSolver:
         if self._shares_tasks:
             updates = self._updates(tasks, current)
             shares = self._shares(tasks, updates)
-        means = self._means_of_updated({task: shares[task] for task in tasks if task in shares and task in updates})
+        means: dict[Task, dict[str, Tensor]] = {}
+        if not self._weights.divides_rows:
+            means = self._means_of_updated({task: shares[task] for task in tasks if task in shares and task in updates})
         matching: dict[str, NodeMatching] = {}
         partial: dict[Task, Sums] = {}
         with self._ranks.step(_MATCHING):
@@ -205,8 +216,14 @@ class ParallelSolver:
                 works[task], samples[task] = self._work(of_nodes), sum(of_nodes.values())
             else:
                 loads[task.holder] += self._work(of_nodes)
-        holder = {task: task.holder for task in works}
-        return share_out(works, holder, loads, samples, self._weights.device)
+
+        def is_worth_moving(task: Task, fraction: float) -> bool:
+            if self._weights.divides_rows:
+                return samples[task] >= _MIN_SAMPLES_OF_ROWS
+            min_moved = _MIN_MOVED_SAMPLES.get(self._weights.device.type, _MIN_MOVED_SAMPLES["cuda"])
+            return fraction * samples[task] >= min_moved
+
+        return share_out(works, {task: task.holder for task in works}, loads, is_worth_moving)
 
     def _work(self, samples: Mapping[str, float]) -> float:
         """Return the work of adding some samples of each node."""
@@ -221,11 +238,22 @@ class ParallelSolver:
             for part in cut_all(self._slices_of(task, node), begin, end, self._state_dict, self._units)
         ]
 
+    def _rows(self, node: str, shares: Sequence[Share], rank: int | None = None) -> Rows:
+        """Return the rows of the sums of a shared task's node that a rank computes, by default this one."""
+        rank = self._ranks.rank if rank is None else rank
+        begin, end = next(((begin, end) for other, begin, end in shares if other == rank), (0.0, 0.0))
+        return round(begin * self._units[node]), round(end * self._units[node])
+
     # What this process computes
 
     def _shared_sums(self, task: Task, shares: Sequence[Share], current: Mapping[str, NodeMatching]) -> Sums:
         """Return the sums over the shares of a task that this process computes."""
         with self._timed():
+            if self._weights.divides_rows:
+                return {
+                    node: self._weights.sums_of(node, current, self._slices_of(task, node), self._rows(node, shares))
+                    for node in task.bundle
+                }
             slices = {node: self._cut(task, node, shares, self._ranks.rank) for node in task.bundle}
             return {node: self._weights.sums_of(node, current, slices[node]) for node in task.bundle}
 
@@ -235,10 +263,17 @@ class ParallelSolver:
         """Return the sums of the holder after its share of an update, or what the shares of another process add."""
         own = [(begin, end) for rank, begin, end in shares if rank == self._ranks.rank]
         with self._timed():
-            parts = {node: updates[node].part(own) for node in task.bundle}
+            rows: dict[str, Rows | None] = dict.fromkeys(task.bundle)
+            parts = updates
+            if self._weights.divides_rows:
+                rows = {node: self._rows(node, shares) for node in task.bundle}
+            else:
+                parts = {node: updates[node].part(own) for node in task.bundle}
             if task.holder == self._ranks.rank:
-                return {node: self._weights.updated(node, part) for node, part in parts.items()}
-            return {node: self._weights.difference(node, part, means[node]) for node, part in parts.items()}
+                return {node: self._weights.updated(node, parts[node], rows[node]) for node in task.bundle}
+            return {
+                node: self._weights.difference(node, parts[node], means.get(node), rows[node]) for node in task.bundle
+            }
 
     def _matched(self, bundle: Bundle, sums: Mapping[str, CorrelationAccumulator]) -> dict[str, NodeMatching]:
         with self._timed():
@@ -268,12 +303,21 @@ class ParallelSolver:
         """Add the shares of a task to that of its holder."""
         for node in task.bundle:
             for rank in _helpers(task, shares):
+                if self._ranks.rank not in (rank, task.holder):
+                    continue
                 wire = (self._wire_dtype, self._ranks, _MATCHING)
-                if self._ranks.rank == rank:
+                if self._weights.divides_rows:
+                    rows = self._rows(node, shares, rank)
+                    if self._ranks.rank == rank:
+                        send_rows(sums[node], rows, task.holder, *wire, is_difference=is_update)
+                    else:
+                        samples = sum(part.samples for part in self._slices_of(task, node))
+                        receive_rows(sums[node], rows, samples, rank, *wire, is_difference=is_update)
+                elif self._ranks.rank == rank:
                     (send_difference if is_update else send_sums)(sums[node], task.holder, *wire)
-                elif self._ranks.rank == task.holder and is_update:
+                elif is_update:
                     receive_difference(sums[node], rank, *wire)
-                elif self._ranks.rank == task.holder:
+                else:
                     samples = sum(part.samples for part in self._cut(task, node, shares, rank))
                     receive_sums(sums[node], samples, rank, *wire)
 

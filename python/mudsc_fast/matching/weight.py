@@ -8,6 +8,7 @@ Model Merging", CVPR 2024, section 3). The similarity of two units is the Pearso
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Precision
 from mudsc_fast.ops.permute import UnitMap
 from mudsc_fast.spec.axes import Axis, Role, Segment
 from mudsc_fast.spec.permutation_spec import PermutationSpec
+
+#: The first of some adjacent units of model 0, and the one after the last: rows of the similarity.
+Rows = tuple[int, int]
 
 #: Slices with fewer samples (of biases and norms) are concatenated before they are multiplied.
 _MIN_SAMPLES = 512
@@ -101,10 +105,14 @@ class WeightSimilarity:
         return sums
 
     def sums_of(
-        self, node: str, matching: Mapping[str, NodeMatching], slices: Sequence[TensorSlice]
+        self,
+        node: str,
+        matching: Mapping[str, NodeMatching],
+        slices: Sequence[TensorSlice],
+        rows: Rows | None = None,
     ) -> CorrelationAccumulator:
-        """Return the sums over some slices of tensors."""
-        return self._computed(node, slices, self._around(node, matching))
+        """Return the sums over some slices of tensors, or some rows of these sums."""
+        return self._computed(node, slices, self._around(node, matching), rows)
 
     def keep(self, node: str, matching: Mapping[str, NodeMatching], sums: CorrelationAccumulator) -> None:
         """Keep the sums of a node under the current matching of its neighbors, if memory allows."""
@@ -115,11 +123,17 @@ class WeightSimilarity:
         return {neighbor: matching.get(neighbor) for neighbor in self._spec.neighbors(node)}
 
     def _computed(
-        self, node: str, slices: Sequence[TensorSlice], around: Mapping[str, NodeMatching | None]
+        self,
+        node: str,
+        slices: Sequence[TensorSlice],
+        around: Mapping[str, NodeMatching | None],
+        rows: Rows | None = None,
     ) -> CorrelationAccumulator:
         sums = self._no_sums(node)
         short: list[list[Tensor]] = []
-        with sums.computing_in(Workspace()):
+        if rows is not None and rows[0] == rows[1]:
+            return sums
+        with sums.computing_in(Workspace()), nullcontext() if rows is None else sums._only_rows(*rows):
             for part in slices:
                 if part.samples >= _MIN_SAMPLES:
                     self._add(sums, part, around)
@@ -163,12 +177,19 @@ class WeightSimilarity:
             sums.update(*self._features(part, around), channel_axis=part.position + 1)
             return
         maps = {axis: self._whole_map(axis, around[axis.node]) for axis in part.layout if axis is not None}
+        views, channel_axis, by_axis = self._views(part, maps)
+        sums.update(*views, channel_axis=channel_axis, maps=by_axis)
+
+    def _views(
+        self, part: TensorSlice, maps: Mapping[Axis, UnitMap | None]
+    ) -> tuple[list[Tensor], int, dict[int, UnitMap]]:
+        """Return a part of each model's tensor with every node on an axis of its own, the node's axis, and the maps."""
         windows = [self._window(model, part) for model in range(len(self._state_dicts))]
         split = split_axes(windows[0].shape, [(Segment(axis),) for axis in part.layout], maps.get)
         at = sum(split.factors[: part.position])
         shape = [*split.shape[:at], *part.split, *split.shape[at + 1 :]]
         by_axis = {axis if axis < at else axis + 2: unit_map for axis, unit_map in split.maps.items()}
-        sums.update(*(window.reshape(shape) for window in windows), channel_axis=at + 1, maps=by_axis)
+        return [window.reshape(shape) for window in windows], at + 1, by_axis
 
     def _window(self, model: int, part: TensorSlice) -> Tensor:
         """Return the selected part of a model's tensor."""
@@ -191,10 +212,15 @@ class WeightSimilarity:
             return None
         return self._update(self._around(node, before), self._around(node, now), slices)
 
-    def updated(self, node: str, update: Update) -> CorrelationAccumulator:
+    @property
+    def divides_rows(self) -> bool:
+        """Whether several processes can compute some rows of a node's sums each."""
+        return self._blocks == "cross" and self.device.type == "cpu"
+
+    def updated(self, node: str, update: Update, rows: Rows | None = None) -> CorrelationAccumulator:
         """Return the kept sums of a node after a part of their update. Other processes compute the other parts."""
         kept = self._kept[node]
-        self._replace(kept.sums, update)
+        self._replace(kept.sums, update, rows)
         kept.around = update.now
         return kept.sums
 
@@ -207,7 +233,9 @@ class WeightSimilarity:
         shape = (len(self._state_dicts), self._units[node])
         return torch.empty(shape, dtype=torch.float64, device=self.device)
 
-    def difference(self, node: str, update: Update, mean: Tensor) -> CorrelationAccumulator:
+    def difference(
+        self, node: str, update: Update, mean: Tensor | None = None, rows: Rows | None = None
+    ) -> CorrelationAccumulator:
         """Return what a part of an update adds to the co-moments of sums that another process keeps.
 
         The update must be divisible: means and variances then stay.
@@ -217,12 +245,15 @@ class WeightSimilarity:
         node, update
             The node, and the part of its update.
         mean
-            The :meth:`kept_mean` of that process.
+            The :meth:`kept_mean` of that process. It does not matter if the update is whole.
+        rows
+            The rows to compute; all by default.
         """
         sums = self._no_sums(node)
-        sums._moments.mean.copy_(mean)
+        if mean is not None:
+            sums._moments.mean.copy_(mean)
         sums._moments.num_samples = sum(part.samples for part, _ in update.exchanged)
-        self._replace(sums, update)
+        self._replace(sums, update, rows)
         return sums
 
     def _changes(
@@ -253,16 +284,29 @@ class WeightSimilarity:
         update = Update(before, now, exchanged)
         return None if exchanged and update.work >= sum(part.samples for part in slices) else update
 
-    def _replace(self, sums: CorrelationAccumulator, update: Update) -> None:
-        """Replace the samples of an update."""
+    def _replace(self, sums: CorrelationAccumulator, update: Update, rows: Rows | None = None) -> None:
+        """Replace the samples of an update, in some rows of the sums."""
+        if rows is not None and rows[0] == rows[1]:
+            return
         models = range(len(self._state_dicts))
-        with sums.computing_in(Workspace()):
+        with sums.computing_in(Workspace()), nullcontext() if rows is None else sums._only_rows(*rows):
             for part, change in update.exchanged:
+                if change.reordered and len(part.others) == 1:
+                    self._reorder(sums, part, change)
+                    continue
                 old = [self._slices(model, part, update.before, change.old) for model in models]
                 new = [self._slices(model, part, update.now, change.new) for model in models]
                 if change.reordered:
                     new[0] = old[0]  # alignments keep the first model's order
                 sums.replace(old, new, channel_axis=part.position + 1, reordered=change.reordered)
+
+    def _reorder(self, sums: CorrelationAccumulator, part: TensorSlice, change: _Change) -> None:
+        """Replace samples of a part whose only other node is reordered."""
+        axis = next(axis for axis in part.layout if axis is not None)
+        old, new = change.old.members, [change.old.members[0], *change.new.members[1:]]
+        unit_map = UnitMap.permutation(torch.stack(list(old)), units_in=self._units[axis.node])
+        views, channel_axis, by_axis = self._views(part, {axis: unit_map})
+        sums._reorder(*views, axis=next(iter(by_axis)), old=old, new=new, channel_axis=channel_axis)
 
     def _slices(
         self,

@@ -71,6 +71,77 @@ def add(
 
     `check` is called if the features may be infinite, before the moments change; it raises an error if they are.
     """
+    centered = list(_centered(moments, dict(enumerate(chunk)), dtype, workspace, check=check).values())
+    product = _product_memory(moments, workspace, centered[0].values.dtype)
+    products = (_centered_product(centered[i], centered[j], product) for i, j in moments.pairs)
+    means = torch.stack([one.mean for one in centered])
+    squares = torch.stack([one.squares for one in centered])
+    with _products_in(precision):
+        moments.join(centered[0].values.shape[1], means, squares, products)
+
+
+def exchange(
+    moments: Moments,
+    old: list[Samples],
+    new: list[Samples],
+    stays: list[bool],
+    dtype: torch.dtype,
+    precision: Precision,
+    workspace: Workspace,
+    changes: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Replace samples in the co-moments about the present mean, computing in `dtype`.
+
+    Parameters
+    ----------
+    old, new
+        Finite samples of each model, equally many.
+    stays
+        For each model, whether its new samples are the old ones. They are then read once.
+    changes
+        [N, C] sums to which the changes of each unit's sum and sum of squares are added, or None.
+    """
+    moving = {model: one for model, one in enumerate(new) if not stays[model]}
+    before = _centered(moments, dict(enumerate(old)), dtype, workspace, name="old")
+    after = before | _centered(moments, moving, dtype, workspace, name="new")
+    if len({one.values.dtype for side in (before, after) for one in side.values()}) > 1:
+        before, after = ({model: _in_float64(one) for model, one in side.items()} for side in (before, after))
+    count, rows = before[0].values.shape[1], moments.rows
+    was, now = (torch.stack([side[model].mean for model in range(len(old))]) - moments.mean for side in (before, after))
+    product = _product_memory(moments, workspace, before[0].values.dtype)
+    for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
+        if stays[i] and stays[j]:
+            continue
+        with _products_in(precision):
+            if stays[i]:
+                moved = _difference(after[j], before[j], workspace)
+                _centered_product(before[i], moved, product)
+                moments.accumulate(own[rows], product, count * was[i, rows], now[j] - was[j])
+            else:
+                _centered_product(after[i], after[j], product)
+                moments.accumulate(own[rows], product, count * now[i, rows], now[j])
+                _centered_product(before[i], before[j], product)
+                moments.accumulate(own[rows], product.neg_(), -count * was[i, rows], was[j])
+    if changes is not None:
+        squares = torch.stack([after[model].squares - before[model].squares for model in range(len(old))])
+        changes[0].add_(now - was, alpha=count)
+        changes[1].add_(squares).add_(now.square() - was.square(), alpha=count)
+
+
+def _centered(
+    moments: Moments,
+    chunk: dict[int, Samples],
+    dtype: torch.dtype,
+    workspace: Workspace,
+    *,
+    name: str = "centered",
+    check: Callable[[], None] = lambda: None,
+) -> dict[int, Centered]:
+    """Return the samples of some models in `dtype`, or in float64 if float32 cannot hold their squares.
+
+    If only R rows of the co-moments are updated, the values of model 0 are [R, samples]. Its mean is then the present
+    one in all other rows.
+    """
     _device.refuse_capture("an update with features that are centered first", moments.device)
     center = _dispatch.choose(
         "correlation",
@@ -83,54 +154,35 @@ def add(
             "reference": reference.center,
         },
     )
-    numbers = moments.units * math.prod(chunk[0].shape)
-    memory = [workspace.empty(f"centered {model}", numbers, dtype, moments.device) for model in range(len(chunk))]
-    results = [center(one.view, m, one.outer, one.inner) for one, m in zip(chunk, memory, strict=True)]
-    centered, means, squares, rests = zip(*results, strict=True)
-    if not all(bool(mean.isfinite().all()) for mean in means):
+    results = {}
+    for model, one in chunk.items():
+        rows = moments.rows if model == 0 else slice(None)
+        view = one.view[:, rows]
+        memory = workspace.empty(f"{name} {model}", view.shape[1] * math.prod(one.shape), dtype, moments.device)
+        results[model] = center(view, memory, one.outer, one.inner)
+        if view.shape != one.view.shape:
+            mean, squares = moments.mean[model].clone(), torch.zeros_like(moments.squares[model])
+            mean[rows], squares[rows] = results[model].mean, results[model].squares
+            results[model] = results[model]._replace(mean=mean, squares=squares)
+    if not all(bool(one.mean.isfinite().all()) for one in results.values()):
         check()
-    # If float32 cannot hold the squares, the products are computed in float64, which can.
-    if dtype == torch.float32 and any(bool(s.max() > torch.finfo(dtype).max) for s in squares):
-        centered = tuple(one.to(torch.float64) for one in centered)
-    count = centered[0].shape[1]
-    product = _product_memory(moments, workspace, centered[0].dtype)
-    products = (
-        _less_rest(_product(centered[i], centered[j], product), rests[i], rests[j], count) for i, j in moments.pairs
-    )
-    with _products_in(precision):
-        moments.join(count, torch.stack(means), torch.stack(squares), products)
+    if dtype == torch.float32 and any(bool(one.squares.max() > torch.finfo(dtype).max) for one in results.values()):
+        results = {model: _in_float64(one) for model, one in results.items()}
+    return results
 
 
-def exchange(
-    moments: Moments,
-    chunk: list[tuple[Tensor, Tensor]],
-    stays: list[bool],
-    dtype: torch.dtype,
-    precision: Precision,
-    workspace: Workspace,
-    changes: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Replace samples in the co-moments about the present mean.
+def _in_float64(one: Centered) -> Centered:
+    return one._replace(values=one.values.to(torch.float64))
 
-    `changes`, if given, are [N, C] sums that the changes of each unit's sum and sum of squares are added to.
-    """
-    before, after = [], []
-    for (old, new), same, mean in zip(chunk, stays, moments.mean, strict=True):
-        before.append(_deviations(old, mean, dtype))
-        after.append(before[-1] if same else _deviations(new, mean, dtype))
-    none = torch.zeros_like(moments.mean[0])
-    product = _product_memory(moments, workspace, dtype)
-    for (i, j), own in zip(moments.pairs, moments.comoments, strict=True):
-        with _products_in(precision):
-            if stays[i]:
-                torch.mm(after[i], (after[j] - before[j]).T, out=product)
-            else:
-                _product(after[i], after[j], product).addmm_(before[i], before[j].T, alpha=-1)
-        moments.accumulate(own, product, none, none)
-    if changes is not None:
-        for i, (o, n) in enumerate(zip(before, after, strict=True)):
-            changes[0][i] += (n - o).sum(1, dtype=torch.float64)
-            changes[1][i] += _sum_of_squares(n) - _sum_of_squares(o)
+
+def _difference(one: Centered, other: Centered, workspace: Workspace) -> Centered:
+    """Return the values of some samples minus those of as many others of the same model, for products alone."""
+    values, rest = one.values, None
+    memory = workspace.empty("difference", values.numel(), values.dtype, values.device)
+    if one.rest is not None and other.rest is not None:
+        rest = one.rest - other.rest
+    difference = torch.sub(values, other.values, out=memory.as_strided(values.shape, values.stride()))
+    return one._replace(values=difference, rest=rest)
 
 
 def can_round_products() -> bool:
@@ -159,7 +211,7 @@ def _products_in(precision: Precision) -> Iterator[None]:
 
 
 def _product_memory(moments: Moments, workspace: Workspace, dtype: torch.dtype) -> Tensor:
-    shape = moments.comoments.shape[1:]
+    shape = moments.comoments[0, moments.rows].shape
     return workspace.empty("product", shape.numel(), dtype, moments.device).view(shape)
 
 
@@ -177,22 +229,12 @@ def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _less_rest(product: Tensor, row_rest: Tensor | None, column_rest: Tensor | None, count: int) -> Tensor:
-    """Return the product of samples about their means, given the product of samples whose sums are the rests."""
-    if row_rest is None or column_rest is None:
+def _centered_product(one: Centered, other: Centered, out: Tensor) -> Tensor:
+    """Return in `out` the product of samples about their means, from values about the means or about shifts."""
+    product = _product(one.values, other.values, out)
+    if one.rest is None or other.rest is None:
         return product
-    return product.addr_((row_rest / -count).to(product), column_rest.to(product))
-
-
-def _deviations(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return features [outer, C, inner] minus `mean` [C], as [C, samples], with NaN as 0."""
-    units = features.transpose(0, 1).flatten(1).to(dtype)
-    return units.nan_to_num(0.0).sub_(mean[:, None].to(dtype))
-
-
-def _sum_of_squares(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.square()
+    return product.addr_((one.rest / -one.values.shape[1]).to(product), other.rest.to(product))
 
 
 def _triton_serves(device: torch.device) -> bool:

@@ -50,6 +50,12 @@ class Samples:
             None if self.inner is None else self.inner.part(inner),
         )
 
+    def gathered(self) -> Tensor:
+        """Return [outer, C, inner]: the samples themselves, of a permutation."""
+        view = self.view
+        view = view if self.outer is None else view.index_select(0, self.outer.members)
+        return view if self.inner is None else view.index_select(2, self.inner.members)
+
 
 def check_features(
     features: Sequence[_arrays.Array], num_models: int, units: int, device: torch.device, channel_axis: int

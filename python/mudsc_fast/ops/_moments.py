@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -36,28 +36,48 @@ class Moments:
         The P pairs of models.
     mean, squares
         [N, C] float64: the mean of each unit, and the sum of its squared deviations.
-    comoments
-        [P, C, C] float64: for each pair of models the sums of the products of two units' deviations.
     num_samples
         Number of samples.
     in_range
         Whether all features that were not checked before they were added are finite, with sums of squares that float32
         can hold: a bool on the device, or None if there are no such features.
+    rows
+        The units of model 0 whose moments are updated, for "cross" on the CPU; all by default. If these are the first
+        updates, the co-moments of other units are undefined.
     """
 
     pairs: list[tuple[int, int]]
     mean: Tensor
     squares: Tensor
-    comoments: Tensor
+    _comoments: Tensor | None  # until something is added or asked for, because clearing large memory takes time
     num_samples: int = 0
     in_range: Tensor | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
     @classmethod
     def zeros(cls, num_models: int, units: int, blocks: Blocks, device: torch.device | str) -> Moments:
         """Return the moments of zero samples."""
         pairs = pairs_of(num_models, blocks)
         mean, squares = (torch.zeros(num_models, units, dtype=torch.float64, device=device) for _ in range(2))
-        return cls(pairs, mean, squares, torch.zeros(len(pairs), units, units, dtype=torch.float64, device=device))
+        result = cls(pairs, mean, squares, None)
+        if mean.device.type != "cpu":
+            result._comoments = result._empty().zero_()
+        return result
+
+    def _empty(self) -> Tensor:
+        return self.mean.new_empty(len(self.pairs), self.units, self.units)
+
+    @property
+    def comoments(self) -> Tensor:
+        """[P, C, C] float64: for each pair of models the sums of the products of two units' deviations."""
+        if self._comoments is None:
+            self._comoments = self._empty()
+            self._comoments[:, self.rows] = 0
+        return self._comoments
+
+    @comoments.setter
+    def comoments(self, comoments: Tensor) -> None:
+        self._comoments = comoments
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +103,14 @@ class Moments:
         shift = mean - self.mean
         # n_a n_b / (n_a + n_b): the factor with which the difference of the means enters each (co-)moment.
         weighted = shift * (self.num_samples * (count / total))
+        is_first = self._comoments is None and self.num_samples == 0
+        if is_first:
+            self._comoments = self._empty()
         for (i, j), own, joined in zip(self.pairs, self.comoments, comoments, strict=True):
-            self.accumulate(own, joined, weighted[i], shift[j])
+            if is_first:
+                own[self.rows] = joined
+            else:
+                self.accumulate(own[self.rows], joined, weighted[i, self.rows], shift[j])
         self.squares += squares + weighted * shift
         self.mean += shift * (count / total)
         self.num_samples = total
@@ -108,7 +134,7 @@ class Moments:
         self.mean += shift / self.num_samples
 
     def accumulate(self, comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
-        """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C], in one pass."""
+        """Add `product` + outer(row_shift, column_shift) to `comoment` [R, C], in one pass."""
         kernel = _dispatch.choose(
             "correlation",
             self.device,

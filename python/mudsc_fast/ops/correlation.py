@@ -18,10 +18,10 @@ from mudsc_fast.ops._all_reduce import all_reduce
 from mudsc_fast.ops._centered_products import Precision, Workspace
 from mudsc_fast.ops._correlation_result import correlations_of
 from mudsc_fast.ops._features import (
+    Samples,
     check_features,
     check_not_infinite,
     chunks,
-    flat,
     may_overflow,
     reindexed,
     samples_of,
@@ -127,6 +127,18 @@ class CorrelationAccumulator:
             yield
         finally:
             self._workspace = None
+
+    @contextmanager
+    def _only_rows(self, first: int, last: int) -> Iterator[None]:
+        """Make the updates of the enclosed code compute some rows of the result only, for "cross" on the CPU.
+
+        These are the units of model 0 from `first` to before `last`. The means and variances of its other units stay.
+        """
+        self._moments.rows = slice(first, last)
+        try:
+            yield
+        finally:
+            self._moments.rows = slice(None)
 
     @torch.no_grad()
     def update(
@@ -237,33 +249,71 @@ class CorrelationAccumulator:
         after = self._check_features(tuple(new), channel_axis)
         if before[0].shape != after[0].shape:
             raise ValueError(f"new must have the shape of old, {list(before[0].shape)}, got {list(after[0].shape)}")
-        count = before[0].numel() // self._units
-        if count > self.num_samples:
-            raise ValueError(f"old must hold at most the {self.num_samples} samples so far, got {count}")
+        self._check_replaced(before[0].numel() // self._units)
         check_not_infinite(before)
         check_not_infinite(after)
-        self._check_range()
         moments = self._moments
-        dtype = _product_dtype([*before, *after])
-        views = [(flat(o, channel_axis), flat(n, channel_axis)) for o, n in zip(before, after, strict=True)]
         stays = [o is n for o, n in zip(before, after, strict=True)]
         changes = None if reordered else (torch.zeros_like(moments.mean), torch.zeros_like(moments.squares))
-        on_tensor_cores = _tensor_core_products.serves([*before, *after], moments.device)
-        limit = (
-            _tensor_core_products.chunk_samples(self._units)
-            if on_tensor_cores
-            else _centered_products.chunk_samples(self._num_models, self._units)
-        )
-        outer_samples, _, inner_samples = views[0][0].shape
-        for outer, inner in chunks(outer_samples, inner_samples, limit):
-            chunk = [(o[outer, :, inner], n[outer, :, inner]) for o, n in views]
-            if on_tensor_cores:
-                _tensor_core_products.exchange(moments, chunk, stays, changes)
-            else:
-                workspace = self._workspace or Workspace()
-                _centered_products.exchange(moments, chunk, stays, dtype, self._precision, workspace, changes)
+        self._exchange(samples_of(before, channel_axis, {}), samples_of(after, channel_axis, {}), stays, changes)
         if changes is not None:
             moments.shift(*changes)
+
+    @torch.no_grad()
+    def _reorder(
+        self, *features: Tensor, axis: int, old: Sequence[Tensor], new: Sequence[Tensor], channel_axis: int = 1
+    ) -> None:
+        """Replace samples that were added before by other samples of the same tensors, without copying them.
+
+        Means and variances stay: after all calls that belong together, the samples of each model must be those before
+        the calls, in another order.
+
+        Parameters
+        ----------
+        *features
+            One tensor per model, as for :meth:`update`.
+        axis
+            The axis along which samples are chosen; not that of the units.
+        old, new
+            For each model [K] int64: the places of the old samples on this axis, and of the new ones. If the samples of
+            a model do not change, pass the same tensor in both: its products with the other models then cost half.
+        channel_axis
+            The axis of the units; negative axes count from the end.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`replace`.
+        """
+        checked = self._check_features(features, channel_axis)
+        axis, units_axis = axis % checked[0].ndim, channel_axis % checked[0].ndim
+        length = checked[0].shape[axis]
+        self._check_replaced(checked[0].numel() // (self._units * max(length, 1)) * len(old[0]))
+        sides = [
+            samples_of(checked, units_axis, {axis: UnitMap.permutation(torch.stack(list(places)), units_in=length)})
+            for places in (old, new)
+        ]
+        self._exchange(sides[0], sides[1], [o is n for o, n in zip(old, new, strict=True)], None)
+
+    def _check_replaced(self, count: int) -> None:
+        if count > self.num_samples:
+            raise ValueError(f"old must hold at most the {self.num_samples} samples so far, got {count}")
+        self._check_range()
+
+    def _exchange(
+        self, old: list[Samples], new: list[Samples], stays: list[bool], changes: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Replace samples in the co-moments about the present mean."""
+        moments, views = self._moments, [one.view for one in (*old, *new)]
+        if _tensor_core_products.serves(views, moments.device):
+            for part in chunks(*old[0].shape, _tensor_core_products.chunk_samples(self._units)):
+                chunk = [(o.chunk(*part).gathered(), n.chunk(*part).gathered()) for o, n in zip(old, new, strict=True)]
+                _tensor_core_products.exchange(moments, chunk, stays, changes)
+            return
+        options = (_product_dtype(views), self._precision, self._workspace or Workspace(), changes)
+        for part in chunks(*old[0].shape, _centered_products.chunk_samples(self._num_models, self._units)):
+            before, after = ([one.chunk(*part) for one in side] for side in (old, new))
+            _centered_products.exchange(moments, before, after, stays, *options)
 
     @torch.no_grad()
     def merge(self, other: CorrelationAccumulator) -> None:

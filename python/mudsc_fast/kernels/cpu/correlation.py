@@ -40,7 +40,7 @@ def center(
 
 
 def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
-    """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C] float64; all contiguous."""
+    """Add `product` + outer(row_shift, column_shift) to `comoment` [R, C] float64; all contiguous."""
     _core.accumulate_comoment(comoment, product, row_shift, column_shift, _runtime.isa_level(), _runtime.threads())
 
 

@@ -40,7 +40,7 @@ def _in_order(features: Tensor, axis: int, order: SampleOrder) -> Tensor:
 
 
 def accumulate(comoment: Tensor, product: Tensor, row_shift: Tensor, column_shift: Tensor) -> None:
-    """Add `product` + outer(row_shift, column_shift) to `comoment` [C, C] float64."""
+    """Add `product` + outer(row_shift, column_shift) to `comoment` [R, C] float64."""
     comoment += product
     comoment += torch.outer(row_shift, column_shift)
 
