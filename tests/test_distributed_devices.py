@@ -203,7 +203,8 @@ CASES = ("align", "zip", "groups align", "groups zip", *(("sharded align", "shar
 def run_case(case: str, rank: int | None = None) -> int:
     """Match or merge two networks in all processes or, without a rank, in this one; return the number of sweeps."""
     kind, _, mode = case.rpartition(" ")
-    options: dict[str, Any] = {"mode": mode, "group": None if rank is None else distributed.group.WORLD}
+    group = None if rank is None else distributed.group.WORLD
+    options: dict[str, Any] = {"mode": mode, "group": group}
     if not kind:
         data = [torch.randn(16, 20, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
         own = data if rank is None else data[rank::2]
