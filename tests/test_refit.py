@@ -381,6 +381,60 @@ def test_pooling_to_one_position_keeps_channels_last() -> None:
     assert refitted.refit_layers[-1].error_after == pytest.approx(float(error), rel=1e-3)
 
 
+def test_batch_norm_without_running_statistics_is_reported() -> None:
+    class BatchStatistics(nn.Sequential):
+        def __init__(self) -> None:
+            norm = nn.BatchNorm1d(16, track_running_stats=False)
+            super().__init__(nn.Linear(8, 16), norm, nn.ReLU(), nn.Linear(16, 4))
+
+    batches = batches_for(Mlp)
+    models: list[nn.Module] = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(BatchStatistics())
+    merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip")
+    refitted = mudsc_fast.refit(merged, models, batches)
+    assert [layer.name for layer in refitted.refit_layers] == ["0", "3"]
+    assert set(refitted.not_refitted) == {"1.weight", "1.bias"}
+
+
+def test_callers_autocast_and_inference_mode_change_nothing() -> None:
+    batches, models = batches_for(Mlp), make_models(Mlp, 2)
+    merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip")
+    wanted = mudsc_fast.refit(merged, models, batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = mudsc_fast.refit(merged, models, batches)
+    with torch.inference_mode():
+        inferred = mudsc_fast.refit(merged, models, batches)
+    for found in (autocast, inferred):
+        assert all(torch.equal(found.state_dict[name], tensor) for name, tensor in wanted.state_dict.items())
+    assert inferred.model is not None
+    assert not any(tensor.is_inference() for tensor in inferred.model.parameters())
+
+
+def test_ridge_too_small_to_factorize_is_raised() -> None:
+    inputs = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(1, 2)
+    residuals = inputs[:, :3] - inputs[:, 4:7]
+    whole, nothing = moments_of(inputs, residuals), Moments.zeros(1, 16, 3, inputs.device)
+    few = solve_few((inputs, residuals), (inputs[:0], residuals[:0]), [1e-30], has_bias=True)
+    for found in (few, solve(whole, nothing, whole, [1e-30], has_bias=True)):
+        assert found.ridge is not None
+        assert 1e-30 < found.ridge < 1e-10
+        torch.testing.assert_close(inputs @ found.weight[0].T + found.bias[0], residuals)
+
+
+def test_outputs_whose_squares_overflow() -> None:
+    batches, models = batches_for(Mlp, 8), make_models(Mlp, 2)
+    for model in models:
+        for layer in cast("Mlp", model).layers:
+            nn.init.zeros_(cast("nn.Linear", layer).bias)
+    merged = mudsc_fast.merge(models, spec=make_spec(models[0], batches), mode="zip")
+    wanted = mudsc_fast.refit(merged, models, batches)
+    found = mudsc_fast.refit(merged, models, [1e20 * batch for batch in batches])
+    for before, after in zip(wanted.refit_layers, found.refit_layers, strict=True):
+        assert after.error_after == pytest.approx(before.error_after, rel=1e-3)
+
+
 def test_partial_merge_refits_trunk_and_heads() -> None:
     batches = batches_for(ResidualNet, 8)
     models = make_models(ResidualNet, 2)

@@ -303,7 +303,8 @@ class _Spread:
 
     def add(self, target: Tensor) -> None:
         count, means = len(target), target.mean(0)
-        mean, squares = (moment.double().cpu() for moment in (means, torch.linalg.vector_norm(target - means).square()))
+        squares = torch.linalg.vector_norm(target - means, dtype=torch.float64).square()
+        mean, squares = means.double().cpu(), squares.cpu()
         total = self._count + count
         shift = mean - self._mean
         self._squares = self._squares + squares + self._count * count / total * shift.square().sum()

@@ -188,10 +188,10 @@ class GramSums:
         inputs, residuals = (part.sub_(shift) for part, shift in zip(parts, self._shifts, strict=True))
         with self._alone.computing_in(self._workspace):
             self._alone.update(inputs, channel_axis=1)
-        self._cross += inputs.T @ residuals
+        self._cross += product(inputs.T, residuals)
         sums = self._sums
         sums.mean_residuals.add_(residuals.sum(0, dtype=torch.float64))  # divided by the number of samples at the end
-        sums.squares.add_(torch.linalg.vector_norm(residuals).double().square())
+        sums.squares.add_(torch.linalg.vector_norm(residuals, dtype=torch.float64).square())
 
     def moments(self) -> Moments:
         """Return the moments of all samples so far."""
@@ -222,15 +222,28 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix product in the dtype of the factors, or in float64 if float32 cannot hold it."""
+    limit = torch.finfo(left.dtype).max / max(left.shape[1], 1)
+    if left.dtype == torch.float32 and not _largest(left) * _largest(right) < limit:
+        return left.double() @ right.double()
+    return left @ right
+
+
 def symmetric_product(rows: Tensor) -> Tensor:
-    """Return rows @ rows.T, computed in blocks of rows that leave out most of one half."""
+    """Return rows @ rows.T as float64, computed in blocks of rows that leave out most of one half."""
     count = len(rows)
-    result = rows.new_empty(count, count)
+    result = rows.new_empty(count, count, dtype=torch.float64)
     for first in range(0, count, _BLOCK):
         last = min(first + _BLOCK, count)
-        torch.mm(rows[first:last], rows[first:].T, out=result[first:last, first:])
+        result[first:last, first:] = product(rows[first:last], rows[first:].T)
         result[last:, first:last] = result[first:last, last:].T
     return result
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute value."""
+    return float(torch.stack(torch.aminmax(tensor)).abs().max()) if tensor.numel() else 0.0
 
 
 def _moments_of(inputs: Tensor, residuals: Tensor) -> Moments:

@@ -159,6 +159,10 @@ class _Finder:
         weight, bias = named["weight"], named["bias"]
         if not self._is_parameter(weight) or (bias is not None and not self._is_parameter(bias)):
             return None
+        if call.name in BATCH_NORMS and not all(
+            self._is_parameter(named[key]) for key in ("running_mean", "running_var")
+        ):
+            return None
         output = call.outputs[0]
         assert output is not None
         name = self._name(weight.value)
@@ -373,4 +377,6 @@ def _reason(call: Call) -> str:
         return "it is an embedding table"
     if call.name in ("add", "mul", "sub", "div"):
         return "it is added or multiplied entry by entry"
+    if is_layer_call(call):
+        return "another tensor of its layer is not fitted"
     return f"the operator {call.name} is not fitted"

@@ -17,8 +17,8 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from typing import Any, get_args
 
@@ -117,6 +117,7 @@ def refit(
     ``E |W' h - t|^2 + ridge * trace(E h h^T) / inputs * |W' - W|^2``. The target t of a merged unit is the mean over
     the models, with their weights, of the outputs of the unit's members in each model. It is taken after a BatchNorm,
     and after residual sums, where the other summand is subtracted. A merge with a permuted copy does not change.
+    Models run in their own dtype, even inside of ``torch.autocast``.
     """
     began = time.perf_counter()
     check_choice("outputs", outputs, get_args(Outputs))
@@ -130,16 +131,28 @@ def refit(
     )
     check_share("own_share", own_share)
     check_merged_models(result, models, "refit runs the networks")
-    refitted = {id(model): copy_module(model) for model in result.task_models}
-    task_models = tuple(refitted[id(model)] for model in result.task_models)
     limit = None if max_samples is None else check_int("max_samples", max_samples, 1)
-    batches = _read(data, len(models), limit, forward)
-    run = _Run(result, models, task_models, batches, own_share, settings, forward)
-    with torch.no_grad():
+    with _plain_computation():
+        refitted = {id(model): copy_module(model) for model in result.task_models}
+        task_models = tuple(refitted[id(model)] for model in result.task_models)
+        batches = _read(data, len(models), limit, forward)
+        run = _Run(result, models, task_models, batches, own_share, settings, forward)
         layers = run.fit()
     _warn_of_few_samples(layers)
     fitted = _with_tensors(result, task_models, layers, run.skipped)
     return dataclasses.replace(fitted, timings={**result.timings, "refit": time.perf_counter() - began})
+
+
+@contextmanager
+def _plain_computation() -> Iterator[None]:
+    """Run the enclosed code without gradients, outside of the caller's autocast and inference mode."""
+    with ExitStack() as stack:
+        # In inference mode, operators are not recorded, and new tensors cannot be changed later.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mudsc_fast.refitting.gram import Moments, symmetric_product
+from mudsc_fast.refitting.gram import Moments, is_finite, symmetric_product
 
 #: Penalties below this multiple of float32's precision, relative to the norm of the gram matrix, need float64.
 _FLOAT32_MARGIN = 64.0
@@ -26,7 +26,8 @@ class Solution:
     bias
         [groups, outputs], float64. Zeros if the layer has no bias.
     ridge
-        The chosen ridge. None if no change is better than any.
+        The ridge of the solution: the chosen one, or a larger one if it is too small to factorize the matrix. None if
+        no change is better than any.
     error_before, error_after
         Mean over the samples of the squared residual, summed over the outputs.
     """
@@ -72,9 +73,12 @@ def solve(
     if chosen is None:
         nothing = torch.zeros_like(parts[2].cross).transpose(1, 2)
         return Solution(nothing, torch.zeros_like(parts[2].mean_residuals), None, before, before)
-    penalty = _penalty(parts[2], chosen)
-    weight = _solved(parts[2].gram, parts[2].cross, penalty).transpose(1, 2)
-    return Solution(weight, _bias(parts[2], weight, has_bias), chosen, before, _fitted_error(parts[2], penalty, weight))
+    chosen, solution = _first_finite(
+        chosen, lambda ridge: _solved(parts[2].gram, parts[2].cross, _penalty(parts[2], ridge))
+    )
+    weight = solution.transpose(1, 2)
+    after = _fitted_error(parts[2], _penalty(parts[2], chosen), weight)
+    return Solution(weight, _bias(parts[2], weight, has_bias), chosen, before, after)
 
 
 def solve_few(
@@ -101,7 +105,7 @@ def solve_few(
     count, (samples, size) = len(fitted[0]), inputs.shape
     shift = inputs.mean(0) if has_bias else inputs.new_zeros(size)
     inputs = inputs - shift
-    products = symmetric_product(inputs).double()
+    products = symmetric_product(inputs)
     known, missing = residuals[:count], residuals[count:]
     part = _centered(products, count, has_bias)
     mean = known.mean(0) if has_bias and count else known.new_zeros(known.shape[1])
@@ -119,7 +123,7 @@ def solve_few(
         return Solution(nothing, nothing[:, :, 0].clone(), None, before, before)
     whole = _centered(products, samples, has_bias)
     mean = residuals.mean(0) if has_bias else torch.zeros_like(mean)
-    coefficients = _coefficients(whole, residuals - mean, chosen, size)
+    chosen, coefficients = _first_finite(chosen, lambda ridge: _coefficients(whole, residuals - mean, ridge, size))
     # The coefficients of centered residuals sum to 0, so that any shift of the inputs gives the same weight.
     weight = coefficients.T @ inputs.double()
     bias = mean - weight @ (shift.double() + inputs.mean(0, dtype=torch.float64)) if has_bias else mean
@@ -138,10 +142,17 @@ def _centered(products: Tensor, count: int, has_bias: bool) -> Tensor:
 
 def _coefficients(products: Tensor, residuals: Tensor, ridge: float, size: int) -> Tensor:
     """Return [samples, outputs], the share of each sample in the weight."""
-    penalty = ridge * float(products.trace()) / size
-    penalized = products.clone()
-    penalized.diagonal().add_(penalty if penalty > 0 else 1.0)
-    return torch.cholesky_solve(residuals, torch.linalg.cholesky(penalized))
+    penalty = ridge * products.diagonal().sum(0, keepdim=True) / size
+    return _solved(products[None], residuals[None], torch.where(penalty > 0, penalty, 1.0))[0]
+
+
+def _first_finite(ridge: float, solution_with: Callable[[float], Tensor]) -> tuple[float, Tensor]:
+    """Return the solution with a ridge, or with the smallest power of ten times it that can be computed."""
+    while True:
+        solution = solution_with(ridge)
+        if is_finite(solution) or ridge > 1:
+            return ridge, solution
+        ridge *= 10
 
 
 def _choose_ridge(
@@ -156,7 +167,8 @@ def _choose_ridge(
 
     def error(at: int) -> float:
         if at not in errors:
-            errors[at] = held_out_error(ordered[at])
+            found = held_out_error(ordered[at])
+            errors[at] = math.inf if math.isnan(found) else found
         return errors[at]
 
     for step in (-1, 1):

@@ -249,7 +249,10 @@ class _Recorder(TorchDispatchMode):
                 self._note_memory(outputs[-1], arguments, written)
         if written and source != "constants":
             if operator is None or len(written) > 1 or not any(result is tensor for tensor in written):
-                raise ValueError(f"refit cannot replay the in-place operator {func} that the model runs")
+                raise ValueError(
+                    f"refit cannot replay the in-place operator {func} that the model runs: use its out-of-place "
+                    "variant, or pass a forward that runs only the layers to refit"
+                )
             self._writes.append((len(self._calls), self._storage_of[self._value(written[0])], outputs[0] or 0))
         if source != "constants":
             self._calls.append(Call(operator, arguments, structure, tuple(outputs)))
@@ -264,7 +267,8 @@ class _Recorder(TorchDispatchMode):
                     if stale and self._tape.sources[value] != "constants":
                         raise ValueError(
                             f"refit cannot replay the in-place operator {self._calls[position].operator}, because the "
-                            "model later reads the memory that it overwrites through another view"
+                            "model later reads the memory that it overwrites through another view: use the "
+                            "out-of-place variant, or pass a forward that runs only the layers to refit"
                         )
         tape = self._tape
         for call in self._calls:
