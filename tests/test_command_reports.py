@@ -79,6 +79,7 @@ def test_inspection_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert nodes["h.0.mlp"] == ["128", "1"]
     assert "transformer.h.0.mlp.c_fc.bias" in shown
     assert "[128 (h.0.mlp)]" in shown
+    assert "all floating point tensors are in the spec" in shown
 
 
 def test_inspection_explains_frozen_units(tmp_path: Path) -> None:

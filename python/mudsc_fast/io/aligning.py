@@ -124,12 +124,15 @@ def align_checkpoints(
     began = time.perf_counter()
     with atomic_path(target.path) as temporary:
         written = target.write(temporary, source, permuted)
+        timings = {**matched.timings, "writing": time.perf_counter() - began}
+        began = time.perf_counter()
         if not check:
             unchecked = "not asked for"
         elif dequantize:
             unchecked = "the weights were dequantized"
         else:
             compared, unchecked = _compare(source, temporary, build, batches)
+            timings["comparing outputs"] = time.perf_counter() - began
     result = WriteResult(
         output=target.path,
         files=written.files,
@@ -139,7 +142,7 @@ def align_checkpoints(
         spec=networks.spec,
         matching=matched.matching,
         objectives=matched.objectives,
-        timings={**matched.timings, "writing": time.perf_counter() - began},
+        timings=timings,
         unmatched_tensors=networks.unmatched,
         task_tensors=tuple(networks.kept_names),
     )

@@ -153,10 +153,12 @@ def _frozen(
 ) -> list[str]:
     """Return lines that list the tensors that keep their order on all axes, with the reasons that are known."""
     unnamed = [name for name, tensor in tensors.items() if name not in spec.layouts and tensor.is_floating_point()]
+    if not unnamed:
+        return ["all floating point tensors are in the spec"]
     entries = sum(tensors[name].numel() for name in unnamed)
     total = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
     share = entries / max(total, 1)
-    lines = [f"{len(unnamed)} tensors ({share:.1%} of the entries) keep their order and are averaged as they are"]
+    lines = [f"{len(unnamed)} tensors ({share:.1%} of the entries) keep their order and are averaged without matching"]
     for name in unnamed[:_MAX_LISTED]:
         lines.append(f"  {name} {list(tensors[name].shape)}")
         lines += [f"    axis {axis}: {reason}" for axis, reason in frozen_axes.get(name, {}).items()]
