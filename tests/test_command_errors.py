@@ -438,6 +438,8 @@ def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
         ("has no config.json: pass build=, a function", "has no config.json: pass --model, a function"),
         ("add ignore='a b*'", "add --ignore 'a b*'"),
         ("3 weights differ: weights are averaged", "3 weights differ: weights are averaged"),
+        ("Pass data and the models as modules: the", "Pass --data and --model: the"),
+        ("pass spec: a PermutationSpec, the path of", "pass --spec: the path of"),
     ],
 )
 def test_messages_name_options(message: str, shown: str) -> None:

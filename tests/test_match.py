@@ -260,7 +260,7 @@ def test_ways_to_pass_spec(tmp_path: Path) -> None:
     assert mudsc_fast.collect_statistics(models, batches()).spec == mudsc_fast.match(models, batches()).spec
     with pytest.raises(TypeError, match=r"spec must be a PermutationSpec, the name of a family, .* got int"):
         mudsc_fast.merge(models, spec=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no family is recognized by the tensor names .* Pass spec"):
+    with pytest.raises(ValueError, match=r"no family is recognized by the tensor names .* Pass data"):
         mudsc_fast.merge([{"a.weight": torch.ones(2, 3)}] * 2)
 
 

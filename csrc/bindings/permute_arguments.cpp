@@ -66,7 +66,7 @@ PermuteView permute_view(const std::int64_t* shape, int num_axes, const int* map
 
 PermuteProblem permute_problem(ScalarType type, const std::int64_t* shape, int num_axes, const MappedAxis* mapped,
                                int num_mapped) {
-  int axes[kMaxMapped];
+  int axes[kMaxMapped] = {};
   for (int i = 0; i < num_mapped; ++i) axes[i] = mapped[i].axis;
   const PermuteView view = permute_view(shape, num_axes, axes, num_mapped);
   PermuteProblem problem{};

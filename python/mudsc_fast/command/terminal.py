@@ -20,6 +20,9 @@ _ARGUMENT = (
     r"|random_state|max_sweeps|patience|precision)"
 )
 
+#: What the command has in place of objects of Python.
+_WORDS = {"verify=False": "--no-verify", "the models as modules": "--model", "spec: a PermutationSpec, ": "spec: "}
+
 #: An argument of Python in a message: ``spec='mlp'``, ``pass data`` or ``weights must ...`` at the beginning of a line.
 _GIVEN = re.compile(
     rf"(?<![\w.]){_ARGUMENT}="
@@ -38,7 +41,8 @@ def as_options(message: str) -> str:
         space = "" if match["word"] is None and match["value"] is None else " "
         return option(match[1]) + space + (match["word"] or "")
 
-    message = message.replace("verify=False", "--no-verify")
+    for words, replacement in _WORDS.items():
+        message = message.replace(words, replacement)
     return _NAMED.sub(lambda match: match[1] + option(match[2]), _GIVEN.sub(given, message))
 
 

@@ -124,8 +124,8 @@ def _recognize(source: _Source) -> PermutationSpec:
             return source.derive()
         shown = ", ".join(list(source.tensors)[:5])
         raise ValueError(
-            f"no family is recognized by the tensor names ({shown}, ...). Pass spec: a PermutationSpec, the path of a "
-            f".json file, or a family: {family_names()}. Or pass modules and data: the spec is then derived"
+            f"no family is recognized by the tensor names ({shown}, ...). Pass data and the models as modules: the "
+            f"spec is derived. Or pass spec: a PermutationSpec, the path of a .json file, or a family: {family_names()}"
         )
     try:
         chosen = build_family(family, {}, source.tensors, source.config)
