@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 import mudsc_fast
 from architectures import ResNet, calibrate, randomize
-from mudsc_fast.matching import owners, parallel
+from mudsc_fast.matching import sharing
 from mudsc_fast.matching.weight import WeightSimilarity
 from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 from processes import run_processes
@@ -135,21 +135,21 @@ def compared(result: mudsc_fast.MergeResult) -> dict[str, Any]:
 
 def merge_in_groups(rank: int, folder: Path) -> None:
     """Merge all cases in groups of one, two and three processes; nodes are shared however small they are."""
-    parallel._MIN_MOVED_SAMPLES["cpu"] = parallel._MIN_SAMPLES_OF_ROWS = 1
+    sharing._MIN_MOVED_SAMPLES["cpu"] = sharing._MIN_SAMPLES_OF_ROWS = 1
     num_shared = Counter[str]()
 
-    def counted(*arguments: Any) -> Any:
-        shares = owners.share_out(*arguments)
-        num_shared["all"] += len(shares)
-        return shares
+    def count(kind: type[sharing.Sharing]) -> None:
+        compute = kind.compute
 
-    def counted_updates(*arguments: Any) -> Any:
-        num_shared["updates"] += 1
-        return updated_sums(*arguments)
+        def counted(self: Any, task: sharing.Task) -> Any:
+            num_shared[f"{kind.__name__} {'updates' if task in self._plan.updates else 'sums'}"] += 1
+            return compute(self, task)
 
-    by_rows, updated_sums = WeightSimilarity.divides_rows, parallel.ParallelSolver._updated_sums
-    setattr(parallel, "share_out", counted)  # noqa: B010 mypy knows it as an import of that module
-    setattr(parallel.ParallelSolver, "_updated_sums", counted_updates)  # noqa: B010
+        setattr(kind, "compute", counted)  # noqa: B010
+
+    count(sharing.SharingRows)
+    count(sharing.SharingSamples)
+    by_rows = WeightSimilarity.divides_rows
     results: dict[str, Any] = {}
     for size in (1, 2, 3):
         group = distributed.new_group(list(range(size)))
@@ -175,8 +175,7 @@ def merge_in_groups(rank: int, folder: Path) -> None:
                 if name == "mlp search":
                     scores = {0.2: 5 / size - 0.4, 0.7: 5 / size - 0.1}
                     assert result.scores == pytest.approx(scores)
-    assert num_shared["all"] > num_shared["updates"]
-    assert num_shared["updates"] or rank == 2
+    assert len(num_shared) == 4 or rank == 2, num_shared
     torch.save(results, folder / f"{rank}.pt")
 
 

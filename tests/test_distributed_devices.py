@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import mudsc_fast
 from mudsc_fast.command import torchrun
 from mudsc_fast.distributed import Ranks, ranks
-from mudsc_fast.matching import parallel
+from mudsc_fast.matching import sharing
 from mudsc_fast.ops._dispatch import use_backend
 from networks import MLP_SPEC, make_mlp
 from processes import run_processes
@@ -170,7 +170,7 @@ def test_sides_are_told_apart() -> None:
 
 def count_waits_and_sends(rank: int, folder: Path) -> None:
     """Match in two processes, and write how often the host waits and what is sent from it."""
-    parallel._MIN_MOVED_SAMPLES["cpu"] = parallel._MIN_SAMPLES_OF_ROWS = 1  # nodes are shared, too
+    sharing._MIN_MOVED_SAMPLES["cpu"] = sharing._MIN_SAMPLES_OF_ROWS = 1  # nodes are shared, too
     sent: list[tuple[str, bool]] = []
 
     def watch(name: str) -> None:
@@ -182,7 +182,7 @@ def count_waits_and_sends(rank: int, folder: Path) -> None:
 
         setattr(distributed, name, watched)
 
-    for name in ("all_reduce", "reduce", "broadcast", "send", "recv"):
+    for name in ("all_reduce", "reduce", "broadcast", "send", "recv", "isend", "irecv"):
         watch(name)
     found = {}
     for case in CASES:
@@ -230,7 +230,8 @@ def test_processes_send_from_the_device_and_seldom_wait_for_it(tmp_path: Path) -
             found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))[case]
             assert found["sweeps"] == sweeps
             used = {name for name, _ in found["sent"]}
-            assert {"all_reduce", "broadcast" if "sharded" in case else "send" if rank else "recv"} <= used
+            assert used > {"all_reduce"}
+            assert ("broadcast" in used) == ("sharded" in case)
             assert not [name for name, on_host in found["sent"] if on_host]
             # In each of a few waves of a sweep: agreeing that all succeeded, who helps whom, and reading the results.
             assert found["waits"] <= alone.calls.total() + 15 * sweeps, case

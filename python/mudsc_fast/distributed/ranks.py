@@ -251,6 +251,27 @@ class Ranks:
                 with self._on_wire(bucket) as flat:
                     distributed.recv(flat, src=self._global(source), group=self._group)
 
+    @property
+    def sends_from_host(self) -> bool:
+        """Whether the group sends tensors on the CPU without a copy to another device."""
+        return "cpu" in self._direct
+
+    def start_sending(self, tensor: Tensor, to: int, doing: str) -> Message:
+        """Send a contiguous tensor on the CPU while this process continues; see :meth:`start_receiving`."""
+        self.bytes_sent += tensor.nbytes
+        with self._communicating(doing):
+            work = distributed.isend(tensor, dst=self._global(to), group=self._group)
+        return Message(self, work, tensor, doing)
+
+    def start_receiving(self, into: Tensor, source: int, doing: str) -> Message:
+        """Receive a tensor from another rank, which must call :meth:`start_sending`, while this process continues.
+
+        Messages between two ranks are matched in the order of these calls.
+        """
+        with self._communicating(doing):
+            work = distributed.irecv(into, src=self._global(source), group=self._group)
+        return Message(self, work, into, doing)
+
     def _global(self, rank: int) -> int:
         assert self._group is not None
         return distributed.get_global_rank(self._group, rank)
@@ -373,6 +394,21 @@ class Ranks:
             self._store().set(f"note {self.rank}", text)
         except RuntimeError:
             return  # the store is gone
+
+
+class Message:
+    """A tensor that is being sent or received."""
+
+    def __init__(self, ranks: Ranks, work: Any, tensor: Tensor, doing: str) -> None:
+        self._ranks, self._work, self._tensor, self._doing = ranks, work, tensor, doing
+
+    def wait(self) -> Tensor:
+        """Wait until the tensor has been sent or received, and return it."""
+        if self._work is not None:
+            with self._ranks._communicating(self._doing):
+                self._work.wait()
+            self._work = None
+        return self._tensor
 
 
 def _devices_sent_from(backends: str) -> set[str]:

@@ -107,56 +107,6 @@ def receive_difference(into: CorrelationAccumulator, source: int, dtype: torch.d
         own.accumulate(comoment, added, none, none)
 
 
-def send_rows(
-    accumulator: CorrelationAccumulator,
-    rows: tuple[int, int],
-    to: int,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    doing: str,
-    *,
-    is_difference: bool,
-) -> None:
-    """Send some rows of an accumulator to another process, which must call :func:`receive_rows`."""
-    moments, part = accumulator._moments, slice(*rows)
-    if not is_difference:
-        ranks.send([moments.mean, moments.squares], to, doing)
-    ranks.send([moments.comoments[:, part].to(dtype)], to, doing)
-
-
-def receive_rows(
-    into: CorrelationAccumulator,
-    rows: tuple[int, int],
-    samples: int,
-    source: int,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    doing: str,
-    *,
-    is_difference: bool,
-) -> None:
-    """Fill some rows of an accumulator with those that another process sends, or add them if they are a difference.
-
-    The rows are sums of `samples` samples, of which the accumulator has the other rows. A difference changes neither
-    means nor variances.
-    """
-    own, part = into._moments, slice(*rows)
-    if not is_difference:
-        mean, squares = torch.empty_like(own.mean), torch.empty_like(own.squares)
-        ranks.receive([mean, squares], source, doing)
-        for sums, received in ((own.mean, mean), (own.squares, squares)):
-            sums[0, part], sums[1:] = received[0, part], received[1:]
-        own.num_samples = samples
-    comoments = torch.empty_like(own.comoments[:, part], dtype=dtype)
-    ranks.receive([comoments], source, doing)
-    if not is_difference:
-        own.comoments[:, part] = comoments
-        return
-    none = torch.zeros_like(own.mean[0])
-    for comoment, added in zip(own.comoments, comoments, strict=True):
-        own.accumulate(comoment[part], added, none[part], none)
-
-
 def _checked_and_centered(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks, doing: str) -> list[Moments]:
     """Return the moments of each accumulator about the mean of all processes, once all features are in range."""
     with ranks.step(doing):
