@@ -50,12 +50,13 @@ ROWS = 8192
 PLEAS_STEPS = 400
 #: RegMean scales the entries off a gram matrix's diagonal by this (section 4.1 of the paper).
 REGMEAN_SCALE = 0.9
-#: Space, mode and balance of the matchings to compare.
-MATCHINGS: tuple[tuple[str, mudsc_fast.Mode, float], ...] = (
-    ("dual", "align", 0.3),
-    ("activation", "zip", 0.0),
-    ("dual", "zip", 0.3),
-)
+#: Mode, balance and expansion of the matchings to compare.
+MATCHINGS: dict[str, tuple[mudsc_fast.Mode, float, float]] = {
+    "dual align": ("align", 0.3, 1.0),
+    "activation zip": ("zip", 0.0, 1.0),
+    "dual zip": ("zip", 0.3, 1.0),
+    "activation zip, expand=1.25": ("zip", 0.0, 1.25),
+}
 MNIST_WIDTH, MNIST_LAYERS, MNIST_EPOCHS = 128, 6, 10
 
 
@@ -368,6 +369,8 @@ def main() -> None:
     parser.add_argument("--vectors", help=".npz of class vectors")
     parser.add_argument("--test-images", type=int, default=10000)
     parser.add_argument("--refit-only", action="store_true", help="leave out PLeaS, RegMean and fine-tuning")
+    parser.add_argument("--matchings", nargs="+", choices=list(MATCHINGS), default=list(MATCHINGS))
+    parser.add_argument("--own-images", nargs="+", type=int, default=[1000, 3000], help="numbers of images of own data")
     parser.add_argument("--network", nargs="+", choices=("resnet20", "resnet50", "vit_s"), default=["resnet20"])
     parser.add_argument("--num-images", type=int, default=1000, help="for speed: number of images")
     parser.add_argument("--batch-size", type=int, default=100, help="for speed: images in a batch")
@@ -381,13 +384,14 @@ def main() -> None:
         for network in options.network:
             measure_speed(network, options.num_images, options.batch_size, options.memory, options.repeats)
     elif options.case == "mnist":
-        compare(mnist_case(), "repair", others=not options.refit_only)
+        compare(mnist_case(), "repair", options.matchings, others=not options.refit_only)
     else:
         tables = []
         for pair in options.pair:
             print(" ".join(pair))
             case = cifar_case(pair, options.images, options.vectors, options.test_images)
-            tables.append(compare(case, "batch norm", others=not options.refit_only))
+            own = options.own_images
+            tables.append(compare(case, "batch norm", options.matchings, own, others=not options.refit_only))
         print_means(tables)
 
 
@@ -395,7 +399,9 @@ def main() -> None:
 Table = dict[str, tuple[float, float | None]]
 
 
-def compare(case: Case, repaired_by: str, *, others: bool) -> Table:
+def compare(
+    case: Case, repaired_by: str, matchings: Sequence[str], own_images: Sequence[int] = (), *, others: bool
+) -> Table:
     """Measure and print the accuracies of one pair of networks."""
     statistics = mudsc_fast.collect_statistics(case.models, case.batches)
     table: Table = {}
@@ -411,8 +417,11 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> Table:
         table[f"network {index} on its own classes"] = (accuracy, None)
         print(f"network {index} on its own classes         {accuracy:6.2f}")
     show("ensemble", lambda x: mean_output(case, x))
-    for space, mode, balance in MATCHINGS:
-        matching = mudsc_fast.match(case.models, statistics, spec=statistics.spec, mode=mode, balance=balance)
+    for method in matchings:
+        mode, balance, expand = MATCHINGS[method]
+        matching = mudsc_fast.match(
+            case.models, statistics, spec=statistics.spec, mode=mode, balance=balance, expand=expand
+        )
         if mode == "align":
             average = matching.without_matching().merge(case.models)
             show("average", reset(average.model, case))
@@ -420,7 +429,6 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> Table:
             show("average, refit", refitted.model, seconds)
         merged = matching.merge(case.models)
         assert merged.model is not None
-        method = f"{space} {mode}"
         show(method, reset(merged.model, case))
         if repaired_by == "repair":
             repaired, seconds = cpu_seconds(mudsc_fast.repair, merged, case.models, case.batches)
@@ -432,17 +440,17 @@ def compare(case: Case, repaired_by: str, *, others: bool) -> Table:
                 show(f"{method}, {name}", model, seconds)
         refitted, seconds = cpu_seconds(mudsc_fast.refit, merged, case.models, case.batches)
         show(f"{method}, refit", refitted.model, seconds)
-        if others and space == "dual":
+        if others and method.startswith("dual"):
             show(f"{method}, fine-tuned", fine_tuned(merged.model, case, seconds), 3 * seconds)
-        for count in (500, 1500) if case.own else ():
-            own = [batches(count) for batches in case.own]
+        for count in own_images:
+            own = [batches(count // len(case.own)) for batches in case.own]
             refitted, seconds = cpu_seconds(
                 lambda: mudsc_fast.refit(merged, case.models, [iter(part) for part in own], max_samples=None)  # noqa: B023
             )
-            show(f"{method}, refit, own data, {2 * count}", refitted.model, seconds)
-            if others and (space, mode) == ("dual", "zip"):
+            show(f"{method}, refit, own data, {count}", refitted.model, seconds)
+            if others and method == "dual zip" and count == own_images[0]:
                 tuned = fine_tuned(merged.model, case, seconds, own)
-                show(f"{method}, fine-tuned, own data, {2 * count}", tuned, 3 * seconds)
+                show(f"{method}, fine-tuned, own data, {count}", tuned, 3 * seconds)
     return table
 
 

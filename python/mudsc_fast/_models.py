@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, Rewindable
 from mudsc_fast._huggingface import config_of
+from mudsc_fast._resize import resize
 from mudsc_fast._tensors import Padded, Piece, same_values, tied_tensors, with_metadata, with_versions
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.matching.verify import check_keeps_outputs, keeps_outputs
@@ -296,14 +297,18 @@ def as_given(tensors: Mapping[str, Tensor], networks: Networks, index: int) -> d
 def with_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a model with other tensors.
 
-    Where the model has one tensor under several names and the state dict has several, the copy has several.
+    Where the model has one tensor under several names and the state dict has several, the copy has several. Layers have
+    the sizes of the tensors.
 
     Raises
     ------
     ValueError
         If the model does not hold the tensors after loading them.
+    TypeError
+        If a layer cannot change its size.
     """
     copied = copy_module(model)
+    resize(copied, state_dict)
     _untie(copied, state_dict)
     copied.load_state_dict(state_dict)
     found = copied.state_dict()

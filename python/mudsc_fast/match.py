@@ -33,9 +33,10 @@ from mudsc_fast.matching_result import Matching
 from mudsc_fast.merge_matched import checked_weights
 from mudsc_fast.ops.assignment import Assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Precision
-from mudsc_fast.options import MatchOptions, Space, default_balance, default_space, zip_factors
+from mudsc_fast.options import Expand, MatchOptions, Space, default_balance, default_space, zip_factors
 from mudsc_fast.prepare import Activations, Names, Prepared, prepare
 from mudsc_fast.spec.choose import SpecLike
+from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,6 +55,7 @@ def match(
     weights: Sequence[float] | None = None,
     shrink: float | None = None,
     budget: float = 1.0,
+    expand: Expand = 1.0,
     task_heads: Names = (),
     random_state: int = 0,
     max_sweeps: int = 100,
@@ -69,7 +71,7 @@ def match(
 
     Parameters
     ----------
-    models, data, spec, mode, balance, space, weights, shrink, budget, task_heads
+    models, data, spec, mode, balance, space, weights, shrink, budget, expand, task_heads
         As for :func:`mudsc_fast.merge`. The weights count for the clusters of a zip, and are those that
         :meth:`Matching.merge` uses by default.
     random_state, max_sweeps, patience, forward, precision, verify, progress, group, checkpoint
@@ -93,6 +95,7 @@ def match(
             balance=default_balance(balance, space, data is not None),
             shrink=shrink,
             budget=budget,
+            expand=expand,
             random_state=random_state,
             max_sweeps=max_sweeps,
             patience=patience,
@@ -148,6 +151,7 @@ class PreparedMatching:
             self._division = prepared.divide()
             comparable = self._division.comparable
             check_compatible(networks.state_dicts, spec, self._division)
+            _check_expand(options.expand, comparable, ranks)
             self._shapes = without_entries(networks.state_dicts[0])
             inputs = {}
             if not ranks.alone or checkpoint is not None:
@@ -299,6 +303,7 @@ class PreparedMatching:
                 shrink=shrink,
                 within=within,
                 budget=options.budget,
+                expand={node: options.expansion(node) for node in similarities},
             )
 
     def _match_activations(self, data: Activations) -> None:
@@ -368,3 +373,15 @@ class PreparedMatching:
             progress=self._options.progress,
             roots=roots,
         )
+
+
+def _check_expand(expand: Expand, spec: PermutationSpec, ranks: Ranks) -> None:
+    """Raise a ValueError if nodes to expand do not exist, or several processes match."""
+    if expand != 1 and not ranks.alone:
+        raise ValueError(f"expand={expand} is not supported with group: match in one process")
+    unknown = [node for node in expand if node not in spec.nodes] if isinstance(expand, Mapping) else []
+    if unknown:
+        raise ValueError(f"expand names the node {unknown[0]!r}, but the nodes are {list(spec.nodes)[:8]}")
+    grouped = [node for node in expand if spec.groups(node).count > 1] if isinstance(expand, Mapping) else []
+    if grouped:
+        raise ValueError(f"expand names the node {grouped[0]!r}, whose units form groups: only other nodes can expand")

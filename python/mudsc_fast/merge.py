@@ -20,7 +20,7 @@ from mudsc_fast.matching_result import Matching
 from mudsc_fast.merge_matched import merge_matched, merge_sharded
 from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops.correlation import Precision
-from mudsc_fast.options import MatchOptions, Space, default_balance, default_space
+from mudsc_fast.options import Expand, MatchOptions, Space, default_balance, default_space
 from mudsc_fast.prepare import Names, Prepared, prepare
 from mudsc_fast.spec.choose import SpecLike
 
@@ -42,6 +42,7 @@ def merge(
     weights: Sequence[float] | None = None,
     shrink: float | None = None,
     budget: float = 1.0,
+    expand: Expand = 1.0,
     stop_at: Names = (),
     task_heads: Names = (),
     random_state: int = 0,
@@ -96,6 +97,12 @@ def merge(
         may be within the model; as in :func:`mudsc_fast.ops.zip_units`. By default `shrink` is the published 0.5 for up
         to two models. For more, clusters do not shrink, but the similarities of units of one model count half: permuted
         copies of any number of models find each other.
+    expand
+        Of ``mode="zip"`` alone: how many merged units to keep for each unit of a model, a number of at least 1 for all
+        nodes, or one for each node named. The layers of the result have more channels: more accuracy for more
+        parameters, which grow by the square of this number. Modules are resized if the layers concerned are linear
+        layers, convolutions and BatchNorm, and `forward` does not depend on their numbers of channels. Nodes whose
+        units form groups, such as attention heads, stay as they are.
     stop_at
         The last layers to merge: a node, a module, or a tensor name. By default the whole network is merged. Tensors
         up to and including the stop, in the order of the spec, are merged into one trunk; every task keeps its own
@@ -160,6 +167,7 @@ def merge(
             balance=default_balance(balance, space, data is not None),
             shrink=shrink,
             budget=budget,
+            expand=expand,
             random_state=random_state,
             max_sweeps=max_sweeps,
             patience=patience,
@@ -237,6 +245,7 @@ def search_balance(
     weights: Sequence[float] | None = None,
     shrink: float | None = None,
     budget: float = 1.0,
+    expand: Expand = 1.0,
     stop_at: Names = (),
     task_heads: Names = (),
     random_state: int = 0,
@@ -262,8 +271,8 @@ def search_balance(
         trained on, not the data that the result is judged by.
     balances
         The shares of the weight similarity to try: one number in [0, 1] or more.
-    spec, mode, weights, shrink, budget, stop_at, task_heads, random_state, max_sweeps, patience, forward, precision,
-    verify, progress
+    spec, mode, weights, shrink, budget, expand, stop_at, task_heads, random_state, max_sweeps, patience, forward,
+    precision, verify, progress
         As for :func:`mudsc_fast.merge`.
     refit
         As for :func:`mudsc_fast.merge`. Every merge is refitted before it is scored.
@@ -295,6 +304,7 @@ def search_balance(
             space="dual",
             shrink=shrink,
             budget=budget,
+            expand=expand,
             random_state=random_state,
             max_sweeps=max_sweeps,
             patience=patience,

@@ -249,11 +249,12 @@ def check_merged_models(result: object, models: object, reason: str) -> None:
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 continue  # extra state of a module
-            if name not in own or (own[name].shape != tensor.shape):
+            # A merge with `expand` has larger tensors than the models.
+            wanted = result.matching.shapes.get(name, tuple(tensor.shape))
+            if name not in own or tuple(own[name].shape) != wanted:
                 found = tuple(own[name].shape) if name in own else "none"
                 raise ValueError(
-                    f"models[{index}] must be the model that was merged: {name!r} has shape {found}, "
-                    f"expected {tuple(tensor.shape)}"
+                    f"models[{index}] must be the model that was merged: {name!r} has shape {found}, expected {wanted}"
                 )
         if result.fingerprints and fingerprint(model) != result.fingerprints[index]:
             raise ValueError(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mudsc_fast._checks import check_choice, check_finite_number, check_int, check_share
+from mudsc_fast._checks import check_choice, check_finite_number, check_int, check_number, check_share
 from mudsc_fast._forward import Forward
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.ops.correlation import Precision
 
 Space = Literal["weight", "activation", "dual"]
+
+#: How many merged units to keep for each unit of a model: at all nodes, or by node.
+Expand = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class MatchOptions:
     balance: float = 0.5
     shrink: float | None = None
     budget: float = 1.0
+    expand: Expand = 1.0
     random_state: int = 0
     max_sweeps: int = 100
     patience: int = 5
@@ -43,6 +48,7 @@ class MatchOptions:
             "balance": check_share("balance", self.balance),
             "shrink": None if self.shrink is None else check_finite_number("shrink", self.shrink),
             "budget": check_share("budget", self.budget),
+            "expand": _checked_expand(self.expand),
             "random_state": check_int("random_state", self.random_state, 0),
             "max_sweeps": check_int("max_sweeps", self.max_sweeps, 1),
             "patience": check_int("patience", self.patience, 1),
@@ -52,6 +58,28 @@ class MatchOptions:
         if self.mode == "align" and (self.shrink is not None or self.budget != 1.0):
             name, value = ("shrink", self.shrink) if self.shrink is not None else ("budget", self.budget)
             raise ValueError(f"{name}={value} is of mode='zip', got mode='align': pass mode='zip', or leave {name} out")
+        if self.mode == "align" and self.expand != 1:
+            raise ValueError(
+                f"expand={self.expand} is of mode='zip', got mode='align': pass mode='zip', or leave expand out"
+            )
+
+    def expansion(self, node: str) -> float:
+        """Return how many merged units to keep for each unit of a node."""
+        return self.expand.get(node, 1.0) if isinstance(self.expand, Mapping) else self.expand
+
+
+def _checked_expand(expand: object) -> Expand:
+    """Return the numbers of merged units for each unit, which must be at least 1."""
+
+    def checked(name: str, value: object) -> float:
+        number = check_number(name, value)
+        if not 1 <= number < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 1, got {number}")
+        return number
+
+    if isinstance(expand, Mapping):
+        return {str(node): checked(f"expand[{node!r}]", value) for node, value in expand.items()}
+    return checked("expand", expand)
 
 
 def zip_factors(shrink: float | None, num_models: int) -> tuple[float, float]:

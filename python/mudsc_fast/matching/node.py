@@ -185,8 +185,9 @@ def zip_all_units(
     shrink: float = 0.5,
     within: float = 1.0,
     budget: float = 1.0,
+    expand: Mapping[str, float] | None = None,
 ) -> dict[str, NodeMatching]:
-    """Cluster the units of all models greedily, down to the number of units of one model.
+    """Cluster the units of all models greedily, down to the number of units of one model, or to more.
 
     If the units of a node form groups, the groups of all models are first paired with those of the first model, as in
     :func:`align_units`. The units of each set of paired groups are then clustered separately.
@@ -200,6 +201,9 @@ def zip_all_units(
     within
         Factor of positive similarities of units of one model. The similarity of two clusters is that of their least
         similar members, so below 1 it also keeps clusters apart that both have members of one model.
+    expand
+        For each node, the number of clusters to keep for each unit of a model; by default 1. At most all units are
+        kept. Nodes whose units form groups are not expanded.
     groups
         Number of groups, of consecutive units, that each node's units form in each model.
     """
@@ -219,9 +223,11 @@ def zip_all_units(
     matching = {}
     for node, similarity in similarities.items():
         units = len(similarity) // num_models
-        size = units // groups
+        factor = 1.0 if expand is None or groups > 1 else expand[node]
+        kept = min(round(units * factor), len(similarity))
+        size = kept // groups
         cluster_of_unit = torch.empty(len(similarity), dtype=torch.int64, device=similarity.device)
-        allowed = merges_inside(len(similarity) - units, num_models, budget, groups)
+        allowed = merges_inside(len(similarity) - kept, num_models, budget, groups)
         values = []
         for position, rows in enumerate(members[node]):
             part = similarity if groups == 1 else similarity[rows][:, rows]
@@ -232,7 +238,7 @@ def zip_all_units(
         matching[node] = NodeMatching(
             mode="zip",
             cluster_of_unit=cluster_of_unit.view(num_models, units),
-            num_clusters=units,
+            num_clusters=kept,
             similarity_before=_means(
                 torch.stack([similarity.diagonal(i * units)[:units] for i in range(1, num_models)])
             )[0],
