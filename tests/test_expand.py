@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -147,6 +148,24 @@ def test_state_dicts_expand() -> None:
     result = mudsc_fast.merge(states, spec=spec, mode="zip", expand=1.5)
     assert result.state_dict["wide.weight"].shape == (24, 12)
     assert result.state_dict["norm.weight"].shape == (12,)
+
+
+def test_files_are_refused(tmp_path: pathlib.Path) -> None:
+    models, _, spec = blocks()
+    paths = [tmp_path / f"{index}.safetensors" for index in range(2)]
+    for model, path in zip(models, paths, strict=True):
+        save_file(model.state_dict(), path)
+    with pytest.raises(TypeError, match="expand needs modules or state dicts, got files"):
+        mudsc_fast.merge(paths, spec=spec, mode="zip", expand=1.5)
+
+
+def test_more_units_than_all_models_have_are_all_units() -> None:
+    models, batches, spec = blocks()
+    node = next(node for node, units in spec.units(models[0].state_dict()).items() if units == 16)
+    result = mudsc_fast.merge(models, batches, spec=spec, mode="zip", expand={node: 5}, weights=[0.7, 0.3])
+    assert result.matching[node].num_clusters == 32
+    repaired = mudsc_fast.repair(result, models, batches)
+    assert outputs(repaired.model, batches).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mudsc_fast._forward import Forward
-from mudsc_fast._models import Models, checksum
+from mudsc_fast._models import Models, Networks, checksum
 from mudsc_fast._phases import Phases
 from mudsc_fast._tensors import without_entries
 from mudsc_fast.distributed.ranks import Ranks
@@ -151,7 +151,8 @@ class PreparedMatching:
             self._division = prepared.divide()
             comparable = self._division.comparable
             check_compatible(networks.state_dicts, spec, self._division)
-            _check_expand(options.expand, comparable, ranks)
+            if options.expand != 1:
+                _check_expand(options.expand, comparable, networks, ranks)
             self._shapes = without_entries(networks.state_dicts[0])
             inputs = {}
             if not ranks.alone or checkpoint is not None:
@@ -375,10 +376,12 @@ class PreparedMatching:
         )
 
 
-def _check_expand(expand: Expand, spec: PermutationSpec, ranks: Ranks) -> None:
-    """Raise a ValueError if nodes to expand do not exist, or several processes match."""
-    if expand != 1 and not ranks.alone:
+def _check_expand(expand: Expand, spec: PermutationSpec, networks: Networks, ranks: Ranks) -> None:
+    """Raise an error if nodes to expand do not exist, or the networks cannot be expanded."""
+    if not ranks.alone:
         raise ValueError(f"expand={expand} is not supported with group: match in one process")
+    if networks.pieces:
+        raise TypeError("expand needs modules or state dicts, got files: load them, and pass what was loaded")
     unknown = [node for node in expand if node not in spec.nodes] if isinstance(expand, Mapping) else []
     if unknown:
         raise ValueError(f"expand names the node {unknown[0]!r}, but the nodes are {list(spec.nodes)[:8]}")
