@@ -179,21 +179,20 @@ def merge_in_groups(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("groups")
-    assert run_processes(merge_in_groups, 3, folder) == [0, 0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
+def test_processes_get_the_result_of_one(tmp_path: Path) -> None:
+    """One test for all cases: workers of xdist would otherwise each run the processes."""
+    assert run_processes(merge_in_groups, 3, tmp_path) == [0, 0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    for name, merge in CASES.items():
+        expected = compared(merge(range(5)))
+        for size in (1, 2, 3) if name in ALONE else (2, 3):
+            for rank in range(size):
+                assert_equal(results[rank][f"{name} {size}"], expected, f"{name} in {size} processes, rank {rank}")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_processes_get_the_result_of_one(name: str, results: list[dict[str, Any]]) -> None:
-    expected = compared(CASES[name](range(5)))
-    for size in (1, 2, 3) if name in ALONE else (2, 3):
-        for rank in range(size):
-            found = results[rank][f"{name} {size}"]
-            for node, clusters in expected["clusters"].items():
-                assert torch.equal(found["clusters"][node], clusters), (node, size, rank)
-            assert found["objectives"] == pytest.approx(expected["objectives"], abs=1e-6)
-            torch.testing.assert_close(found["tensors"], expected["tensors"], rtol=0, atol=1e-6)
-            torch.testing.assert_close(found["tasks"], expected["tasks"], rtol=0, atol=1e-6)
+def assert_equal(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    for node, clusters in expected["clusters"].items():
+        assert torch.equal(found["clusters"][node], clusters), f"{node} of {where}"
+    assert found["objectives"] == pytest.approx(expected["objectives"], abs=1e-6), where
+    for kind in ("tensors", "tasks"):
+        torch.testing.assert_close(found[kind], expected[kind], rtol=0, atol=1e-6, msg=lambda text: f"{where}: {text}")
