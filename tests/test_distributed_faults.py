@@ -20,9 +20,10 @@ from torch import Tensor, distributed
 import mudsc_fast
 from mudsc_fast.distributed import DistributedError
 from mudsc_fast.io import CheckpointError, merge_checkpoints, writing
-from mudsc_fast.matching import sweep
+from mudsc_fast.matching import sharing, sweep
 from networks import MLP_SPEC, make_mlp
 from processes import TIMEOUT, run_command, run_processes
+from test_distributed import llama_spec, llama_tensors
 
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not hasattr(signal, "SIGKILL"), reason="needs torch.distributed and signals"
@@ -192,12 +193,23 @@ def several_failures(rank: int, folder: Path) -> None:
     attempt("a bad batch", modules, [torch.randn(4, 20), torch.randn(4, 19 if rank else 20)])
     attempt("data on one rank", modules, None if rank else [torch.randn(4, 20)])
     attempt("no mistake", modules, [torch.randn(4, 20)] if rank else [])
+    compute, sharing._MIN_SAMPLES_OF_ROWS = sharing.SharingRows.compute, 1
+    for role in ("helper", "holder"):
+
+        def fail(self: Any, task: sharing.Task, role: str = role) -> Any:
+            if rank == 1 and (task.holder == 1) == (role == "holder"):
+                raise MemoryError("nothing left")
+            return compute(self, task)
+
+        sharing.SharingRows.compute = fail  # type: ignore[method-assign]
+        attempt(f"failure of a {role}", [llama_tensors(0), llama_tensors(1)], spec=llama_spec())
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def test_every_rank_reports_the_failure_of_one(tmp_path: Path) -> None:
     assert run_processes(several_failures, 2, tmp_path) == [0, 0]
     reports = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    out_of_memory = "rank 1 failed while matching units: MemoryError: nothing left"
     both = "ValueError", "all ranks must be given the same "
     expected = {
         "another seed": (both[0], both[1] + "random_state: got 0 on rank 0, but 1 on rank 1"),
@@ -208,10 +220,12 @@ def test_every_rank_reports_the_failure_of_one(tmp_path: Path) -> None:
             "rank 1 failed while checking the arguments: ValueError: balance must be in [0, 1], got 2.0",
         ),
         "the same mistake": ("ValueError", "balance must be in [0, 1], got 2.0"),
-        "another number of models": (both[0], both[1] + "weights"),
+        "another number of models": (both[0], both[1] + "number of models: got 2 on rank 0, but 3 on rank 1"),
         "no data": ("ValueError", "data must yield at least one batch, got none on any rank"),
         "data on one rank": (both[0], both[1] + "kind of data: got batches on rank 0, but None on rank 1"),
         "no mistake": ("none",),
+        "failure of a helper": ("DistributedError", out_of_memory),
+        "failure of a holder": ("DistributedError", out_of_memory),
     }
     for name, (kind, *text) in expected.items():
         for report in reports:

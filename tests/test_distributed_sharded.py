@@ -98,8 +98,13 @@ def merge_sharded(rank: int, folder: Path) -> None:
     merged = mudsc_fast.merge(states, spec=tied_spec(), group=group)
     assert merged.state_dict["lm_head.weight"] is merged.state_dict["model.embed_tokens.weight"]
     results["tied"] = [whole(merged.state_dict)]
-    with pytest.raises(TypeError, match=r"models hold DTensors, .* pass the group"):
+    with pytest.raises(TypeError, match=r"models hold DTensors, .* that takes group="):
         mudsc_fast.merge(states, spec=tied_spec())
+    mixed = [states[0] if rank else tied_llama(0), tied_llama(1)]
+    with pytest.raises(
+        ValueError, match=r"same kind of models\[0\]: got whole tensors on rank 0, but DTensors on rank 1"
+    ):
+        mudsc_fast.merge(mixed, spec=tied_spec(), group=group)
     torch.save(results, folder / f"{rank}.pt")
 
 

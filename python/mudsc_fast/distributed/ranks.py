@@ -45,6 +45,10 @@ class DistributedError(RuntimeError):
         self.reporter = reporter
 
 
+class OtherRankFailed(Exception):  # noqa: N818  not an error of this process
+    """Raised in a step that cannot continue because another rank failed, which reports the cause."""
+
+
 class Terminated(BaseException):
     """Raised when a signal asks this process to exit, so that it cleans up first."""
 
@@ -165,9 +169,10 @@ class Ranks:
             distributed.all_reduce(failed, op=distributed.ReduceOp.MAX, group=self._group)
         if not int(failed):
             return
-        own = None if failure is None else (type(failure).__name__, str(failure))
+        reported = failure is not None and not isinstance(failure, OtherRankFailed)
+        own = (type(failure).__name__, str(failure)) if reported else None
         reports = self.gather_objects(own, doing)
-        if failure is not None and all(report == own for report in reports):
+        if failure is not None and own is not None and all(report == own for report in reports):
             raise same_on_all(failure)
         rank, (kind, text) = next((rank, report) for rank, report in enumerate(reports) if report is not None)
         raise DistributedError(f"rank {rank} failed while {doing}: {kind}: {text}") from failure
@@ -368,7 +373,7 @@ class Ranks:
             if store.check(["verdict"]) or notes or not silent:
                 return sorted(notes), notes
             if time.monotonic() > deadline:
-                return silent, dict.fromkeys(silent, "did not answer within the timeout of the process group")
+                return silent, dict.fromkeys(silent, "does not answer: it hangs, or it ended before")
             time.sleep(_POLL_SECONDS)
 
     def _has_died(self, rank: int) -> bool:

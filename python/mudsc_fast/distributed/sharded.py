@@ -42,14 +42,21 @@ class Sharded:
         ------
         TypeError
             If they hold DTensors, but no process group was given.
+        ValueError
+            If only some processes have DTensors.
         """
+        same = {"number of models": str(len(state_dicts))}
+        for index, tensors in enumerate(state_dicts):
+            is_divided = any(map(is_sharded, tensors.values()))
+            same[f"kind of models[{index}]"] = "DTensors" if is_divided else "whole tensors"
+        ranks.check_same(same)
         sharded = [tensor for tensors in state_dicts for tensor in tensors.values() if is_sharded(tensor)]
         if not sharded:
             return None
         if not ranks.has_group:
             raise TypeError(
-                "models hold DTensors, which are sharded over processes: pass the group of these processes, for "
-                "example group=torch.distributed.group.WORLD"
+                "models hold DTensors, which are sharded over processes: call mudsc_fast.merge or another function "
+                "that takes group=, for example with group=torch.distributed.group.WORLD"
             )
         described = []
         for tensors in state_dicts:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mudsc_fast.distributed.ranks import Message, Ranks
+from mudsc_fast.distributed.ranks import Message, OtherRankFailed, Ranks
 from mudsc_fast.distributed.reduction import receive_difference, receive_sums, send_difference, send_sums
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.matching.owners import Share
@@ -248,6 +248,8 @@ class SharingRows(Sharing):
             if other != task:
                 continue
             received = [message.wait() for message in messages]
+            if received[-1].flatten()[:1].isnan().any():
+                raise OtherRankFailed
             moments, part = sums[node]._moments, slice(*self._rows(task, node, rank))
             if is_update:
                 none = torch.zeros_like(moments.mean[0])
@@ -268,21 +270,20 @@ class SharingRows(Sharing):
     def _messages(self, task: Task, node: str, rank: int, sums: CorrelationAccumulator | None) -> list[Tensor]:
         """Return what a rank sends of a task's node: co-moments and, unless they are a difference, other moments.
 
-        Without the sums, return tensors of the same shapes with any values.
+        Without the sums, because the rank has failed, return tensors of NaN with the same shapes.
         """
         first, last = self._rows(task, node, rank)
-        empty = self._weights.empty_mean(node)
-        moments = None if sums is None else sums._moments
-        if moments is None:
-            comoments = empty.new_empty(len(empty) - 1, last - first, empty.shape[1], dtype=self.wire_dtype)
+        if sums is None:
+            mean = self._weights.empty_mean(node).fill_(torch.nan)
+            comoments, squares = mean[1:, None].expand(-1, last - first, -1), mean
         else:
-            comoments = moments.comoments[:, first:last].to(self.wire_dtype)
-        if task in self._plan.updates:
-            return [comoments]
-        return [comoments, torch.stack([empty, empty] if moments is None else [moments.mean, moments.squares])]
+            moments = sums._moments
+            mean, squares, comoments = moments.mean, moments.squares, moments.comoments[:, first:last]
+        sent = [comoments.to(self.wire_dtype).contiguous()]
+        return sent if task in self._plan.updates else [*sent, torch.stack([mean, squares])]
 
     def _send(self, task: Task, sums: Sums | None) -> None:
-        """Begin to send the rows that this process computed, or any rows."""
+        """Begin to send the rows that this process computed, or rows of NaN."""
         self._outgoing[task] = [
             self._ranks.start_sending(tensor, task.holder, MATCHING)
             for node in task.bundle
