@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -56,6 +57,19 @@ def test_installed_commands(command: list[str]) -> None:
         command = [sys.executable.rpartition("/")[0] + "/mudsc-fast", "info"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert mudsc_fast.__version__ in shown
+
+
+def test_closed_pipe_is_not_an_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mudsc_fast", "info"], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode == 0
 
 
 def test_missing_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,5 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             messages.hint("this may be a fault of mudsc_fast; --debug shows where the error arose")
         return 2
     if text and rank == 0:
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader has seen enough, as in `mudsc-fast inspect A | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
