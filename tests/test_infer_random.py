@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mudsc_fast
+from conftest import TORCH_VERSION
 from networks import random_group_permutations
 
 
@@ -100,7 +101,7 @@ def grouped_attention(net: Network, name: str, hidden: Tensor, choice: random.Ra
         heads(F.linear(hidden, net.weight(f"{name}{part}", size, hidden.shape[-1])), count).transpose(1, 2)
         for part, (size, count) in sizes.items()
     )
-    if choice.random() < 0.5:
+    if choice.random() < 0.5 or TORCH_VERSION < (2, 5):  # torch 2.4 has no enable_gqa
         key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2).flatten(2)

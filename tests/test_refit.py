@@ -85,9 +85,10 @@ class Mlp(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers  # torch 2.4 cannot export slices of a ModuleList
+        for layer in hidden:
             x = functional.relu(layer(x))
-        return _as_tensor(self.layers[-1](x))
+        return _as_tensor(last(x))
 
 
 def _as_tensor(value: object) -> Tensor:
