@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from tqdm import tqdm
 
 from mudsc_fast._files import atomic_write
@@ -103,7 +104,8 @@ def trained(
         return load_trained(network, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(train.device)
-    network.to(device, memory_format=torch.channels_last)  # a third less time on CPUs at width 2
+    network.to(device)
+    convert_conv2d_weight_memory_format(network, torch.channels_last)  # a third less time on CPUs at width 2
     directions = functional.normalize(class_vectors.to(device), dim=1)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -158,7 +160,8 @@ def trained(
     with atomic_write(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in best.items()}, temporary, metadata)
     partial.unlink(missing_ok=True)
-    return network.to(memory_format=torch.contiguous_format).eval()
+    convert_conv2d_weight_memory_format(network, torch.contiguous_format)
+    return network.eval()
 
 
 def _check_metadata(path: Path, made_by: dict[str, str]) -> None:

@@ -530,6 +530,7 @@ def test_one_bad_entry_among_constant_rows(value: float, size: int) -> None:
         linear_assignment(values)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("noise", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", [320, 800])

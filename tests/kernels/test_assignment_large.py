@@ -61,6 +61,7 @@ def random_matrix(size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.values
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["uniform", "dead", "by columns", "tall"])
 def test_peak_memory_is_the_input_and_little_more(kind: str) -> None:

@@ -181,7 +181,7 @@ def test_simulated_large_problems(
     simulator.set_seed(2)
     for dtype in DTYPES[:3] if family == "uniform" else DTYPES[2:3]:
         values = matrix(family, *shape, 1).to(dtype)
-        for maximize in (False, True):
+        for maximize in (False, True) if family == "uniform" else (shape[0] == shape[1],):
             found, wanted = (module.solve(values[None], maximize, None, 0.0) for module in (cuda, cpu))
             assert float(found.objective) == pytest.approx(float(wanted.objective), rel=1e-12)
             check_proof(values.double(), found, maximize)
@@ -203,6 +203,7 @@ def test_simulated_large_problems_are_listed_in_parts(
         assert torch.equal(getattr(in_parts, name), tensor)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auction_rounds_do_not_depend_on_thread_order(simulator: Any, family: str) -> None:
     """The kernel, with several thread orders, and the loops of csrc/cuda_sim/auction_rounds.cpp agree bit for bit."""
@@ -233,6 +234,7 @@ def test_auction_rounds_do_not_depend_on_thread_order(simulator: Any, family: st
             assert counts.tolist() == list(rounds[:2])
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wanted", [4, 30, 40, 100])
 def test_lists_match_plain_loops(simulator: Any, family: str, wanted: int) -> None:

@@ -211,6 +211,7 @@ def test_constant_units_give_exact_zeros(simulated: Any, axis: int) -> None:  # 
         assert not found[:, 37].any()
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_mean_far_from_zero(simulated: Any, dtype: torch.dtype, axis: int) -> None:  # noqa: ARG001
@@ -226,6 +227,7 @@ def test_mean_far_from_zero(simulated: Any, dtype: torch.dtype, axis: int) -> No
     torch.testing.assert_close(sums.finalize(), correlate_directly(samples), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("axis", [0, 1])
 def test_products_have_float32_accuracy(simulated: Any, axis: int) -> None:  # noqa: ARG001
     """The TF32 split has the error of a float32 product; both are measured in float64, in units of deviations."""
@@ -260,6 +262,7 @@ def test_half_products_are_exact_up_to_summation(simulated: Any, dtype: torch.dt
     assert ((found - exact) / scale).abs().max() < 2e-7
 
 
+@pytest.mark.values
 def test_thread_order_does_not_change_result(simulated: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         features = [one + offset for offset, one in zip((0, 9), features_of(2, 130, 40, dtype=dtype), strict=True)]
@@ -310,8 +313,7 @@ def test_other_methods(simulated: Any) -> None:  # noqa: ARG001
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", ["cross", "full"])
-@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize(("blocks", "stays"), [("cross", False), ("full", True)])
 def test_replaced_samples(
     simulated: Any, monkeypatch: pytest.MonkeyPatch, stays: bool, blocks: Any, dtype: Any
 ) -> None:
