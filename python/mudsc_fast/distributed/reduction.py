@@ -1,4 +1,4 @@
-"""Sums of the moments of several processes."""
+"""Reductions of the moments of several processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mudsc_fast.ops.correlation import CorrelationAccumulator
 def all_reduce_sums(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks, doing: str) -> None:
     """Add the samples of all processes to each accumulator, in place and in all processes.
 
-    All accumulators are reduced together: one message for the means of all, then messages of many accumulators each,
-    instead of several messages for each of them. The co-moments are summed in place.
+    All accumulators are reduced together: one message holds all means, and further messages hold the sums of many
+    accumulators each. The co-moments are summed in place.
     """
     if ranks.alone or not accumulators:
         return
@@ -27,10 +27,11 @@ def all_reduce_sums(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks
 def reduce_to_roots(
     accumulators: Mapping[str, CorrelationAccumulator], roots: Mapping[str, int], ranks: Ranks, doing: str
 ) -> None:
-    """Add the samples of all processes to each accumulator of which this process is the root.
+    """Add the samples of all processes to those accumulators whose root is this process.
 
     All processes get the means and variances. The co-moments, which are nearly all of the bytes, are sent to the root
-    alone: half of what an all-reduce sends. Accumulators of other roots lose theirs and are of no further use.
+    only, which is half of what an all-reduce sends. The accumulators of other roots lose their co-moments and must not
+    be used any more.
     """
     all_moments = dict(zip(accumulators, _checked_and_centered(list(accumulators.values()), ranks, doing), strict=True))
     ranks.all_reduce([moments.squares for moments in all_moments.values()], doing)
@@ -48,15 +49,15 @@ def reduce_sums(
     ranks: Ranks,
     doing: str,
 ) -> dict[str, CorrelationAccumulator]:
-    """Return the accumulators, with the samples of all processes, whose root is this process.
+    """Return the accumulators whose root is this process, with the samples of all processes.
 
     Parameters
     ----------
     accumulators
-        By node; they are left as they were. The same nodes in the same order in all processes. Their features must be
+        By node, with the same nodes in the same order in all processes. They are not modified. Their features must be
         known to be in range.
     totals, roots
-        For each node the number of samples in all processes, and the rank that gets the sums.
+        For each node, the total number of samples of all processes, and the rank that gets the sums.
     """
     if not accumulators:
         return {}
@@ -72,8 +73,8 @@ def reduce_sums(
 def send_sums(accumulator: CorrelationAccumulator, to: int, dtype: torch.dtype, ranks: Ranks, doing: str) -> None:
     """Send an accumulator to another process, which must call :func:`receive_sums`.
 
-    The co-moments are sent in `dtype`: where features are multiplied in float32, float32 can hold the sums of one
-    process as exactly as they are known.
+    The co-moments are sent in `dtype`. Float32 is precise enough for the sums of one process if the features are
+    multiplied in float32.
     """
     moments = accumulator._moments
     ranks.send([moments.mean, moments.squares], to, doing)
@@ -83,7 +84,7 @@ def send_sums(accumulator: CorrelationAccumulator, to: int, dtype: torch.dtype, 
 def receive_sums(
     into: CorrelationAccumulator, samples: int, source: int, dtype: torch.dtype, ranks: Ranks, doing: str
 ) -> None:
-    """Add the accumulator of this number of samples that another process sends."""
+    """Add the accumulator that another process sends, which has the given number of samples."""
     own = into._moments
     mean, squares = torch.empty_like(own.mean), torch.empty_like(own.squares)
     comoments = torch.empty_like(own.comoments, dtype=dtype)
@@ -98,7 +99,7 @@ def send_difference(accumulator: CorrelationAccumulator, to: int, dtype: torch.d
 
 
 def receive_difference(into: CorrelationAccumulator, source: int, dtype: torch.dtype, ranks: Ranks, doing: str) -> None:
-    """Add the co-moments that another process sends; means and variances stay."""
+    """Add the co-moments that another process sends. Means and variances do not change."""
     own = into._moments
     difference = torch.empty_like(own.comoments, dtype=dtype)
     ranks.receive([difference], source, doing)
@@ -108,7 +109,7 @@ def receive_difference(into: CorrelationAccumulator, source: int, dtype: torch.d
 
 
 def _checked_and_centered(accumulators: Sequence[CorrelationAccumulator], ranks: Ranks, doing: str) -> list[Moments]:
-    """Return the moments of each accumulator about the mean of all processes, once all features are in range."""
+    """Check the ranges of all features, and return the moments of each accumulator about the mean of all processes."""
     with ranks.step(doing):
         for accumulator in accumulators:
             accumulator._check_range()
@@ -120,7 +121,7 @@ def _checked_and_centered(accumulators: Sequence[CorrelationAccumulator], ranks:
 
 
 def _center(all_moments: Sequence[Moments], totals: Sequence[int], ranks: Ranks, doing: str) -> None:
-    """Make the moments of each process ones about the mean of all processes: such moments can be added."""
+    """Shift moments to the mean of all processes, so that those of different processes can be added."""
     means = [m.mean * (m.num_samples / max(total, 1)) for m, total in zip(all_moments, totals, strict=True)]
     ranks.all_reduce(means, doing)
     for moments, mean, total in zip(all_moments, means, totals, strict=True):

@@ -1,4 +1,4 @@
-"""How work and messages were divided over processes."""
+"""The distribution of work over processes, and the bytes sent."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Distribution:
-    """How several processes matched together.
+    """The distribution of a matching over several processes.
 
     Attributes
     ----------
     work
-        For each rank its share of the work of one sweep over all nodes.
+        For each rank, its fraction of the work of one sweep over all nodes.
     statistics_bytes
-        Bytes of tensors that all ranks together gave to collectives for the statistics of activations.
+        Total number of bytes of tensors that all ranks sent for the statistics of activations.
     sweep_bytes
         The same for each sweep.
     """

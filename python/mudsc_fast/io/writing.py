@@ -298,6 +298,8 @@ def write_checkpoint(
             file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
             if rank % ranks.size == ranks.rank:
                 write(path / file, names)
+                if not ranks.alone:
+                    _flush(path / file)  # here, so that the ranks wait for the disk at the same time
             shard_of.update(dict.fromkeys(names, file))
             files.append(file)
         if len(shards) > 1 and ranks.rank == 0:

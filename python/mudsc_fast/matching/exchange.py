@@ -1,4 +1,4 @@
-"""Giving all processes the matchings that each of them found."""
+"""Exchange of matchings between processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 
 
 class Exchange:
-    """Gives all processes the matchings that the owners of nodes found: one message for all nodes.
+    """Sends the matchings that the owners of nodes found to all processes, in one message.
 
     Parameters
     ----------
     spec, units
         The spec, and the number of units of every node.
     ranks, owner
-        The processes, and which of them owns a bundle.
+        The processes, and the rank that owns each bundle.
     mode, num_models, device
         Of the matching.
     """
@@ -87,7 +87,7 @@ def solve_on_owners(
     owners: Owners,
     exchange: Exchange,
 ) -> dict[str, NodeMatching]:
-    """Match bundles whose similarities every process can compute alone, each on its owner."""
+    """Match each bundle on its owner. Every process must be able to compute the similarities alone."""
     matching: dict[str, NodeMatching] = {}
     with ranks.step("matching units"):
         for bundle in bundles:

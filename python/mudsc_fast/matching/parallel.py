@@ -1,4 +1,4 @@
-"""Matching the nodes of a wave in several processes, each node on its owner."""
+"""Matching of the nodes of a wave in several processes, each node on its owner."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from mudsc_fast.matching.weight import Update, WeightSimilarity
 from mudsc_fast.ops.correlation import CorrelationAccumulator
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: At most this many ranks send their parts of a node to its owner; of more, the sums are reduced by all ranks.
+#: Up to this many ranks send their parts of a node to its owner. More ranks reduce the sums together.
 _MAX_SENDERS = 6
 
 #: The similarity and the assignment of a node take about as long as adding this many samples.
 _MATCHING_SAMPLES = 300
 
-#: Turns the sums of a node's weights into its similarity, e.g. blended with that of its activations.
+#: Returns the similarity of a node, given the sums of its weights. It may be blended with that of its activations.
 Finish = Callable[[str, CorrelationAccumulator], Tensor]
 
 
 class ParallelSolver:
-    """Matches the nodes of a wave on their owners; all processes get the result.
+    """Matches the nodes of a wave on their owners, and sends the result to all processes.
 
-    The similarity of a spread node is summed over the processes, each of which computes the part of its tensors. Where
-    a wave would leave processes idle, they compute parts of what others have to compute, too.
+    The sums of a spread node are added over the processes, each of which computes the sums over its own tensors.
+    Processes that would be idle in a wave compute a part of the work of others.
 
     Parameters
     ----------
@@ -43,15 +43,15 @@ class ParallelSolver:
     state_dict
         The first network's tensors, of which only the shapes and dtypes are read.
     ranks, owners
-        The processes, and which of them computes what.
+        The processes, and the distribution of work over them.
     weights
         Computes the sums of the tensors that this process owns.
     finish
-        Turns sums into a similarity.
+        Returns the similarity of a node, given its sums.
     match
         Matches the units of a bundle.
     exchange
-        Gives all processes the result.
+        Sends matchings to all processes.
     timed
         Measures the time of the similarities.
     shares_tasks
@@ -144,7 +144,7 @@ class ParallelSolver:
     def _completed(
         self, task: Task, sums: dict[Task, Sums], current: Mapping[str, NodeMatching]
     ) -> dict[str, NodeMatching]:
-        """Keep the sums of a shared task, which are whole now, and match its nodes unless they are spread."""
+        """Keep the complete sums of a shared task, and match its nodes unless they are spread."""
         for node in task.bundle:
             self._weights.keep(node, current, sums[task][node])
         if task.bundle in self._owners.spread:
@@ -152,7 +152,7 @@ class ParallelSolver:
         return self._matched(task.bundle, sums.pop(task))
 
     def _tasks(self, bundles: Sequence[Bundle]) -> list[Task]:
-        """Return what the ranks have to compute, in one order in all processes."""
+        """Return the tasks of all ranks, in the same order in all processes."""
         tasks = []
         for bundle in bundles:
             if bundle not in self._owners.spread:
@@ -163,15 +163,13 @@ class ParallelSolver:
         return tasks
 
     def _senders(self, bundle: Bundle) -> list[int]:
-        """Return the ranks that send their parts of a spread bundle to its owner; none if all ranks reduce them."""
+        """Return the ranks that send their parts of a spread bundle to its owner. Empty if all ranks reduce them."""
         ranks = [rank for rank, slices in enumerate(self._owners.slices) if any(slices[node] for node in bundle)]
         ranks = sorted({*ranks, self._owners.owner[bundle]})
         return ranks if len(ranks) <= 2 or (len(ranks) < self._ranks.size and len(ranks) <= _MAX_SENDERS) else []
 
     def _slices_of(self, task: Task, node: str) -> Sequence[TensorSlice]:
         return self._owners.slices[task.holder][node] if task.bundle in self._owners.spread else self._slices[node]
-
-    # Who computes what
 
     def _plan(self, tasks: Sequence[Task], current: Mapping[str, NodeMatching]) -> Plan:
         if not self._shares_tasks:
@@ -180,7 +178,7 @@ class ParallelSolver:
         return Plan(self._shares(tasks, updates), updates, current)
 
     def _updates(self, tasks: Sequence[Task], current: Mapping[str, NodeMatching]) -> dict[Task, dict[str, Update]]:
-        """Return the tasks for which the holder updates the sums that it kept, and the updates of each node."""
+        """Return the updates of each node for the tasks whose holder updates the sums that it kept."""
         updates = {}
         for task in tasks:
             found = {}
@@ -196,7 +194,7 @@ class ParallelSolver:
         return updates
 
     def _shares(self, tasks: Sequence[Task], updates: Mapping[Task, Mapping[str, Update]]) -> dict[Task, list[Share]]:
-        """Return the tasks that several processes should compute, so that none waits for others for long."""
+        """Return the tasks that several ranks should compute together, so that no rank waits long for others."""
         loads = [0.0] * self._ranks.size
         works, samples = {}, {}
         for task in tasks:
@@ -228,7 +226,7 @@ class ParallelSolver:
         return self._match(similarities, self._spec.groups(bundle[0]).count)
 
     def _join_spread(self, spread: Sequence[Bundle], partial: Mapping[Task, Sums]) -> Sums:
-        """Return the sums of spread bundles in their owners. The parts are kept for the next visit, and not changed."""
+        """Return the total sums of the spread bundles that this rank owns. The parts are not modified."""
         joined: Sums = {}
         rank = self._ranks.rank
         reduced: Sums = {}
