@@ -133,7 +133,8 @@ def vit_case(images: str, vectors: str, networks: pathlib.Path) -> Case:
             return functional.cross_entropy(scores, torch.searchsorted(classes, labels_of["train"][batches[step]]))
 
         models.append(trained(Vit(), networks / f"vit_{index}.safetensors", len(batches), loss_of))
-    test, labels = pixels("test", torch.arange(2000)), labels_of["test"][:2000]
+    tested = torch.randperm(len(labels_of["test"]), generator=torch.Generator().manual_seed(0))[:2000]
+    test, labels = pixels("test", tested), labels_of["test"][tested]
 
     @torch.no_grad()
     def accuracy(network: Callable[[Tensor], Tensor], among: Tensor | None = None) -> float:
