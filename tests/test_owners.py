@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mudsc_fast.distributed import Ranks
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.owners import pack, share_out
+from mudsc_fast.matching.sharing import Plan, SharingRows, Task
 from mudsc_fast.matching.slices import cut_all, tensor_slices
 from mudsc_fast.matching.sweep import waves
 from mudsc_fast.matching.weight import WeightSimilarity
@@ -184,6 +186,27 @@ def test_shares_are_cut_again(known: bool) -> None:
         whole = weights.sums_of(node, current, half)
         assert joined.num_samples == whole.num_samples
         torch.testing.assert_close(joined.finalize(), whole.finalize(), rtol=0, atol=1e-5)
+
+
+def test_a_share_without_rows_sends_nothing() -> None:
+    """A helper without rows has not computed the other moments, so the holder must not use any."""
+    states: list[Mapping[str, Tensor]] = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
+    task = Task(("fc1",), 0)
+    slices = tensor_slices(MLP_SPEC, states[0])
+    weights = WeightSimilarity(states, MLP_SPEC, "cross", [0.5, 0.5])
+    ranks = Ranks()
+    rows = SharingRows(ranks, weights, states[0], MLP_SPEC.units(states[0]), lambda _, node: slices[node])
+    plan = Plan({task: [(1, 0.0, 0.01), (0, 0.01, 1.0)]}, {}, {})
+    rows.begin(plan)
+    sums = rows.compute(task)
+    with rows.exchanging():
+        rows.join(task, sums)
+    whole = weights.sums_of("fc1", {}, slices["fc1"])
+    assert torch.equal(sums["fc1"].finalize(), whole.finalize())
+    ranks.rank = 1
+    rows.begin(plan)
+    with rows.exchanging():
+        assert rows.compute(task) == {}
 
 
 def moved(units: int, share: float, seed: int, start: NodeMatching) -> NodeMatching:

@@ -201,10 +201,10 @@ class SharingRows(Sharing):
         for task in plan.shares:
             for rank in plan.helpers(task):
                 for node in task.bundle:
-                    if self._ranks.rank == task.holder:
+                    messages = self._messages(task, node, rank, None) if self._ranks.rank == task.holder else []
+                    if messages:
                         self._incoming[task, node, rank] = [
-                            self._ranks.start_receiving(tensor, rank, MATCHING)
-                            for tensor in self._messages(task, node, rank, None)
+                            self._ranks.start_receiving(tensor, rank, MATCHING) for tensor in messages
                         ]
 
     def compute(self, task: Task) -> Sums:
@@ -270,9 +270,12 @@ class SharingRows(Sharing):
     def _messages(self, task: Task, node: str, rank: int, sums: CorrelationAccumulator | None) -> list[Tensor]:
         """Return what a rank sends of a task's node: co-moments and, unless they are a difference, other moments.
 
-        Without the sums, because the rank has failed, return tensors of NaN with the same shapes.
+        Without the sums, because the rank has failed, return tensors of NaN with the same shapes. A share that is too
+        small for one row sends nothing.
         """
         first, last = self._rows(task, node, rank)
+        if first == last:
+            return []
         if sums is None:
             mean = self._weights.empty_mean(node).fill_(torch.nan)
             comoments, squares = mean[1:, None].expand(-1, last - first, -1), mean
