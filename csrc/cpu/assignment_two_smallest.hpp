@@ -4,97 +4,65 @@
 // All levels find the same entries.
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#include "kernel.hpp"
+#include "assignment_vectors.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
 
+// One vector of `costs[k] - v[columns[k]]`; infinite in lanes from `count` on, which are not read.
 #if defined(__AVX512F__)
-
-inline __m512d costs_of(__mmask8 lanes, const double* costs) { return _mm512_maskz_loadu_pd(lanes, costs); }
-inline __m512d costs_of(__mmask8 lanes, const float* costs) {
-  return _mm512_maskz_cvtps_pd(lanes, _mm512_castps512_ps256(_mm512_maskz_loadu_ps(lanes, costs)));
+inline __m512d costs_in(__mmask8 lanes, const double* costs) { return _mm512_maskz_loadu_pd(lanes, costs); }
+inline __m512d costs_in(__mmask8 lanes, const float* costs) {
+  return _mm512_maskz_cvtps_pd(lanes, _mm256_maskz_loadu_ps(lanes, costs));
 }
-
+template <class Cost>
+inline Lanes reduced_costs(const Cost* costs, const std::int32_t* columns, std::int64_t count, const double* v) {
+  const __mmask8 lanes = static_cast<__mmask8>(count >= kLanes ? 0xff : (1 << count) - 1);
+  const __m512d infinite = _mm512_set1_pd(__builtin_huge_val());
+  const __m256i places = _mm256_maskz_loadu_epi32(lanes, columns);
+  const __m512d duals = _mm512_mask_i32gather_pd(infinite, lanes, places, v, sizeof(double));
+  return reinterpret_cast<Lanes>(_mm512_mask_sub_pd(infinite, lanes, costs_in(lanes, costs), duals));
+}
 #elif defined(__AVX2__)
-
-// All bits of lane k are set if k < `count`.
-inline __m256i first_lanes(std::int64_t count) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_set_epi64x(3, 2, 1, 0));
+inline __m256d costs_in(__m256i lanes, __m128i, const double* costs) { return _mm256_maskload_pd(costs, lanes); }
+inline __m256d costs_in(__m256i, __m128i lanes, const float* costs) {
+  return _mm256_cvtps_pd(_mm_maskload_ps(costs, lanes));
 }
-inline __m128i narrowed(__m256i lanes) {
-  const __m256i even = _mm256_permutevar8x32_epi32(lanes, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
-  return _mm256_castsi256_si128(even);
+template <class Cost>
+inline Lanes reduced_costs(const Cost* costs, const std::int32_t* columns, std::int64_t count, const double* v) {
+  const __m128i lanes = _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count)), _mm_set_epi32(3, 2, 1, 0));
+  const __m256i wide_lanes = _mm256_cvtepi32_epi64(lanes);
+  const __m256d infinite = _mm256_set1_pd(__builtin_huge_val()), wanted = _mm256_castsi256_pd(wide_lanes);
+  const __m128i places = _mm_maskload_epi32(columns, lanes);
+  const __m256d duals = _mm256_mask_i32gather_pd(infinite, v, places, wanted, sizeof(double));
+  const __m256d reduced = _mm256_sub_pd(costs_in(wide_lanes, lanes, costs), duals);
+  return reinterpret_cast<Lanes>(_mm256_blendv_pd(infinite, reduced, wanted));
 }
-inline __m256d costs_of(__m256i lanes, const double* costs) { return _mm256_maskload_pd(costs, lanes); }
-inline __m256d costs_of(__m256i lanes, const float* costs) {
-  return _mm256_cvtps_pd(_mm_maskload_ps(costs, narrowed(lanes)));
-}
-
 #endif
 
-// Finds the two smallest of `costs[k] - v[columns[k]]`. Returns the place of the smallest, the first of those that tie;
-// -1 if none is finite.
+// Finds the two smallest of `count` reduced costs `costs[k] - v[columns[k]]`, which must not be infinite. Returns the
+// place of the smallest, the first of those that tie; -1 if there is none.
 template <class Cost>
 inline std::int64_t two_smallest(const Cost* costs, const std::int32_t* columns, std::int64_t count, const double* v,
                                  double& first, double& second) {
   constexpr double kInfinite = __builtin_huge_val();
   first = second = kInfinite;
-#if defined(__AVX512F__)
-  const __m512d infinite = _mm512_set1_pd(kInfinite);
-  __m512d firsts = infinite, seconds = infinite;
-  __m512i places = _mm512_set1_epi64(-1), place = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  for (std::int64_t k = 0; k < count; k += 8) {
-    const __mmask8 lanes = static_cast<__mmask8>(count - k >= 8 ? 0xff : (1 << (count - k)) - 1);
-    const __m256i index = _mm512_castsi512_si256(_mm512_maskz_loadu_epi32(lanes, columns + k));
-    const __m512d duals = _mm512_mask_i32gather_pd(infinite, lanes, index, v, sizeof(double));
-    const __m512d reduced = _mm512_mask_sub_pd(infinite, lanes, costs_of(lanes, costs + k), duals);
-    places = _mm512_mask_mov_epi64(places, _mm512_cmp_pd_mask(reduced, firsts, _CMP_LT_OQ), place);
-    seconds = _mm512_min_pd(seconds, _mm512_max_pd(firsts, reduced));
-    firsts = _mm512_min_pd(firsts, reduced);
-    place = _mm512_add_epi64(place, _mm512_set1_epi64(8));
+  if (count == 0) return -1;
+#if defined(__AVX2__)
+  const Lanes infinite = kInfinite - Lanes{};
+  Lanes firsts = infinite, seconds = infinite, places = infinite, place;  // places are whole numbers
+  for (std::int64_t k = 0; k < kLanes; ++k) place[k] = static_cast<double>(k);
+  for (std::int64_t k = 0; k < count; k += kLanes) {
+    const Lanes reduced = reduced_costs(costs + k, columns + k, count - k, v);
+    places = reduced < firsts ? place : places;
+    seconds = minimum(seconds, maximum(firsts, reduced));
+    firsts = minimum(firsts, reduced);
+    place += static_cast<double>(kLanes);
   }
-  first = _mm512_reduce_min_pd(firsts);
-  const __mmask8 ties = _mm512_cmp_pd_mask(firsts, _mm512_set1_pd(first), _CMP_EQ_OQ);
-  const std::int64_t found = static_cast<std::int64_t>(_mm512_mask_reduce_min_epu64(ties, places));
-  const __mmask8 lane = _mm512_mask_cmpeq_epi64_mask(ties, places, _mm512_set1_epi64(found));
-  second = _mm512_reduce_min_pd(_mm512_mask_mov_pd(firsts, lane, seconds));
-  return found;
-#elif defined(__AVX2__)
-  const __m256d infinite = _mm256_set1_pd(kInfinite);
-  __m256d firsts = infinite, seconds = infinite;
-  __m256i places = _mm256_set1_epi64x(-1), place = _mm256_set_epi64x(3, 2, 1, 0);
-  for (std::int64_t k = 0; k < count; k += 4) {
-    const __m256i lanes = first_lanes(count - k);
-    const __m256d wanted = _mm256_castsi256_pd(lanes);
-    const __m128i index = _mm_maskload_epi32(columns + k, narrowed(lanes));
-    const __m256d duals = _mm256_mask_i32gather_pd(infinite, v, index, wanted, sizeof(double));
-    const __m256d reduced = _mm256_blendv_pd(infinite, _mm256_sub_pd(costs_of(lanes, costs + k), duals), wanted);
-    const __m256i lower = _mm256_castpd_si256(_mm256_cmp_pd(reduced, firsts, _CMP_LT_OQ));
-    places = _mm256_blendv_epi8(places, place, lower);
-    seconds = _mm256_min_pd(seconds, _mm256_max_pd(firsts, reduced));
-    firsts = _mm256_min_pd(firsts, reduced);
-    place = _mm256_add_epi64(place, _mm256_set1_epi64x(4));
-  }
-  std::int64_t found = -1;
-  int lane = 0;
-  for (int k = 0; k < 4; ++k) {
-    const std::int64_t at = places[k];
-    if (firsts[k] < first || (firsts[k] == first && at < found)) {
-      first = firsts[k];
-      found = at;
-      lane = k;
-    }
-  }
-  for (int k = 0; k < 4; ++k) {
-    const double other = k == lane ? seconds[k] : firsts[k];
-    second = other < second ? other : second;
-  }
-  return found;
+  const Lanes least = broadcast_min(firsts), found = broadcast_min(firsts == least ? places : infinite);
+  first = least[0];
+  second = broadcast_min(places == found ? seconds : firsts)[0];
+  return static_cast<std::int64_t>(found[0]);
 #else
   std::int64_t found = -1;
   for (std::int64_t k = 0; k < count; ++k) {
