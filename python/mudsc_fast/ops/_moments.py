@@ -93,7 +93,10 @@ class Moments:
         """Return whether all features were in range; waits for the device if some were added without a check."""
         if self.in_range is not None:
             _device.refuse_capture("using the sums of a CorrelationAccumulator", self.device)
-        return self.in_range is None or bool(self.in_range)
+            if not bool(self.in_range):
+                return False
+            self.in_range = None  # what was added so far is checked
+        return True
 
     def join(self, count: int, mean: Tensor, squares: Tensor, comoments: Iterable[Tensor]) -> None:
         """Add the moments of `count` other samples about their own mean: the update of Chan, Golub and LeVeque."""
