@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -332,7 +332,8 @@ def search_balance(
         with prepared.phases.timed("scoring"):
             with ranks.step("scoring a merge"):
                 own = check_number("the score", score(result))
-            scores[balance] = statistics.fmean(ranks.gather_objects(own, "scoring a merge"))
+            all_scores = ranks.gather_objects(own, "scoring a merge")
+            scores[balance] = math.fsum(all_scores) / len(all_scores)
         if best is None or scores[balance] > best_score:
             best, best_score = result, scores[balance]
     assert best is not None  # there is at least one balance

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # takes a millisecond to import
+
 #: Columns [n], and in one array of float64 the objective, the gap, row duals [n] and column duals [m].
-Arrays = tuple[NDArray[Any], NDArray[Any]]
+Arrays: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
 
 _TENSORS = ("columns", "objective", "row_duals", "column_duals", "gap")
 
@@ -91,6 +92,8 @@ class Assignment:
         return "\n".join([self._title(), *(f"{name:<9}  {value}" for name, value in self._report())])
 
     def _repr_html_(self) -> str:
+        from html import escape  # takes a millisecond to import, and only notebooks need it
+
         rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._report())
         return f"<table><caption>{escape(self._title())}</caption>{rows}</table>"
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mudsc_fast import _core
 from mudsc_fast.kernels._assignment import OPTIMAL, Solution
 from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import _runtime
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # takes a millisecond to import
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
@@ -24,7 +26,7 @@ MAX_ORDERED_COLUMNS = 128
 BLOCK = 64
 
 #: Of one problem the columns [n], and in one array the objective, the gap, row duals [n] and column duals [m].
-Arrays = tuple[NDArray[Any], NDArray[Any]]
+Arrays: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
