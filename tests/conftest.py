@@ -18,7 +18,7 @@ from mudsc_fast.kernels.cuda import _device
 
 # No deadline, because the first call includes imports. Sanitized runs are slow and try fewer examples.
 settings.register_profile(
-    "default", deadline=None, print_blob=True, max_examples=int(os.environ.get("MUDSC_TEST_EXAMPLES", "50"))
+    "default", deadline=None, print_blob=True, max_examples=int(os.environ.get("MUDSC_TEST_EXAMPLES", "25"))
 )
 settings.load_profile("default")
 
