@@ -19,6 +19,7 @@ import mudsc_fast
 from architectures import Clip, ResNet, Swin, Vgg, VisionTransformer, randomize
 from mudsc_fast import cli
 from mudsc_fast.io import open_checkpoint
+from mudsc_fast.ops._centered_products import can_round_products
 from mudsc_fast.spec import PermutationSpec, bert, gpt2, llama, resnet, swin, vgg, vit, vit_huggingface
 from mudsc_fast.spec.choose import choose_spec
 from networks import make_mlp
@@ -193,7 +194,7 @@ def test_activations_of_files(tmp_path: Path) -> None:
     assert_states_equal(torch.load(tmp_path / "out.pt", weights_only=True), expected.state_dict)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch cannot round products")
+@pytest.mark.skipif(not can_round_products(), reason="this torch cannot round products")
 def test_precision_applies_to_both_spaces(tmp_path: Path) -> None:
     a, b = save_mlps(tmp_path)
     given = ("--data", f"{__name__}:mlp_batches", "--model", "networks:make_mlp", "--precision", "bfloat16")

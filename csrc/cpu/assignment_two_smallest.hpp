@@ -18,7 +18,7 @@ inline __m512d costs_in(__mmask8 lanes, const float* costs) {
 template <class Cost>
 inline Lanes reduced_costs(const Cost* costs, const std::int32_t* columns, std::int64_t count, const double* v) {
   const __mmask8 lanes = static_cast<__mmask8>(count >= kLanes ? 0xff : (1 << count) - 1);
-  const __m512d infinite = _mm512_set1_pd(__builtin_huge_val());
+  const __m512d infinite = _mm512_set1_pd(kInfinity);
   const __m256i places = _mm256_maskz_loadu_epi32(lanes, columns);
   const __m512d duals = _mm512_mask_i32gather_pd(infinite, lanes, places, v, sizeof(double));
   return reinterpret_cast<Lanes>(_mm512_mask_sub_pd(infinite, lanes, costs_in(lanes, costs), duals));
@@ -32,7 +32,7 @@ template <class Cost>
 inline Lanes reduced_costs(const Cost* costs, const std::int32_t* columns, std::int64_t count, const double* v) {
   const __m128i lanes = _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count)), _mm_set_epi32(3, 2, 1, 0));
   const __m256i wide_lanes = _mm256_cvtepi32_epi64(lanes);
-  const __m256d infinite = _mm256_set1_pd(__builtin_huge_val()), wanted = _mm256_castsi256_pd(wide_lanes);
+  const __m256d infinite = _mm256_set1_pd(kInfinity), wanted = _mm256_castsi256_pd(wide_lanes);
   const __m128i places = _mm_maskload_epi32(columns, lanes);
   const __m256d duals = _mm256_mask_i32gather_pd(infinite, v, places, wanted, sizeof(double));
   const __m256d reduced = _mm256_sub_pd(costs_in(wide_lanes, lanes, costs), duals);
@@ -45,11 +45,10 @@ inline Lanes reduced_costs(const Cost* costs, const std::int32_t* columns, std::
 template <class Cost>
 inline std::int64_t two_smallest(const Cost* costs, const std::int32_t* columns, std::int64_t count, const double* v,
                                  double& first, double& second) {
-  constexpr double kInfinite = __builtin_huge_val();
-  first = second = kInfinite;
+  first = second = kInfinity;
   if (count == 0) return -1;
 #if defined(__AVX2__)
-  const Lanes infinite = kInfinite - Lanes{};
+  const Lanes infinite = kInfinity - Lanes{};
   Lanes firsts = infinite, seconds = infinite, places = infinite, place;  // places are whole numbers
   for (std::int64_t k = 0; k < kLanes; ++k) place[k] = static_cast<double>(k);
   for (std::int64_t k = 0; k < count; k += kLanes) {

@@ -32,15 +32,20 @@ def check_float(argument: str, value: Tensor) -> None:
         raise TypeError(f"{argument} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def is_finite(value: Tensor) -> bool:
+    """Return whether all numbers of a real tensor are finite."""
+    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size. Both go to the host
+    # together, so that it waits for a device only once.
+    return value.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.stack(value.aminmax()).tolist())
+
+
 def check_finite(argument: str, value: Tensor) -> None:
     """Raise ValueError naming the first entry that is NaN or infinite."""
     if value.is_complex():
         value = torch.view_as_real(value)
     if not value.is_floating_point():
         return
-    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size. Both go to the host
-    # together, so that it waits for a device only once.
-    if value.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(value)).tolist()):
+    if is_finite(value):
         return
     bad = (~torch.isfinite(value)).nonzero()
     index = tuple(bad[0].tolist())

@@ -608,7 +608,7 @@ def test_bad_maps_leave_state_unchanged(maps: Any, error: type[Exception], messa
     assert sums.num_samples == 0
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch cannot round products")
+@pytest.mark.skipif(not _centered_products.can_round_products(), reason="this torch cannot round products")
 @pytest.mark.parametrize("blocks", ["cross", "full"])
 def test_products_in_bfloat16(blocks: Any) -> None:
     torch.manual_seed(13)

@@ -155,10 +155,7 @@ def check_not_infinite(features: Sequence[Tensor], maps: Mapping[int, UnitMap] |
         check_not_infinite(features)  # so that the error names a position in the original features
         features = reindexed(features, maps)
     for i, feature in enumerate(features):
-        if feature.numel() == 0:
-            continue
-        # One read. Only if an extreme is not finite, which includes NaN, is a mask of the tensor's size needed.
-        if all(math.isfinite(extreme) for extreme in torch.stack(feature.aminmax()).tolist()):
+        if _checks.is_finite(feature):
             continue
         infinite = feature.isinf().nonzero()
         if len(infinite):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mudsc_fast._checks import is_finite
 from mudsc_fast._progress import progress_bar
 from mudsc_fast.merge_result import RefitLayer
 from mudsc_fast.ops.correlation import Workspace
-from mudsc_fast.refitting.gram import GramSums, is_finite
+from mudsc_fast.refitting.gram import GramSums
 from mudsc_fast.refitting.graph import Layer, Skipped, find_layers, is_layer_call, undo
 from mudsc_fast.refitting.network import Network, Progress, norm_affine, norm_epsilon
 from mudsc_fast.refitting.parents import ParentTargets

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mudsc_fast._checks import is_finite
 from mudsc_fast.ops._centered_products import chunk_samples
 from mudsc_fast.ops.correlation import CorrelationAccumulator, Workspace
 
@@ -141,7 +142,7 @@ class GramSums:
             return
         groups, count, _ = inputs.shape
         moments = _moments_of(inputs, residuals.reshape(count, groups, -1).transpose(0, 1))
-        self.is_finite &= bool(moments.gram.isfinite().all() and moments.cross.isfinite().all())
+        self.is_finite &= is_finite(moments.gram) and is_finite(moments.cross)
         self._sums = self._sums.joined(moments)
 
     def _collect(self, inputs: Tensor, residuals: Tensor) -> None:
@@ -215,11 +216,6 @@ class GramSums:
             torch.addr(self._cross, mean[0], total[0], alpha=-1)[None],
             self._sums.squares - total.square().sum(1) / count,
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers of a tensor are finite."""
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

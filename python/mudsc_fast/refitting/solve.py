@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mudsc_fast.refitting.gram import Moments, is_finite, symmetric_product
+from mudsc_fast._checks import is_finite
+from mudsc_fast.refitting.gram import Moments, symmetric_product
 
 #: Penalties below this multiple of float32's precision, relative to the norm of the gram matrix, need float64.
 _FLOAT32_MARGIN = 64.0
