@@ -247,6 +247,9 @@ def module_folder() -> Path:
             "-DMUDSC_CUDA=ON",
             "-DMUDSC_CUDA_ARCHITECTURES=80-real",
             "-DCMAKE_CUDA_FLAGS=-Xcicc=-O0 -Xptxas=-O0",
+            "-DCMAKE_BUILD_TYPE=None",
+            "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF",
+            "-DCMAKE_UNITY_BUILD=ON",
             "-DMUDSC_WARNINGS_AS_ERRORS=ON",
         )
         run("cmake", "--build", folder, "--target", "_cuda", "--parallel", "2")

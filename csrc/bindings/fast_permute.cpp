@@ -11,7 +11,7 @@ namespace mudsc::bindings {
 namespace {
 
 // Python objects that a call needs, looked up once.
-struct Torch {
+struct PermuteObjects {
   const DlpackFunctions* functions;
   py::object tensor_type, parameter_type, map_type, empty_like, num_threads, records_gradients;
   py::str requires_grad{"requires_grad"}, is_neg{"is_neg"}, new_empty{"new_empty"};
@@ -39,18 +39,18 @@ struct FastMerge {
 bool is_false(const py::object& value) { return value.ptr() == Py_False; }
 
 // Other subclasses of Tensor may override the operation.
-bool is_plain(const Torch& torch, PyObject* object) {
+bool is_plain(const PermuteObjects& torch, PyObject* object) {
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == torch.tensor_type.ptr() || type == torch.parameter_type.ptr();
 }
 
-bool needs_gradient(const Torch& torch, PyObject* tensor) {
+bool needs_gradient(const PermuteObjects& torch, PyObject* tensor) {
   const auto required = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, torch.requires_grad.ptr()));
   return !is_false(required) && !is_false(torch.records_gradients());
 }
 
 // A contiguous float tensor in host memory, not recorded for gradients.
-bool read_plain(const Torch& torch, PyObject* object, TensorView& view) {
+bool read_plain(const PermuteObjects& torch, PyObject* object, TensorView& view) {
   if (!is_plain(torch, object)) return false;
   const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, torch.is_neg.ptr()));
   return is_false(negated) && !needs_gradient(torch, object) && TensorView::try_read(*torch.functions, object, view) &&
@@ -58,7 +58,7 @@ bool read_plain(const Torch& torch, PyObject* object, TensorView& view) {
 }
 
 // Tensors of this kind that share a shape and dtype and are not empty.
-bool read_tensors(const Torch& torch, PyObject* list, FastMerge& merge) {
+bool read_tensors(const PermuteObjects& torch, PyObject* list, FastMerge& merge) {
   if (!PyList_CheckExact(list) && !PyTuple_CheckExact(list)) return false;
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
   if (count < 1 || count > kMaxModels) return false;
@@ -83,7 +83,7 @@ bool read_tensors(const Torch& torch, PyObject* list, FastMerge& merge) {
   return true;
 }
 
-bool read_maps(const Torch& torch, PyObject* maps, FastMerge& merge) {
+bool read_maps(const PermuteObjects& torch, PyObject* maps, FastMerge& merge) {
   if (!PyDict_CheckExact(maps) || PyDict_Size(maps) > kMaxMapped) return false;
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(maps, &at, &key, &value) != 0;) {
@@ -137,7 +137,7 @@ bool overlap(const void* a, std::int64_t bytes_of_a, const void* b, std::int64_t
 }
 
 // Whether a tensor can take the result: it has the shape and type, and shares no memory with the inputs.
-bool read_out(const Torch& torch, const FastMerge& merge, PyObject* object, TensorView& out) {
+bool read_out(const PermuteObjects& torch, const FastMerge& merge, PyObject* object, TensorView& out) {
   if (!read_plain(torch, object, out) || out.scalar_type() != merge.type || out.num_axes != merge.num_axes) {
     return false;
   }
@@ -154,7 +154,7 @@ bool read_out(const Torch& torch, const FastMerge& merge, PyObject* object, Tens
 }
 
 // A new tensor of the result's shape, like the first input.
-py::object new_result(const Torch& torch, const FastMerge& merge, PyObject* like) {
+py::object new_result(const PermuteObjects& torch, const FastMerge& merge, PyObject* like) {
   py::object result;
   if (merge.keeps_shape) {
     result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch.empty_like.ptr(), like));
@@ -169,13 +169,13 @@ py::object new_result(const Torch& torch, const FastMerge& merge, PyObject* like
   return result;
 }
 
-int threads_for(const Torch& torch, std::int64_t entries) {
+int threads_for(const PermuteObjects& torch, std::int64_t entries) {
   constexpr std::int64_t kFewEntries = 1 << 18;
   if (entries <= kFewEntries) return 1;
   return torch.num_threads().cast<int>();
 }
 
-void run(const Torch& torch, const FastMerge& merge, int isa, void* out, bool out_is_new) {
+void run(const PermuteObjects& torch, const FastMerge& merge, int isa, void* out, bool out_is_new) {
   constexpr std::int64_t kFewEntries = 1 << 14;
   PermuteProblem problem = permute_problem(merge.type, merge.shape, merge.num_axes, merge.mapped, merge.num_mapped);
   problem.num_models = merge.num_models;
@@ -199,7 +199,7 @@ void run(const Torch& torch, const FastMerge& merge, int isa, void* out, bool ou
 
 // merge(tensors, maps, weights, out) -> tensor or None
 PyObject* merge_fast(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  const Torch& torch = *static_cast<const Torch*>(PyCapsule_GetPointer(self, nullptr));
+  const PermuteObjects& torch = *static_cast<const PermuteObjects*>(PyCapsule_GetPointer(self, nullptr));
   try {
     FastMerge merge;
     const int isa = isa_of_environment();
@@ -233,7 +233,7 @@ py::object fast_permute_merge(const py::object& torch_module, const py::object& 
   const py::object tensor_type = torch_module.attr("Tensor");
   const DlpackFunctions* const functions = dlpack_functions(tensor_type);
   if (functions == nullptr) return py::none();
-  auto torch = std::make_unique<Torch>();
+  auto torch = std::make_unique<PermuteObjects>();
   torch->functions = functions;
   torch->tensor_type = tensor_type;
   torch->parameter_type = torch_module.attr("nn").attr("Parameter");
@@ -241,7 +241,7 @@ py::object fast_permute_merge(const py::object& torch_module, const py::object& 
   torch->empty_like = torch_module.attr("empty_like");
   torch->num_threads = torch_module.attr("get_num_threads");
   torch->records_gradients = torch_module.attr("is_grad_enabled");
-  const py::capsule self(torch.get(), [](void* data) { delete static_cast<Torch*>(data); });
+  const py::capsule self(torch.get(), [](void* data) { delete static_cast<PermuteObjects*>(data); });
   torch.release();
   return plain_function<merge_fast>("permute_merge", self);
 }

@@ -505,7 +505,7 @@ def make_large(family: str, size: int) -> Array:
         "integers",
     ],
 )
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(np.float16, marks=pytest.mark.values), np.float32, np.float64])
 @pytest.mark.parametrize("size", [320, 800])
 def test_families_with_early_stops_and_ties(isa: str, family: str, dtype: Any, size: int) -> None:
     values = make_large(family, size).astype(dtype)

@@ -133,10 +133,10 @@ def maps_of(kind: str, length: int) -> UnitMap:
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        ("permutations", torch.float16),
+        pytest.param("permutations", torch.float16, marks=pytest.mark.values),
         ("permutations", torch.float32),
         ("selections", torch.bfloat16),
-        ("clusters", torch.float32),
+        pytest.param("clusters", torch.float32, marks=pytest.mark.values),
     ],
 )
 def test_samples_are_read_through_index(
@@ -313,7 +313,7 @@ def test_other_methods(simulated: Any) -> None:  # noqa: ARG001
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("blocks", "stays"), [("cross", False), ("full", True)])
+@pytest.mark.parametrize(("blocks", "stays"), [("cross", False), pytest.param("full", True, marks=pytest.mark.values)])
 def test_replaced_samples(
     simulated: Any, monkeypatch: pytest.MonkeyPatch, stays: bool, blocks: Any, dtype: Any
 ) -> None:

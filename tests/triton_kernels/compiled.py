@@ -19,7 +19,8 @@ from mudsc_fast.kernels.triton import center, correlation, permute, permute_grou
 assert os.environ.get("TRITON_INTERPRET") != "1", "to be run by tests/test_triton.py"
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-ARCHITECTURES = (80, 90, 100)
+#: The oldest and the newest that the kernels are tuned for.
+ARCHITECTURES = (80, 100)
 #: Registers per thread with which 4 programs of 128 threads fit into the 65536 registers of a multiprocessor.
 MAX_REGISTERS = 128
 ALIGNED = [["tt.divisibility", 16]]
