@@ -300,6 +300,35 @@ py::tuple linear_assignment(const py::array& values, int dtype, bool maximize, d
   return py::make_tuple(column_of_row, row_duals, column_duals, objective, gap, status);
 }
 
+// The same for one problem whose matrix is computed from features x [rows, features] and y [columns, features], rows <=
+// columns; None if values are too large or small.
+py::object pairwise_assignment(const Array<float>& x, const Array<float>& y, bool squared_distance, bool maximize,
+                               double tolerance, const std::optional<Array<double>>& prices, int isa, int threads) {
+  const bool readable = x.ndim() == 2 && y.ndim() == 2 && x.shape(1) == y.shape(1) && x.shape(0) > 0 &&
+                        x.shape(0) <= y.shape(0) && y.shape(0) >= kMinPairwiseColumns;
+  if (!readable) throw py::type_error("expected features [rows, d] and [columns, d] with rows <= columns");
+  const py::ssize_t rows = x.shape(0), columns = y.shape(0);
+  if (prices && (prices->ndim() != 1 || prices->shape(0) != columns)) throw py::type_error("expected prices [columns]");
+  Array<std::int64_t> column_of_row(rows);
+  Array<double> row_duals(rows), column_duals(columns);
+  double objective = 0.0, gap = 0.0;
+  AssignmentStatus status = AssignmentStatus::invalid;
+  const PairwiseProblem problem{{nullptr, ScalarType::float32, 1, rows, columns, false, maximize, tolerance, threads,
+                                 prices ? prices->data() : nullptr, column_of_row.mutable_data(),
+                                 row_duals.mutable_data(), column_duals.mutable_data(), &objective, &gap, &status},
+                                x.data(),
+                                y.data(),
+                                x.shape(1),
+                                squared_distance};
+  bool solved;
+  {
+    py::gil_scoped_release released;
+    solved = MUDSC_CALL_KERNEL(static_cast<Isa>(isa), pairwise_assignment, problem);
+  }
+  if (!solved) return py::none();
+  return py::make_tuple(column_of_row, row_duals, column_duals, objective, gap);
+}
+
 }  // namespace
 
 void register_assignment(py::module_& module) {
@@ -310,6 +339,8 @@ void register_assignment(py::module_& module) {
              py::arg("return_duals"), py::arg("isa"), py::arg("threads"));
   module.def("linear_assignment", &linear_assignment, py::arg("values"), py::arg("dtype"), py::arg("maximize"),
              py::arg("tolerance"), py::arg("prices"), py::arg("isa"), py::arg("threads"));
+  module.def("pairwise_assignment", &pairwise_assignment, py::arg("x"), py::arg("y"), py::arg("squared_distance"),
+             py::arg("maximize"), py::arg("tolerance"), py::arg("prices"), py::arg("isa"), py::arg("threads"));
 }
 
 }  // namespace mudsc::bindings

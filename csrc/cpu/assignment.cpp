@@ -8,6 +8,9 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
+template <class T>
+using Sparse = SparseSolver<MatrixRows<T>>;
+
 // What a sample of rows shows of a problem.
 struct Sample {
   bool background = false;  // nearly all pairs share one cost, the highest of their row: forbidden pairs with one large
@@ -56,7 +59,7 @@ void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int6
 template <class T>
 void solve_transposed(const AssignmentProblem& problem, int threads) {
   const std::int64_t rows = problem.rows, columns = problem.columns;
-  if (columns >= SparseSolver<T>::kMinColumns && SparseSolver<T>(problem).solve(problem, 0, threads)) return;
+  if (columns >= Sparse<T>::kMinColumns && Sparse<T>(problem).solve(problem, 0, threads)) return;
   const T* const values = static_cast<const T*>(problem.values);
   Buffer<T> copy(rows * columns);
   for (std::int64_t j = 0; j < columns; ++j) {
@@ -85,7 +88,7 @@ void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int6
   const auto sample_of = [&](std::int64_t index) {
     return problem.columns > DenseSolver<T>::kMaxInOrder ? sample_rows<T>(problem, index) : Sample{};
   };
-  if (problem.columns < SparseSolver<T>::kMinColumns) {
+  if (problem.columns < Sparse<T>::kMinColumns) {
     DenseSolver<T> dense(problem);
     for (std::int64_t index = begin; index < end; ++index) {
       const Sample sample = sample_of(index);
@@ -97,7 +100,7 @@ void solve_range(const AssignmentProblem& problem, std::int64_t begin, std::int6
     }
     return;
   }
-  SparseSolver<T> sparse(problem);
+  Sparse<T> sparse(problem);
   for (std::int64_t index = begin; index < end; ++index) {
     if (sample_of(index).two_valued && TwoValuedSolver<T>(problem).solve(problem, index)) continue;
     if (!sparse.solve(problem, index, threads)) DenseSolver<T>(problem).solve(problem, index);

@@ -1,4 +1,4 @@
-// Lists that are made by scanning rows of a matrix in memory.
+// Lists that are made by scanning rows, of a matrix in memory or computed (assignment_rows.hpp).
 //
 // Lists hold the costs themselves; sums and duals are double. Scans work in the type of the costs (float for the
 // halves) and lower the floor by the possible rounding error. Every cost must be finite.
@@ -6,17 +6,14 @@
 #pragma once
 
 #include "assignment_list_state.hpp"
-#include "assignment_scan.hpp"
-#include "assignment_state.hpp"
-#include "mudsc/transpose.hpp"
+#include "assignment_rows.hpp"
 
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-template <class T>
-class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T>::type> {
-  using Lists = ListState<AssignmentState<T>, typename ArithmeticOf<T>::type>;
-  using State = AssignmentState<T>;
+template <class Rows>
+class RowLists : protected ListState<Rows, typename Rows::Scan> {
+  using Lists = ListState<Rows, typename Rows::Scan>;
 
  protected:
   using Lists::bids_;
@@ -28,21 +25,19 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   using Lists::list_of;
   using Lists::lists_;
   using Lists::look_up;
-  using State::column_of_row_;
-  using State::column_stride_;
-  using State::columns_;
-  using State::entry;
-  using State::row_of_column_;
-  using State::row_stride_;
-  using State::rows_;
-  using State::sign_;
-  using State::v_;
-  using State::values_;
+  using Rows::column_of_row_;
+  using Rows::columns_;
+  using Rows::panel_rows;
+  using Rows::row_of_column_;
+  using Rows::row_values;
+  using Rows::rows_;
+  using Rows::sign_;
+  using Rows::v_;
   using typename Lists::BestTwo;
   using typename Lists::Known;
   using typename Lists::List;
 
-  using Scan = typename ArithmeticOf<T>::type;  // type in which rows are scanned
+  using Scan = typename Rows::Scan;  // type in which rows are scanned
 
   static constexpr bool kScansNow = true;
   static constexpr std::int64_t kFirstCapacity = 2 * kWanted;
@@ -62,23 +57,21 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // Working memory for listing a row, one for each thread.
   struct Scratch {
     Scratch() = default;
-    Scratch(std::int64_t columns, bool transposed)
-        : row(sizeof(T) == sizeof(Scan) && !transposed ? 0 : columns),
-          panel(transposed ? kListGrain * panel_stride(columns) : 0),
-          scanner(columns) {}
+    explicit Scratch(const RowLists& lists)
+        : row(lists), panel(lists.panel_rows() * panel_stride(lists.columns_)), scanner(lists.columns_) {}
     void widen(std::int64_t columns) {
       wide_costs = Buffer<double>(columns);
       wide_scanner = RowScanner<double>(columns);
     }
-    Buffer<Scan> row;    // a row that is not in memory as scans need it
-    Buffer<Scan> panel;  // rows of a transposed matrix
+    typename Rows::RowScratch row;
+    Buffer<Scan> panel;  // rows that are read together
     RowScanner<Scan> scanner;
     // Allocated when a row must be listed in double for the first time.
     Buffer<double> wide_costs;
     RowScanner<double> wide_scanner;
   };
 
-  explicit RowLists(const AssignmentProblem& problem)
+  explicit RowLists(const typename Rows::Problem& problem)
       : Lists(problem.rows, problem),
         first_columns_(rows_ * kFirstCapacity),
         first_costs_(rows_ * kFirstCapacity),
@@ -121,78 +114,6 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     }
   }
 
-  // Distance of the rows of a panel: not a multiple of a page, or all of them would compete for the same cache lines.
-  static constexpr std::int64_t panel_stride(std::int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
-
-  // Whether the matrix in memory is the transpose of the problem's.
-  bool is_transposed() const { return column_stride_ != 1; }
-
-  // Copies the rows [begin, end) of a transposed matrix to `out`, `stride` entries apart.
-  template <class Out>
-  void read_panel(std::int64_t begin, std::int64_t end, Out* out, std::int64_t stride) const {
-    constexpr std::int64_t kSquare = 16 / static_cast<std::int64_t>(sizeof(Out));
-    std::int64_t j = 0;
-    if constexpr (sizeof(T) == sizeof(Out) && sizeof(T) >= sizeof(float)) {
-      // Far enough ahead to hide the latency of memory: these lines are too far apart for the processor to foresee.
-      constexpr std::int64_t kAhead = 16;
-      const T* const last = &entry(begin, columns_ - 1);
-      for (; end - begin == kListGrain && j + kSquare <= columns_; j += kSquare) {
-        for (std::int64_t k = 0; k < kSquare; ++k) {
-          const T* const ahead = &entry(begin, 0) + (j + k + kAhead) * column_stride_;
-          for (std::int64_t i = 0; i < kListGrain && ahead <= last; i += 16 * kSquare / 4) {
-            __builtin_prefetch(ahead + i);
-          }
-        }
-        for (std::int64_t i = 0; i < kListGrain; i += kSquare) {
-          transpose_square(&entry(begin + i, j), column_stride_, out + i * stride + j, stride);
-        }
-      }
-    }
-    for (; j < columns_; ++j) {
-      for (std::int64_t i = begin; i < end; ++i) out[(i - begin) * stride + j] = Out(widen(entry(i, j)));
-    }
-  }
-
-  // Rows of a transposed matrix are read again one by one, at a cache line an entry. If many are, a copy of the whole
-  // matrix is faster.
-  void copy_if_gathered_often() {
-    constexpr std::int64_t kShare = 8;
-    if (!is_transposed() || gathered_rows_ <= rows_ / kShare) return;
-    copy_ = Buffer<T>(rows_ * columns_);
-    copy_.prefer_huge_pages();
-    in_parallel((rows_ + kListGrain - 1) / kListGrain, 1, [&](std::int64_t panel, Scratch&) {
-      const std::int64_t begin = panel * kListGrain, end = begin + kListGrain < rows_ ? begin + kListGrain : rows_;
-      T* const out = copy_.data() + begin * columns_;
-      if constexpr (sizeof(T) >= sizeof(float)) {
-        read_panel(begin, end, out, columns_);
-      } else {
-        for (std::int64_t j = 0; j < columns_; ++j) {
-          for (std::int64_t i = begin; i < end; ++i) out[(i - begin) * columns_ + j] = entry(i, j);
-        }
-      }
-    });
-    values_ = copy_.data();
-    row_stride_ = columns_;
-    column_stride_ = 1;
-  }
-
-  // A row's values in the scanning type.
-  const Scan* scan_values(std::int64_t row, Scratch& scratch) const {
-    const T* const values = &entry(row, 0);
-    Scan* const out = scratch.row.data();
-    if (is_transposed()) {
-      __atomic_fetch_add(&gathered_rows_, 1, __ATOMIC_RELAXED);
-      for (std::int64_t j = 0; j < columns_; ++j) out[j] = widen(values[j * column_stride_]);
-      return out;
-    }
-    if constexpr (sizeof(T) == sizeof(Scan)) {
-      return reinterpret_cast<const Scan*>(values);
-    } else {
-      for (std::int64_t j = 0; j < columns_; ++j) out[j] = widen(values[j]);
-      return out;
-    }
-  }
-
   // Calls body(item, scratch) for every item in [0, count), shared out to the team `grain` at a time.
   template <class Body>
   void in_parallel(std::int64_t count, std::int64_t grain, const Body& body) {
@@ -230,13 +151,13 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
       const Scan most = list_values(i, values, wanted, scratch, next);
       if (!(most < kMaxMagnitude)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
       atomic_max(largest, most);
-      row_hashes_[i] = most == 0 ? State::kHashOfZeros : hash_listed(i);
+      row_hashes_[i] = most == 0 ? Rows::kHashOfZeros : hash_listed(i);
     };
-    if (is_transposed()) {
-      in_parallel((rows_ + kListGrain - 1) / kListGrain, 1, [&](std::int64_t panel, Scratch& scratch) {
-        const std::int64_t begin = panel * kListGrain, end = begin + kListGrain < rows_ ? begin + kListGrain : rows_;
+    if (const std::int64_t height = panel_rows(); height > 0) {
+      in_parallel((rows_ + height - 1) / height, 1, [&](std::int64_t panel, Scratch& scratch) {
+        const std::int64_t begin = panel * height, end = begin + height < rows_ ? begin + height : rows_;
         Scan* const rows = scratch.panel.data();
-        read_panel(begin, end, rows, panel_stride(columns_));
+        Rows::read_panel(begin, end, rows, panel_stride(columns_));
         for (std::int64_t i = begin; i < end; ++i) {
           const Scan* const row = rows + (i - begin) * panel_stride(columns_);
           list(i, scratch, row, row);
@@ -244,7 +165,7 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
       });
     } else {
       in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
-        list(i, scratch, scan_values(i, scratch), &entry(i + 1 < rows_ ? i + 1 : i, 0));
+        list(i, scratch, row_values(i, scratch.row), Rows::address_of(i + 1 < rows_ ? i + 1 : i));
       });
     }
     return finite && (largest > kMinMagnitude || largest == 0);
@@ -259,7 +180,7 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
       const Scan cost = list.costs[k] - duals[list.columns[k]];
       least = cost < least ? cost : least;
     }
-    std::uint64_t hash = State::sampled_hash(row);
+    std::uint64_t hash = Rows::sampled_hash(row);
     mix(hash, static_cast<double>(least));
     return hash | 1;
   }
@@ -276,9 +197,9 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // Lists about `wanted` of the smallest reduced costs of a row, as many as the list has room for, and prefetches the
   // row `next_row`. Returns the row's largest magnitude; if that is not below kMaxMagnitude, nothing is listed.
   Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
-    const Scan* const values = scan_values(row, scratch);
-    return list_values(row, values, wanted, scratch,
-                       is_transposed() ? static_cast<const void*>(values) : &entry(next_row, 0));
+    const Scan* const values = row_values(row, scratch.row);
+    const void* const next = Rows::address_of(next_row);
+    return list_values(row, values, wanted, scratch, next == nullptr ? values : next);
   }
 
   // The same for a row of these values; prefetches another at `next`.
@@ -308,11 +229,12 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     make_room(list, wanted);
     if (scratch.wide_costs.size() == 0) scratch.widen(columns_);
     double* const costs = scratch.wide_costs.data();
-    for (std::int64_t j = 0; j < columns_; ++j) costs[j] = State::cost(row, j);
+    const Scan* const values = row_values(row, scratch.row);
+    for (std::int64_t j = 0; j < columns_; ++j) costs[j] = sign_ * static_cast<double>(values[j]);
     scratch.wide_scanner.read(costs, 1.0, v_.data(), kGroupsPerEntry * wanted, costs);
     list.size = 0;
     list.floor = kInfinity;
-    const auto add = [&](std::int64_t column) { append(list, column, widen(entry(row, column))); };
+    const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
     if (list.capacity >= columns_) {
       for (std::int64_t j = 0; j < columns_; ++j) add(j);
     } else {
@@ -325,13 +247,13 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // entries are computed in double.
   double min_reduced_cost(std::int64_t row, Scratch& scratch) const {
     const List& list = lists_[row];
-    double least = State::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
+    double least = Rows::cost(row, column_of_row_[row]) - v_[column_of_row_[row]];
     for (std::int64_t k = 0; k < list.size; ++k) {
       const double cost = static_cast<double>(list.costs[k]) - v_[list.columns[k]];
       least = cost < least ? cost : least;
     }
     if (least <= list.floor || list.size == columns_) return least;
-    const Scan* const values = scan_values(row, scratch);
+    const Scan* const values = row_values(row, scratch.row);
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
     // Not below `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
@@ -369,8 +291,14 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
     list_row(row, wanted, scratch, next_row);
   }
 
+  void before_rereading() {
+    Rows::before_rereading([this](std::int64_t count, const auto& body) {
+      in_parallel(count, 1, [&](std::int64_t item, Scratch&) { body(item); });
+    });
+  }
+
   void relist(std::int64_t row, std::int64_t wanted) {
-    copy_if_gathered_often();
+    before_rereading();
     relist(row, wanted, scratches_[0], row);
   }
 
@@ -395,21 +323,22 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
 
   double min_reduced_cost_or_floor(std::int64_t row) { return best_two(row, Known::first, scratches_[0], row).first; }
 
-  double cost_of(std::int64_t row, std::int64_t column) const { return State::cost(row, column); }
+  double cost_of(std::int64_t row, std::int64_t column) const { return Rows::cost(row, column); }
 
   // Equal rows bid together at the reduced costs of all columns.
-  std::int64_t price_class(std::int64_t first, std::int64_t, double* reduced) const {
-    for (std::int64_t j = 0; j < columns_; ++j) reduced[j] = State::cost(first, j) - v_[j];
+  std::int64_t price_class(std::int64_t first, std::int64_t, double* reduced) {
+    const Scan* const values = row_values(first, scratches_[0].row);
+    for (std::int64_t j = 0; j < columns_; ++j) reduced[j] = sign_ * static_cast<double>(values[j]) - v_[j];
     return columns_;
   }
   std::int64_t priced_column(std::int64_t, std::int64_t k) const { return k; }
-  double priced_cost(std::int64_t first, std::int64_t k) const { return State::cost(first, k); }
+  double priced_cost(std::int64_t first, std::int64_t k) const { return Rows::cost(first, k); }
 
   // Sets the classes of equal rows.
   void find_classes() {
     class_of_row_.fill(-1);
     const auto skip_none = [](const std::int64_t*, std::int64_t) { return false; };
-    State::for_equal_rows(row_hashes_, skip_none, [this](const std::int64_t* rows, std::int64_t count) {
+    Rows::for_equal_rows(row_hashes_, skip_none, [this](const std::int64_t* rows, std::int64_t count) {
       for (std::int64_t k = 0; k < count; ++k) {
         class_of_row_[rows[k]] = rows[0];
         class_next_[rows[k]] = k + 1 < count ? rows[k + 1] : -1;
@@ -426,7 +355,7 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
       fetch_list(rows[k + 2 < count ? k + 2 : k]);
       if (!look_up(rows[k], known, bids_[k])) bids_[k].column = -1;
     });
-    copy_if_gathered_often();
+    before_rereading();
     std::int64_t exhausted = 0;
     for (std::int64_t k = 0; k < count; ++k) {
       if (bids_[k].column < 0) exhausted_[exhausted++] = k;
@@ -445,8 +374,6 @@ class RowLists : protected ListState<AssignmentState<T>, typename ArithmeticOf<T
   // Threads of the problem being solved, and their working memory.
   Team* team_ = nullptr;
   Scratch scratches_[kMaxThreads];
-  Buffer<T> copy_;  // of a transposed matrix
-  mutable std::int64_t gathered_rows_ = 0;
   Buffer<std::int64_t> exhausted_;  // places of the bids whose lists are exhausted
 };
 

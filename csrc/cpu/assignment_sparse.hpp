@@ -24,10 +24,11 @@
 namespace mudsc::MUDSC_ISA {
 namespace {
 
-template <class T>
-class SparseSolver : private ListPaths<RowLists<T>> {
-  using Paths = ListPaths<RowLists<T>>;
-  using State = AssignmentState<T>;
+// `Rows` is a source of rows (assignment_rows.hpp).
+template <class Rows>
+class SparseSolver : private ListPaths<RowLists<Rows>> {
+  using Paths = ListPaths<RowLists<Rows>>;
+  using Problem = typename Rows::Problem;
   using Paths::any_tie_;
   using Paths::auction;
   using Paths::column_of_row_;
@@ -59,21 +60,18 @@ class SparseSolver : private ListPaths<RowLists<T>> {
   // Below this many columns reading whole rows is as fast as keeping lists.
   static constexpr std::int64_t kMinColumns = 768;
 
-  explicit SparseSolver(const AssignmentProblem& problem) : Paths(problem) {}
+  explicit SparseSolver(const Problem& problem) : Paths(problem) {}
 
   // Returns false, with nothing written, if an entry is not finite, or costs are so large or small that sums of the
   // scanning type could leave its range: that is the dense solver's work.
-  bool solve(const AssignmentProblem& problem, std::int64_t index, int threads) {
-    State::begin(problem, index);
-    if (rows_are_constant()) return solve_constant_rows(problem, index);
-    const std::int64_t worth = rows_ * columns_ / State::kEntriesPerThread;
+  bool solve(const Problem& problem, std::int64_t index, int threads) {
+    Paths::begin(problem, index);
+    if (Paths::rows_are_constant()) return solve_constant_rows(problem, index);
+    const std::int64_t worth = rows_ * columns_ / Paths::kEntriesPerThread;
     const std::int64_t most = worth < kMaxThreads ? worth : kMaxThreads;
     Team team(threads < most ? threads : static_cast<int>(most));
     team_ = &team;
-    for (int member = 0; member < team.size(); ++member) {
-      scratches_[member] = Scratch(columns_, problem.transposed);
-    }
-    Paths::gathered_rows_ = 0;
+    for (int member = 0; member < team.size(); ++member) scratches_[member] = Scratch(*this);
     const bool warm = problem.prices != nullptr;
     copy_duals();
     if (!list_all_rows(warm ? kWantedOfWarm : kWanted)) return false;
@@ -93,7 +91,7 @@ class SparseSolver : private ListPaths<RowLists<T>> {
     free_count = reduce_rows_in_passes(free_count);
     if (bids != AuctionResult::skipped && free_count > rows_ / Paths::kManyLeft) {
       // The auction did harm, as where rows outbid one another up to the cost of a forbidden pair: start over without.
-      State::begin(problem, index);
+      Paths::begin(problem, index);
       copy_duals();
       list_all_rows(warm ? kWantedOfWarm : kWanted);
       free_count = reduce_rows_in_passes(match_tight());
@@ -101,7 +99,7 @@ class SparseSolver : private ListPaths<RowLists<T>> {
     Paths::begin_paths();
     find_paths(free_count);
     order_classes();
-    State::order_equal_columns();
+    Paths::order_equal_columns();
     certify(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
@@ -120,63 +118,46 @@ class SparseSolver : private ListPaths<RowLists<T>> {
     if (share <= 0.0) return false;
     double total = 0.0, slack = 0.0;
     for (std::int64_t i = 0; i < rows_; ++i) {
-      const double matched = State::cost(i, column_of_row_[i]);
+      const double matched = Paths::cost(i, column_of_row_[i]);
       total += matched;
       slack += matched - v_[column_of_row_[i]] - Paths::best_two(i, Known::first, scratches_[0], i).first;
     }
     return slack <= share * (total < 0.0 ? -total : total);
   }
 
-  // Whether each row repeats one finite number. Usually decided after the first row.
-  bool rows_are_constant() const {
-    const std::size_t overlap = static_cast<std::size_t>(columns_ - 1) * sizeof(T);
-    if (Paths::is_transposed()) {
-      const std::size_t bytes = static_cast<std::size_t>(rows_) * sizeof(T);
-      for (std::int64_t j = 1; j < columns_; ++j) {
-        if (std::memcmp(&State::entry(0, 0), &State::entry(0, j), bytes) != 0) return false;
-      }
-    }
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      const T* const values = &State::entry(i, 0);
-      const bool repeats = Paths::is_transposed() || std::memcmp(values, values + 1, overlap) == 0;
-      if (!repeats || State::cost(i, 0) - State::cost(i, 0) != 0.0) return false;
-    }
-    return true;
-  }
-
   // All assignments are equally good.
-  bool solve_constant_rows(const AssignmentProblem& problem, std::int64_t index) {
+  bool solve_constant_rows(const Problem& problem, std::int64_t index) {
     v_.fill(0.0);
     for (std::int64_t i = 0; i < rows_; ++i) {
-      State::assign(i, i);
-      problem.row_duals[index * rows_ + i] = State::cost(i, 0);
+      Paths::assign(i, i);
+      problem.row_duals[index * rows_ + i] = Paths::cost(i, 0);
     }
-    State::write_result(problem, index);
+    Paths::write_result(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
   }
 
   // Every row has a best column of its own: the lists hold each row's least reduced cost, which proves it.
-  bool accept_tight_matching(const AssignmentProblem& problem, std::int64_t index) {
+  bool accept_tight_matching(const Problem& problem, std::int64_t index) {
     if (any_tie_) {
-      State::order_equal_rows(row_hashes_);
-      State::order_equal_columns();
+      Paths::order_equal_rows(row_hashes_);
+      Paths::order_equal_columns();
     }
     for (std::int64_t i = 0; i < rows_; ++i) problem.row_duals[index * rows_ + i] = u_[i];
-    State::write_result(problem, index);
+    Paths::write_result(problem, index);
     problem.status[index] = AssignmentStatus::optimal;
     return true;
   }
 
   // The certificate of AssignmentState. Where a row's listed entries hold one that is not above the floor, no unlisted
   // one is less: floors are bounds at duals that have only fallen since. Other rows are read again.
-  void certify(const AssignmentProblem& problem, std::int64_t index) {
+  void certify(const Problem& problem, std::int64_t index) {
     double* const min_costs = problem.row_duals + index * rows_;
     in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
       if (list_of(i) == i) min_costs[i] = min_reduced_cost(i, scratch);
     });
     for (std::int64_t i = 0; i < rows_; ++i) min_costs[i] = min_costs[list_of(i)];
-    State::write_result(problem, index);
+    Paths::write_result(problem, index);
   }
 };
 

@@ -40,4 +40,19 @@ struct AssignmentProblem {
 // v_j <= 0. Maximized: u_i + v_j >= value_ij and v_j >= 0. The sum of all duals bounds every assignment.
 MUDSC_DECLARE_KERNEL(void linear_assignment(const AssignmentProblem& problem));
 
+// A problem whose matrix is not in memory: value (i, j) is the float sum of x_ik * y_jk, or of (x_ik - y_jk)^2, over the
+// features k in ascending order. `values` is null, the type float32, and the batch 1.
+struct PairwiseProblem : AssignmentProblem {
+  const float* x;  // [rows, features]
+  const float* y;  // [columns, features]
+  std::int64_t features;
+  bool squared_distance;
+};
+
+// From so many columns on.
+constexpr std::int64_t kMinPairwiseColumns = 768;
+
+// Returns false, with nothing written, if values are so large or small that sums of floats could leave their range.
+MUDSC_DECLARE_KERNEL(bool pairwise_assignment(const PairwiseProblem& problem));
+
 }  // namespace mudsc
