@@ -18,6 +18,7 @@ from mudsc_fast.merge_result import MergeResult
 from mudsc_fast.ops import (
     Assignment,
     CorrelationAccumulator,
+    PairwiseSimilarity,
     UnitMap,
     ZipResult,
     linear_assignment,
@@ -48,6 +49,7 @@ __all__ = [
     "Mode",
     "NodeMatching",
     "Observation",
+    "PairwiseSimilarity",
     "PermutationSpec",
     "Space",
     "UnitMap",

@@ -36,6 +36,16 @@ def linear_assignment(
     isa: int,
     threads: int,
 ) -> tuple[NDArray[Any], ...]: ...
+def pairwise_assignment(
+    x: NDArray[np.float32],
+    y: NDArray[np.float32],
+    squared_distance: bool,
+    maximize: bool,
+    tolerance: float,
+    prices: NDArray[np.float64] | None,
+    isa: int,
+    threads: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], float, float] | None: ...
 def read_tensors_by_attributes(enabled: bool) -> None: ...
 def fast_permute_merge(
     torch: ModuleType, map_type: type

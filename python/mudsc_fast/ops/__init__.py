@@ -9,12 +9,14 @@ from mudsc_fast.ops import _correlation_op  # noqa: F401  registers the op
 from mudsc_fast.ops._dispatch import backends, use_backend
 from mudsc_fast.ops.assignment import Assignment, linear_assignment, linear_sum_assignment
 from mudsc_fast.ops.correlation import CorrelationAccumulator
+from mudsc_fast.ops.pairwise import PairwiseSimilarity
 from mudsc_fast.ops.permute import UnitMap, permute_, permute_merge, permute_merge_group
 from mudsc_fast.ops.zip import ZipResult, zip_units
 
 __all__ = [
     "Assignment",
     "CorrelationAccumulator",
+    "PairwiseSimilarity",
     "UnitMap",
     "ZipResult",
     "backends",

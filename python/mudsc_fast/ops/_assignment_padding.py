@@ -28,14 +28,18 @@ def clip(values: Tensor, maximize: bool, threshold: float) -> Tensor:
 def solve_any_shape(values: Tensor, solve: Solve) -> Solution:
     """Solve [..., n, m] problems by a solver for n <= m: transposed, if there are more rows than columns."""
     n, m = values.shape[-2:]
-    if n <= m:
-        return solve(values)
-    solution = solve(values.mT)
+    return solve(values) if n <= m else transpose_solution(solve(values.mT), n)
+
+
+def transpose_solution(solution: Solution, n: int) -> Solution:
+    """Return the solutions of [..., n, m] problems, n > m, given those of their transposes."""
+    *batch, m = solution.columns.shape
+    device = solution.columns.device
     # Columns without a row, which a threshold leaves, go to a place behind the last one, and so does what is undefined
     # because the problem has no solution.
     row_of_column = torch.where((solution.columns < 0) | (solution.columns > n), n, solution.columns)
-    columns = torch.full((*values.shape[:-2], n + 1), -1, dtype=torch.int64, device=values.device)
-    columns.scatter_(-1, row_of_column, torch.arange(m, device=values.device).expand_as(row_of_column))
+    columns = torch.full((*batch, n + 1), -1, dtype=torch.int64, device=device)
+    columns.scatter_(-1, row_of_column, torch.arange(m, device=device).expand_as(row_of_column))
     return replace(solution, columns=columns[..., :n], row_duals=solution.column_duals, column_duals=solution.row_duals)
 
 

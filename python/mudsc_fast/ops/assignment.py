@@ -19,8 +19,9 @@ from mudsc_fast.kernels.reference import assignment as reference
 from mudsc_fast.ops import _dispatch, _library
 from mudsc_fast.ops._assignment_padding import Solve, solve_any_shape, solve_ragged, solve_with_threshold
 from mudsc_fast.ops._assignment_result import Assignment, assignment_of_arrays
+from mudsc_fast.ops.pairwise import PairwiseSimilarity, sample_rows, solve_without_matrix
 
-__all__ = ["Assignment", "linear_assignment", "linear_sum_assignment"]
+__all__ = ["Assignment", "PairwiseSimilarity", "linear_assignment", "linear_sum_assignment"]
 
 #: Numbers of rows or columns, one for each problem of a padded batch.
 Counts = Sequence[int] | Tensor
@@ -35,7 +36,7 @@ _SAMPLED_ROWS = 8
 def linear_assignment(
     similarity: _arrays.Array,
     *,
-    maximize: bool = ...,
+    maximize: bool | None = ...,
     threshold: float | None = ...,
     return_duals: Literal[True] = ...,
     warm_start: Assignment | None = ...,
@@ -45,8 +46,26 @@ def linear_assignment(
 def linear_assignment(
     similarity: _arrays.Array,
     *,
-    maximize: bool = ...,
+    maximize: bool | None = ...,
     threshold: float | None = ...,
+    return_duals: Literal[False],
+    warm_start: Assignment | None = ...,
+    tolerance: float = ...,
+) -> Tensor: ...
+@overload
+def linear_assignment(
+    similarity: PairwiseSimilarity,
+    *,
+    maximize: bool | None = ...,
+    return_duals: Literal[True] = ...,
+    warm_start: Assignment | None = ...,
+    tolerance: float = ...,
+) -> Assignment: ...
+@overload
+def linear_assignment(
+    similarity: PairwiseSimilarity,
+    *,
+    maximize: bool | None = ...,
     return_duals: Literal[False],
     warm_start: Assignment | None = ...,
     tolerance: float = ...,
@@ -55,7 +74,7 @@ def linear_assignment(
 def linear_assignment(
     similarity: Sequence[_arrays.Array],
     *,
-    maximize: bool = ...,
+    maximize: bool | None = ...,
     threshold: float | None = ...,
     return_duals: Literal[True] = ...,
 ) -> list[Assignment]: ...
@@ -63,7 +82,7 @@ def linear_assignment(
 def linear_assignment(
     similarity: Sequence[_arrays.Array],
     *,
-    maximize: bool = ...,
+    maximize: bool | None = ...,
     threshold: float | None = ...,
     return_duals: Literal[False],
 ) -> list[Tensor]: ...
@@ -71,7 +90,7 @@ def linear_assignment(
 def linear_assignment(
     similarity: _arrays.Array,
     *,
-    maximize: bool = ...,
+    maximize: bool | None = ...,
     threshold: float | None = ...,
     rows: Counts | None = ...,
     columns: Counts | None = ...,
@@ -81,16 +100,16 @@ def linear_assignment(
 def linear_assignment(
     similarity: _arrays.Array,
     *,
-    maximize: bool = ...,
+    maximize: bool | None = ...,
     threshold: float | None = ...,
     rows: Counts | None = ...,
     columns: Counts | None = ...,
     return_duals: Literal[False],
 ) -> list[Tensor]: ...
 def linear_assignment(
-    similarity: _arrays.Array | Sequence[_arrays.Array],
+    similarity: _arrays.Array | Sequence[_arrays.Array] | PairwiseSimilarity,
     *,
-    maximize: bool = True,
+    maximize: bool | None = None,
     threshold: float | None = None,
     rows: Counts | None = None,
     columns: Counts | None = None,
@@ -107,9 +126,11 @@ def linear_assignment(
         or bool. Leading axes are a batch, solved on several threads. With `maximize`, -inf forbids a pair; without,
         +inf.
 
-        Or a list of [n_k, m_k] matrices on one device, which are solved in one call on several threads.
+        Or a list of [n_k, m_k] matrices on one device, which are solved in one call on several threads. Or a
+        :class:`PairwiseSimilarity` of points, whose matrix is not stored.
     maximize
-        Whether to maximize or minimize the sum.
+        Whether to maximize or minimize the sum. By default it is maximized, except for a :class:`PairwiseSimilarity` of
+        distances.
     threshold
         Leave rows and columns unmatched unless their pair is better than this number: similarity above it, or cost
         below it with ``maximize=False``. The sum of the pairs' distances to the threshold is optimal. By default as
@@ -161,6 +182,9 @@ def linear_assignment(
     >>> linear_assignment(similarity, threshold=0.5).columns
     tensor([ 0,  1, -1])
     """
+    if isinstance(similarity, PairwiseSimilarity):
+        return _solve_pairwise(similarity, maximize, threshold, rows, columns, return_duals, warm_start, tolerance)
+    maximize = True if maximize is None else maximize
     traced = is_compiling() if type(similarity) is np.ndarray else _library.traced(similarity)
     is_single = warm_start is None and rows is None and columns is None
     if not traced and is_single and tolerance == 0 and _dispatch.requested() is None:
@@ -276,6 +300,30 @@ def _empty_solution(similarity: Tensor) -> Solution:
         gap=none.clone(),
         status=torch.zeros(batch, dtype=torch.int32, device="cpu"),
     )
+
+
+def _solve_pairwise(
+    similarity: PairwiseSimilarity,
+    maximize: bool | None,
+    threshold: float | None,
+    rows: Counts | None,
+    columns: Counts | None,
+    return_duals: bool,
+    warm_start: Assignment | None,
+    tolerance: float,
+) -> Assignment | Tensor:
+    for name, value in (("threshold", threshold), ("rows", rows), ("columns", columns)):
+        if value is not None:
+            raise ValueError(f"{name} is incompatible with a PairwiseSimilarity; pass similarity.dense()")
+    maximize = not similarity.is_cost if maximize is None else maximize
+    share = _check_tolerance(tolerance)
+    prices = _prices(warm_start, similarity)
+    solution = solve_without_matrix(similarity, maximize, prices, share)
+    if solution is None:
+        solution = _solve(similarity.dense(), maximize, prices, share)
+        _check_solved(solution, maximize)
+    found = _as_assignment(solution, None)
+    return found if return_duals else found.columns
 
 
 # ---- problems of several sizes --------------------------------------------------------------------------------------
@@ -479,7 +527,7 @@ def _as_tensor(argument: str, value: object) -> Tensor:
     return tensor.detach() if tensor.dtype in _checks.FLOAT_DTYPES else tensor.detach().to(torch.float64)
 
 
-def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
+def _prices(warm_start: Assignment | None, values: Tensor | PairwiseSimilarity) -> Tensor | None:
     if warm_start is None:
         return None
     if not isinstance(warm_start, Assignment):
@@ -490,11 +538,12 @@ def _prices(warm_start: Assignment | None, values: Tensor) -> Tensor | None:
             f"warm_start must be of a problem of shape {list(values.shape)}, got column duals of shape "
             f"{list(warm_start.column_duals.shape)}"
         )
-    if values.shape[-2] != values.shape[-1] or values.numel() == 0:
+    if values.shape[-2] != values.shape[-1] or values.shape.numel() == 0:
         return None
-    duals = warm_start.column_duals.to(values.device, torch.float64)
-    sample = values[..., :: max(1, values.shape[-2] // _SAMPLED_ROWS), :].to(torch.float64).abs()
-    largest = sample.nan_to_num(posinf=0.0).amax((-2, -1))
+    step = max(1, values.shape[-2] // _SAMPLED_ROWS)
+    sample = sample_rows(values, step) if isinstance(values, PairwiseSimilarity) else values[..., ::step, :]
+    duals = warm_start.column_duals.to(sample.device, torch.float64)
+    largest = sample.to(torch.float64).abs().nan_to_num(posinf=0.0).amax((-2, -1))
     serve = duals.abs().amax(-1) <= _LARGEST_DUAL * largest  # not where a dual is NaN
     return torch.where(serve[..., None], duals, 0.0) if bool(serve.any()) else None
 
