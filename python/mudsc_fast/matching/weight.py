@@ -8,7 +8,6 @@ Model Merging", CVPR 2024, section 3). The similarity of two units is the Pearso
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +132,7 @@ class WeightSimilarity:
         short: list[list[Tensor]] = []
         if rows is not None and rows[0] == rows[1]:
             return sums
-        with sums.computing_in(Workspace()), nullcontext() if rows is None else sums._only_rows(*rows):
+        with sums.computing_in(Workspace()), sums._only_rows(rows):
             for part in slices:
                 if part.samples >= _MIN_SAMPLES:
                     self._add(sums, part, around)
@@ -289,7 +288,7 @@ class WeightSimilarity:
         if rows is not None and rows[0] == rows[1]:
             return
         models = range(len(self._state_dicts))
-        with sums.computing_in(Workspace()), nullcontext() if rows is None else sums._only_rows(*rows):
+        with sums.computing_in(Workspace()), sums._only_rows(rows):
             for part, change in update.exchanged:
                 if change.reordered and len(part.others) == 1:
                     self._reorder(sums, part, change)

@@ -129,12 +129,13 @@ class CorrelationAccumulator:
             self._workspace = None
 
     @contextmanager
-    def _only_rows(self, first: int, last: int) -> Iterator[None]:
+    def _only_rows(self, rows: tuple[int, int] | None) -> Iterator[None]:
         """Make the updates of the enclosed code compute some rows of the result only, for "cross" on the CPU.
 
-        These are the units of model 0 from `first` to before `last`. The means and variances of its other units stay.
+        `rows` is the first of these units of model 0 and the one after the last; None for all. The means and variances
+        of the other units of model 0 do not change.
         """
-        self._moments.rows = slice(first, last)
+        self._moments.rows = slice(None) if rows is None else slice(*rows)
         try:
             yield
         finally:
