@@ -174,7 +174,7 @@ def test_more_units_than_all_models_have_are_all_units() -> None:
         (0.5, "zip", "expand must be a finite number of at least 1, got 0.5"),
         (float("inf"), "zip", "expand must be a finite number of at least 1"),
         (2, "align", "expand=2.0 is of mode='zip', got mode='align'"),
-        ({"nowhere": 2}, "zip", "expand names the node 'nowhere', but the nodes are"),
+        ({"nowhere": 2}, "zip", "expand names 'nowhere', which is not a node; there are '"),
         ({"nowhere": 0}, "zip", r"expand\['nowhere'\] must be a finite number of at least 1, got 0"),
     ],
 )

@@ -88,6 +88,17 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"stop_at must name a node.*got 'fc_2'; nodes: fc1, fc2; did you mean 'fc2'",
     ),
+    "a mistyped node to expand": (
+        lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, mode="zip", expand={"cf2": 2}),
+        ValueError,
+        r"expand names 'cf2', which is not a node; did you mean 'fc2'",
+    ),
+    "an unknown node to expand": (
+        lambda: mudsc_fast.merge(pair(), spec=MLP_SPEC, mode="zip", expand={"nowhere": 2}),
+        ValueError,
+        r"expand names 'nowhere', which is not a node; there are 'fc1', 'fc2'$",
+    ),
+    "no tensors": (lambda: mudsc_fast.merge([{}, {}]), ValueError, "models must have tensors, got none"),
     "an unknown module to patch": (
         lambda: mudsc_fast.patch(only=["scipyy"]),
         ValueError,

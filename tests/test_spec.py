@@ -247,6 +247,7 @@ def test_validation_reports_every_mismatch() -> None:
     assert str(caught.value).splitlines() == [
         "spec does not fit the model in 3 places:",
         "spec gives 2 axes to 'fc3.bias', which has 1: shape (4,)",
-        "spec names the tensor 'fc9.weight', which the models do not have",
+        "spec names the tensor 'fc9.weight', which the models do not have; "
+        "did you mean 'fc3.weight' or 'fc2.weight' or 'fc1.weight'?",
         "node 'b' is observed at module 'fc8', which the model does not have",
     ]

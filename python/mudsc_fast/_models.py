@@ -354,8 +354,8 @@ def _check_same_names(
     if missing or unexpected:
         raise ValueError(
             f"models[{index}] must have the tensors of models[0]: missing {missing[:5]}, unexpected {unexpected[:5]} "
-            f"({len(missing)} and {len(unexpected)} in all). Where they belong to the models' heads, name these in "
-            "task_heads to keep them per task"
+            f"({len(missing)} and {len(unexpected)} in all). All models must have the same architecture. If only their "
+            "heads differ, name the heads in task_heads: each task keeps its own"
         )
 
 

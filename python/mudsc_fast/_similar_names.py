@@ -9,7 +9,7 @@ _MAX_LISTED = 10
 
 
 def similar_names(given: str, tensors: Iterable[str], others: Sequence[str] = ()) -> str:
-    """Return which names are like one that names nothing, or else the last modules.
+    """Return which names are like one that names nothing, or else the last modules (without tensors, the first others).
 
     Parameters
     ----------
@@ -27,7 +27,8 @@ def similar_names(given: str, tensors: Iterable[str], others: Sequence[str] = ()
     if similar:
         return "did you mean " + " or ".join(map(repr, similar)) + "?"
     tops = list(dict.fromkeys(name.partition(".")[0] for name in beginnings))
-    return "there are " + ", ".join(map(repr, tops[-_MAX_LISTED:]))
+    listed = tops[-_MAX_LISTED:] if tops else others[:_MAX_LISTED]
+    return "there are " + ", ".join(map(repr, listed)) + (", ..." if not tops and len(others) > _MAX_LISTED else "")
 
 
 def _beginnings(tensor: str) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models, Networks, checksum
 from mudsc_fast._phases import Phases
+from mudsc_fast._similar_names import similar_names
 from mudsc_fast._tensors import without_entries
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
@@ -384,7 +385,9 @@ def _check_expand(expand: Expand, spec: PermutationSpec, networks: Networks, ran
         raise TypeError("expand needs modules or state dicts, got files: load them, and pass what was loaded")
     unknown = [node for node in expand if node not in spec.nodes] if isinstance(expand, Mapping) else []
     if unknown:
-        raise ValueError(f"expand names the node {unknown[0]!r}, but the nodes are {list(spec.nodes)[:8]}")
+        raise ValueError(
+            f"expand names {unknown[0]!r}, which is not a node; {similar_names(unknown[0], (), spec.nodes)}"
+        )
     grouped = [node for node in expand if spec.groups(node).count > 1] if isinstance(expand, Mapping) else []
     if grouped:
         raise ValueError(f"expand names the node {grouped[0]!r}, whose units form groups: only other nodes can expand")

@@ -83,7 +83,7 @@ class MergePlan:
         more = " and the time to run the networks on the data" if self.activations else ""
         lines += [
             f"output: {self.num_bytes / 1e6:.1f} MB of tensors in {self.output.path}",
-            f"memory: about {self.memory_bytes / 1e6:.0f} MB besides the file cache",
+            f"memory: about {max(self.memory_bytes / 1e6, 1):.0f} MB besides the file cache",
             f"time: about {_duration(self.seconds)}{more}",
             "nothing was written (--dry-run)",
         ]

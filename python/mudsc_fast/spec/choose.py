@@ -122,6 +122,8 @@ def _recognize(source: _Source) -> PermutationSpec:
     if family is None:
         if source.can_derive:
             return source.derive()
+        if not source.tensors:
+            raise ValueError("models must have tensors, got none")
         shown = ", ".join(list(source.tensors)[:5])
         raise ValueError(
             f"no family is recognized by the tensor names ({shown}, ...). Pass data and the models as modules: the "
@@ -139,6 +141,8 @@ def _recognize(source: _Source) -> PermutationSpec:
         try:
             return source.derive()
         except ValueError as second:
+            if str(second) == str(error):  # of the data, which both use
+                raise
             raise ValueError(f"{error}\n  deriving the spec instead failed: {second}") from second
 
 

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from mudsc_fast._similar_names import similar_names
 from mudsc_fast.spec.axes import Layout, TensorAxis
 from mudsc_fast.spec.groups import Groups
 from mudsc_fast.spec.observation import Observation
+
+#: Similar names are searched for at most this many names: more are not typing errors, and the search takes time.
+_MAX_SUGGESTIONS = 3
 
 
 def count_units(use: TensorAxis, shape: Sequence[int]) -> int:
@@ -27,6 +31,9 @@ def tensor_problems(
     # Each tensor is read once, as mappings of files make it on access.
     shapes = {name: tuple(state_dict[name].shape) for name in layouts if name in state_dict}
     by_tensor = {name: _layout_problems(name, layout, shapes.get(name)) for name, layout in layouts.items()}
+    missing = [name for name in layouts if name not in shapes]
+    for name in missing if len(missing) <= _MAX_SUGGESTIONS else ():
+        by_tensor[name] = [f"{problem}; {similar_names(name, state_dict)}" for problem in by_tensor[name]]
     problems = [problem for found in by_tensor.values() for problem in found]
     for node, where in uses.items():
         fitting = [use for use in where if not by_tensor[use.tensor]]
