@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -38,3 +39,21 @@ def test_installed_package_is_typed() -> None:
         pytest.skip("an editable install lists no Python files")
     assert "mudsc_fast/py.typed" in installed
     assert {f"mudsc_fast/{module}.pyi" for module in STUBS} <= installed
+
+
+def test_public_functions_do_not_look_like_modules_to_mypy() -> None:
+    # mypy may take the module, and then reports "Module not callable" in the code of users.
+    imports = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mudsc_fast.")
+        for alias in node.names
+    ]
+    assert ("mudsc_fast.merge", "merge") in imports
+    modules = [f"{module}.{name}" for module, name in imports if _is_module(f"{module}.{name}")]
+    assert not modules
+
+
+def _is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()

@@ -36,7 +36,7 @@ from mudsc_fast.spec import Observation, PermutationSpec
 if TYPE_CHECKING:
     from mudsc_fast import compat, plot
     from mudsc_fast.compat import patch
-    from mudsc_fast.refitting import refit
+    from mudsc_fast.refitting.refit import refit  # not from the package: mypy would take the module of that name
 
 __version__ = "0.1.0"
 
