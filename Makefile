@@ -29,9 +29,10 @@ SANITIZED_STAMP := $(if $(filter Linux,$(shell uname -s)),$(SANITIZED)/stamp)
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/demo.py
 
-# The checks that use one core run beside each other and beside the sanitized build. The tests use all cores.
-test: $(VENV)/test.stamp
-	$(MAKE) --jobs=2 lint compiled docs $(SANITIZED_STAMP)
+# What uses one core runs beside something else: the installation beside the builds, then the checks beside each other
+# and the sanitized build. The tests use all cores.
+test:
+	$(MAKE) --jobs=2 lint compiled docs $(SANITIZED_STAMP) DOCS_STAMP=$(VENV)/test.stamp
 	$(MAKE) unit
 	$(MAKE) sanitized
 
@@ -72,33 +73,42 @@ paper: $(VENV)/test.stamp
 		--landscape-steps 9 --bfloat16
 
 # The extra `test` includes `docs`.
-docs: $(if $(wildcard $(VENV)/test.stamp),$(VENV)/test.stamp,$(VENV)/docs.stamp)
+DOCS_STAMP := $(if $(wildcard $(VENV)/test.stamp),$(VENV)/test.stamp,$(VENV)/docs.stamp)
+docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The same tests in a second environment, with the oldest torch that pyproject.toml allows.
 test-oldest:
 	$(MAKE) unit VENV=$(VENV)-oldest TORCH="$(OLDEST_TORCH)"
 
-$(VENV)/demo.stamp: $(SOURCES) | $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+$(VENV)/demo.stamp: $(SOURCES) $(VENV)/torch.stamp
 	MUDSC_CUDA=$(DEMO_CUDA) $(BIN)/python -m pip install --quiet ".[demo]"
 	touch $@
 
-$(VENV)/test.stamp: $(SOURCES) | $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" ".[test]" $(SIMULATED) \
+# The wheel is installed twice: with what it needs, and again because pip keeps an installed package of the same version.
+$(VENV)/test.stamp: $(VENV)/wheel/stamp $(VENV)/torch.stamp
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$$(ls $(VENV)/wheel/*.whl)[test]"
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
+	touch $@
+
+$(VENV)/wheel/stamp: $(SOURCES) | $(VENV)
+	rm -rf $(VENV)/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel . $(SIMULATED) \
 		--config-settings=cmake.define.MUDSC_WARNINGS_AS_ERRORS=ON
 	touch $@
 
-$(VENV)/docs.stamp: $(SOURCES) | $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+$(VENV)/docs.stamp: $(SOURCES) $(VENV)/torch.stamp
 	$(BIN)/python -m pip install --quiet ".[docs]"
+	touch $@
+
+$(VENV)/torch.stamp: | $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
-$(SANITIZED)/stamp: $(SOURCES) $(VENV)/test.stamp
+$(SANITIZED)/stamp: $(SOURCES) | $(VENV)
 	rm -rf $(SANITIZED)/site
 	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site . $(SIMULATED) \
 		--config-settings=build-dir=$(SANITIZED)/build --config-settings=cmake.define.MUDSC_SANITIZE=ON
