@@ -1,4 +1,4 @@
-"""Process groups of torch.distributed for tests: short-lived processes on this machine, joined by gloo."""
+"""Short-lived groups of torch.distributed processes for tests, on this machine, with gloo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-#: Modules that the server imports once; all processes are forked from it.
+#: Modules that the fork server imports once, so that the processes forked from it need not.
 _PRELOADED = [
     "pytest",
     "torch.distributed.launcher.api",
@@ -31,9 +31,9 @@ TIMEOUT = 300
 
 
 def run_processes(function: Callable[..., None], count: int, folder: Path, *arguments: Any) -> list[int]:
-    """Run ``function(rank, folder, *arguments)`` in processes of one group, and return their exit codes.
+    """Run ``function(rank, folder, *arguments)`` in `count` processes of one group, and return their exit codes.
 
-    The exit code of a killed process is -9. No process keeps running.
+    The exit code of a killed process is -9. All processes have ended when this returns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = _context()
@@ -55,7 +55,7 @@ def run_processes(function: Callable[..., None], count: int, folder: Path, *argu
 
 
 def _context() -> Any:
-    """Return the start method: fork from a server without threads if the platform has one."""
+    """Return the context that starts processes: a fork server, which has no threads, if the platform supports it."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -80,7 +80,7 @@ def _in_group(function: Callable[..., None], rank: int, count: int, folder: Path
 def run_command(arguments: Sequence[str], count: int, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in `folder` as ``torchrun --nproc-per-node COUNT -m mudsc_fast`` does.
 
-    The agent of torchrun starts, watches and ends the processes, but none of them has to import torch first.
+    The agent of torchrun starts and monitors the processes. They are forked, so they need not import torch first.
     """
     streams = [folder / ".stdout", folder / ".stderr"]
     agent = _context().Process(target=_agent, args=(list(arguments), count, folder, streams))

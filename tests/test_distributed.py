@@ -1,4 +1,4 @@
-"""Matching and merging in several processes: the result is that of one process."""
+"""Matching and merging in several processes gives the result of one process."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wa
 
 Merge = Callable[..., mudsc_fast.MergeResult]
 
-#: Number of batches of each of three processes: of one, two or three of them together.
+#: For each number of processes, the indices of the batches that each process has.
 SHARES = {1: ([0, 1, 2, 3, 4],), 2: ([0, 1, 2, 3], [4]), 3: ([0, 1], [], [2, 3, 4])}
 
 
 def llama_tensors(seed: int, width: int = 32, hidden: int = 40, layers: int = 3) -> dict[str, Tensor]:
-    """Return random tensors with the names and shapes of a LLaMA with 4 query heads and 2 key and value heads."""
+    """Return random tensors with the names and shapes of a LLaMA with 4 query heads and 2 key-value heads."""
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (50, width)}
     for layer in range(layers):
@@ -62,13 +62,13 @@ def resnets() -> list[nn.Module]:
 
 
 def batches(shape: Sequence[int]) -> list[Tensor]:
-    """Return five batches of several sizes."""
+    """Return five batches of different sizes."""
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(samples, *shape, generator=generator) for samples in (16, 7, 30, 1, 12)]
 
 
 def merge_states(make: Callable[[int], Mapping[str, Tensor]], models: int = 2, **options: Any) -> Merge:
-    """Return a merge by weights of networks of several seeds."""
+    """Return a function that merges networks with different seeds by weights."""
 
     def run(_: Sequence[int], **more: Any) -> mudsc_fast.MergeResult:
         return mudsc_fast.merge([make(seed) for seed in range(models)], **options, **more)
@@ -77,7 +77,7 @@ def merge_states(make: Callable[[int], Mapping[str, Tensor]], models: int = 2, *
 
 
 def merge_modules(models: Callable[[], Sequence[nn.Module]], shape: Sequence[int], **options: Any) -> Merge:
-    """Return a merge of modules by weights and activations."""
+    """Return a function that merges modules by weights and activations."""
 
     def run(share: Sequence[int], **more: Any) -> mudsc_fast.MergeResult:
         data = batches(shape)
@@ -87,7 +87,7 @@ def merge_modules(models: Callable[[], Sequence[nn.Module]], shape: Sequence[int
 
 
 def search_mlps(share: Sequence[int], **more: Any) -> mudsc_fast.MergeResult:
-    """Search the balance of a merge of MLPs by the mean score of all processes."""
+    """Search for the balance of MLPs with the best mean score over all processes."""
 
     def score(result: mudsc_fast.MergeResult) -> float:
         return -abs((result.matching.balance or 0) - 0.6) + len(share)
@@ -113,18 +113,18 @@ CASES: dict[str, Merge] = {
     "resnet align": merge_modules(resnets, (3, 8, 8), spec="resnet"),
     "resnet zip": merge_modules(resnets, (3, 8, 8), spec="resnet", mode="zip"),
     "llama align": merge_states(llama_tensors, spec=llama_spec()),
-    "llama of three": merge_states(llama_tensors, spec=llama_spec(), models=3),
+    "llama of three models": merge_states(llama_tensors, spec=llama_spec(), models=3),
     "llama zip": merge_states(llama_tensors, spec=llama_spec(), mode="zip"),
     "convolutional": merge_states(lambda seed: ConvNet(seed).state_dict(), spec=CONV_SPEC, weights=[0.3, 0.7]),
 }
 
 
-#: Cases for a group of one process, which goes the way of no group.
-ALONE = ("mlp zip", "mlp dual", "mlp search")
+#: Cases that also run in a group of one process, which must behave as if there were no group.
+CASES_OF_ONE_PROCESS = ("mlp zip", "mlp dual", "mlp search")
 
 
-def compared(result: mudsc_fast.MergeResult) -> dict[str, Any]:
-    """Return what has to be the same in any number of processes."""
+def results_to_compare(result: mudsc_fast.MergeResult) -> dict[str, Any]:
+    """Return what must not depend on the number of processes."""
     return {
         "clusters": {node: matched.cluster_of_unit for node, matched in result.matching.items()},
         "tensors": dict(result.state_dict),
@@ -134,7 +134,7 @@ def compared(result: mudsc_fast.MergeResult) -> dict[str, Any]:
 
 
 def merge_in_groups(rank: int, folder: Path) -> None:
-    """Merge all cases in groups of one, two and three processes; nodes are shared however small they are."""
+    """Merge all cases in groups of one, two and three processes, and share the work on nodes of any size."""
     sharing._MIN_MOVED_SAMPLES["cpu"] = sharing._MIN_SAMPLES_OF_ROWS = 1
     num_shared = Counter[str]()
 
@@ -156,22 +156,22 @@ def merge_in_groups(rank: int, folder: Path) -> None:
         if rank >= size:
             continue
         for name, merge in CASES.items():
-            if size == 1 and name not in ALONE:
+            if size == 1 and name not in CASES_OF_ONE_PROCESS:
                 continue
             # On GPUs and for zip, ranks share samples instead of rows.
-            setattr(WeightSimilarity, "divides_rows", False if name == "llama of three" else by_rows)  # noqa: B010
+            setattr(WeightSimilarity, "divides_rows", False if name == "llama of three models" else by_rows)  # noqa: B010
             result = merge(SHARES[size][rank], group=group)
-            results[f"{name} {size}"] = compared(result)
-            division = result.matching.distribution
-            assert (division is None) == (size == 1)
-            if division is not None:
-                assert len(division.sweep_bytes) == len(result.objectives)
-                assert sum(division.work) == pytest.approx(1)
+            results[f"{name} {size}"] = results_to_compare(result)
+            distribution = result.matching.distribution
+            assert (distribution is None) == (size == 1)
+            if distribution is not None:
+                assert len(distribution.sweep_bytes) == len(result.objectives)
+                assert sum(distribution.work) == pytest.approx(1)
                 if name == "mlp dual":
                     units = MLP_SPEC.units(make_mlp().state_dict())
                     comoments = 8 * sum(count**2 for count in units.values())
-                    # To the owners alone; twice these bytes and more are those of an all-reduce.
-                    assert comoments < division.statistics_bytes / (size - 1) < 1.5 * comoments
+                    # Sent to the owners only. An all-reduce sends at least twice as many bytes.
+                    assert comoments < distribution.statistics_bytes / (size - 1) < 1.5 * comoments
                 if name == "mlp search":
                     scores = {0.2: 5 / size - 0.4, 0.7: 5 / size - 0.1}
                     assert result.scores == pytest.approx(scores)
@@ -179,13 +179,13 @@ def merge_in_groups(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
-def test_processes_get_the_result_of_one(tmp_path: Path) -> None:
-    """One test for all cases: workers of xdist would otherwise each run the processes."""
+def test_all_processes_get_the_result_of_one_process(tmp_path: Path) -> None:
+    """All cases are in one test, because separate tests would start the processes once per pytest-xdist worker."""
     assert run_processes(merge_in_groups, 3, tmp_path) == [0, 0, 0]
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     for name, merge in CASES.items():
-        expected = compared(merge(range(5)))
-        for size in (1, 2, 3) if name in ALONE else (2, 3):
+        expected = results_to_compare(merge(range(5)))
+        for size in (1, 2, 3) if name in CASES_OF_ONE_PROCESS else (2, 3):
             for rank in range(size):
                 assert_equal(results[rank][f"{name} {size}"], expected, f"{name} in {size} processes, rank {rank}")
 

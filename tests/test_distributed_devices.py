@@ -1,4 +1,4 @@
-"""Where several processes compute and communicate: devices, and how often the host waits for them."""
+"""Devices that several processes compute on and send from, and how often the host waits for a device."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wa
         ("cpu:mpi,cuda:mpi", {"cpu", "cuda"}),
     ],
 )
-def test_tensors_are_sent_from_where_a_backend_serves_them(
+def test_tensors_are_sent_from_devices_with_a_backend(
     backends: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     direct = ranks._devices_sent_from(backends)
@@ -54,13 +54,13 @@ def test_tensors_are_sent_from_where_a_backend_serves_them(
     assert alone._wire_device("cpu") == (cpu if "cpu" in direct else torch.device("cuda", 1))
 
 
-def test_a_group_that_is_bound_to_a_gpu_sends_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Bound:
+def test_group_bound_to_a_gpu_sends_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BoundGroup:
         bound_device_id = torch.device("cuda", 2)
 
     entered = []
 
-    class On:
+    class EnteredDevice:
         def __init__(self, device: torch.device) -> None:
             entered.append(device)
 
@@ -71,18 +71,18 @@ def test_a_group_that_is_bound_to_a_gpu_sends_from_it(monkeypatch: pytest.Monkey
             pass
 
     alone = Ranks()
-    alone._direct, alone._group = {"cuda"}, Bound()  # type: ignore[assignment]
-    monkeypatch.setattr(torch.cuda, "device", On)
+    alone._direct, alone._group = {"cuda"}, BoundGroup()  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "device", EnteredDevice)
     assert alone._wire_device("cpu") == torch.device("cuda", 2)
     with alone._on_own_gpu():
         assert entered == [torch.device("cuda", 2)]
     alone._direct = {"cpu", "cuda"}
-    with alone._on_own_gpu():  # objects are sent by the backend of the CPU
+    with alone._on_own_gpu():  # the CPU backend sends objects
         assert len(entered) == 1
 
 
 def choose_device(text: str, gpus: int, monkeypatch: pytest.MonkeyPatch, local: tuple[int, int] | None = None) -> Any:
-    """Return the device of a process on a machine with some GPUs; `local` is its number among those of the machine."""
+    """Return the device that `--device` chooses. `local` is the local rank and the local world size under torchrun."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if local is not None:
         started = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -92,7 +92,7 @@ def choose_device(text: str, gpus: int, monkeypatch: pytest.MonkeyPatch, local: 
     return torchrun.device(text)
 
 
-def test_every_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_gets_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu", 0, monkeypatch) == torch.device("cpu")
     assert choose_device("cuda", 2, monkeypatch) == torch.device("cuda", 0)
     assert choose_device("cuda:1", 2, monkeypatch) == torch.device("cuda", 1)
@@ -110,18 +110,17 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         ("cuda", 2, (0, 4), r"started 4 processes on this machine, which has 2 GPUs: .* \(--nproc-per-node 2\)"),
     ],
 )
-def test_a_device_that_is_missing(
+def test_invalid_devices_are_errors(
     text: str, gpus: int, local: tuple[int, int] | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose_device(text, gpus, monkeypatch, local)
 
 
-class Sides(TorchFunctionMode):
-    """Tells tensors of the host from those of the device of the inputs, although all are on the CPU here.
+class MarkHostTensors(TorchFunctionMode):
+    """Marks the tensors that would be on the host if the inputs were on a GPU, although all are on the CPU here.
 
-    What code puts on ``"cpu"`` by that name is on the host whatever the device of the inputs is, and so is what is
-    computed from it.
+    These are the tensors that code puts on ``"cpu"`` by name, and those computed from them.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -155,9 +154,9 @@ def tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
-def test_sides_are_told_apart() -> None:
+def test_host_tensors_are_marked() -> None:
     device = torch.device("cpu")
-    with Sides():
+    with MarkHostTensors():
         ours = torch.zeros(3, device=device)
         assert not is_on_host(ours + torch.ones(3, device=device))
         assert is_on_host(torch.ones(3, device="cpu"))
@@ -169,8 +168,8 @@ def test_sides_are_told_apart() -> None:
 
 
 def count_waits_and_sends(rank: int, folder: Path) -> None:
-    """Match in two processes, and write how often the host waits and what is sent from it."""
-    sharing._MIN_MOVED_SAMPLES["cpu"] = sharing._MIN_SAMPLES_OF_ROWS = 1  # nodes are shared, too
+    """Match in two processes, and write how often the host waits and which tensors are sent from the host."""
+    sharing._MIN_MOVED_SAMPLES["cpu"] = sharing._MIN_SAMPLES_OF_ROWS = 1  # share small nodes, too
     sent: list[tuple[str, bool]] = []
 
     def watch(name: str) -> None:
@@ -189,14 +188,14 @@ def count_waits_and_sends(rank: int, folder: Path) -> None:
         with Waits() as waits:
             sweeps = run_case(case, rank)
         sent.clear()
-        # Kernels for the CPU put their results there by name, unlike those of the reference.
-        with use_backend("reference"), Sides():
+        # CPU kernels put their results on "cpu" by name; the reference backend does not.
+        with use_backend("reference"), MarkHostTensors():
             run_case(case, rank)
         found[case] = {"sweeps": sweeps, "waits": waits.calls.total(), "sent": list(sent)}
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-#: Networks by weights and activations; tensors by weights, with groups of units; and the same tensors, sharded.
+#: Modules by weights and activations; state dicts with grouped units by weights; and the same, sharded.
 CASES = ("align", "zip", "groups align", "groups zip", *(("sharded align", "sharded zip") if has_dtensors else ()))
 
 
@@ -221,7 +220,7 @@ def run_case(case: str, rank: int | None = None) -> int:
     return len(merged.objectives)
 
 
-def test_processes_send_from_the_device_and_seldom_wait_for_it(tmp_path: Path) -> None:
+def test_processes_send_from_the_device_and_rarely_wait_for_it(tmp_path: Path) -> None:
     assert run_processes(count_waits_and_sends, 2, tmp_path) == [0, 0]
     for case in CASES:
         with Waits() as alone:
@@ -233,5 +232,5 @@ def test_processes_send_from_the_device_and_seldom_wait_for_it(tmp_path: Path) -
             assert used > {"all_reduce"}
             assert ("broadcast" in used) == ("sharded" in case)
             assert not [name for name, on_host in found["sent"] if on_host]
-            # In each of a few waves of a sweep: agreeing that all succeeded, who helps whom, and reading the results.
+            # A sweep has a few waves. In each, ranks agree that all succeeded, divide the work, and read the results.
             assert found["waits"] <= alone.calls.total() + 15 * sweeps, case

@@ -1,4 +1,4 @@
-"""Several processes of which one fails, and runs that continue what an interrupted one has computed."""
+"""Failures of one of several processes, and runs that resume an interrupted one."""
 
 from __future__ import annotations
 
@@ -62,56 +62,56 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_in_phase(rank: int, folder: Path, phase: str, victim: int | None) -> None:
-    """Merge in two processes, of which one or both are killed; write what the other one reports."""
+def merge_and_kill(rank: int, folder: Path, phase: str, victim: int | None) -> None:
+    """Merge in two processes, kill one or both of them, and write the error that the other one reports."""
     data: Any = batches(2, rank)
     if victim in (rank, None):
         if phase == "statistics":
-            data = dying_batches(data)
+            data = batches_that_kill(data)
         elif phase == "sweeps":
-            die_after_a_sweep()
+            kill_in_third_sweep()
         else:
-            die_while_writing()
+            kill_while_writing()
     try:
         merge_files(folder, data, group=distributed.group.WORLD)
     except DistributedError as error:
         (folder / "report.txt").write_text(f"{error.reporter} {error}", encoding="utf-8")
 
 
-def dying_batches(data: list[Tensor]) -> Iterator[Tensor]:
+def batches_that_kill(data: list[Tensor]) -> Iterator[Tensor]:
     yield data[0]
     kill()
 
 
-def die_after_a_sweep() -> None:
+def kill_in_third_sweep() -> None:
     """Kill this process in its third sweep."""
     waves, calls = sweep.waves, itertools.count()
 
-    def dying(*arguments: Any) -> Any:
+    def killing(*arguments: Any) -> Any:
         if next(calls) == 2:
             kill()
         return waves(*arguments)
 
-    sweep.waves = dying  # type: ignore[assignment]
+    sweep.waves = killing  # type: ignore[assignment]
 
 
-def die_while_writing() -> None:
+def kill_while_writing() -> None:
     """Kill this process after the first tensor of a shard."""
     contents = writing._contents
 
-    def dying(*arguments: Any) -> Iterator[memoryview]:
+    def killing(*arguments: Any) -> Iterator[memoryview]:
         yield next(contents(*arguments))
         kill()
 
-    writing._contents = dying  # type: ignore[assignment]
+    writing._contents = killing  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
     ("phase", "victim"), [("statistics", 1), ("sweeps", 0), ("writing", 1), ("writing", 0), ("writing", None)]
 )
-def test_a_killed_run_can_be_resumed(phase: str, victim: int | None, tmp_path: Path) -> None:
+def test_killed_run_can_be_resumed(phase: str, victim: int | None, tmp_path: Path) -> None:
     save_networks(tmp_path)
-    codes = run_processes(killed_in_phase, 2, tmp_path, phase, victim)
+    codes = run_processes(merge_and_kill, 2, tmp_path, phase, victim)
     left = {path.name for path in tmp_path.iterdir()}
     if victim is None:
         assert codes == [KILLED, KILLED]
@@ -149,8 +149,8 @@ def test_a_killed_run_can_be_resumed(phase: str, victim: int | None, tmp_path: P
     )
 
 
-def test_an_output_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
-    (tmp_path / ".merged.other.partial").mkdir()  # without a lock: not of an output
+def test_output_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / ".merged.other.partial").mkdir()  # has no lock file, so it is not an unfinished output
 
     def write_at_once() -> None:
         with writing.atomic_path(tmp_path / "merged") as first:
@@ -165,7 +165,7 @@ def test_an_output_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
 
 
 def several_failures(rank: int, folder: Path) -> None:
-    """Go through failures that leave the group intact, and write what each rank reports."""
+    """Cause failures after which the group still works, and write what each rank reports."""
     group = distributed.group.WORLD
     states = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     found: dict[str, list[str]] = {}
@@ -177,22 +177,22 @@ def several_failures(rank: int, folder: Path) -> None:
         except Exception as error:
             found[name] = [type(error).__name__, str(error)]
 
-    attempt("another seed", states, random_state=rank)
-    attempt("another spec", states, spec=MLP_SPEC.without(["fc2.bias"]) if rank else MLP_SPEC)
+    attempt("different seeds", states, random_state=rank)
+    attempt("different specs", states, spec=MLP_SPEC.without(["fc2.bias"]) if rank else MLP_SPEC)
     models = [states[0], make_mlp(seed=5).state_dict()] if rank else states
-    attempt("other weights", models)
-    attempt("another balance", states, **({"balance": 2.0} if rank else {}))
-    attempt("the same mistake", states, balance=2.0)
-    attempt("another number of models", [*states, states[0]] if rank else states)
+    attempt("different weights", models)
+    attempt("invalid balance on one rank", states, **({"balance": 2.0} if rank else {}))
+    attempt("same error on all ranks", states, balance=2.0)
+    attempt("different numbers of models", [*states, states[0]] if rank else states)
     infinite = [dict(state) for state in states]
     infinite[1] = {name: tensor.clone() for name, tensor in states[1].items()}
     infinite[1]["fc2.weight"][0, 0] = float("inf")
-    attempt("a bad tensor", infinite)
+    attempt("infinite weight", infinite)
     modules: Any = [make_mlp(seed=seed) for seed in (0, 1)]
     attempt("no data", modules, [])
-    attempt("a bad batch", modules, [torch.randn(4, 20), torch.randn(4, 19 if rank else 20)])
+    attempt("batch of the wrong shape", modules, [torch.randn(4, 20), torch.randn(4, 19 if rank else 20)])
     attempt("data on one rank", modules, None if rank else [torch.randn(4, 20)])
-    attempt("no mistake", modules, [torch.randn(4, 20)] if rank else [])
+    attempt("no error", modules, [torch.randn(4, 20)] if rank else [])
     compute, sharing._MIN_SAMPLES_OF_ROWS = sharing.SharingRows.compute, 1
     for role in ("helper", "holder"):
 
@@ -206,24 +206,24 @@ def several_failures(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def test_every_rank_reports_the_failure_of_one(tmp_path: Path) -> None:
+def test_all_ranks_report_the_failure_of_one(tmp_path: Path) -> None:
     assert run_processes(several_failures, 2, tmp_path) == [0, 0]
     reports = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     out_of_memory = "rank 1 failed while matching units: MemoryError: nothing left"
     both = "ValueError", "all ranks must be given the same "
     expected = {
-        "another seed": (both[0], both[1] + "random_state: got 0 on rank 0, but 1 on rank 1"),
-        "another spec": (both[0], both[1] + "spec: got with checksum "),
-        "other weights": (both[0], both[1] + "models[1]: got tensors with checksum "),
-        "another balance": (
+        "different seeds": (both[0], both[1] + "random_state: got 0 on rank 0, but 1 on rank 1"),
+        "different specs": (both[0], both[1] + "spec: got with checksum "),
+        "different weights": (both[0], both[1] + "models[1]: got tensors with checksum "),
+        "invalid balance on one rank": (
             "DistributedError",
             "rank 1 failed while checking the arguments: ValueError: balance must be in [0, 1], got 2.0",
         ),
-        "the same mistake": ("ValueError", "balance must be in [0, 1], got 2.0"),
-        "another number of models": (both[0], both[1] + "number of models: got 2 on rank 0, but 3 on rank 1"),
+        "same error on all ranks": ("ValueError", "balance must be in [0, 1], got 2.0"),
+        "different numbers of models": (both[0], both[1] + "number of models: got 2 on rank 0, but 3 on rank 1"),
         "no data": ("ValueError", "data must yield at least one batch, got none on any rank"),
         "data on one rank": (both[0], both[1] + "kind of data: got batches on rank 0, but None on rank 1"),
-        "no mistake": ("none",),
+        "no error": ("none",),
         "failure of a helper": ("DistributedError", out_of_memory),
         "failure of a holder": ("DistributedError", out_of_memory),
     }
@@ -232,10 +232,10 @@ def test_every_rank_reports_the_failure_of_one(tmp_path: Path) -> None:
             assert report[name][0] == kind, (name, report[name])
             assert report[name][1:] == text or report[name][1].startswith(text[0]), (name, report[name])
     for report in reports:
-        kind, text = report["a bad tensor"]
+        kind, text = report["infinite weight"]
         assert kind == "DistributedError"
         assert "failed while checking the tensors: ValueError: 'fc2.weight' of models[1]" in text
-        kind, text = report["a bad batch"]
+        kind, text = report["batch of the wrong shape"]
         assert kind == "DistributedError"
         assert text.startswith("rank 1 failed while running the models on the data: ")
 
@@ -257,11 +257,11 @@ def save_directories(folder: Path) -> None:
     for seed, name in enumerate("ab"):
         (folder / name).mkdir()
         save_file(make_mlp(seed=seed).state_dict(), folder / name / "model.safetensors")
-        (folder / name / "notes.txt").write_text("kept beside the weights", encoding="utf-8")
+        (folder / name / "notes.txt").write_text("copied to the output", encoding="utf-8")
     MLP_SPEC.save(folder / "spec.json")
 
 
-def test_torchrun_writes_the_directory_of_one_process(tmp_path: Path) -> None:
+def test_torchrun_writes_the_same_directory_as_one_process(tmp_path: Path) -> None:
     save_directories(tmp_path)
     ran = torchrun(tmp_path, "merge", "a", "b", "--spec", "spec.json", "--output", "merged", "--report", "report.json")
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,4 @@
-"""Networks whose tensors are divided over processes: FSDP2 and state dicts of DTensors, on gloo."""
+"""Networks sharded over processes: FSDP2 modules and state dicts of DTensors, on gloo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except ImportError:
 try:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 except ImportError:
-    storage: Any = None  # in older versions of torch
+    storage: Any = None  # older versions of torch lack it
 else:
     storage = HuggingFaceStorageWriter, HuggingFaceStorageReader
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def sharded_mlp(seed: int, mesh: Any) -> nn.Module:
-    """Return an MLP under FSDP2; its first layer has a width that two processes cannot halve."""
+    """Return an MLP under FSDP2. The width of its first layer is odd, so the shards of two processes differ in size."""
     model = make_mlp((20, 33, 32, 10), seed=seed)
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -56,7 +56,7 @@ def tied_spec() -> mudsc_fast.PermutationSpec:
     return mudsc_fast.spec.llama(3, 4, 2, 8, head="tied")
 
 
-def whole(tensors: Any) -> dict[str, Tensor]:
+def gathered(tensors: Any) -> dict[str, Tensor]:
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
@@ -75,29 +75,29 @@ def merge_sharded(rank: int, folder: Path) -> None:
             assert found.placements == tensor.placements
             assert found.to_local().shape == tensor.to_local().shape
         models[0].load_state_dict(merged.task_state_dicts[0])
-        results[name] = [whole(tensors) for tensors in merged.task_state_dicts]
+        results[name] = [gathered(tensors) for tensors in merged.task_state_dicts]
         assert len(merged.state_dict) == (6 if name == "dual" else 2)
     states = []
     for seed in (0, 1):
-        divided = {
+        sharded = {
             key: distribute_tensor(tensor, mesh, [Shard(tensor.ndim - 1)])
             for key, tensor in llama_tensors(seed).items()
         }
-        states.append(divided)
+        states.append(sharded)
     merged = mudsc_fast.merge(states, spec=llama_spec(), group=group)
-    results["llama"] = [whole(merged.state_dict)]
+    results["llama"] = [gathered(merged.state_dict)]
     if storage is not None:
-        # As docs/distributed.md says.
+        # As in docs/distributed.md.
         shards = str(folder / "shards")
         save(dict(merged.state_dict), storage_writer=storage[0](shards, save_distributed=True))
         loaded = {key: torch.zeros_like(tensor) for key, tensor in merged.state_dict.items()}
         load(loaded, storage_reader=storage[1](shards))
-        results["llama from shards"] = [whole(loaded)]
-    for divided in states:
-        divided["lm_head.weight"] = divided["model.embed_tokens.weight"]
+        results["llama from shards"] = [gathered(loaded)]
+    for sharded in states:
+        sharded["lm_head.weight"] = sharded["model.embed_tokens.weight"]
     merged = mudsc_fast.merge(states, spec=tied_spec(), group=group)
     assert merged.state_dict["lm_head.weight"] is merged.state_dict["model.embed_tokens.weight"]
-    results["tied"] = [whole(merged.state_dict)]
+    results["tied"] = [gathered(merged.state_dict)]
     with pytest.raises(TypeError, match=r"models hold DTensors, .* that takes group="):
         mudsc_fast.merge(states, spec=tied_spec())
     mixed = [states[0] if rank else tied_llama(0), tied_llama(1)]
@@ -108,7 +108,7 @@ def merge_sharded(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
-def test_sharded_networks_merge_as_whole_ones(tmp_path: Path) -> None:
+def test_sharded_networks_merge_like_unsharded_ones(tmp_path: Path) -> None:
     assert run_processes(merge_sharded, 2, tmp_path) == [0, 0]
     expected: dict[str, Any] = {}
     for name, options in OPTIONS.items():

@@ -1,4 +1,4 @@
-"""Zips that keep more units than one model has."""
+"""Zip merges that keep more units than one model has."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def mean_output(models: list[nn.Module], batches: list[Tensor]) -> Tensor:
     return sum(outputs(model, batches) for model in models) / len(models)  # type: ignore[return-value]
 
 
-def test_twice_the_units_give_the_mean_of_both_networks(tmp_path: pathlib.Path) -> None:
+def test_twice_the_units_give_the_mean_output(tmp_path: pathlib.Path) -> None:
     models, batches, spec = residual_nets()
     matching = mudsc_fast.match(models, batches, spec=spec, mode="zip", expand=2)
     matching.save(tmp_path / "matching.safetensors")
@@ -104,7 +104,7 @@ def test_twice_the_units_give_the_mean_of_both_networks(tmp_path: pathlib.Path) 
     assert models[0].bn.num_features == 6
 
 
-def test_more_units_come_closer_to_the_mean_of_both_networks() -> None:
+def test_more_units_bring_outputs_closer_to_the_mean() -> None:
     models, batches, spec = residual_nets()
     wanted = mean_output(models, batches)
     errors = []
@@ -115,7 +115,7 @@ def test_more_units_come_closer_to_the_mean_of_both_networks() -> None:
     assert result.state_dict["stem.weight"].shape[0] == 9
 
 
-def test_partial_merge_keeps_the_layers_of_each_network() -> None:
+def test_partial_merge_with_twice_the_units_is_exact() -> None:
     models, batches, spec = residual_nets()
     result = mudsc_fast.merge(models, batches, spec=spec, mode="zip", expand=2, stop_at="down")
     refitted = mudsc_fast.refit(result, models, batches)
@@ -124,7 +124,7 @@ def test_partial_merge_keeps_the_layers_of_each_network() -> None:
             torch.testing.assert_close(outputs(task, batches), outputs(model, batches), rtol=1e-4, atol=1e-5)
 
 
-def test_one_node_can_expand() -> None:
+def test_single_nodes_can_expand() -> None:
     models, batches, spec = blocks()
     node = next(node for node, units in spec.units(models[0].state_dict()).items() if units == 16)
     result = mudsc_fast.merge(models, batches, spec=spec, mode="zip", expand={node: 1.25}, refit=True)
@@ -136,7 +136,7 @@ def test_one_node_can_expand() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_layers_of_fixed_size_are_refused() -> None:
+def test_layers_that_cannot_be_resized_are_an_error() -> None:
     models, batches, spec = blocks()
     with pytest.raises(TypeError, match="expand cannot change the size of 'norm', a LayerNorm"):
         mudsc_fast.merge(models, batches, spec=spec, mode="zip", expand=1.5)
@@ -150,7 +150,7 @@ def test_state_dicts_expand() -> None:
     assert result.state_dict["norm.weight"].shape == (12,)
 
 
-def test_files_are_refused(tmp_path: pathlib.Path) -> None:
+def test_files_are_an_error(tmp_path: pathlib.Path) -> None:
     models, _, spec = blocks()
     paths = [tmp_path / f"{index}.safetensors" for index in range(2)]
     for model, path in zip(models, paths, strict=True):
@@ -159,7 +159,7 @@ def test_files_are_refused(tmp_path: pathlib.Path) -> None:
         mudsc_fast.merge(paths, spec=spec, mode="zip", expand=1.5)
 
 
-def test_more_units_than_all_models_have_are_all_units() -> None:
+def test_expand_keeps_at_most_all_units() -> None:
     models, batches, spec = blocks()
     node = next(node for node, units in spec.units(models[0].state_dict()).items() if units == 16)
     result = mudsc_fast.merge(models, batches, spec=spec, mode="zip", expand={node: 5}, weights=[0.7, 0.3])
@@ -178,7 +178,7 @@ def test_more_units_than_all_models_have_are_all_units() -> None:
         ({"nowhere": 0}, "zip", r"expand\['nowhere'\] must be a finite number of at least 1, got 0"),
     ],
 )
-def test_bad_values(expand: float, mode: mudsc_fast.Mode, message: str) -> None:
+def test_invalid_values(expand: float, mode: mudsc_fast.Mode, message: str) -> None:
     models, _, spec = blocks()
     with pytest.raises(ValueError, match=message):
         mudsc_fast.merge(models, spec=spec, mode=mode, expand=expand)

@@ -1,4 +1,4 @@
-"""Work packed onto ranks, waves of nodes, and shares of a node's tensors."""
+"""Distribution of nodes and tensors over ranks, waves of nodes, and shares of the work on a node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from networks import CONV_SPEC, MLP_SPEC, ConvNet, make_mlp
 
 
 def llama_shapes(layers: int, width: int, hidden: int, heads: int, kv_heads: int, tokens: int) -> dict[str, Tensor]:
-    """Return tensors without memory, with the shapes of a LLaMA."""
+    """Return meta tensors with the shapes of a LLaMA."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (tokens, width)}
     for layer in range(layers):
         attention, forward = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
@@ -58,7 +58,7 @@ NETWORKS = {
 def test_ranks_get_equal_work(network: str, ranks: int) -> None:
     spec, tensors = NETWORKS[network]
     if network == "convolutional" and ranks > 3:
-        pytest.skip("it has too few units to divide")
+        pytest.skip("the network has too few units for this many ranks")
     owners = pack(spec, tensors, ranks)
     assert sum(owners.work) == pytest.approx(1)
     assert max(owners.work) < 1.1 / ranks
@@ -85,7 +85,7 @@ def test_only_the_residual_stream_is_spread() -> None:
                 assert [bool(slices[node]) for slices in owners.slices] == [rank == other for other in range(8)]
 
 
-def test_a_sweep_over_a_transformer_is_three_waves() -> None:
+def test_sweep_over_a_transformer_has_three_waves() -> None:
     spec, _ = NETWORKS["llama 8B"]
     order = list(spec.bundles)
     stream = order.index(("stream",))
@@ -105,7 +105,7 @@ def test_waves_keep_the_order_of_neighbors() -> None:
                 assert place[one] < place[other]
 
 
-def test_a_bundle_visited_twice_is_in_two_waves() -> None:
+def test_bundle_visited_twice_is_in_two_waves() -> None:
     assert waves(MLP_SPEC, [("fc1",), ("fc1",), ("fc2",)]) == [[("fc1",)], [("fc1",)], [("fc2",)]]
 
 
@@ -173,7 +173,7 @@ def test_shares_of_a_node_add_up(mode: Mode, places: tuple[float, ...], known: b
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_shares_are_cut_again(known: bool) -> None:
+def test_shares_can_be_cut_again(known: bool) -> None:
     states: list[Mapping[str, Tensor]] = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     units = MLP_SPEC.units(states[0])
     current = {node: matched("align", count, 3) for node, count in units.items()} if known else {}
@@ -188,8 +188,8 @@ def test_shares_are_cut_again(known: bool) -> None:
         torch.testing.assert_close(joined.finalize(), whole.finalize(), rtol=0, atol=1e-5)
 
 
-def test_a_share_without_rows_sends_nothing() -> None:
-    """A helper without rows has not computed the other moments, so the holder must not use any."""
+def test_share_without_rows_sends_nothing() -> None:
+    """A helper without rows has not computed means and variances either, so the holder must not use them."""
     states: list[Mapping[str, Tensor]] = [make_mlp(seed=seed).state_dict() for seed in (0, 1)]
     task = Task(("fc1",), 0)
     slices = tensor_slices(MLP_SPEC, states[0])
@@ -210,7 +210,7 @@ def test_a_share_without_rows_sends_nothing() -> None:
 
 
 def moved(units: int, share: float, seed: int, start: NodeMatching) -> NodeMatching:
-    """Return a matching in which a share of the units of the second model has other partners."""
+    """Return a matching in which a share of the second model's units have other partners."""
     chosen = torch.randperm(units, generator=torch.Generator().manual_seed(seed))[: round(share * units)]
     order = start.cluster_of_unit[1].clone()
     order[chosen] = order[chosen.roll(1)]
@@ -219,7 +219,7 @@ def moved(units: int, share: float, seed: int, start: NodeMatching) -> NodeMatch
 
 @pytest.mark.parametrize("places", [(0.0, 1.0), (0.0, 0.37, 1.0), (0.0, 0.1, 0.55, 0.9, 1.0)])
 def test_parts_of_an_update_add_up(places: tuple[float, ...]) -> None:
-    """The holder computes the first part of an update, and others what the rest adds to its sums."""
+    """The holder computes the first part of an update. Helpers compute what the other parts add to its sums."""
     states: list[Mapping[str, Tensor]] = [ConvNet(seed).state_dict() for seed in (0, 1)]
     units = CONV_SPEC.units(states[0])
     before = {node: matched("align", count, 3) for node, count in units.items()}

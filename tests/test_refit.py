@@ -1,4 +1,4 @@
-"""Refitting a merge by least squares."""
+"""Refitting merged networks by least squares."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def batches_for(factory: object, count: int = 5, seed: int = 0) -> list[Tensor]:
 
 
 def make_models(factory: type[nn.Module], count: int) -> list[nn.Module]:
-    """Return networks with random weights and BatchNorm statistics of their own."""
+    """Return networks with different random weights and BatchNorm statistics."""
     models = []
     for seed in range(count):
         torch.manual_seed(seed)
@@ -166,7 +166,7 @@ def test_merge_with_permuted_copies_stays_exact(factory: type[nn.Module], mode: 
 
 @pytest.mark.parametrize("mode", ["align", "zip"])
 @pytest.mark.parametrize("factory", list(SHAPES))
-def test_outputs_come_closer_to_the_mean_of_the_models(factory: type[nn.Module], mode: mudsc_fast.Mode) -> None:
+def test_refit_brings_outputs_closer_to_the_ensemble(factory: type[nn.Module], mode: mudsc_fast.Mode) -> None:
     batches = batches_for(factory, 8)
     models = make_models(factory, 3)
     spec = make_spec(models[0], batches)
@@ -215,7 +215,7 @@ def test_mlp_matches_lstsq() -> None:
 
 
 @pytest.mark.parametrize("mode", ["align", "zip"])
-def test_order_of_units_does_not_matter(mode: mudsc_fast.Mode) -> None:
+def test_result_does_not_depend_on_the_order_of_units(mode: mudsc_fast.Mode) -> None:
     batches = batches_for(Mlp)
     models = make_models(Mlp, 2)
     spec = make_spec(models[0], batches)
@@ -232,7 +232,7 @@ def moments_of(inputs: Tensor, residuals: Tensor) -> Moments:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("ridges", [(1e-2,), (1e-4, 1e-3, 1e-2, 1e-1, 1.0)])
-def test_few_samples_are_solved_like_many(ridges: tuple[float, ...], has_bias: bool) -> None:
+def test_solve_few_matches_solve(ridges: tuple[float, ...], has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(12, 24, generator=generator, dtype=torch.float64) + 0.3
     samples[:, 20:] = samples[:, :4] + 0.1 * samples[:, 20:]
@@ -291,7 +291,7 @@ def test_few_samples_with_batch_norm() -> None:
 
 
 @pytest.mark.parametrize("factory", list(SHAPES))
-def test_reported_error_is_that_of_the_refitted_network(factory: type[nn.Module]) -> None:
+def test_reported_error_matches_the_refitted_network(factory: type[nn.Module]) -> None:
     batches = batches_for(factory)
     models = make_models(factory, 2)
     refitted = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip", refit=True)
@@ -302,7 +302,7 @@ def test_reported_error_is_that_of_the_refitted_network(factory: type[nn.Module]
     assert last.error_after == pytest.approx(float(error / wanted.var(0, correction=0).sum()), rel=1e-3)
 
 
-def test_recorded_batch_gives_the_same_result() -> None:
+def test_recorded_activations_give_the_same_result() -> None:
     class ConvNet(nn.Sequential):
         def __init__(self, inplace: bool) -> None:
             layers = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace), nn.Conv2d(6, 4, 3), nn.Flatten())
@@ -311,7 +311,7 @@ def test_recorded_batch_gives_the_same_result() -> None:
     batches = list(torch.randn(3, 20, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
     spec = make_spec(ConvNet(False), batches)
     refitted = []
-    # An in-place ReLU overwrites what the recorded pass computes at the first target. Without memory nothing is kept.
+    # An in-place ReLU overwrites the first target while the pass is recorded. With memory=0, no activations are kept.
     for inplace, memory in ((False, 2**30), (True, 2**30), (False, 0)):
         models = []
         for seed in range(2):
@@ -333,7 +333,7 @@ def test_small_memory_gives_the_same_result(factory: type[nn.Module]) -> None:
         assert torch.equal(tensor, second.state_dict[name])
 
 
-def test_views_of_images_need_the_usual_layout() -> None:
+def test_views_that_need_the_default_memory_format() -> None:
     class Viewing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -399,7 +399,7 @@ def test_batch_norm_without_running_statistics_is_reported() -> None:
     assert set(refitted.not_refitted) == {"1.weight", "1.bias"}
 
 
-def test_callers_autocast_and_inference_mode_change_nothing() -> None:
+def test_autocast_and_inference_mode_do_not_change_the_result() -> None:
     batches, models = batches_for(Mlp), make_models(Mlp, 2)
     merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip")
     wanted = mudsc_fast.refit(merged, models, batches)
@@ -413,7 +413,7 @@ def test_callers_autocast_and_inference_mode_change_nothing() -> None:
     assert not any(tensor.is_inference() for tensor in inferred.model.parameters())
 
 
-def test_ridge_too_small_to_factorize_is_raised() -> None:
+def test_ridge_too_small_to_factorize_is_increased() -> None:
     inputs = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(1, 2)
     residuals = inputs[:, :3] - inputs[:, 4:7]
     whole, nothing = moments_of(inputs, residuals), Moments.zeros(1, 16, 3, inputs.device)
@@ -424,7 +424,7 @@ def test_ridge_too_small_to_factorize_is_raised() -> None:
         torch.testing.assert_close(inputs @ found.weight[0].T + found.bias[0], residuals)
 
 
-def test_outputs_whose_squares_overflow() -> None:
+def test_squared_outputs_may_overflow() -> None:
     batches, models = batches_for(Mlp, 8), make_models(Mlp, 2)
     for model in models:
         for layer in cast("Mlp", model).layers:
@@ -454,7 +454,7 @@ def test_partial_merge_refits_trunk_and_heads() -> None:
             assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_own_data_makes_own_outputs_closer() -> None:
+def test_own_data_reduces_the_error_on_own_data() -> None:
     models = make_models(Mlp, 2)
     own = [[batch + 2 * (-1) ** index for batch in batches_for(Mlp, 6, index)] for index in range(2)]
     spec = make_spec(models[0], own[0])
@@ -578,7 +578,7 @@ class TestBadInput:
 
 @pytest.fixture(scope="module")
 def mnist() -> tuple[list[nn.Module], PermutationSpec, list[Tensor], Callable[[nn.Module | None], float]]:
-    """Two MLPs of six layers for two questions about a digit, prime and odd, and the mean accuracy on both."""
+    """Return two six-layer MLPs (prime digits, odd digits), their spec, batches, and a mean accuracy on both tasks."""
     torch.set_num_threads(1)
     pixels, digits = (torch.from_numpy(array) for array in mnist_data())
     pixels = pixels.float() / 255

@@ -1,4 +1,4 @@
-"""Refitting networks of many kinds: transformers of other libraries, and layers that are seldom used."""
+"""Refitting many kinds of networks: models of Hugging Face transformers, and rarely used layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = {"vocab_size": 40, "pad_token_id": None, "bos_token_id": None, "eos_token
 
 
 def llama() -> nn.Module:
-    """Return a network with two heads of queries for each head of keys."""
+    """Return a network with two query heads for each key-value head."""
     config = transformers.LlamaConfig(
         **TEXT,
         hidden_size=16,
@@ -35,20 +35,20 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """Return a network whose linear layers are Conv1D modules, with queries, keys and values in one."""
+    """Return a network with Conv1D modules as linear layers, and one projection for queries, keys and values."""
     config = transformers.GPT2Config(**TEXT, n_embd=16, n_layer=2, n_head=4, n_positions=8, use_cache=False)
     return _as_module(transformers.GPT2LMHeadModel(config))
 
 
 def swin() -> nn.Module:
-    """Return a network with shifted windows and merged patches."""
+    """Return a network with shifted windows and patch merging."""
     config = transformers.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 2])
     config.window_size = 4
     return _as_module(transformers.SwinForImageClassification(config))
 
 
-class Rare(nn.Module):
-    """Volumes, dilated, transposed and grouped convolutions, and nn.MultiheadAttention of positions."""
+class RareLayers(nn.Module):
+    """3-D, dilated, transposed and grouped convolutions, and nn.MultiheadAttention over positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Sequence[Any]
     "llama": (llama, tokens),
     "gpt2": (gpt2, tokens),
     "swin": (swin, pixels),
-    "rare": (Rare, volumes),
+    "rare": (RareLayers, volumes),
 }
 
 
 def networks(name: str, count: int) -> list[nn.Module]:
-    """Return networks with random weights, larger than at the start of a training."""
+    """Return networks with random weights, larger than the default initialization."""
     models = []
     for seed in range(count):
         torch.manual_seed(seed)
@@ -157,7 +157,7 @@ def test_merge_with_a_permuted_copy_stays_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_outputs_come_closer_to_the_mean_of_the_models(name: str) -> None:
+def test_refit_brings_outputs_closer_to_the_ensemble(name: str) -> None:
     spec, batches = spec_of(name), NETWORKS[name][1](6)
     models = networks(name, 2)
     result = mudsc_fast.merge(models, batches, spec=spec, mode="zip", weights=[0.6, 0.4])

@@ -1,4 +1,4 @@
-"""Refit with shares of the networks that differ between samples."""
+"""Refit with weights of the models that depend on their confidence in each sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLES = 12
 
 
 class ConvNet(nn.Module):
-    """Convolutions with BatchNorm, and a linear layer on their mean."""
+    """Convolutions with BatchNorm, and a linear layer on their spatial mean."""
 
     shape = (3, 6, 6)
 
@@ -47,14 +47,14 @@ class TokenNet(nn.Module):
 
 
 class TimeFirst(TokenNet):
-    """The same with sequences whose first axis is time."""
+    """The same network, but its layers run on tensors whose first axis is time."""
 
     def forward(self, x: Tensor) -> Any:
         return self.head(torch.relu(self.first(x.transpose(0, 1)))).mean(0)
 
 
 def make(network: type[Any]) -> tuple[list[nn.Module], list[list[Tensor]], mudsc_fast.MergeResult]:
-    """Return two networks, batches of data of each, and their merge."""
+    """Return two networks, a list of batches for each, and their merge."""
     models = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -70,8 +70,8 @@ def difference(first: mudsc_fast.MergeResult, second: mudsc_fast.MergeResult) ->
 
 
 @pytest.mark.parametrize("network", [ConvNet, TokenNet])
-def test_certain_owners_give_the_result_of_own_data(network: type[Any]) -> None:
-    """Every batch has samples of both networks, in turn; the confidence says whose they are."""
+def test_full_confidence_gives_the_result_of_own_data(network: type[Any]) -> None:
+    """Each batch alternates samples of both networks. The confidence says which network a sample belongs to."""
     models, own, result = make(network)
     expected = mudsc_fast.refit(result, models, [iter(own[0]), iter(own[1])], ridge=0.1)
     mixed = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(*own, strict=True)]
@@ -108,7 +108,7 @@ CONFIDENCES: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIDENCES)
-def test_bad_confidence_is_refused(case: str) -> None:
+def test_invalid_confidence_is_an_error(case: str) -> None:
     confidence, error, message = CONFIDENCES[case]
     models, own, result = make(TokenNet)
     with pytest.raises(error, match=message):
@@ -119,14 +119,14 @@ def constant(_: int, outputs: Tensor) -> Tensor:
     return outputs.new_zeros(len(outputs))
 
 
-def test_confidence_needs_samples_of_unknown_owner() -> None:
+def test_confidence_with_own_data_is_an_error() -> None:
     models, own, result = make(TokenNet)
     with pytest.raises(ValueError, match="confidence is for samples of unknown owner"):
         mudsc_fast.refit(result, models, [iter(own[0]), iter(own[1])], confidence=constant)
 
 
-def test_models_with_time_first_are_refused() -> None:
-    """A layer's rows then belong to all samples in turn."""
+def test_models_with_time_first_are_an_error() -> None:
+    """The rows of a layer's input then alternate between samples."""
     models, own, result = make(TimeFirst)
     with pytest.raises(
         ValueError, match=r"confidence needs layers whose first axis runs over the samples .*batch_first"
@@ -134,7 +134,7 @@ def test_models_with_time_first_are_refused() -> None:
         mudsc_fast.refit(result, models, own[0], confidence=constant)
 
 
-def test_batches_of_one_sample_need_no_axis() -> None:
+def test_batches_of_one_sample_may_have_time_first() -> None:
     models, own, result = make(TimeFirst)
     single = [sample[None] for sample in own[0][0]] * 4
     confidence: Callable[[int, Tensor], Tensor] = lambda i, out: out.new_full((1,), 50.0 * (1 - i))  # noqa: E731
