@@ -2,7 +2,7 @@
 
     python benchmarks/bench_distributed.py             # four LLaMA-shaped blocks, one and two processes of one thread
     python benchmarks/bench_distributed.py --billion   # 1.1 billion parameters in bfloat16, two processes
-    python benchmarks/bench_distributed.py --reckon    # the table of docs/distributed.md; nothing is run
+    python benchmarks/bench_distributed.py --estimate  # the table of docs/distributed.md; nothing is run
 
 The networks are random, made on the spot in a temporary directory. Every row asserts that the matching is the one that
 one process finds; the networks of a billion parameters are merged by two processes only.
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 BLOCKS = (1024, 2816, 16, 4, 4, 512)
 BILLION = (2048, 5632, 32, 4, 22, 32000)
 
-#: LLaMA 3, for the table that is reckoned.
+#: LLaMA 3, for the table of estimates.
 LARGE = {
     "8B": (4096, 14336, 32, 8, 32, 128256),
     "70B": (8192, 28672, 64, 8, 80, 128256),
@@ -175,7 +175,7 @@ def show(processes: int, reports: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
-def reckon() -> None:
+def print_estimates() -> None:
     """Print time, memory and traffic of an alignment of two networks by weights, from the packing alone."""
     from mudsc_fast.matching.owners import pack
     from mudsc_fast.spec import llama
@@ -224,14 +224,14 @@ def held(holder: Mapping[str, int], rank: int) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--billion", action="store_true")
-    parser.add_argument("--reckon", action="store_true")
+    parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sweeps", type=int)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--processes", type=int)
     given = parser.parse_args()
-    if given.reckon:
-        reckon()
+    if given.estimate:
+        print_estimates()
         return
     if given.processes is not None:
         merge_here(given.folder, given.processes, given.sweeps)

@@ -1,4 +1,4 @@
-"""Changing the sizes of a module's layers."""
+"""Changes the sizes of a module's layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def resize(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    """Give the layers of a model the sizes of other tensors, in place. The numbers are still to be loaded.
+    """Resize the layers of a model in place to the shapes of other tensors. The new tensors are not initialized.
 
     Raises
     ------
@@ -38,13 +38,13 @@ def resize(model: nn.Module, tensors: Mapping[str, Any]) -> None:
         if changed and not _set_sizes(module):
             raise TypeError(
                 f"expand cannot change the size of {prefix!r}, a {type(module).__name__}: only linear layers, "
-                "depthwise and ungrouped convolutions and BatchNorm can change. Name the nodes of such layers, "
-                "expand={node: number}, or merge the state dicts"
+                "depthwise and ungrouped convolutions and BatchNorm can be resized. Expand only the nodes of such "
+                "layers, expand={node: number}, or merge the state dicts"
             )
 
 
 def _set_sizes(module: nn.Module) -> bool:
-    """Set the attributes of a layer to the sizes of its tensors; return False if the type of layer is not known."""
+    """Set the attributes of a layer to the sizes of its tensors; return False if its type cannot be resized."""
     if type(module) is nn.Linear:
         module.out_features, module.in_features = module.weight.shape
         return True

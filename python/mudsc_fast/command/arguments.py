@@ -328,7 +328,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="With torchrun: seconds after which a process that does not answer counts as failed. Default: 1800.",
+        help="With torchrun: seconds after which a process that does not respond counts as failed. Default: 1800.",
     )
 
 

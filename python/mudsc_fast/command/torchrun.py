@@ -86,7 +86,7 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
     Parameters
     ----------
     timeout
-        Seconds after which a process that does not answer counts as failed; that of torch by default.
+        Seconds after which a process that does not respond counts as failed; that of torch by default.
     device
         Where this process computes. Tensors on a GPU are sent by NCCL, and all else by gloo.
     """

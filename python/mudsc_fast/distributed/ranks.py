@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 Failure = TypeVar("Failure", bound=Exception)
 
-#: Small tensors are packed into messages of at most the first number of bytes. Tensors of at least the second number of
-#: bytes are sent on their own, because copying them takes longer than starting another message.
+#: Maximum size of a message of packed tensors, and the size from which a tensor is sent on its own, because copying it
+#: takes longer than starting another message.
 _BUCKET_BYTES, _ALONE_BYTES = 64 * 2**20, 8 * 2**20
 
 #: Seconds that the remaining processes search for the one that is gone, and the interval between two checks.
@@ -367,13 +367,13 @@ class Ranks:
         deadline = time.monotonic() + _SEARCH_SECONDS
         while True:
             notes = {rank: store.get(f"note {rank}").decode() for rank in others if store.check([f"note {rank}"])}
-            dead = {rank: "was killed, or ended without an error" for rank in others if self._has_died(rank)}
+            dead = {rank: "was killed, or exited without an error" for rank in others if self._has_died(rank)}
             notes = {**dead, **notes}
             silent = [rank for rank in others if rank not in notes and not store.check([f"waiting {rank}"])]
             if store.check(["verdict"]) or notes or not silent:
                 return sorted(notes), notes
             if time.monotonic() > deadline:
-                return silent, dict.fromkeys(silent, "does not answer: it hangs, or it ended before")
+                return silent, dict.fromkeys(silent, "does not respond: it hangs, or has already exited")
             time.sleep(_POLL_SECONDS)
 
     def _has_died(self, rank: int) -> bool:

@@ -74,7 +74,7 @@ class Sharded:
         return cls(tuple(state_dicts), tuple(described), sharded[0].device)
 
     def gathered(self, needed: set[str]) -> tuple[dict[str, Tensor], ...]:
-        """Return the networks with all tensors that this process needs gathered. All processes must call this."""
+        """Return the networks with the tensors that this process needs, gathered. All processes must call this."""
         return tuple(
             {name: self._whole(tensors[name], description, name in needed) for name, description in described.items()}
             for tensors, described in zip(self.given, self.described, strict=True)
@@ -87,7 +87,7 @@ class Sharded:
         return whole if needed else description
 
     def shard(self, name: str, whole: Tensor | None, holder: int, ranks: Ranks, model: int = 0) -> Tensor:
-        """Shard a tensor that rank `holder` has as that of a model is sharded. All processes must call this."""
+        """Shard a tensor that rank `holder` has like the same tensor of a model. All processes must call this."""
         from torch.distributed.tensor import distribute_tensor
 
         like: Any = self.given[model][name]

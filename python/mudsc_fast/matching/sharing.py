@@ -22,7 +22,7 @@ from mudsc_fast.ops.correlation import CorrelationAccumulator
 MATCHING = "matching units"
 
 #: Minimum number of samples worth moving, by the type of the device: sending co-moments and adding them takes as long
-#: as this number of samples. Measured on CPUs; reckoned for GPUs, which compute faster than they send.
+#: as this number of samples. Measured on CPUs; estimated for GPUs, which compute faster than they send.
 _MIN_MOVED_SAMPLES = {"cpu": 768, "cuda": 8192}
 
 #: Minimum number of samples of a task of which rows are worth moving.
