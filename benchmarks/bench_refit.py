@@ -57,8 +57,6 @@ MATCHINGS: dict[str, tuple[mudsc_fast.Mode, float, float]] = {
     "dual zip": ("zip", 0.3, 1.0),
     "activation zip, expand=1.25": ("zip", 0.0, 1.25),
 }
-#: Confidence in an image is the largest cosine with a class vector, divided by this.
-CONFIDENCE_SCALE = 0.1
 MNIST_WIDTH, MNIST_LAYERS, MNIST_EPOCHS = 128, 6, 10
 
 
@@ -73,8 +71,6 @@ class Case:
     own: Sequence[Callable[[int], list[Tensor]]] = ()
     #: For each network, its accuracy on its own classes.
     alone: Sequence[float] = ()
-    #: How confident a network is about each image, given its number and its outputs; see :func:`mudsc_fast.refit`.
-    confidence: Callable[[int, Tensor], Tensor] | None = None
 
 
 def mnist_case() -> Case:
@@ -157,9 +153,6 @@ def cifar_case(pair: Sequence[str], images: str, vectors: str, test_images: int)
         own = torch.isin(labels, among)
         return 100 * float((among[scores[own][:, among].argmax(1)] == labels[own]).double().mean())
 
-    def confidence(index: int, outputs: Tensor) -> Tensor:
-        return (functional.normalize(outputs, dim=1) @ vectors_of[classes_of[index]].T).amax(1) / CONFIDENCE_SCALE
-
     def own_batches(among: Tensor) -> Callable[[int], list[Tensor]]:
         return lambda count: list(drawn("train", 1, count, among)[0].split(100))
 
@@ -169,7 +162,6 @@ def cifar_case(pair: Sequence[str], images: str, vectors: str, test_images: int)
         accuracy,
         [own_batches(among) for among in classes_of],
         [accuracy(model, among) for model, among in zip(models, classes_of, strict=True)],
-        confidence,
     )
 
 
@@ -450,11 +442,6 @@ def compare(
         show(f"{method}, refit", refitted.model, seconds)
         if others and method.startswith("dual"):
             show(f"{method}, fine-tuned", fine_tuned(merged.model, case, seconds), 3 * seconds)
-        if case.confidence is not None:
-            refitted, seconds = cpu_seconds(
-                lambda: mudsc_fast.refit(merged, case.models, case.batches, confidence=case.confidence)  # noqa: B023
-            )
-            show(f"{method}, refit, confidence", refitted.model, seconds)
         for count in own_images:
             own = [batches(count // len(case.own)) for batches in case.own]
             refitted, seconds = cpu_seconds(

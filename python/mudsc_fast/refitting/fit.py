@@ -58,7 +58,7 @@ class Fitter:
     parents
         The networks that were merged.
     shares
-        For each batch, the parents' shares in the targets, [parents, images] or [parents, 1].
+        For each batch, the parents' shares in the targets.
     held_out
         For each batch, whether it is held out to choose the ridges.
     targets_of
@@ -74,7 +74,7 @@ class Fitter:
         self,
         merged: Network,
         parents: Sequence[Network],
-        shares: Sequence[Tensor],
+        shares: Sequence[Sequence[float]],
         held_out: Sequence[bool],
         targets_of: Callable[[Tape, Sequence[Tape], Layer], UnitTargets],
         is_wanted: Callable[[str], bool],

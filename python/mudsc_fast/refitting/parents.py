@@ -29,7 +29,7 @@ class ParentTargets:
     targets
         For each layer, which merged output each output of the parents belongs to.
     shares
-        For each batch, the parents' shares in the targets, [parents, images] or [parents, 1].
+        For each batch, the parents' shares in the targets.
     samplers, places
         For each layer, the samplers of all batches, and the places to sample.
     """
@@ -39,14 +39,14 @@ class ParentTargets:
         progress: Progress,
         layers: Sequence[Sequence[Layer]],
         targets: Sequence[UnitTargets],
-        shares: Sequence[Tensor],
+        shares: Sequence[Sequence[float]],
         samplers: Callable[[int], Sequence[Sampler]],
         places: Places,
     ) -> None:
         self._progress, self._layers, self._targets, self._shares = progress, layers, targets, shares
         self._samplers, self._places = samplers, places
         self._known: dict[tuple[int, int], Tensor] = {}
-        self._weights: dict[tuple[int, int], list[Tensor | None]] = {}
+        self._weights: dict[tuple[int, tuple[float, ...]], list[Tensor | None]] = {}
 
     def take(self, layer: int, batch: int) -> Tensor:
         """Return [samples, outputs], the target of a layer in a batch. It can be taken once."""
@@ -106,23 +106,17 @@ class ParentTargets:
         """Add the contribution of one parent to a target."""
         layer = self._layers[batch][index]
         shapes = self._progress.networks[parent + 1].tapes[batch].shapes
-        sampler, places = self._samplers(index)[batch], self._places.of(index, batch)
-        outputs = sampler.output(undo(layer.steps, shapes, value), places)
+        outputs = self._samplers(index)[batch].output(undo(layer.steps, shapes, value), self._places.of(index, batch))
         weights, members = self._weights_of(index, batch)[parent], self._targets[index].members[parent]
         target = self._known[index, batch]
         assert weights is not None  # of those that are observed
         assert members is not None
-        if len(weights) > 1:
-            weights = weights[sampler.image_of_rows(len(weights), places)]
         target.index_add_(1, members.to(target.device), outputs.to(target) * weights.to(target))
 
     def _weights_of(self, index: int, batch: int) -> list[Tensor | None]:
-        shares = self._shares[batch]
-        if shares.shape[1] > 1:  # too large to keep those of every layer
-            return self._targets[index].weights(shares)
-        key = (index, id(shares))  # batches with the same shares have the same tensor
+        key = (index, tuple(self._shares[batch]))
         if key not in self._weights:
-            self._weights[key] = self._targets[index].weights(shares)
+            self._weights[key] = self._targets[index].weights(self._shares[batch])
         return self._weights[key]
 
 

@@ -30,7 +30,6 @@ from mudsc_fast._copy import copy_module
 from mudsc_fast._forward import Forward, inputs_of, preserve_training_mode, to_device
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.merge_result import MergeResult, RefitLayer, check_merged_models
-from mudsc_fast.refitting.confidence import Confidence, check_samples_come_first, confident_shares, num_samples
 from mudsc_fast.refitting.fit import Fitter, Outputs, Settings
 from mudsc_fast.refitting.graph import Layer, Skipped, may_be_target, output_entries
 from mudsc_fast.refitting.network import CHANNELS_LAST, Network
@@ -48,7 +47,6 @@ def refit(
     *,
     ridge: float | Sequence[float] = DEFAULT_RIDGES,
     own_share: float = 1.0,
-    confidence: Confidence | None = None,
     outputs: Outputs = "values",
     max_samples: int | None = 2000,
     max_rows: int | None = None,
@@ -74,12 +72,6 @@ def refit(
     own_share
         With one iterable for each model: the share of a sample's own model in the targets, in [0, 1]. The other models
         share the rest in proportion to the weights of the merge.
-    confidence
-        If it is not known whose data a sample is: a function of a model's number and its outputs for a batch that
-        returns how confident the model is about each sample, [samples]. A model's share in the targets of a sample is
-        then its weight in the merge times exp(confidence), divided by the sum over the models. For example, with class
-        vectors of each task: ``lambda i, out: 10 * (normalize(out) @ vectors[i].T).amax(1)``. By default, the shares
-        are the weights.
     outputs
         ``"cosine"`` if only the direction of the network's outputs matters. Targets of the last layer are then
         normalized.
@@ -138,22 +130,13 @@ def refit(
         progress,
     )
     check_share("own_share", own_share)
-    if confidence is not None and not callable(confidence):
-        raise TypeError(
-            "confidence must be a function of a model's number and its outputs, got " + type(confidence).__name__
-        )
     check_merged_models(result, models, "refit runs the networks")
     limit = None if max_samples is None else check_int("max_samples", max_samples, 1)
     with _plain_computation():
         refitted = {id(model): copy_module(model) for model in result.task_models}
         task_models = tuple(refitted[id(model)] for model in result.task_models)
         batches = _read(data, len(models), limit, forward)
-        if confidence is not None and any(batch.owner is not None for batch in batches):
-            raise ValueError(
-                "confidence is for samples of unknown owner, but data has one iterable for each model: pass their "
-                "batches as one iterable, or leave confidence out"
-            )
-        run = _Run(result, models, task_models, batches, own_share, confidence, settings, forward)
+        run = _Run(result, models, task_models, batches, own_share, settings, forward)
         layers = run.fit()
     _warn_of_few_samples(layers)
     fitted = _with_tensors(result, task_models, layers, run.skipped)
@@ -191,12 +174,11 @@ class _Run:
         task_models: Sequence[nn.Module],
         batches: Sequence[_Batch],
         own_share: float,
-        confidence: Confidence | None,
         settings: Settings,
         forward: Forward | None,
     ) -> None:
         self._result, self._models, self._task_models = result, models, task_models
-        self._batches, self._own_share, self._confidence = batches, own_share, confidence
+        self._batches, self._own_share = batches, own_share
         self._settings, self._forward = settings, forward
         self.skipped: dict[str, str] = {}
 
@@ -219,7 +201,7 @@ class _Run:
         fitter = Fitter(
             merged,
             parents,
-            self._shares(),
+            [self._shares(batch.owner) for batch in self._batches],
             [batch.held_out for batch in self._batches],
             self._shared_targets,
             lambda name: name in shared,
@@ -243,7 +225,7 @@ class _Run:
         fitter = Fitter(
             merged,
             parents,
-            [torch.ones(1, 1, dtype=torch.float64)] * len(batches),
+            [[1.0] for _ in batches],
             [batch.held_out for batch in batches],
             lambda tape, parents, layer: self._task_targets(tape, parents, layer, index),
             lambda name: name in own,
@@ -278,24 +260,7 @@ class _Run:
                 networks.append(Network(model, on_device, self._forward, may_be_target))
         return networks
 
-    def _shares(self) -> list[Tensor]:
-        """Return for each batch the models' shares in the targets: [models, samples], or [models, 1] for all samples.
-
-        Batches with the same shares have the same tensor.
-        """
-        if self._confidence is None:
-            owners = {batch.owner for batch in self._batches}
-            shares = {owner: torch.tensor(self._shares_of(owner), dtype=torch.float64)[:, None] for owner in owners}
-            return [shares[batch.owner] for batch in self._batches]
-        largest = max(self._batches, key=lambda batch: num_samples(batch.content))
-        check_samples_come_first(self._models[0], largest.content, self._forward)
-        weights = self._result.weights
-        return [
-            confident_shares(self._confidence, self._models, weights, batch.content, self._forward)
-            for batch in self._batches
-        ]
-
-    def _shares_of(self, owner: int | None) -> list[float]:
+    def _shares(self, owner: int | None) -> list[float]:
         weights = list(self._result.weights)
         if owner is None:
             return weights
@@ -485,7 +450,7 @@ def _limited(source: Iterable[Any], limit: int | None, forward: Forward | None) 
         for tensor in tensors:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ValueError(f"data must be finite, got NaN or infinity in batch {len(contents)}")
-        samples = num_samples(content)
+        samples = len(tensors[0]) if tensors and tensors[0].ndim else 1
         if samples:
             contents.append(content)
         count += samples

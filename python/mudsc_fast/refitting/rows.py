@@ -167,17 +167,6 @@ class Sampler:
             return pixels.reshape(-1, value.shape[1]).index_select(0, rows)
         return value.flatten(2).index_select(2, places.to(value.device)).transpose(1, 2).flatten(0, 1)
 
-    def image_of_rows(self, images: int, places: Tensor | None) -> Tensor:
-        """Return [samples] int64: the image of a batch that each row of :meth:`output` belongs to.
-
-        The first axis of the layer's output must run over the images, each with as many entries.
-        """
-        if self._channels_first:
-            of_place = torch.arange(self._shape[0]) * images // self._shape[0]
-            return of_place.repeat_interleave(self.num_places if places is None else len(places))
-        rows = torch.arange(self.num_samples) if places is None else places
-        return rows * images // self.num_samples
-
     def inputs(self, value: Tensor, places: Tensor | None) -> Tensor:
         """Return [groups, samples, inputs]: the layer's inputs for its outputs at some places."""
         if self._convolution is not None:

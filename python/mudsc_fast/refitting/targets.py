@@ -29,8 +29,8 @@ class UnitTargets:
     members: Sequence[Tensor | None]
     num_outputs: int
 
-    def weights(self, shares: Tensor) -> list[Tensor | None]:
-        """Return for each network [samples, its outputs] float64: the weight of each output in its target.
+    def weights(self, shares: Sequence[float]) -> list[Tensor | None]:
+        """Return for each network [its outputs] float64: the weight of each output in the target it belongs to.
 
         The target is the weighted mean over the networks, by their shares, of the mean over the members in each
         network. Networks without a member are left out, and the remaining shares are normalized. If all of these are 0,
@@ -39,18 +39,18 @@ class UnitTargets:
         Parameters
         ----------
         shares
-            [networks, samples] float64 on the CPU, 0 or more; [networks, 1] for the same shares in all samples.
+            One number per network, 0 or more.
         """
         counts = torch.zeros(len(self.members), self.num_outputs, dtype=torch.float64)
         for index, members in enumerate(self.members):
             if members is not None:
                 counts[index] = torch.bincount(members, minlength=self.num_outputs)
-        present = (counts > 0).double()[:, None]
-        by_output = present * shares[..., None]
+        present = (counts > 0).double()
+        by_output = present * torch.tensor(shares, dtype=torch.float64)[:, None]
         by_output = torch.where(by_output.sum(0) > 0, by_output, present)
-        by_output = by_output / by_output.sum(0).clamp(min=1e-300) / counts[:, None].clamp(min=1)
+        by_output = by_output / by_output.sum(0).clamp(min=1e-300) / counts.clamp(min=1)
         return [
-            None if members is None or not bool(by_output[index].any()) else by_output[index][:, members]
+            None if members is None or not bool(by_output[index].any()) else by_output[index][members]
             for index, members in enumerate(self.members)
         ]
 
