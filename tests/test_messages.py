@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mudsc_fast
+from mudsc_fast._huggingface import class_of_config
 from networks import MLP_AXES, MLP_SPEC, make_mlp
 
 
@@ -42,6 +43,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: mudsc_fast.merge(pair(), data()[0]),
         TypeError,
         r"data must be an iterable of batches.*got one Tensor: pass \[data\] if it is one batch",
+    ),
+    "one batch with labels": (
+        lambda: mudsc_fast.merge(pair(), (data()[0], torch.zeros(40, dtype=torch.int64))),
+        TypeError,
+        r"data must be an iterable of batches.*got inputs and their labels: pass \[data\]",
     ),
     "one batch of keywords": (
         lambda: mudsc_fast.reset_batch_norm(nn.BatchNorm1d(20), {"input": data()[0]}),
@@ -117,6 +123,16 @@ def test_mistakes(mistake: str) -> None:
     call, error, message = MISTAKES[mistake]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_transformers_with_a_broken_dependency() -> None:
+    class Transformers:
+        def __getattr__(self, name: str) -> None:
+            raise ModuleNotFoundError(f"Could not import module {name!r}") from RuntimeError("no torchvision::nms")
+
+    message = "transformers cannot import BertModel, which config.json names: RuntimeError: no torchvision::nms. Check"
+    with pytest.raises(ValueError, match=message):
+        class_of_config(Transformers(), {"architectures": ["BertModel"]})
 
 
 def test_matching_save_rejects_bad_paths(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,10 +70,30 @@ def check_batches(data: object) -> None:
             f"data must be an iterable of batches, such as a list or a DataLoader, got one {type(data).__name__}"
             + ("" if isinstance(data, nn.Module) else ": pass [data] if it is one batch")
         )
+    if isinstance(data, (list, tuple)) and _is_labeled_batch(data):
+        raise TypeError(
+            "data must be an iterable of batches, such as a list or a DataLoader, got inputs and their labels: pass "
+            "[data] if it is one batch"
+        )
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise TypeError(
             f"data must be an iterable of batches, such as a list or a DataLoader, got {type(data).__name__}"
         )
+
+
+def _is_labeled_batch(data: Sequence[object]) -> bool:
+    """Return whether data is one batch (inputs, labels). No model runs on both as batches: they differ in rank."""
+    if len(data) != 2:
+        return False
+    inputs, labels = data
+    return (
+        isinstance(inputs, Tensor)
+        and isinstance(labels, Tensor)
+        and inputs.is_floating_point()
+        and labels.dtype in (torch.int64, torch.int32)
+        and labels.ndim == 1 < inputs.ndim
+        and len(labels) == len(inputs)
+    )
 
 
 def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:

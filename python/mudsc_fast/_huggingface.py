@@ -67,10 +67,17 @@ def class_of_config(transformers: Any, config: Mapping[str, Any]) -> Any:
     Raises
     ------
     ValueError
-        If there is no such class.
+        If there is no such class, or transformers cannot import what the class needs.
     """
     names = config.get("architectures") or ["AutoModel"]
-    kind = getattr(transformers, names[0], None)
+    try:
+        kind = getattr(transformers, names[0], None)  # imports the module of the class
+    except ImportError as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"transformers cannot import {names[0]}, which config.json names: {type(cause).__name__}: {cause}. Check "
+            "that the installed packages fit together, for example torchvision and torch"
+        ) from error
     if kind is None:
         raise ValueError(
             f"transformers has no {names[0]}, which config.json names: pass a spec, a family such as 'bert' or a .json "
