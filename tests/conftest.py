@@ -27,6 +27,11 @@ GOLDEN = Path(__file__).parent / "golden"
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that no process runs one at the end while others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Skip tests of Hugging Face models if the installed torch is too old for transformers."""

@@ -373,6 +373,7 @@ def test_bad_sizes(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
     """Merges two networks of 151 MB; neither they nor the result are ever in memory as a whole.
 

@@ -64,6 +64,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_planted_race_is_found_and_no_other(tmp_path: Path) -> None:
     """Both in one test, because compiling the program takes most of the time."""
     program = build(tmp_path)

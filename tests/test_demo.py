@@ -34,6 +34,7 @@ def mean_accuracies(shown: str) -> dict[str, float]:
     return {row[:19].strip(): float(row[19:51].split()[-1]) for row in rows}
 
 
+@pytest.mark.slow
 def test_demo_shows_gain_of_matching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_demo(["--quiet", "--output", str(tmp_path)]) == 0
     mean = mean_accuracies(capsys.readouterr().out)

@@ -179,6 +179,7 @@ def merge_in_groups(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_all_processes_get_the_result_of_one_process(tmp_path: Path) -> None:
     """All cases are in one test, because separate tests would start the processes once per pytest-xdist worker."""
     assert run_processes(merge_in_groups, 3, tmp_path) == [0, 0, 0]

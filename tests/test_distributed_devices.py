@@ -220,6 +220,7 @@ def run_case(case: str, rank: int | None = None) -> int:
     return len(merged.objectives)
 
 
+@pytest.mark.slow
 def test_processes_send_from_the_device_and_rarely_wait_for_it(tmp_path: Path) -> None:
     assert run_processes(count_waits_and_sends, 2, tmp_path) == [0, 0]
     for case in CASES:

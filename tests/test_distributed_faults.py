@@ -261,6 +261,7 @@ def save_directories(folder: Path) -> None:
     MLP_SPEC.save(folder / "spec.json")
 
 
+@pytest.mark.slow
 def test_torchrun_writes_the_same_directory_as_one_process(tmp_path: Path) -> None:
     save_directories(tmp_path)
     ran = torchrun(tmp_path, "merge", "a", "b", "--spec", "spec.json", "--output", "merged", "--report", "report.json")

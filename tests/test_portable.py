@@ -20,6 +20,7 @@ TOOLCHAINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toolchain", TOOLCHAINS)
 def test_baseline_kernels_match_plain_loops(toolchain: str, tmp_path: Path) -> None:
     compiler, emulator = TOOLCHAINS[toolchain]

@@ -19,6 +19,7 @@ REASON = _triton.unavailable_reason()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "interpret"),
     [
