@@ -109,11 +109,13 @@ class RowScanner {
     const std::int64_t blocks = columns_ / kBlock;
     run_ = columns_ / groups > 1 ? columns_ / groups : 1;
     group_count_ = 0;
-    for (Bits& part : largest_) part = Bits{};
+    // Kept in registers: vectors in memory may be any other object, so members would be loaded and stored for each.
+    Bits largest[kVectorsPerBlock] = {};
     for (std::int64_t begin = 0; begin < blocks; begin += run_) {
-      read_run(begin, begin + run_ < blocks ? begin + run_ : blocks);
+      read_run(begin, begin + run_ < blocks ? begin + run_ : blocks, largest);
       group_count_ += kBlock;
     }
+    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) largest_[part] = largest[part];
     if (columns_ % kBlock != 0) {
       for (std::int64_t k = 0; k < kBlock; ++k) {
         const std::int64_t j = blocks * kBlock + k;
@@ -239,18 +241,22 @@ class RowScanner {
 
   Number key(std::int64_t column) const { return sign_ * values_[column] - prices_[column]; }
 
-  void read_run(std::int64_t begin, std::int64_t end) {
+  void read_run(std::int64_t begin, std::int64_t end, Bits (&largest)[kVectorsPerBlock]) {
+    const Number* const values = values_;
+    const Number* const prices = prices_;
+    const Number sign = sign_;
+    const char* const next_row = next_row_;
     Vector least[kVectorsPerBlock];
     for (Vector& part : least) part = kInfinite - Vector{};
     for (std::int64_t block = begin; block < end; ++block) {
-      __builtin_prefetch(next_row_ + block * 64, 0, 2);  // into L2: L1 has no room for two rows
+      __builtin_prefetch(next_row + block * 64, 0, 2);  // into L2: L1 has no room for two rows
       for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
         const std::int64_t j = block * kBlock + part * kVectorLanes;
-        const Vector values = *reinterpret_cast<const Unaligned*>(values_ + j);
-        const Bits magnitudes = reinterpret_cast<Bits>(values) & VectorOf<Number>::kMagnitudeBits;
-        largest_[part] = magnitudes > largest_[part] ? magnitudes : largest_[part];
-        const Vector entries = values * sign_ - *reinterpret_cast<const Unaligned*>(prices_ + j);
-        least[part] = entries < least[part] ? entries : least[part];
+        const Vector entries = *reinterpret_cast<const Unaligned*>(values + j);
+        const Bits magnitudes = reinterpret_cast<Bits>(entries) & VectorOf<Number>::kMagnitudeBits;
+        largest[part] = magnitudes > largest[part] ? magnitudes : largest[part];
+        const Vector keys = entries * sign - *reinterpret_cast<const Unaligned*>(prices + j);
+        least[part] = keys < least[part] ? keys : least[part];
       }
     }
     for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
