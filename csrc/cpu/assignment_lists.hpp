@@ -86,8 +86,9 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     all_v_are_zero_ &= value == 0.0;
     if constexpr (sizeof(Scan) < sizeof(double)) {
       const Scan rounded = static_cast<Scan>(value);
-      const Scan magnitude = rounded < 0 ? -rounded : rounded;
+      const Scan magnitude = rounded < 0 ? -rounded : rounded, before = scan_v_[column];
       scan_v_[column] = static_cast<double>(rounded) < value ? rounded + kRounding * magnitude : rounded;
+      if constexpr (Rows::kMayPrune) Rows::price_changed(column, before, scan_v_.data());
     }
   }
 
@@ -139,7 +140,8 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     release_lists();
     bool finite = true;
     Scan largest = 0;
-    const auto list = [&](std::int64_t i, Scratch& scratch, const Scan* values, const void* next) {
+    // list_entries(i) makes the list of row i and returns the row's largest magnitude.
+    const auto list = [&](std::int64_t i, const auto& list_entries) {
       if (!__atomic_load_n(&finite, __ATOMIC_RELAXED)) return;
       lists_[i] = List{first_columns_.data() + i * kFirstCapacity,
                        first_costs_.data() + i * kFirstCapacity,
@@ -148,7 +150,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
                        kInfinity,
                        0,
                        false};
-      const Scan most = list_values(i, values, wanted, scratch, next);
+      const Scan most = list_entries();
       if (!(most < kMaxMagnitude)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);  // NaN too
       atomic_max(largest, most);
       row_hashes_[i] = most == 0 ? Rows::kHashOfZeros : hash_listed(i);
@@ -160,12 +162,12 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
         Rows::read_panel(begin, end, rows, panel_stride(columns_));
         for (std::int64_t i = begin; i < end; ++i) {
           const Scan* const row = rows + (i - begin) * panel_stride(columns_);
-          list(i, scratch, row, row);
+          list(i, [&] { return list_values(i, row, wanted, scratch, row); });
         }
       });
     } else {
       in_parallel(rows_, kListGrain, [&](std::int64_t i, Scratch& scratch) {
-        list(i, scratch, row_values(i, scratch.row), Rows::address_of(i + 1 < rows_ ? i + 1 : i));
+        list(i, [&] { return list_row(i, wanted, scratch, i + 1 < rows_ ? i + 1 : i); });
       });
     }
     return finite && (largest > kMinMagnitude || largest == 0);
@@ -197,9 +199,27 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
   // Lists about `wanted` of the smallest reduced costs of a row, as many as the list has room for, and prefetches the
   // row `next_row`. Returns the row's largest magnitude; if that is not below kMaxMagnitude, nothing is listed.
   Scan list_row(std::int64_t row, std::int64_t wanted, Scratch& scratch, std::int64_t next_row) {
+    if constexpr (Rows::kMayPrune) {
+      if (Rows::is_pruned() && lists_[row].capacity < columns_) return list_near(row, wanted, scratch);
+    }
     const Scan* const values = row_values(row, scratch.row);
     const void* const next = Rows::address_of(next_row);
     return list_values(row, values, wanted, scratch, next == nullptr ? values : next);
+  }
+
+  // The same where only some entries of the row are computed.
+  Scan list_near(std::int64_t row, std::int64_t wanted, Scratch& scratch) {
+    List& list = lists_[row];
+    const auto near = Rows::gather_near(row, scan_duals(), wanted, scratch.row);
+    const Scan* const values = scratch.row.row.data();
+    scratch.scanner.set_columns(near.count);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scratch.row.prices.data(), kGroupsPerEntry * wanted, values);
+    list.size = 0;
+    const Scan floor = scratch.scanner.list_smallest(
+        wanted, list.capacity, start_of(row), [&](std::int64_t k) { append(list, scratch.row.columns[k], values[k]); });
+    scratch.scanner.set_columns(columns_);
+    list.floor = floor_of(floor < near.bound ? floor : near.bound);
+    return Rows::largest_magnitude(row);
   }
 
   // The same for a row of these values; prefetches another at `next`.
@@ -253,11 +273,21 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
       least = cost < least ? cost : least;
     }
     if (least <= list.floor || list.size == columns_) return least;
-    const Scan* const values = row_values(row, scratch.row);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
     // Not below `least`, whatever the conversion rounds.
     const Scan rounded = static_cast<Scan>(least);
     const Scan bound = rounded + (rounded < 0 ? -rounded : rounded) * kRounding + kMinMagnitude * kRounding;
+    if constexpr (Rows::kMayPrune) {
+      if (Rows::is_pruned()) {
+        const std::int64_t count = Rows::gather_up_to(row, scan_duals(), bound, scratch.row);
+        for (std::int64_t k = 0; k < count; ++k) {
+          const double cost = sign_ * static_cast<double>(scratch.row.row[k]) - v_[scratch.row.columns[k]];
+          least = cost < least ? cost : least;
+        }
+        return least;
+      }
+    }
+    const Scan* const values = row_values(row, scratch.row);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
     scratch.scanner.visit(bound, 0.0, [&](std::int64_t column) {
       const double cost = sign_ * static_cast<double>(values[column]) - v_[column];
       least = cost < least ? cost : least;

@@ -9,6 +9,7 @@
 //   read_panel(begin, end, out, stride)   writes rows, `stride` entries apart
 //   address_of(row)                   where a row that may be prefetched begins, or null
 //   before_rereading(in_parallel)     called before rows are read again
+//   kMayPrune                         whether rows may be pruned (see PairwiseRows)
 //   rows_are_constant()               whether each row repeats one finite number
 //   sampled_hash(row), for_equal_rows(hashes, skip, visit), order_equal_rows(hashes), order_equal_columns()
 //   begin(problem, index), write_result(problem, index)
@@ -41,6 +42,7 @@ class MatrixRows : protected AssignmentState<T> {
   using State::values_;
 
   static constexpr std::int64_t kPanelRows = 32;
+  static constexpr bool kMayPrune = false;
 
   struct RowScratch {
     RowScratch() = default;

@@ -99,6 +99,9 @@ class RowScanner {
         blocks_(columns / kBlock + 1),
         bits_(columns / kBlock + 1) {}
 
+  // From now on, rows have so many entries, at most as many as the scanner was made for.
+  void set_columns(std::int64_t columns) { columns_ = columns; }
+
   // Reads a row: cost = sign * value. There are about `groups` groups, at most one per entry. `next_row` is prefetched:
   // the row to be read next, or any readable memory of that length.
   void read(const Number* values, Number sign, const Number* prices, std::int64_t groups, const void* next_row) {
@@ -189,6 +192,73 @@ class RowScanner {
     }
   }
 
+  // A bound that at least `wanted` items pass, and a lower one that fewer pass.
+  struct Rank {
+    Number bound;
+    Number below;
+    std::int64_t passed;
+  };
+
+  // Halvings before the next item is tried, and total steps; stopping early only lets more items pass.
+  static constexpr int kHalvings = 8;
+  static constexpr int kBisections = 54;
+
+  // At most 1.5 times `wanted` items pass the bound, unless they tie. `count` is a multiple of kBlock; infinite items
+  // are ignored.
+  static Rank find_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
+    Vector lows[kVectorsPerBlock], highs[kVectorsPerBlock];
+    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+      lows[part] = kInfinite - Vector{};
+      highs[part] = -lows[part];
+    }
+    for (std::int64_t k = 0; k < count; k += kBlock) {
+      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+        const Vector item = *reinterpret_cast<const Unaligned*>(items + k + part * kVectorLanes);
+        const Vector finite = item < kInfinite ? item : -kInfinite - Vector{};
+        lows[part] = item < lows[part] ? item : lows[part];
+        highs[part] = finite > highs[part] ? finite : highs[part];
+      }
+    }
+    const Number least = min_of(lows);
+    Number most = -kInfinite;
+    for (const Vector& part : highs) {
+      for (std::int64_t k = 0; k < kVectorLanes; ++k) most = part[k] > most ? part[k] : most;
+    }
+    Rank rank{least, -kInfinite, count_at_most(items, count, least)};
+    if (rank.passed >= wanted) return rank;
+    rank = Rank{most, least, count_at_most(items, count, most)};
+    for (int step = 0; step < kBisections && rank.passed > wanted + wanted / 2; ++step) {
+      // Halving the range soon separates items unless they tie; then the next item is the bound. If that is not enough,
+      // items differ by orders of magnitude, and more halvings follow.
+      const bool halve = step % (kHalvings + 1) != kHalvings;
+      const Number middle = halve ? rank.below + (rank.bound - rank.below) / 2 : min_above(items, count, rank.below);
+      if (!(middle > rank.below && middle <= rank.bound)) break;
+      const std::int64_t passed = count_at_most(items, count, middle);
+      if (passed < wanted) {
+        rank.below = middle;
+      } else {
+        rank.bound = middle;
+        rank.passed = passed;
+        if (!halve) break;
+      }
+    }
+    return rank;
+  }
+
+  // `count` is a multiple of kBlock.
+  static Number min_above(const Number* items, std::int64_t count, Number bound) {
+    Vector lows[kVectorsPerBlock];
+    for (Vector& part : lows) part = kInfinite - Vector{};
+    for (std::int64_t k = 0; k < count; k += kBlock) {
+      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
+        const Vector item = *reinterpret_cast<const Unaligned*>(items + k + part * kVectorLanes);
+        const Vector above = item > bound ? item : kInfinite - Vector{};
+        lows[part] = above < lows[part] ? above : lows[part];
+      }
+    }
+    return min_of(lows);
+  }
+
  private:
   // Writes the entries that are at most `bound` to keys_ and hits_ and returns their number.
   std::int64_t collect(Number bound, double start) {
@@ -270,69 +340,6 @@ class RowScanner {
     return passed;
   }
 
-  // A bound that at least `wanted` items pass, and a lower one that fewer pass.
-  struct Rank {
-    Number bound;
-    Number below;
-    std::int64_t passed;
-  };
-
-  // At most 1.5 times `wanted` items pass the bound, unless they tie. `count` is a multiple of kBlock; infinite items
-  // are ignored.
-  static Rank find_rank(const Number* items, std::int64_t count, std::int64_t wanted) {
-    Vector lows[kVectorsPerBlock], highs[kVectorsPerBlock];
-    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-      lows[part] = kInfinite - Vector{};
-      highs[part] = -lows[part];
-    }
-    for (std::int64_t k = 0; k < count; k += kBlock) {
-      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-        const Vector item = *reinterpret_cast<const Unaligned*>(items + k + part * kVectorLanes);
-        const Vector finite = item < kInfinite ? item : -kInfinite - Vector{};
-        lows[part] = item < lows[part] ? item : lows[part];
-        highs[part] = finite > highs[part] ? finite : highs[part];
-      }
-    }
-    const Number least = min_of(lows);
-    Number most = -kInfinite;
-    for (const Vector& part : highs) {
-      for (std::int64_t k = 0; k < kVectorLanes; ++k) most = part[k] > most ? part[k] : most;
-    }
-    Rank rank{least, -kInfinite, count_at_most(items, count, least)};
-    if (rank.passed >= wanted) return rank;
-    rank = Rank{most, least, count_at_most(items, count, most)};
-    for (int step = 0; step < kBisections && rank.passed > wanted + wanted / 2; ++step) {
-      // Halving the range soon separates items unless they tie; then the next item is the bound. If that is not enough,
-      // items differ by orders of magnitude, and more halvings follow.
-      const bool halve = step % (kHalvings + 1) != kHalvings;
-      const Number middle = halve ? rank.below + (rank.bound - rank.below) / 2 : min_above(items, count, rank.below);
-      if (!(middle > rank.below && middle <= rank.bound)) break;
-      const std::int64_t passed = count_at_most(items, count, middle);
-      if (passed < wanted) {
-        rank.below = middle;
-      } else {
-        rank.bound = middle;
-        rank.passed = passed;
-        if (!halve) break;
-      }
-    }
-    return rank;
-  }
-
-  // `count` is a multiple of kBlock.
-  static Number min_above(const Number* items, std::int64_t count, Number bound) {
-    Vector lows[kVectorsPerBlock];
-    for (Vector& part : lows) part = kInfinite - Vector{};
-    for (std::int64_t k = 0; k < count; k += kBlock) {
-      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-        const Vector item = *reinterpret_cast<const Unaligned*>(items + k + part * kVectorLanes);
-        const Vector above = item > bound ? item : kInfinite - Vector{};
-        lows[part] = above < lows[part] ? above : lows[part];
-      }
-    }
-    return min_of(lows);
-  }
-
   static Number min_of(const Vector (&lows)[kVectorsPerBlock]) {
     Number least = kInfinite;
     for (const Vector& part : lows) {
@@ -368,10 +375,6 @@ class RowScanner {
     const Number unseen = min_above(minima_.data(), group_count_, rank.below);
     return unseen < floor ? unseen : floor;
   }
-
-  // Halvings before the next item is tried, and total steps; stopping early only lets more items pass.
-  static constexpr int kHalvings = 8;
-  static constexpr int kBisections = 54;
 
   std::int64_t columns_ = 0, run_ = 1, group_count_ = 0;
   const char* next_row_ = nullptr;

@@ -153,9 +153,77 @@ def test_options() -> None:
     check_equals_matrix(problem, tolerance=0.5)
 
 
+def check_optimal(problem: PairwiseSimilarity, **options: Any) -> Assignment:
+    """Solve the problem with and without its matrix; both objectives must be equal, and the duals must prove it."""
+    found: Assignment = linear_assignment(problem, **options)
+    sense = {"maximize": not problem.is_cost, **options}
+    matrix = problem.dense()
+    expected = linear_assignment(matrix, **sense)
+    largest = float(matrix.abs().amax())
+    assert abs(float(found.objective - expected.objective)) <= 1e-12 * largest * min(problem.shape)
+    assert 0 <= float(found.gap) <= 1e-12 * largest * min(problem.shape)
+    rows, columns = found.indices()
+    assert len(columns.unique()) == len(rows) == min(problem.shape)
+    assert float(found.objective) == pytest.approx(float(matrix[rows, columns].double().sum()), rel=1e-12)
+    lack = found.row_duals[:, None] + found.column_duals
+    lack -= matrix
+    assert float((lack if sense["maximize"] else -lack).min()) >= -1e-13 * largest
+    unused = torch.ones(problem.shape[1], dtype=torch.bool)
+    unused[columns] = False
+    assert not found.column_duals[unused].any()
+    assert float((found.row_duals.sum() + found.column_duals.sum() - found.objective).abs()) <= 1e-11 * largest * len(
+        rows
+    )
+    return found
+
+
+# From 8192 columns of few features on, only the tiles of neighbours that may matter are computed.
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    ("kind", "features"), [("sqeuclidean", 3), ("sqeuclidean", 8), ("cosine", 4), ("sqeuclidean", 1)]
+)
+def test_neighbours_prove_optimum(kind: Kind, features: int) -> None:
+    x = random_points(700, features)
+    y = random_points(8200, features, seed=1) + 0.5
+    found = check_optimal(PairwiseSimilarity(x, y, kind))
+    # The optimum is unique.
+    assert torch.equal(
+        found.columns, linear_assignment(PairwiseSimilarity(x, y, kind).dense(), maximize=kind != "sqeuclidean").columns
+    )
+
+
+@pytest.mark.parametrize("kind", ["correlation", "sqeuclidean"])
+def test_neighbours_with_equal_points(kind: Kind) -> None:
+    random = np.random.default_rng(0)
+    y = random.integers(0, 20, (8193, 3)).astype(np.float32)
+    x = y[random.integers(0, 8193, 900)]
+    found = check_optimal(PairwiseSimilarity(x, y, kind))
+    for point in np.unique(x, axis=0):
+        columns = found.columns[torch.from_numpy((x == point).all(1))]
+        assert torch.equal(columns, columns.sort().values)
+
+
+def test_neighbours_of_tall_problem_and_of_opposite_sense() -> None:
+    x, y = random_points(8200, 2), random_points(400, 2, seed=1)
+    check_optimal(PairwiseSimilarity(y, x, "sqeuclidean"), maximize=True)
+    tall, wide = (linear_assignment(PairwiseSimilarity(*points, "sqeuclidean")) for points in ((x, y), (y, x)))
+    assert torch.equal(tall.columns[wide.columns], torch.arange(400))
+    assert torch.equal(tall.column_duals, wide.row_duals)
+
+
+def test_many_numbers_are_assigned_in_ascending_order() -> None:
+    x, noise = random_points(2, 8300, 1)
+    y = x.flip(0) + 1e-4 * noise
+    found = linear_assignment(PairwiseSimilarity(x, y, "sqeuclidean"))
+    sorted_sum = (x.sort(dim=0).values - y.sort(dim=0).values).double().square().sum()
+    assert float(found.objective) == pytest.approx(float(sorted_sum), rel=1e-5)
+    again = linear_assignment(PairwiseSimilarity(x, y, "sqeuclidean"), warm_start=found)
+    assert float(again.objective) == pytest.approx(float(found.objective), rel=1e-12)
+
+
 @pytest.mark.usefixtures("isa")
 def test_result_does_not_depend_on_threads() -> None:
-    x, y = random_points(2, 2100, 3)
+    x, y = random_points(1000, 3), random_points(8200, 3, seed=1)
     problem = PairwiseSimilarity(x, y, "sqeuclidean")
     threads = torch.get_num_threads()
     results = []
