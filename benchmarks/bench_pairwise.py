@@ -59,8 +59,8 @@ def main() -> None:
         made = time.process_time()
         dense = linear_assignment(matrix, maximize=not problem.is_cost)
         print(f"matrix: {made - began_cpu:.2f} s to make, {time.process_time() - made:.2f} s to solve (processor time)")
-        names = ("columns", "objective", "row_duals", "column_duals", "gap")
-        print("equal:", all(torch.equal(getattr(found, name), getattr(dense, name)) for name in names))
+        difference = float(found.objective - dense.objective)
+        print(f"same columns: {torch.equal(found.columns, dense.columns)}, objective - dense: {difference:.3g}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/fuzz_assignment.py --solves 1000000
 
 Each case draws a family of values, a shape, a dtype, a memory layout, the sense, and one of the ways to call: a single
-matrix, a threshold, a warm start from a similar problem, a batch, a list of matrices, or columns only; on one thread or
-several. A difference ends the run with the seed of its case, which `--first` repeats.
+matrix, a threshold, a warm start from a similar problem, a batch, a list of matrices, columns only, or points without
+their matrix; on one thread or several. A difference ends the run with the seed of its case, which `--first` repeats.
+`--way pairwise` draws only that way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment as scipy_assignment
 
-from mudsc_fast import Assignment, linear_assignment, linear_sum_assignment
+from mudsc_fast import Assignment, PairwiseSimilarity, linear_assignment, linear_sum_assignment
 
 Matrix = NDArray[Any]
 
@@ -121,12 +122,12 @@ FAMILIES: Mapping[str, Callable[[Generator, tuple[int, int]], Matrix]] = {
 class Case:
     """One random case, drawn from its seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, way: str | None = None) -> None:
         self.random = np.random.default_rng(seed)
         self.family = str(self.random.choice(list(FAMILIES)))
         self.dtype = _DTYPES[self.random.choice(3, p=[0.45, 0.45, 0.1])]
         self.maximize = bool(self.random.random() < 0.5)
-        self.way = str(self.random.choice(list(WAYS)))
+        self.way = way or str(self.random.choice(list(WAYS)))
         sizes = self.random.choice(len(_SIZES), p=[share for share, _, _ in _SIZES])
         self._low, self._high = _SIZES[sizes][1:]
         self.solves = 0
@@ -254,6 +255,28 @@ def _list(case: Case) -> None:
         case.check_result(matrix, result, threshold)
 
 
+def _pairwise(case: Case) -> None:
+    random = case.random
+    shape = case.shape()
+    if random.random() < 0.05:  # large enough for the solver that does not store the matrix
+        shape = (int(random.integers(1, 60)), int(random.integers(768, 9000)))
+    features = int(random.integers(2, 12))
+    draws: list[Callable[[tuple[int, int]], Matrix]] = [
+        random.standard_normal,
+        lambda size: random.integers(0, 4, size).astype(np.float64),
+        lambda size: 100 + random.random(size),
+    ]
+    draw = draws[random.integers(len(draws))]
+    x, y = (case.rounded(draw((count, features))) for count in shape)
+    if random.random() < 0.3:
+        y[random.integers(shape[1], size=shape[1] // 2)] = x[random.integers(shape[0], size=shape[1] // 2)]
+    if random.random() < 0.3:
+        x, y = y, x
+    kinds: tuple[Literal["correlation", "cosine", "sqeuclidean"], ...] = ("correlation", "cosine", "sqeuclidean")
+    problem = PairwiseSimilarity(x, y, kinds[random.integers(3)])
+    case.check_result(problem.dense().numpy(), linear_assignment(problem, maximize=case.maximize))
+
+
 #: Functions that solve a case, by name.
 WAYS: Mapping[str, Callable[[Case], None]] = {
     "single": _single,
@@ -263,11 +286,16 @@ WAYS: Mapping[str, Callable[[Case], None]] = {
     "warm start": _warm_start,
     "batch": _batch,
     "list": _list,
+    "pairwise": _pairwise,
 }
 
 
-def run(solves: int, first: int = 0, report: Callable[[int], None] | None = None) -> Counter[str]:
+def run(
+    solves: int, first: int = 0, report: Callable[[int], None] | None = None, way: str | None = None
+) -> Counter[str]:
     """Run cases from seed `first` on until `solves` problems are solved. Return how often each function was used.
+
+    All cases are of the given way, if any.
 
     Raises
     ------
@@ -277,7 +305,7 @@ def run(solves: int, first: int = 0, report: Callable[[int], None] | None = None
     counts: Counter[str] = Counter()
     seed, total = first, 0
     while total < solves:
-        case = Case(seed)
+        case = Case(seed, way)
         try:
             WAYS[case.way](case)
         except Exception as error:
@@ -296,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--solves", type=int, default=100_000, help="number of problems to solve")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--way", choices=WAYS, help="draw only cases of this way")
     parser.add_argument("--threads", type=int, default=2, help="threads of every call")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -307,7 +336,7 @@ def main() -> None:
             shown = total // 10_000
             print(f"{total} solves without a difference, {time.monotonic() - started:.0f} s", flush=True)
 
-    counts = run(arguments.solves, arguments.first, report)
+    counts = run(arguments.solves, arguments.first, report, arguments.way)
     print(f"{sum(counts.values())} solves without a difference: {dict(counts)}")
 
 
