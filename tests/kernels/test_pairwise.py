@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mudsc_fast import Assignment, PairwiseSimilarity, linear_assignment, use_backend
+from mudsc_fast import Assignment, PairwiseSimilarity, linear_assignment, linear_sum_assignment, use_backend
 from mudsc_fast.ops.pairwise import Kind
 
 KINDS = get_args(Kind)
@@ -287,6 +287,22 @@ def test_unsupported_options_are_refused(option: str) -> None:
     value: Any = 0.5 if option == "threshold" else [2]
     with pytest.raises(ValueError, match=f"{option} is incompatible with a PairwiseSimilarity; pass similarity.dense"):
         linear_assignment(PairwiseSimilarity(POINTS, POINTS, "cosine"), **{option: value})
+
+
+def test_other_calls_need_the_matrix() -> None:
+    problem = PairwiseSimilarity(POINTS, POINTS, "cosine")
+    with pytest.raises(TypeError, match="cost_matrix must be a matrix, got a PairwiseSimilarity"):
+        linear_sum_assignment(problem)
+    with pytest.raises(TypeError, match=r"similarity\[0\] must be a matrix, got a PairwiseSimilarity"):
+        linear_assignment([problem])  # type: ignore[list-item]
+
+
+def test_large_matrix_is_not_made() -> None:
+    points = 1e-16 * random_points(8200, 2)
+    with pytest.raises(ValueError, match=r"\[8200, 8200\] is too large to store its matrix, and all entries have"):
+        linear_assignment(PairwiseSimilarity(points, points.flip(0), "sqeuclidean"))
+    with use_backend("reference"), pytest.raises(ValueError, match="the backend 'reference' needs the matrix"):
+        linear_assignment(PairwiseSimilarity(points, points, "cosine"))
 
 
 #: Prints by how many bytes a solve of 12,000 points raises the peak of resident memory.

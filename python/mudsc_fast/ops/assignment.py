@@ -250,7 +250,8 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
 
 
 def _assign_any(cost_matrix: Any, maximize: bool) -> tuple[Any, Any]:
-    if hasattr(cost_matrix, "__dlpack__") and not isinstance(cost_matrix, np.ndarray):
+    shares_memory = hasattr(cost_matrix, "__dlpack__") and not isinstance(cost_matrix, np.ndarray)
+    if shares_memory or isinstance(cost_matrix, PairwiseSimilarity):
         values = _as_tensor("cost_matrix", cost_matrix)
     else:
         array = np.asarray(cost_matrix)
@@ -512,6 +513,10 @@ def _as_matrix(argument: str, value: object) -> Tensor:
 
 
 def _as_tensor(argument: str, value: object) -> Tensor:
+    if isinstance(value, PairwiseSimilarity):
+        raise TypeError(
+            f"{argument} must be a matrix, got a PairwiseSimilarity, which only linear_assignment takes; pass dense()"
+        )
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
             raise TypeError(f"{argument} must hold real numbers of at most 64 bits, got dtype {value.dtype}")
