@@ -29,8 +29,8 @@ _BLOCK = 4096
 class PairwiseSimilarity:
     """The matrix of similarities or distances between two sets of points, computed from their features when needed.
 
-    :func:`linear_assignment` solves it like the matrix, with the same duals and gap, in memory proportional to
-    ``(n + m) * d`` instead of ``n * m``.
+    :func:`linear_assignment` solves it like the matrix, with duals and gap, in memory proportional to ``(n + m) * d``
+    instead of ``n * m``.
 
     Parameters
     ----------
@@ -63,8 +63,9 @@ class PairwiseSimilarity:
     -----
     Features are rounded to float32, after normalization. An entry is the float32 sum over the features in order,
     ``sum += (a[k] - b[k]) ** 2`` or ``sum += a[k] * b[k]``, so it is the same whenever it is computed. Distances of
-    equal points are exactly 0, and none is negative. float64 points that float32 cannot hold are moved by their mean
-    first, which keeps the digits of points that are far from zero. float32 points of "sqeuclidean" share their memory.
+    equal points are exactly 0, and none is negative. float64 points that float32 cannot hold are moved first, so that
+    the middle of their range is zero, which keeps the digits of points that are far from zero. float32 points of
+    "sqeuclidean" share their memory.
 
     Examples
     --------
