@@ -323,7 +323,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
 
   void before_rereading() {
     Rows::before_rereading([this](std::int64_t count, const auto& body) {
-      in_parallel(count, 1, [&](std::int64_t item, Scratch&) { body(item); });
+      this->in_parallel(count, 1, [&body](std::int64_t item, Scratch&) { body(item); });
     });
   }
 
