@@ -154,7 +154,8 @@ def linear_assignment(
         Tensors on the device of `similarity`; a list for a list of matrices and for a padded batch. With
         ``return_duals=False`` only `columns`, a tensor or a list of tensors. Of several optimal assignments it is the
         one scipy chooses for up to 128 rows or columns (without a threshold); beyond, equal rows get their columns in
-        ascending order, unless columns are equal, too, of which the first are used. A constant matrix is assigned along its diagonal.
+        ascending order, unless columns are equal, too, of which the first are used. A constant matrix is assigned along
+        its diagonal.
 
     Raises
     ------
