@@ -110,7 +110,7 @@ def default_balance(balance: float | None, space: Space | None, has_data: bool) 
     balance = check_share("balance", balance)
     if space is None and not has_data:
         raise ValueError(
-            f"balance={balance} shares similarity between weights and activations, which needs data: pass data to "
+            f"balance={balance} shares similarity between weights and activations, which needs data: pass data and "
             "match by both, or leave balance out to match by weights"
         )
     return balance
