@@ -66,7 +66,8 @@ def random_matrix(size: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", ["uniform", "dead", "by columns", "tall"])
 def test_peak_memory_is_the_input_and_little_more(kind: str) -> None:
     grown = int(subprocess.check_output([sys.executable, "-c", MEMORY_PROGRAM, kind], text=True))
-    assert grown < 0.15 * 4 * 4096**2
+    # Python and torch read up to 8 MB of code for the first time, depending on their versions.
+    assert grown < 0.2 * 4 * 4096**2
 
 
 @pytest.mark.usefixtures("isa")
