@@ -140,7 +140,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     release_lists();
     bool finite = true;
     Scan largest = 0;
-    // list_entries(i) makes the list of row i and returns the row's largest magnitude.
+    // list_entries() makes the list of row i and returns the row's largest magnitude.
     const auto list = [&](std::int64_t i, const auto& list_entries) {
       if (!__atomic_load_n(&finite, __ATOMIC_RELAXED)) return;
       lists_[i] = List{first_columns_.data() + i * kFirstCapacity,

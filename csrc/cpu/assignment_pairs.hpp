@@ -99,11 +99,8 @@ class PairState {
       }
       return true;
     };
-    for_equal_rows(in_order, [this](const std::int64_t* rows, std::int64_t count) {
-      for (std::int64_t k = 0; k < count; ++k) members_[k] = column_of_row_[rows[k]];
-      sort_ascending(members_.data(), count);
-      for (std::int64_t k = 0; k < count; ++k) assign(rows[k], members_[k]);
-    });
+    for_equal_rows(in_order,
+                   [this](const std::int64_t* rows, std::int64_t count) { order_columns_of_rows(rows, count); });
   }
 
   // The same for columns, whose sampled hashes are in hashes_: of equal columns, the first ones get a row, in ascending
@@ -118,16 +115,26 @@ class PairState {
       return true;
     };
     for_equal_groups(columns_, hashes_, in_order, refine, keep_equal,
-                     [this](const std::int64_t* columns, std::int64_t size) {
-                       std::int64_t count = 0;
-                       for (std::int64_t k = 0; k < size; ++k) {
-                         const std::int64_t row = row_of_column_[columns[k]];
-                         if (row >= 0) members_[count++] = row;
-                         row_of_column_[columns[k]] = -1;
-                       }
-                       sort_ascending(members_.data(), count);
-                       for (std::int64_t k = 0; k < count; ++k) assign(members_[k], columns[k]);
-                     });
+                     [this](const std::int64_t* columns, std::int64_t size) { order_rows_of_columns(columns, size); });
+  }
+
+  // Gives equal rows their columns in ascending order.
+  void order_columns_of_rows(const std::int64_t* rows, std::int64_t count) {
+    for (std::int64_t k = 0; k < count; ++k) members_[k] = column_of_row_[rows[k]];
+    sort_ascending(members_.data(), count);
+    for (std::int64_t k = 0; k < count; ++k) assign(rows[k], members_[k]);
+  }
+
+  // Gives the rows of equal columns, in ascending order, to the first of these columns.
+  void order_rows_of_columns(const std::int64_t* columns, std::int64_t size) {
+    std::int64_t count = 0;
+    for (std::int64_t k = 0; k < size; ++k) {
+      const std::int64_t row = row_of_column_[columns[k]];
+      if (row >= 0) members_[count++] = row;
+      row_of_column_[columns[k]] = -1;
+    }
+    sort_ascending(members_.data(), count);
+    for (std::int64_t k = 0; k < count; ++k) assign(members_[k], columns[k]);
   }
 
   // An odd number that differs for every position.

@@ -33,8 +33,7 @@ class TwoValuedSolver : private AssignmentState<T> {
         next_edge_(rows_),
         depth_(rows_),
         queue_(rows_),
-        path_(rows_),
-        members_(columns_) {}
+        path_(rows_) {}
 
   // Returns false, with nothing written, if costs are not two finite numbers, or too many are the lower one.
   bool solve(const AssignmentProblem& problem, std::int64_t index) {
@@ -180,9 +179,7 @@ class TwoValuedSolver : private AssignmentState<T> {
   // Equal rows get their columns in ascending order; of equal columns the first ones get a row, in ascending order.
   void order_equal_items() {
     for_equal_lists(rows_, edge_begin_, edges_, [this](const std::int64_t* rows, std::int64_t count) {
-      for (std::int64_t k = 0; k < count; ++k) members_[k] = column_of_row_[rows[k]];
-      sort_ascending(members_.data(), count);
-      for (std::int64_t k = 0; k < count; ++k) State::assign(rows[k], members_[k]);
+      State::order_columns_of_rows(rows, count);
     });
     const std::int64_t edge_count = edge_begin_[rows_];
     Buffer<std::int64_t> begin(columns_ + 1, std::int64_t{0}), end(columns_);
@@ -196,14 +193,7 @@ class TwoValuedSolver : private AssignmentState<T> {
       }
     }
     for_equal_lists(columns_, begin, rows_of_columns, [this](const std::int64_t* columns, std::int64_t size) {
-      std::int64_t count = 0;
-      for (std::int64_t k = 0; k < size; ++k) {
-        const std::int64_t row = row_of_column_[columns[k]];
-        if (row >= 0) members_[count++] = row;
-        row_of_column_[columns[k]] = -1;
-      }
-      sort_ascending(members_.data(), count);
-      for (std::int64_t k = 0; k < count; ++k) State::assign(members_[k], columns[k]);
+      State::order_rows_of_columns(columns, size);
     });
   }
 
@@ -251,7 +241,7 @@ class TwoValuedSolver : private AssignmentState<T> {
   double low_ = 0.0, high_ = 0.0;
   Buffer<std::int64_t> edge_begin_;
   Buffer<std::int32_t> edges_;  // columns
-  Buffer<std::int64_t> next_edge_, depth_, queue_, path_, members_;
+  Buffer<std::int64_t> next_edge_, depth_, queue_, path_;
 };
 
 }  // namespace
