@@ -172,7 +172,7 @@ def test_cifar100_runs_with_another_network_from_pretrained_weights(tmp_path: Pa
     folders = ["--output", str(tmp_path), "--networks", str(tmp_path), "--data", str(tmp_path / "data.npz")]
     main([*arguments, *folders, "--pretrained", str(tmp_path / "start.pth"), "--learning-rate", "1e-9"])
     rows = rows_of(tmp_path / "cifar100_resnet26_width4_epochs1.csv")
-    assert len(rows) == 3 + 6 * 2
+    assert len(rows) == 3 + 6 * 3
     assert all(row["joint"] for row in rows if row["method"] != "parents")
     assert "images of 40 pixels (published: 224)" in (tmp_path / "cifar100_resnet26_width4_epochs1.md").read_text()
     # With a learning rate of almost 0 the networks keep the pretrained weights.
@@ -181,7 +181,7 @@ def test_cifar100_runs_with_another_network_from_pretrained_weights(tmp_path: Pa
 
     # --trained merges the same networks without training; a network for other classes is an error.
     files = [str(tmp_path / f"cifar100_resnet26_width4_epochs1_pair0{name}.safetensors") for name in ("a_0", "b_1")]
-    chosen = ["parents", "average", "dual align", "weight zip + refit"]
+    chosen = ["parents", "average", "dual align", "weight zip + refit", "weight zip + refit, own data"]
     main([*arguments, *folders, "--methods", *chosen, "--trained", *files])
     again = rows_of(tmp_path / "cifar100_resnet26_width4_trained.csv")
     joint = {row["method"]: row["joint"] for row in rows}
@@ -190,6 +190,24 @@ def test_cifar100_runs_with_another_network_from_pretrained_weights(tmp_path: Pa
     save_file(found, other, {"classes": "[1, 2, 3]"})
     with pytest.raises(SystemExit, match=r"must be trained for the classes .* got \[1, 2, 3\]"):
         main([*arguments, "--output", str(tmp_path / "o"), *folders[2:], "--trained", files[0], str(other)])
+
+
+@pytest.mark.usefixtures("one_balance")
+def test_cifar100_runs_on_data_of_ten_classes(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {"cifar10": torch.randn(10, 512).numpy()}
+    for part, seed in (("train", 1), ("test", 2)):
+        images = made_up_images(10, 4, 16, seed)
+        arrays |= {f"x_{part}": images.pixels.permute(0, 2, 3, 1).numpy(), f"y_{part}": images.labels.numpy()}
+    np.savez(tmp_path / "data.npz", **arrays)
+    files = ["--data", str(tmp_path / "data.npz"), "--class-vectors", str(tmp_path / "data.npz")]
+    folders = ["--output", str(tmp_path), "--networks", str(tmp_path)]
+    chosen = ["parents", "weight align", "weight align + repair"]
+    main(["cifar100", "--network", "resnet20_gn", "--width", "1", *TINY, *files, *folders, "--methods", *chosen])
+    rows = rows_of(tmp_path / "cifar100_resnet20_gn_width1_classes10_epochs1.csv")
+    assert [row["method"] for row in rows] == chosen
+    text = (tmp_path / "cifar100_resnet20_gn_width1_classes10_epochs1.md").read_text()
+    assert "Data of 10 classes (published: 100)" in text
+    assert "Class vectors are CLIP's" in text
 
 
 @pytest.mark.filterwarnings("ignore:.*more inputs than there are samples:UserWarning")
@@ -205,12 +223,15 @@ def test_imagenet_runs_on_a_folder_of_images(tmp_path: Path) -> None:
     folders = ["--output", str(tmp_path), "--networks", str(tmp_path)]
     chosen = ["parents", "ensemble", "activation align", "dual zip + refit"]
     main(["imagenet", "--data", str(tmp_path / "images"), *sizes, *folders, "--methods", *chosen])
-    rows = rows_of(tmp_path / "imagenet_width2_epochs1.csv")
+    rows = rows_of(tmp_path / "imagenet_width2_classes10_epochs1.csv")
     assert [row["method"] for row in rows] == chosen
     # Each task has 2 classes, and both have 4 images in 10 classes: 12 test images.
     assert all(float(row["joint"]) * 12 / 100 == pytest.approx(round(float(row["joint"]) * 12 / 100), abs=1e-3)
                for row in rows if row["joint"])  # fmt: skip
-    assert "30 training and 30 test images; 30 training images" in (tmp_path / "imagenet_width2_epochs1.md").read_text()
+    assert (
+        "30 training and 30 test images; 30 training images"
+        in (tmp_path / "imagenet_width2_classes10_epochs1.md").read_text()
+    )
 
 
 def test_chosen_methods_run_alone(tmp_path: Path) -> None:

@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import mudsc_fast
 from architectures import randomize
 from mudsc_fast.matching.verify import keeps_outputs
-from paper import methods, taskonomy
+from paper import made_up, methods, taskonomy
 from paper.__main__ import main
-from paper.resnets import ClassDecoder, PixelDecoder, TaskonomyEncoder
+from paper.resnets import PixelDecoder, TaskonomyEncoder
 
 WIDTH, SIZE, COUNT = 4, 32, 24
-DECODERS: dict[str, Callable[[], nn.Module]] = {
-    "class_object": lambda: ClassDecoder(2, WIDTH),
-    "depth": lambda: PixelDecoder(1, WIDTH),
-    "normal": lambda: PixelDecoder(3, WIDTH),
-}
-
-
-def write_experiment(folder: Path) -> None:
-    """Write random networks for three tasks, and data with the outputs of the networks as targets."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2 * COUNT, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
-    batches = list(taskonomy.Part(pixels, {}).batches(None, COUNT, torch.device("cpu")))
-    arrays: dict[str, Any] = {"rgb": pixels.numpy()}
-    for seed, (task, make) in enumerate(DECODERS.items()):
-        torch.manual_seed(seed)
-        encoder, decoder = TaskonomyEncoder(WIDTH), randomize(make(), seed).eval()
-        mudsc_fast.reset_batch_norm(encoder, batches[:1])
-        encoder.eval()
-        with torch.no_grad():
-            if isinstance(decoder, ClassDecoder):
-                # so that both classes occur and the logits are far apart
-                decoder.fc2.weight.mul_(1000)
-                decoder.fc2.bias.sub_(decoder(encoder(batches[0])).mean(0))
-            outputs = torch.cat([decoder(encoder(batch)) for batch in batches])
-        arrays[task] = (outputs.argmax(1) if outputs.ndim == 2 else outputs).numpy()
-        save_file(nn.ModuleDict({"encoder": encoder, "decoder": decoder}).state_dict(), folder / f"{task}.safetensors")
-    np.savez(folder / "train.npz", **{name: array[:COUNT] for name, array in arrays.items()})
-    np.savez(folder / "test.npz", **{name: array[COUNT:] for name, array in arrays.items()})
+SIZES = ["--width", str(WIDTH), "--size", str(SIZE), "--images", str(COUNT)]
 
 
 @pytest.mark.filterwarnings("ignore:.*more inputs than there are samples:UserWarning")
 def test_encoders_are_merged_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "BALANCES", (0.5,))
-    write_experiment(tmp_path)
+    made_up.main(["taskonomy", str(tmp_path), *SIZES])
     arguments = ["taskonomy", "--data", str(tmp_path), "--networks", str(tmp_path), "--output", str(tmp_path)]
     sizes = ["--width", str(WIDTH), "--batch-size", str(COUNT), "--device", "cpu"]
     chosen = ["parents", "ensemble", "average", "weight align", "dual align + refit", "activation zip", "dual zip"]
@@ -108,7 +77,7 @@ def test_average_estimator_predicts_mean_target(train: Tensor, targets: Tensor, 
 
 
 def test_networks_worse_than_average_estimator_are_rejected(tmp_path: Path) -> None:
-    write_experiment(tmp_path)
+    made_up.main(["taskonomy", str(tmp_path), *SIZES])
     with np.load(tmp_path / "test.npz") as file:
         arrays = dict(file)
     with np.load(tmp_path / "train.npz") as file:

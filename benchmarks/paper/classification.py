@@ -31,6 +31,7 @@ class Run:
     width: int
     image_size: int
     recipe: Recipe
+    num_classes: int
     train: AnyImages
     test: AnyImages
     vectors: Tensor
@@ -53,8 +54,7 @@ def run(options: argparse.Namespace) -> None:
     name = _name(options, this)
     csv = options.output / f"{name}.csv"
     rows = report.read(csv, notes)
-    num_classes = int(this.train.labels.max()) + 1
-    pairs = experiment.pairs(options.pairs or experiment.num_pairs, num_classes)
+    pairs = experiment.pairs(options.pairs or experiment.num_pairs, this.num_classes)
     if options.trained is not None and len(options.trained) != 2 * len(pairs):
         raise SystemExit(f"--trained must name two files a pair, {2 * len(pairs)}, got {len(options.trained)}")
     for index, pair in enumerate(pairs):
@@ -89,8 +89,9 @@ def _name(options: argparse.Namespace, this: Run) -> str:
     first = next(iter(EXPERIMENTS[options.experiment]))
     network = "" if options.network in (None, first) else f"_{options.network}"
     training = f"epochs{this.recipe.epochs}" if options.trained is None else "trained"
+    classes = "" if this.num_classes == this.experiment.num_classes else f"_classes{this.num_classes}"
     plain = "_plain" if options.no_augmentation else ""
-    return f"{options.experiment}{network}_width{this.width}_{training}{plain}"
+    return f"{options.experiment}{network}_width{this.width}{classes}_{training}{plain}"
 
 
 def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run, list[str]]:
@@ -99,7 +100,8 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
     image_size = options.image_size or experiment.image_size
     train, whole_test = _load(options, image_size)
     test = whole_test if options.test_samples is None else subset(whole_test, options.test_samples, seed=5)
-    vectors, origin = experiment.class_vectors(options.class_vectors, int(train.labels.max()) + 1, options.class_cosine)
+    num_classes = int(train.labels.max()) + 1
+    vectors, origin = experiment.class_vectors(options.class_vectors, num_classes, options.class_cosine)
     recipe = replace(
         experiment.recipe, epochs=epochs, warm_up=min(experiment.recipe.warm_up, epochs // 4),
         batch_size=options.batch_size or experiment.recipe.batch_size,
@@ -108,7 +110,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
     full_samples = min(experiment.merging_samples or len(train), len(train))
     full_search = min(experiment.search_samples or len(train), len(train))
     this = Run(
-        experiment, width, image_size, recipe, train, test, vectors,
+        experiment, width, image_size, recipe, num_classes, train, test, vectors,
         min(options.samples or full_samples, full_samples), min(options.search_samples or full_search, full_search),
         torch.device(options.device), options.bfloat16, not options.no_augmentation,
     )  # fmt: skip
@@ -119,11 +121,13 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
         else f"networks trained beforehand ({_training_of(options.trained)}; published: {experiment.recipe.epochs} "
         "epochs)."
     )
+    other_classes = num_classes != experiment.num_classes
     notes = [
         f"Width {width} (published: {experiment.full_width}), images of {image_size} pixels (published: "
         f"{experiment.image_size}), {training}",
         f"{len(train)} training and {len(test)} test images; {this.samples} training images for merging, "
         f"{this.search_samples} for the search of the balance.",
+        *([f"Data of {num_classes} classes (published: {experiment.num_classes})."] if other_classes else []),
         origin,
         *(["No augmentation."] if options.no_augmentation else []),
         *(["Networks are evaluated in bfloat16."] if options.bfloat16 else []),
@@ -134,7 +138,7 @@ def _prepared(experiment: Experiment, options: argparse.Namespace) -> tuple[Run,
         experiment.full_width, experiment.image_size, experiment.recipe.epochs, full_samples, full_search,
         len(whole_test),
     )  # fmt: skip
-    if sizes != full or options.data is None or options.trained is not None:
+    if sizes != full or other_classes or options.data is None or options.trained is not None:
         notes.insert(0, "**Reduced**: not the size of the paper's experiment.")
     return this, notes
 
@@ -200,11 +204,15 @@ def _setting(this: Run, pair: Pair) -> Setting:
 
     test = batches(this.test)
     search = batches(subset(this.train, this.search_samples, seed=2))
-    merging = this.batches(subset(this.train, this.samples, seed=0), this.experiment.merging_batch)
+    images = subset(this.train, this.samples, seed=0)
+    merging = this.batches(images, this.experiment.merging_batch)
     key = "joint" if this.experiment.joint else "mean"
     return Setting(
         spec=this.experiment.spec(this.width),
         merging=replace(merging, seed=1, augment=this.augment),
+        own=[replace(part, seed=1, augment=this.augment) for part in batches(images)]
+        if this.experiment.joint
+        else None,
         test=lambda models: _accuracies(this, pair, models, test),
         objective=lambda model: _accuracies(this, pair, (model, model), search)[key],
         cosine=True,

@@ -74,10 +74,13 @@ class Experiment:
         Returns the normalization and augmentation for an image size.
     spec
         Returns the specification of a network for a width.
+    num_classes
+        Number of classes of the paper's data.
     pairs
         Returns pairs of tasks, given the number of pairs and the number of classes of the data.
     vectors_key
-        Name of the array of class vectors in their file; None if they are not available and are drawn at random.
+        Returns the name of the array of class vectors in their file, given the number of classes of the data; None if
+        they are not available and are drawn at random.
     num_vectors
         Number of class vectors; None for the number of classes of the data.
     joint
@@ -105,10 +108,11 @@ class Experiment:
     recipe: Recipe
     transform: Callable[[int], Transform]
     spec: Callable[[int], mudsc_fast.PermutationSpec]
+    num_classes: int
     pairs: Callable[[int, int], list[Pair]]
-    vectors_key: str | None
-    num_vectors: int | None
+    vectors_key: Callable[[int], str] | None
     joint: bool
+    num_vectors: int | None = None
     flatten: bool = False
     random_cosine: float = _CLASS_COSINE
     num_pairs: int = 5
@@ -127,15 +131,14 @@ class Experiment:
             own, common = (functional.normalize(torch.randn(k, 512, generator=generator)) for k in (count, 1))
             vectors = functional.normalize((1 - cosine) ** 0.5 * own + cosine**0.5 * common)
             return vectors, f"Class vectors are random unit vectors with a mean cosine of {cosine:g}."
+        key = self.vectors_key(num_classes)
         with np.load(path) as file:
-            if self.vectors_key not in file.files:
-                raise ValueError(f"{path} must have an array {self.vectors_key!r}, got {', '.join(file.files)}")
-            vectors = torch.from_numpy(file[self.vectors_key]).float()
+            if key not in file.files:
+                raise ValueError(f"{path} must have an array {key!r}, got {', '.join(file.files)}")
+            vectors = torch.from_numpy(file[key]).float()
         if vectors.shape != (count, 512):
-            raise ValueError(
-                f"{path} must have {self.vectors_key!r} of shape {(count, 512)}, got {tuple(vectors.shape)}"
-            )
-        return functional.normalize(vectors, dim=1), "Class vectors are those of the paper."
+            raise ValueError(f"{path} must have {key!r} of shape {(count, 512)}, got {tuple(vectors.shape)}")
+        return functional.normalize(vectors, dim=1), "Class vectors are CLIP's."
 
 
 def _prime_and_odd(count: int, _: int) -> list[Pair]:
@@ -146,13 +149,13 @@ def _prime_and_odd(count: int, _: int) -> list[Pair]:
     return [Pair((prime, odd), (index, 100 + (index + 1) % 5)) for index in range(count)]
 
 
-def _halves(num_classes: int) -> Callable[[int, int], list[Pair]]:
+def _halves(first_seed: int) -> Callable[[int, int], list[Pair]]:
     """Return a function that makes pairs of tasks, each with a random half of the classes."""
 
-    def pairs(count: int, _: int) -> list[Pair]:
+    def pairs(count: int, num_classes: int) -> list[Pair]:
         found = []
         for index in range(count):
-            order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(index))
+            order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(first_seed + index))
             tasks = [
                 _choice(f"pair{index}{name}", half, num_classes)
                 for name, half in zip("ab", order.chunk(2), strict=True)
@@ -196,6 +199,7 @@ _MNIST = Experiment(
     recipe=Recipe(epochs=50, learning_rate=0.01, batch_size=500, schedule="cosine", keep_best=True),
     transform=lambda _: Transform(mean=(127.5,), deviation=(127.5,), crop_padding=4, rotation=30.0),
     spec=lambda _: mudsc_fast.spec.mlp(["fc1", "fc2", "fc3", "fc4"], bias=False),
+    num_classes=10,
     pairs=_prime_and_odd,
     vectors_key=None,
     num_vectors=4,
@@ -213,9 +217,9 @@ _CIFAR10 = Experiment(
     recipe=Recipe(epochs=200, learning_rate=0.4, batch_size=500, schedule="triangle", warm_up=5),
     transform=_cifar_transform,
     spec=lambda _: mudsc_fast.spec.resnet([3, 3, 3], names="cifar"),
-    pairs=_halves(10),
-    vectors_key="cifar10",
-    num_vectors=10,
+    num_classes=10,
+    pairs=_halves(0),
+    vectors_key=lambda num_classes: f"cifar{num_classes}",
     joint=True,
     merging_batch=50,
     published={"dual zip": 83.09},
@@ -224,9 +228,8 @@ _CIFAR10 = Experiment(
 _CIFAR100 = replace(
     _CIFAR10,
     title="CIFAR-100, 50 + 50 classes, ResNet20",
+    num_classes=100,
     pairs=_halves(100),
-    vectors_key="cifar100",
-    num_vectors=100,
     merging_batch=500,
     published={},
     notes=(
@@ -308,9 +311,9 @@ EXPERIMENTS: dict[str, dict[str, Experiment]] = {
             recipe=replace(_FINE_TUNING, epochs=50, learning_rate=1e-2, batch_size=200),
             transform=lambda size: Transform(IMAGENET_MEAN, IMAGENET_DEVIATION, flip=True, crop=size),
             spec=lambda _: mudsc_fast.spec.resnet(RESNET50, bottleneck=True),
+            num_classes=1000,
             pairs=_pairs_of_five_sets,
-            vectors_key="imagenet",
-            num_vectors=None,
+            vectors_key=lambda _: "imagenet",
             joint=True,
             num_pairs=10,
             merging_samples=60_000,

@@ -20,12 +20,14 @@ BALANCES = tuple(share / 10 for share in range(9, 0, -1))
 #: Balances that are tried next if the best one is the first or the last.
 FINER = {0.9: (0.95, 0.98, 0.99), 0.1: (0.05, 0.02, 0.01)}
 
+#: What a merge gets afterwards: nothing but BatchNorm statistics, REPAIR without BatchNorm, or a refit.
+FINISHES = ("", " + repair", " + refit", " + refit, own data")
 
 METHODS = (
     "parents",
     "ensemble",
     "average",
-    *(f"{space} {mode}{finish}" for mode in MODES for space in SPACES for finish in ("", " + repair", " + refit")),
+    *(f"{space} {mode}{finish}" for mode in MODES for space in SPACES for finish in FINISHES),
 )
 
 #: Returns scores in percent by name. Takes one model per task, or the same model twice.
@@ -42,6 +44,8 @@ class Setting:
         Specification of the networks.
     merging
         Training inputs without labels, for activations, BatchNorm statistics and refit.
+    own
+        The same inputs, split by the network that was trained on such data; None if all were trained on the same.
     test
         Returns the scores of models on test data.
     objective
@@ -54,6 +58,7 @@ class Setting:
 
     spec: mudsc_fast.PermutationSpec
     merging: Iterable[Any]
+    own: Sequence[Iterable[Any]] | None
     test: Scores
     objective: Callable[[nn.Module], float]
     cosine: bool
@@ -89,7 +94,7 @@ def outcomes(models: Sequence[nn.Module], setting: Setting, done: Sequence[str])
     for mode in MODES:
         for space in SPACES:
             name = f"{space} {mode}"
-            if all(method in done for method in _methods(name, models[0])):
+            if all(method in done for method in _methods(name, models[0], setting)):
                 continue
             if mode not in statistics and space != "weight":
                 statistics[mode] = collected(prepared, setting, mode)
@@ -99,8 +104,10 @@ def outcomes(models: Sequence[nn.Module], setting: Setting, done: Sequence[str])
             yield from _finished(name, result, prepared, setting, seconds, done)
 
 
-def _methods(name: str, model: nn.Module) -> list[str]:
-    return [name, *([] if has_batch_norm(model) else [f"{name} + repair"]), f"{name} + refit"]
+def _methods(name: str, model: nn.Module, setting: Setting) -> list[str]:
+    """Return the methods that finish a merge of networks such as this one."""
+    left_out = {" + repair": has_batch_norm(model), " + refit, own data": setting.own is None}
+    return [name + finish for finish in FINISHES if not left_out.get(finish, False)]
 
 
 def collected(models: Sequence[nn.Module], setting: Setting, mode: mudsc_fast.Mode) -> mudsc_fast.MatchingStatistics:
@@ -142,24 +149,27 @@ def _finished(
     seconds: float,
     done: Sequence[str],
 ) -> Iterator[Outcome]:
-    """Yield the merge itself with BatchNorm recomputed, after REPAIR if there is no BatchNorm, and after refit."""
-    assert result.model is not None
-    merged = result.model
-    finishes: dict[str, Callable[[], nn.Module | None]] = {name: lambda: normalized(merged, setting)}
-    if not has_batch_norm(merged):
-        finishes[f"{name} + repair"] = lambda: (
-            mudsc_fast.repair(result, models, setting.merging, missing_bias="add").model
-        )
-    finishes[f"{name} + refit"] = lambda: (
-        mudsc_fast.refit(result, models, setting.merging, outputs="cosine" if setting.cosine else "values").model
-    )
-    for method, finish in finishes.items():
+    """Yield the merge itself with BatchNorm recomputed, after REPAIR if there is no BatchNorm, and after refits."""
+    for method in _methods(name, models[0], setting):
         if method not in done:
             began = time.perf_counter()
-            finished = finish()
-            assert finished is not None
+            finished = _finish(method.removeprefix(name), result, models, setting)
             spent = seconds + time.perf_counter() - began
             yield Outcome(method, setting.test(_twice(finished)), result.balance, spent)
+
+
+def _finish(finish: str, result: mudsc_fast.MergeResult, models: Sequence[nn.Module], setting: Setting) -> nn.Module:
+    assert result.model is not None
+    if not finish:
+        return normalized(result.model, setting)
+    if finish == " + repair":
+        finished = mudsc_fast.repair(result, models, setting.merging, missing_bias="add").model
+    else:
+        data = setting.merging if finish == " + refit" else setting.own
+        assert data is not None
+        finished = mudsc_fast.refit(result, models, data, outputs="cosine" if setting.cosine else "values").model
+    assert finished is not None
+    return finished
 
 
 def _twice(model: nn.Module) -> tuple[nn.Module, nn.Module]:

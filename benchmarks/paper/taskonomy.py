@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
         setting = Setting(
             spec=spec,
             merging=merging,
+            own=None,  # all networks were trained on the same images
             test=lambda models, pair=pair: _scores(pair, models, scales),  # type: ignore[misc]
             objective=lambda model, pair=pair: _scores(pair, (model, model), searched)["mean"],  # type: ignore[misc]
             cosine=False,
