@@ -19,7 +19,7 @@ from mudsc_fast.refitting.gram import GramSums
 from mudsc_fast.refitting.graph import Layer, Skipped, find_layers, is_layer_call, undo
 from mudsc_fast.refitting.network import Network, Progress, norm_affine, norm_epsilon
 from mudsc_fast.refitting.parents import ParentTargets
-from mudsc_fast.refitting.rows import Places, Sampler, product
+from mudsc_fast.refitting.rows import Places, Sampler, layer_outputs
 from mudsc_fast.refitting.solve import Solution, solve, solve_few
 from mudsc_fast.refitting.tape import Tape, shallow_first
 from mudsc_fast.refitting.targets import UnitTargets
@@ -197,7 +197,7 @@ class Fitter:
         """Return the network's present value at the target, and the factors of the layer's output, if any."""
         tape = self._merged.tapes[batch]
         fixed = self._merged.fixed(batch)
-        current = product(sampler.matrix(), inputs)
+        current = layer_outputs(sampler.matrix(), inputs)
         own_bias = layer.call.name != "mm" and layer.bias is not None
         if own_bias and layer.bias is not None:
             current = current + fixed[layer.bias]

@@ -189,7 +189,7 @@ class GramSums:
         inputs, residuals = (part.sub_(shift) for part, shift in zip(parts, self._shifts, strict=True))
         with self._alone.computing_in(self._workspace):
             self._alone.update(inputs, channel_axis=1)
-        self._cross += product(inputs.T, residuals)
+        self._cross += matmul_without_overflow(inputs.T, residuals)
         sums = self._sums
         sums.mean_residuals.add_(residuals.sum(0, dtype=torch.float64))  # divided by the number of samples at the end
         sums.squares.add_(torch.linalg.vector_norm(residuals, dtype=torch.float64).square())
@@ -218,7 +218,7 @@ class GramSums:
         )
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def matmul_without_overflow(left: Tensor, right: Tensor) -> Tensor:
     """Return the matrix product in the dtype of the factors, or in float64 if float32 cannot hold it."""
     limit = torch.finfo(left.dtype).max / max(left.shape[1], 1)
     if left.dtype == torch.float32 and not _largest(left) * _largest(right) < limit:
@@ -232,7 +232,7 @@ def symmetric_product(rows: Tensor) -> Tensor:
     result = rows.new_empty(count, count, dtype=torch.float64)
     for first in range(0, count, _BLOCK):
         last = min(first + _BLOCK, count)
-        result[first:last, first:] = product(rows[first:last], rows[first:].T)
+        result[first:last, first:] = matmul_without_overflow(rows[first:last], rows[first:].T)
         result[last:, first:last] = result[first:last, last:].T
     return result
 

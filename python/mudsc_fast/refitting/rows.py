@@ -204,7 +204,7 @@ class Sampler:
         return functional.batch_norm(value, mean, variance, eps=norm_epsilon(self._layer.call))
 
 
-def product(matrix: Tensor, inputs: Tensor) -> Tensor:
+def layer_outputs(matrix: Tensor, inputs: Tensor) -> Tensor:
     """Return the outputs [samples, outputs] of a layer's matrix for inputs [groups, samples, inputs]."""
     if len(matrix) == 1:
         return inputs[0] @ matrix[0].T
