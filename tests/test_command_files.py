@@ -357,11 +357,9 @@ def test_names_of_gpt2_without_its_prefix() -> None:
         (VisionTransformer, "vit:num_heads=5", "not those of the family vit: width must be a multiple of num_heads"),
         (VisionTransformer, "vit:heads=3,num_heads=3", "no number 'heads'; it takes: num_heads"),
         (VisionTransformer, "vit:num_heads", r"must be NAME:number=value,..., got 'num_heads'"),
-        (
-            VisionTransformer,
-            "swim",
-            "spec names the unknown family 'swim': expected one of bert, clip",
-        ),
+        (VisionTransformer, "swim", r"spec must name a family, .* got 'swim'; did you mean 'swin'\?"),
+        (VisionTransformer, "resnet18", r"got 'resnet18'; did you mean 'resnet'\?"),
+        (VisionTransformer, "rubbish", "got 'rubbish'; there are 'bert', .* 'vit_huggingface'$"),
         (VisionTransformer, "resnet", "not those of the family resnet"),
         (
             lambda: nn.Sequential(nn.Conv2d(1, 2, 3)),

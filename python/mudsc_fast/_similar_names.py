@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-_MAX_LISTED = 10
+_MAX_LISTED = 12
 
 
 def similar_names(given: str, tensors: Iterable[str], others: Sequence[str] = ()) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mudsc_fast._similar_names import similar_names
 from mudsc_fast.spec.families.bert import bert
 from mudsc_fast.spec.families.clip import Tower, clip_huggingface, clip_openai
 from mudsc_fast.spec.families.gpt2 import gpt2
@@ -51,7 +52,8 @@ def build_family(name: str, numbers: Mapping[str, int], tensors: Tensors, config
     """
     if name not in _FAMILIES:
         raise ValueError(
-            f"spec names the unknown family {name!r}: expected one of {family_names()}, 'derive', or a .json file"
+            f"spec must name a family, 'derive', or a .json file, got {name!r}; "
+            + similar_names(name, (), sorted(_FAMILIES))
         )
     options = _Options(name, numbers, config)
     try:
