@@ -71,7 +71,14 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows errors in one line, without the fifteen lines of a subcommand's usage."""
+    """Shows errors in one line that names the subcommand, without the fifteen lines of its usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """Parse the arguments, and refuse unknown ones here, where the subcommand is known."""
+        given, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return given, unknown
 
     def error(self, message: str) -> NoReturn:
         """Show an error in the form of all errors of the command, and exit."""
