@@ -19,6 +19,7 @@ import torch
 
 import mudsc_fast
 from mudsc_fast import cli
+from mudsc_fast._forward import FORWARD_HINT
 from mudsc_fast.command.terminal import as_options
 from mudsc_fast.io import CheckpointError, atomic_path, merge_checkpoints, open_checkpoint
 from mudsc_fast.io.writing import parse_size
@@ -224,7 +225,7 @@ def narrow() -> list[torch.Tensor]:
         (["--data", f"{__name__}:no_batches"], "has no config.json: pass --model, a function that builds the model"),
         (["--data", f"{__name__}:no_batches", "--model", "networks:make_mlp"], "must yield at least one batch"),
         (["--data", f"{__name__}:broken", "--model", "networks:make_mlp"], "the disk of the data is gone"),
-        (["--data", f"{__name__}:narrow", "--model", "networks:make_mlp"], "Sequential cannot run on the first batch"),
+        (["--data", f"{__name__}:narrow", "--model", "networks:make_mlp"], "Sequential cannot run on batch 0"),
         (
             ["--data", f"{__name__}:narrow", "--model", "networks:make_mlp", "--spec", "mlp"],
             "running the networks on the data failed",
@@ -441,6 +442,7 @@ def test_memory_does_not_grow_with_model_size(tmp_path: Path) -> None:
         ("3 weights differ: weights are averaged", "3 weights differ: weights are averaged"),
         ("Pass data and the models as modules: the", "Pass --data and --model: the"),
         ("pass spec: a PermutationSpec, the path of", "pass --spec: the path of"),
+        (f"Pass batches that the model takes{FORWARD_HINT}", "Pass batches that the model takes"),
     ],
 )
 def test_messages_name_options(message: str, shown: str) -> None:
@@ -450,6 +452,7 @@ def test_messages_name_options(message: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["inspect", "--json", "a"], "unrecognized arguments: --json"),
         (["merge", "a", "--output", "o"], "expected two or more networks to merge, got 1: a"),
         (["merge", "a", "b"], "the following arguments are required: --output"),
         (["merge", "a", "b", "--output", "o", "--mode", "x"], "argument --mode: invalid choice: 'x'"),
@@ -462,6 +465,6 @@ def test_wrong_arguments_are_an_error_of_one_line(
         cli.main(arguments)
     assert raised.value.code == 2
     shown = capsys.readouterr().err
-    assert shown.startswith(f"mudsc-fast merge: error: {message}")
-    assert shown.endswith("(mudsc-fast merge --help shows the options)\n")
+    assert shown.startswith(f"mudsc-fast {arguments[0]}: error: {message}")
+    assert shown.endswith(f"(mudsc-fast {arguments[0]} --help shows the options)\n")
     assert shown.count("\n") == 1

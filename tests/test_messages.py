@@ -72,7 +72,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "data of another width": (
         lambda: mudsc_fast.merge(pair(), data(width=21)),
         ValueError,
-        r"Sequential cannot run on the first batch of data: RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+        r"Sequential cannot run on batch 0 \(float32 \[\d+, 21\]\): RuntimeError: mat1 and mat2 shapes cannot be",
     ),
     "a dict as spec": (
         lambda: mudsc_fast.merge(pair(), spec=cast(Any, MLP_AXES)),
@@ -123,6 +123,38 @@ def test_mistakes(mistake: str) -> None:
     call, error, message = MISTAKES[mistake]
     with pytest.raises(error, match=message):
         call()
+
+
+RUNS: dict[str, Callable[[Any, Any], Any]] = {
+    "match": mudsc_fast.match,
+    "merge": mudsc_fast.merge,
+    "collect_statistics": mudsc_fast.collect_statistics,
+    "search_balance": lambda models, data: mudsc_fast.search_balance(models, data, score=lambda _: 0.0),
+    "repair": lambda models, data: mudsc_fast.repair(mudsc_fast.merge(models, data[:1]), models, data),
+    "refit": lambda models, data: mudsc_fast.refit(mudsc_fast.merge(models, data[:1]), models, data),
+    "reset_batch_norm": lambda models, data: mudsc_fast.reset_batch_norm(models[0], data),
+    "accuracy": lambda models, data: mudsc_fast.evaluate.joint_accuracy(
+        models[0], [(x, torch.zeros(len(x)).long()) for x in data]
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_batch_of_wrong_shape(run: Callable[[Any, Any], Any]) -> None:
+    models = [nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 4)) for _ in range(2)]
+    message = r"Sequential cannot run on batch 1 \(float32 \[9, 21\]\): .*shapes cannot be multiplied .*\. Pass batches"
+    with pytest.raises(ValueError, match=message) as caught:
+        run(models, [*data(), torch.randn(9, 21)])
+    assert type(caught.value.__cause__) is RuntimeError
+
+
+def test_batch_that_forward_cannot_use() -> None:
+    batch = {"image": data()[0], "names": ["a"] * 40}
+    message = (
+        r"on batch 0 \(\{'image': float32 \[40, 20\], 'names': \(str, .*, \.\.\.\)\}\): KeyError: 'pixels'\. Change"
+    )
+    with pytest.raises(ValueError, match=message):
+        mudsc_fast.match(pair(), [batch], spec=MLP_SPEC, forward=lambda model, batch: model(batch["pixels"]))
 
 
 def test_transformers_with_a_broken_dependency() -> None:

@@ -373,7 +373,7 @@ def test_pooling_to_one_position_keeps_channels_last() -> None:
         torch.manual_seed(seed)
         models.append(Pooled())
     laid_out = batches[0].contiguous(memory_format=torch.channels_last)
-    tape, _ = record(models[0], laid_out, None, None)
+    tape, _ = record(models[0], laid_out, 0, None, None)
     assert not any(call.name.startswith("as_strided") for call in tape.calls)
     merged = mudsc_fast.merge(models, batches, spec=make_spec(models[0], batches), mode="zip")
     refitted = mudsc_fast.refit(merged, models, batches)

@@ -14,37 +14,73 @@ from torch import Tensor, nn
 #: Runs a model on one batch, e.g. ``lambda model, batch: model(batch["pixels"])``.
 Forward = Callable[[nn.Module, Any], object]
 
+#: What messages add for those who can pass `forward`, which the command has no option for.
+FORWARD_HINT = ", or forward=, e.g. forward=lambda model, batch: model(batch['image'])"
 
-def run_on_batch(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None) -> object:
+_MAX_LISTED = 8
+
+
+class HookError(ValueError):
+    """An error of a hook of this package in a model that runs on a batch, with a message that needs no addition."""
+
+
+def run_on_batch(model: nn.Module, batch: Any, index: int, device: torch.device, forward: Forward | None) -> object:
     """Move a batch to `device`, run a model on it, and return the result.
 
     Without `forward`, a tensor is the model's only argument, and a dict holds its keyword arguments. Of a tuple or
-    list, only the first entry is used, in the same way.
+    list, only the first entry is used, in the same way. `index` is the number of the batch, for error messages.
 
     Raises
     ------
     TypeError
-        If there is no `forward` and the batch is neither.
+        If there is no `forward` and the batch is neither, or the model raises it, or the batch has another dtype.
+    ValueError
+        If the model cannot run on the batch, e.g. because of its shape.
     """
     moved = to_device(batch, device)
-    inputs = None if forward is not None else inputs_of(moved)
+    content = moved if forward is not None else inputs_of(moved)
     # torch's fast path for attention hands nested tensors to the modules inside, which cannot be observed.
-    with without_attention_fast_path():
+    with without_attention_fast_path(), explain_failure(model, content, index, forward):
         if forward is not None:
-            return forward(model, moved)
-        try:
-            return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        except RuntimeError as error:
-            _check_dtype(model, inputs, error)
-            raise
-        except TypeError as error:  # usually missing or unexpected arguments
-            raise TypeError(
-                f"the model cannot run on a batch as data yields it: {error}. Pass forward=, e.g. "
-                "forward=lambda model, batch: model(batch['image'])"
-            ) from error
+            return forward(model, content)
+        return model(**content) if isinstance(content, Mapping) else model(content)
 
 
-def _check_dtype(model: nn.Module, inputs: Tensor | Mapping[str, Any] | None, error: RuntimeError) -> None:
+@contextmanager
+def explain_failure(model: nn.Module, batch: Any, index: int, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Convert the errors of a model that runs on a batch to errors that name the batch and say what to do."""
+    try:
+        yield
+    except (HookError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if forward is None and isinstance(error, RuntimeError):
+            _check_dtype(model, batch, error)
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{type(model).__name__} cannot run on batch {index} ({_describe(batch)}): "
+            f"{type(error).__name__}: {error}. "
+            + (f"Pass batches that the model takes{FORWARD_HINT}" if forward is None else "Change data or forward")
+        ) from error
+
+
+def _describe(batch: Any) -> str:
+    """Return the shapes and dtypes of the tensors in a batch."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        entries = [f"{name!r}: {_describe(value)}" for name, value in batch.items()]
+        brackets = "{}"
+    elif isinstance(batch, (tuple, list)):
+        entries = [_describe(value) for value in batch]
+        brackets = "()"
+    else:
+        return type(batch).__name__
+    more = ", ..." if len(entries) > _MAX_LISTED else ""
+    return brackets[0] + ", ".join(entries[:_MAX_LISTED]) + more + brackets[1]
+
+
+def _check_dtype(model: nn.Module, inputs: Tensor | Mapping[str, Any], error: RuntimeError) -> None:
     """Raise a TypeError if a model failed on floating point numbers of another dtype than its parameters."""
     values = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
     given = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}

@@ -70,7 +70,7 @@ def reset_batch_norm(
         averages = {name: stack.enter_context(_Average(layer)) for name, layer in layers.items()}
         num_batches = 0
         for batch in progress_bar(data, description="batch norm", progress=progress):
-            run_on_batch(model, batch, device, forward)
+            run_on_batch(model, batch, num_batches, device, forward)
             num_batches += 1
         if num_batches == 0:
             raise ValueError("data must yield at least one batch, got none")

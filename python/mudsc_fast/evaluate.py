@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mudsc_fast._checks import check_tensor
 from mudsc_fast._copy import copy_module
-from mudsc_fast._forward import check_batches, inputs_of, preserve_training_mode, to_device
+from mudsc_fast._forward import check_batches, explain_failure, inputs_of, preserve_training_mode, to_device
 from mudsc_fast._progress import progress_bar
 
 #: Returns the outputs of a model for one batch, [B, K]. Labels are read from the batch separately.
@@ -237,10 +237,13 @@ def _scored_batches(
     empty = True
     with preserve_training_mode(model), torch.no_grad():
         model.eval()
-        for batch in progress_bar(data, description="evaluation", progress=progress):
+        for index, batch in enumerate(progress_bar(data, description="evaluation", progress=progress)):
             labels = _labels_of(batch)
             moved = to_device(batch, device)
-            outputs = _tensor_of(_call(model, moved) if forward is None else forward(model, moved))
+            content = moved if forward is not None else inputs_of(moved)
+            with explain_failure(model, content, index, forward):
+                result = _call(model, content) if forward is None else forward(model, content)
+            outputs = _tensor_of(result)
             scores = outputs if directions is None else _cosines(outputs, directions)
             if scores.ndim != 2 or len(scores) != len(labels):
                 raise ValueError(
@@ -257,8 +260,7 @@ def _scored_batches(
         raise ValueError("data must yield at least one sample, got none")
 
 
-def _call(model: nn.Module, batch: Any) -> object:
-    inputs = inputs_of(batch)
+def _call(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> object:
     if isinstance(inputs, Mapping):
         return model(**{name: value for name, value in inputs.items() if name != "labels"})
     return model(inputs)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mudsc_fast._checks import check_choice, check_finite
 from mudsc_fast._copy import copy_module
-from mudsc_fast._forward import Forward, check_batches, preserve_training_mode, run_on_batch
+from mudsc_fast._forward import Forward, HookError, check_batches, preserve_training_mode, run_on_batch
 from mudsc_fast._progress import progress_bar
 from mudsc_fast._tensors import with_metadata
 from mudsc_fast.matching.apply import reindex
@@ -108,7 +108,7 @@ def repair(
             stack.enter_context(preserve_training_mode(model))
             model.eval()
         for batch in progress_bar(data, description="repair", progress=progress):
-            observer.run(batch, target_of, forward)
+            observer.run(batch, num_batches, target_of, forward)
             num_batches += 1
         if num_batches == 0:
             raise ValueError("data must yield at least one batch, got none")
@@ -218,8 +218,8 @@ class _Observer:
         self.of_merged: dict[str, _Moments] = {}
         self.of_models: dict[str, list[_Moments]] = {}
 
-    def run(self, batch: Any, target_of: TargetOfLayer, forward: Forward | None) -> None:
-        """Run all networks on a batch; the merged network's layers get the models' moments of that batch."""
+    def run(self, batch: Any, index: int, target_of: TargetOfLayer, forward: Forward | None) -> None:
+        """Run all networks on batch `index`; the merged network's layers get the models' moments of that batch."""
         calls: list[dict[str, list[_Moments]]] = []
         for model in self._models:
             calls.append({name: [] for name in self._layers})
@@ -227,7 +227,7 @@ class _Observer:
             def keep(name: str, output: Tensor, seen: dict[str, list[_Moments]] = calls[-1]) -> None:
                 seen[name].append(self._moments(name, output))
 
-            self._run_hooked(model, keep, batch, forward)
+            self._run_hooked(model, keep, batch, index, forward)
         targets: dict[str, list[_Moments]] = {}
         for name in self._layers:
             times = [len(seen[name]) for seen in calls]
@@ -243,18 +243,23 @@ class _Observer:
             moments = self._moments(name, output)
             self.of_merged[name] = moments.joined(self.of_merged.get(name))
             if not targets[name]:
-                raise ValueError(f"layer {name!r} was called more often by the merged network than by the models")
+                raise HookError(f"layer {name!r} was called more often by the merged network than by the models")
             scale, shift = _affine(moments, targets[name].pop(0))
             shape = [-1] + [1] * (-1 - self._layers[name].output_axis)
             return output * scale.to(output.dtype).view(shape) + shift.to(output.dtype).view(shape)
 
-        self._run_hooked(self._merged, correct, batch, forward)
+        self._run_hooked(self._merged, correct, batch, index, forward)
 
     def _moments(self, name: str, output: Tensor) -> _Moments:
         return _Moments.of(output, self._layers[name].output_axis)
 
     def _run_hooked(
-        self, model: nn.Module, hook: Callable[[str, Tensor], Tensor | None], batch: Any, forward: Forward | None
+        self,
+        model: nn.Module,
+        hook: Callable[[str, Tensor], Tensor | None],
+        batch: Any,
+        index: int,
+        forward: Forward | None,
     ) -> None:
         """Run a model on a batch; what the hook returns for a layer replaces its output."""
         device = next(iter(model.state_dict().values())).device
@@ -264,7 +269,7 @@ class _Observer:
                     lambda _module, _args, output, name=name: hook(name, output)
                 )
                 stack.callback(handle.remove)
-            run_on_batch(model, batch, device, forward)
+            run_on_batch(model, batch, index, device, forward)
 
 
 def _target(layer: _Layer, moments: Sequence[_Moments], result: MergeResult, device: torch.device) -> _Moments:

@@ -169,7 +169,7 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor] | str:
         with users_code("running the model on the data"):
             handle = model.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
             try:
-                run_on_batch(model, batch, torch.device("cpu"), None)
+                run_on_batch(model, batch, 0, torch.device("cpu"), None)
             finally:
                 handle.remove()
         return _ordered(seen[0], model)

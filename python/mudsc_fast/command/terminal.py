@@ -8,6 +8,8 @@ import re
 import sys
 from types import TracebackType
 
+from mudsc_fast._forward import FORWARD_HINT
+
 _COLORS = {"error": "31", "warning": "33", "hint": "36"}
 
 _LOGGER = logging.getLogger("mudsc_fast")
@@ -21,7 +23,12 @@ _ARGUMENT = (
 )
 
 #: What the command has in place of objects of Python.
-_WORDS = {"verify=False": "--no-verify", "the models as modules": "--model", "spec: a PermutationSpec, ": "spec: "}
+_WORDS = {
+    "verify=False": "--no-verify",
+    "the models as modules": "--model",
+    "spec: a PermutationSpec, ": "spec: ",
+    FORWARD_HINT: "",
+}
 
 #: An argument of Python in a message: ``spec='mlp'``, ``pass data`` or ``weights must ...`` at the beginning of a line.
 _GIVEN = re.compile(

@@ -33,9 +33,9 @@ def activation_similarities(
             for node, described in network.nodes.items():
                 for index, look in enumerate(described.looks):
                     stack.callback(_observe(net, look, features, (node, index)))
-        for batch in batches:
+        for index, batch in enumerate(batches):
             for net in nets:
-                run_on_batch(net, batch, device, None)
+                run_on_batch(net, batch, index, device, None)
             for node, metric in metrics.items():
                 looks = range(len(network.nodes[node].looks))
                 stacked = [torch.stack([features[node, i].float() for i in looks], -1) for features in seen]

@@ -175,7 +175,7 @@ def _collect_own(
             model.eval()
             stack.enter_context(observer.attached())
         for batch in progress_bar(data, description="activations", progress=progress):
-            seen = [observer.run(batch, forward) for observer in observers]
+            seen = [observer.run(batch, num_batches, forward) for observer in observers]
             if isinstance(data, _InStep) and not data.is_own:
                 continue
             num_batches += 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mudsc_fast._forward import Forward, run_on_batch
+from mudsc_fast._forward import Forward, HookError, run_on_batch
 from mudsc_fast.spec.observation import Observation
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 from mudsc_fast.spec.validation import port_problems
@@ -81,12 +81,12 @@ class Observer:
                     stack.callback(handle.remove)
             yield
 
-    def run(self, batch: Any, forward: Forward | None) -> dict[str, list[Feature]]:
-        """Run the model on a batch and return the features of each node."""
+    def run(self, batch: Any, index: int, forward: Forward | None) -> dict[str, list[Feature]]:
+        """Run the model on batch `index` and return the features of each node."""
         features_of_node: dict[str, list[Feature]] = {node: [] for node in self._observations}
         self._features = features_of_node
         try:
-            run_on_batch(self._model, batch, self._device, forward)
+            run_on_batch(self._model, batch, index, self._device, forward)
         finally:
             self._features = {}
         for node, features in features_of_node.items():
@@ -103,9 +103,9 @@ class Observer:
                 return
             value = next((v for v in values if isinstance(v, Tensor)), None)
             if value is None:
-                raise ValueError(f"the {observation.port} of {observation.module!r} holds no tensor to observe")
+                raise HookError(f"the {observation.port} of {observation.module!r} holds no tensor to observe")
             if torch._C._functorch.is_batchedtensor(value):
-                raise ValueError(
+                raise HookError(
                     f"node {node!r} is observed at {observation.module!r}, which runs inside torch.vmap: observe it at "
                     "a module outside, or match with space='weight'"
                 )
@@ -116,7 +116,7 @@ class Observer:
                 fits = observation.start + observation.width <= shape[position]
                 value = value.narrow(position, observation.start, observation.width) if fits else value
             if not fits or value.shape[position] != expected:
-                raise ValueError(
+                raise HookError(
                     f"node {node!r} has {self._units[node]} units, but the {observation.port} of "
                     f"{observation.module!r} has shape {shape}, {expected} entries expected on axis {position}"
                 )

@@ -118,7 +118,7 @@ class _Permutable:
         try:
             with preserve_training_mode(model), torch.no_grad():
                 model.eval()
-                returned = run_on_batch(model, self._batch, device, self._forward)
+                returned = run_on_batch(model, self._batch, 0, device, self._forward)
         finally:
             handle.remove()
         leaves = tree_leaves([ordered_outputs(output) for output in seen] if seen else returned)

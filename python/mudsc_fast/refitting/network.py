@@ -56,7 +56,7 @@ class Network:
         for index, batch in enumerate(batches):
             key = _signature(batch)
             if key not in tapes:
-                tapes[key], self._recorded[index] = record(model, batch, forward, keep)
+                tapes[key], self._recorded[index] = record(model, batch, index, forward, keep)
             self.tapes.append(tapes[key])
 
     def use(self, tapes: Sequence[Tape]) -> None:

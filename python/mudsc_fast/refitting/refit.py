@@ -241,7 +241,7 @@ class _Run:
         if any(isinstance(tensor, Tensor) and tensor.ndim in CHANNELS_LAST for tensor in tensors):
             try:
                 networks = self._record(models, [_channels_last(batch.content) for batch in batches])
-            except RuntimeError:  # e.g. from a view that needs the default layout; other errors recur below
+            except (RuntimeError, ValueError):  # e.g. a view needs the default layout; others recur below
                 networks = []
             tapes = [tape for network in networks for tape in network.tapes]
             if tapes and not any(call.name == "as_strided" for tape in tapes for call in tape.calls):

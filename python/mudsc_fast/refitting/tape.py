@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mudsc_fast._forward import Forward, preserve_training_mode, run_on_batch
+from mudsc_fast._forward import Forward, HookError, preserve_training_mode, run_on_batch
 
 #: What a value depends on: the batch, only parameters, or neither.
 Source = Literal["data", "parameters", "constants"]
@@ -187,9 +187,9 @@ def shallow_first(tape: Tape, is_layer: Callable[[Call], bool]) -> list[int]:
 
 
 def record(
-    model: nn.Module, batch: Any, forward: Forward | None, keep: Callable[[Call], bool] | None
+    model: nn.Module, batch: Any, index: int, forward: Forward | None, keep: Callable[[Call], bool] | None
 ) -> tuple[Tape, dict[int, Tensor]]:
-    """Run a model on a batch on its device, and return the tape and the results of the calls to keep.
+    """Run a model on batch `index` on its device, and return the tape and the results of the calls to keep.
 
     Meanwhile all activations of this batch stay in memory. Results that the model overwrites later are not returned.
 
@@ -202,7 +202,7 @@ def record(
     recorder = _Recorder({id(tensor): name for name, tensor in reversed(list(tensors.items()))}, batch)
     with preserve_training_mode(model), torch.no_grad(), recorder:
         model.eval()
-        run_on_batch(model, batch, next(iter(tensors.values())).device, forward)
+        run_on_batch(model, batch, index, next(iter(tensors.values())).device, forward)
     tape = recorder.finish()
     return tape, {} if keep is None else recorder.results([call for call in tape.calls if keep(call)])
 
@@ -249,7 +249,7 @@ class _Recorder(TorchDispatchMode):
                 self._note_memory(outputs[-1], arguments, written)
         if written and source != "constants":
             if operator is None or len(written) > 1 or not any(result is tensor for tensor in written):
-                raise ValueError(
+                raise HookError(
                     f"refit cannot replay the in-place operator {func} that the model runs: use its out-of-place "
                     "variant, or pass a forward that runs only the layers to refit"
                 )
