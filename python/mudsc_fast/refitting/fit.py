@@ -83,7 +83,7 @@ class Fitter:
         self._merged, self._parents, self._settings = merged, parents, settings
         self._held_out = held_out
         self._workspace = Workspace()
-        self._order_alike()
+        self._use_one_order()
         self._layers: dict[int, list[Layer]] = {}
         self.skipped: list[Skipped] = []
         self._last_ridge: float | None = None
@@ -144,7 +144,7 @@ class Fitter:
     def _solve(
         self, fitted: GramSums, held_out: GramSums, name: str, has_bias: bool
     ) -> tuple[Solution, int, OutputStatistics]:
-        """Return the change of a layer, the number of samples, and what computes statistics of its new outputs."""
+        """Return the change of a layer, the number of samples, and a function for the statistics of its new outputs."""
         ridges, few = self._settings.ridges, [part for part in (fitted.buffered(), held_out.buffered()) if part]
         samples = sum(len(inputs) for inputs, _ in few)
         # Products of samples cost less than products of inputs if there are fewer of them.
@@ -194,7 +194,7 @@ class Fitter:
         inputs: Tensor,
         places: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the network's present value at the target, and the factors of the layer's output, if any."""
+        """Return the network's current value at the target, and the factors of the layer's output, if any."""
         tape = self._merged.tapes[batch]
         fixed = self._merged.fixed(batch)
         current = layer_outputs(sampler.matrix(), inputs)
@@ -264,8 +264,8 @@ class Fitter:
         read = {value for call in tape.calls for value in call.inputs}
         return layer.target not in read
 
-    def _order_alike(self) -> None:
-        """Check that all networks run the same operators, and let all compute them in one order."""
+    def _use_one_order(self) -> None:
+        """Check that all networks run the same operators, and put them into one order for all networks."""
         for index, parent in enumerate(self._parents):
             for own, other in zip(self._merged.tapes, parent.tapes, strict=True):
                 if _flow(own) != _flow(other):
@@ -274,11 +274,11 @@ class Fitter:
                         raise ValueError(
                             f"models[{index}] must run the same operators as models[0] on each batch, but one of them "
                             f"has {min(names)!r}, which the other lacks. Refit the common backbone only: pass a "
-                            "forward that runs no more of a model, e.g. "
-                            "forward=lambda model, batch: model.backbone(batch). Task heads then stay as they are"
+                            "forward that runs only the backbone, e.g. "
+                            "forward=lambda model, batch: model.backbone(batch). Task heads then do not change"
                         )
                     raise ValueError(
-                        f"models[{index}] must compute the same operators as the merged network on each batch, but it "
+                        f"models[{index}] must run the same operators as the merged network on each batch, but it "
                         "does not: control flow that depends on data or weights cannot be refitted"
                     )
         by_tape = {id(tape): shallow_first(tape, is_layer_call) for tape in self._merged.tapes}

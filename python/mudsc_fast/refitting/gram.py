@@ -111,7 +111,7 @@ class GramSums:
     workspace
         Scratch memory of an update.
     name
-        Name of these sums, unique among those that share the workspace at a time.
+        Name of these sums, unique among the sums that use the workspace at the same time.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class GramSums:
         self._num_buffered = 0
         #: Subtracted from inputs and residuals before they are multiplied: the means of the first samples.
         self._shifts: list[Tensor] = []
-        # Of a single group, these are sums about the shifts, and the accumulator has the products of the inputs.
+        # With a single group, these are sums about the shifts, and the accumulator has the products of the inputs.
         self._sums = Moments.zeros(groups, inputs if groups > 1 else 0, outputs, device)
         self._cross = torch.zeros(inputs if groups == 1 else 0, outputs, dtype=torch.float64, device=device)
 
@@ -180,7 +180,7 @@ class GramSums:
             return
         parts = [buffer[: self._num_buffered] for buffer in self._buffers]
         self._num_buffered = 0
-        # The accumulator would take NaN as 0, and raise an error of its own for infinity.
+        # The accumulator would treat NaN as 0, and raise its own error for infinity.
         self.is_finite &= all(is_finite(part) for part in parts)
         if not self.is_finite:
             return
@@ -227,7 +227,7 @@ def matmul_without_overflow(left: Tensor, right: Tensor) -> Tensor:
 
 
 def symmetric_product(rows: Tensor) -> Tensor:
-    """Return rows @ rows.T as float64, computed in blocks of rows that leave out most of one half."""
+    """Return rows @ rows.T as float64, computed in blocks of rows that skip most of one half."""
     count = len(rows)
     result = rows.new_empty(count, count, dtype=torch.float64)
     for first in range(0, count, _BLOCK):

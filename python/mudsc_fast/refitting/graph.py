@@ -96,12 +96,12 @@ class Skipped:
 
 
 def is_layer_call(call: Call) -> bool:
-    """Return whether an operator is linear in a parameter, by its name alone."""
+    """Return whether an operator may be linear in a parameter, judged by its name."""
     return call.name in ("addmm", "mm", "linear", "convolution")
 
 
 def may_be_target(call: Call) -> bool:
-    """Return whether what an operator computes may be the target of a layer, by its name alone."""
+    """Return whether the result of an operator may be the target of a layer, judged by its name."""
     return is_layer_call(call) or call.name in (*BATCH_NORMS, *_OTHER_NORMS, "add")
 
 
@@ -335,7 +335,7 @@ def _undo_move(call: Call, shape: tuple[int, ...], value: Tensor) -> Tensor:
 
 
 def output_entries(tape: Tape, weight: int, axis: int) -> tuple[str, int, Tensor]:
-    """Return the tensor of the state dict, its axis, and the entries of that axis that an axis of a weight stands for.
+    """Return the tensor of the state dict, its axis, and the entries of that axis that an axis of a weight represents.
 
     The weight may be a transposed tensor or a slice of one: the same operations are applied to the entries' indices.
     """
@@ -376,7 +376,7 @@ def _reason(call: Call) -> str:
     if "embedding" in call.name:
         return "it is an embedding table"
     if call.name in ("add", "mul", "sub", "div"):
-        return "it is added or multiplied entry by entry"
+        return "it is added or multiplied element-wise"
     if is_layer_call(call):
         return "another tensor of its layer is not fitted"
     return f"the operator {call.name} is not fitted"

@@ -95,8 +95,8 @@ class Network:
     ) -> dict[int, Tensor]:
         """Compute the calls from `begin` to `end` (exclusive), and return the values that later calls read.
 
-        The given values are not modified. `observe` has functions that are called with values as soon as these are
-        computed. They must not keep a value, because later calls may overwrite it.
+        The given values are not modified. `observe` maps values to functions that are called with them as soon as
+        they are computed. A function must not keep the value, because later calls may overwrite it.
         """
         tape = self.tapes[batch]
         steps, fixed = self._steps[id(tape)], self._fixed[id(tape)]
@@ -135,7 +135,7 @@ class Network:
 
 
 class Progress:
-    """Keeps how far each batch of several networks is computed, and the values needed to continue.
+    """Tracks how far each batch of several networks is computed, and keeps the values needed to continue.
 
     If these values exceed the memory, a batch is computed again from the last values that were kept.
 
@@ -273,9 +273,9 @@ def norm_affine(norm: Call, live: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]
 
 
 def norm_epsilon(norm: Call) -> float:
-    """Return what a BatchNorm adds to the variance."""
+    """Return the number that a BatchNorm adds to the variance."""
     named = norm.named
-    epsilon: float = named["eps"] if "eps" in named else named["epsilon"]  # of cuDNN and MIOpen
+    epsilon: float = named["eps"] if "eps" in named else named["epsilon"]  # the name that cuDNN and MIOpen use
     return epsilon
 
 

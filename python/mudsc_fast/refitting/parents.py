@@ -49,7 +49,7 @@ class ParentTargets:
         self._weights: dict[tuple[int, tuple[float, ...]], list[Tensor | None]] = {}
 
     def take(self, layer: int, batch: int) -> Tensor:
-        """Return [samples, outputs], the target of a layer in a batch. It can be taken once."""
+        """Return [samples, outputs], the target of a layer in a batch. Each target can be taken once."""
         if (layer, batch) not in self._known:
             self._compute(layer)
         target = self._known.pop((layer, batch))
@@ -85,7 +85,7 @@ class ParentTargets:
                     self._progress.networks[parent + 1].forget_recorded(batch)
 
     def _run(self, network: int, batch: int, end: int, observe: Mapping[int, Callable[[Tensor], None]]) -> None:
-        """Call each function with its value, recorded if possible, else computed by the calls up to `end`."""
+        """Call each function with its value, from the recording if possible, else computed by the calls up to `end`."""
         recorded = self._progress.networks[network].recorded(batch)
         if observe.keys() <= recorded.keys():
             for value, function in observe.items():
@@ -109,7 +109,7 @@ class ParentTargets:
         outputs = self._samplers(index)[batch].output(undo(layer.steps, shapes, value), self._places.of(index, batch))
         weights, members = self._weights_of(index, batch)[parent], self._targets[index].members[parent]
         target = self._known[index, batch]
-        assert weights is not None  # of those that are observed
+        assert weights is not None  # only parents with weights are observed
         assert members is not None
         target.index_add_(1, members.to(target.device), outputs.to(target) * weights.to(target))
 

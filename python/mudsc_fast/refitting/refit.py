@@ -298,7 +298,7 @@ class _Run:
 
 
 def _outputs_of(tape: Tape, layer: Layer) -> tuple[str, int, Tensor]:
-    """Return the tensor, its axis, and the entries of that axis that a layer's outputs stand for."""
+    """Return the tensor, its axis, and the entries of that axis that a layer's outputs represent."""
     if layer.kind == "norm" or layer.call.name == "linear":
         return output_entries(tape, layer.weight, 0)
     if layer.kind == "convolution":
@@ -366,7 +366,7 @@ def _layer_name(tensor: str) -> str:
 def _checked_ridges(ridge: float | Sequence[float]) -> tuple[float, ...]:
     values = tuple(ridge) if isinstance(ridge, Sequence) and not isinstance(ridge, str) else (ridge,)
     if not values:
-        raise ValueError("ridge must be a positive number or at least one, got none")
+        raise ValueError("ridge must be a positive number or a sequence of them, got an empty sequence")
     checked = tuple(check_number("ridge", value) for value in values)
     if min(checked) <= 0:
         raise ValueError(f"ridge must be positive, got {min(checked)}")

@@ -18,9 +18,9 @@ from torch.nn import functional
 from mudsc_fast.refitting.graph import Layer
 from mudsc_fast.refitting.network import norm_epsilon
 
-#: Number of rows of a fit: so many for each input, and at least so many in total.
+#: Number of rows of a fit: per input, and the minimum in total.
 _ROWS_PER_INPUT = 16
-_LEAST_ROWS = 8192
+_MIN_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Convolution:
         return index, inside
 
     def _along(self, axis: int, length: int, size: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """Return [places, taps]: what :meth:`_index` returns, of one axis."""
+        """Return [places, taps]: what :meth:`_index` returns, for one axis."""
         along, valid = _taps(
             (length, size),
             (self.kernel[axis], self.dilation[axis], self.stride[axis], self.padding[axis], self.spacing[axis]),
@@ -237,7 +237,7 @@ class Places:
     def _choose(self, layer: int) -> list[Tensor | None]:
         samplers = self._samplers(layer)
         total = sum(sampler.num_samples for sampler in samplers)
-        rows = max(_ROWS_PER_INPUT * samplers[0].matrix().shape[2], _LEAST_ROWS)
+        rows = max(_ROWS_PER_INPUT * samplers[0].matrix().shape[2], _MIN_ROWS)
         if self._max_rows is not None:
             rows = min(rows, self._max_rows)
         chosen: list[Tensor | None] = []

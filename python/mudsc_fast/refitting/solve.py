@@ -28,7 +28,7 @@ class Solution:
         [groups, outputs], float64. Zeros if the layer has no bias.
     ridge
         The ridge of the solution: the chosen one, or a larger one if it is too small to factorize the matrix. None if
-        no change is better than any.
+        it is best not to change the layer.
     error_before, error_after
         Mean over the samples of the squared residual, summed over the outputs.
     """
@@ -53,8 +53,9 @@ def solve(
 
     Minimizes E |r - D h - b|^2 + ridge * trace(G) / inputs * |D|^2 for residuals r, inputs h and G = E[h h^T]. If there
     is a bias b, moments are central and the bias is not penalized. Of several ridges, the one with the smallest error
-    on the held-out samples is used, or no change at all if that error is smaller still. The final fit uses all samples
-    and float64. The fits that are compared use float32 where their penalty is large enough for its precision.
+    on the held-out samples is used. If the error without a change is smaller, the layer does not change. The final fit
+    uses all samples and float64. The fits that are compared use float32 where their penalty is large enough for its
+    precision.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def solve(
     parts = [part if has_bias else part.about_zero() for part in (fitted, held_out, whole)]
     trials = _Trials(parts[0], parts[1], has_bias=has_bias) if fitted.count and held_out.count else None
     chosen = _choose_ridge(ridges, None if trials is None else trials.error, first)
-    before = _present_error(parts[2])
+    before = _unchanged_error(parts[2])
     if chosen is None:
         nothing = torch.zeros_like(parts[2].cross).transpose(1, 2)
         return Solution(nothing, torch.zeros_like(parts[2].mean_residuals), None, before, before)
@@ -148,7 +149,7 @@ def _coefficients(products: Tensor, residuals: Tensor, ridge: float, size: int) 
 
 
 def _first_finite(ridge: float, solution_with: Callable[[float], Tensor]) -> tuple[float, Tensor]:
-    """Return the solution with a ridge, or with the smallest power of ten times it that can be computed."""
+    """Multiply a ridge by 10 until its solution is finite, and return both."""
     while True:
         solution = solution_with(ridge)
         if is_finite(solution) or ridge > 1:
@@ -159,7 +160,7 @@ def _first_finite(ridge: float, solution_with: Callable[[float], Tensor]) -> tup
 def _choose_ridge(
     ridges: Sequence[float], held_out_error: Callable[[float | None], float] | None, first: float | None
 ) -> float | None:
-    """Return the ridge of the smallest held-out error, found by descent from the first one. None for no change."""
+    """Return the ridge with the smallest held-out error, found by descent from the first one. None for no change."""
     ordered = sorted(ridges)
     place = ordered.index(first) if first in ordered else len(ordered) // 2
     if held_out_error is None or len(ordered) == 1:
@@ -190,7 +191,7 @@ class _Trials:
     def error(self, ridge: float | None) -> float:
         """Return the mean of |r - D h - b|^2 over the held-out samples for a ridge, or without a change for None."""
         if ridge is None:
-            return _present_error(self._held_out)
+            return _unchanged_error(self._held_out)
         penalty = _penalty(self._fitted, ridge)
         if bool((penalty >= self._smallest).all()):
             if self._single is None:
@@ -217,7 +218,7 @@ def _penalty(moments: Moments, ridge: float) -> Tensor:
 
 
 def _solved(gram: Tensor, cross: Tensor, penalty: Tensor) -> Tensor:
-    """Return [groups, inputs, outputs], the solution of (G + penalty I) X = C. NaN if the matrix is not positive."""
+    """Return [groups, inputs, outputs], the solution of (G + penalty I) X = C. NaN if that is not positive definite."""
     penalized = gram.clone()
     penalized.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
     factor, info = torch.linalg.cholesky_ex(penalized)
@@ -231,7 +232,7 @@ def _bias(moments: Moments, weight: Tensor, has_bias: bool) -> Tensor:
     return moments.mean_residuals - (weight @ moments.mean_inputs[..., None])[..., 0]
 
 
-def _present_error(moments: Moments) -> float:
+def _unchanged_error(moments: Moments) -> float:
     """Return the mean of |r|^2 over the samples."""
     return float(moments.squares.sum() / moments.count + moments.mean_residuals.square().sum())
 

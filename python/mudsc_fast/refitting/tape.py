@@ -225,7 +225,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record a call while it runs."""
-        if func is torch.ops.aten.as_strided_.default and not kwargs and _keeps_numbers(*args):
+        if func is torch.ops.aten.as_strided_.default and not kwargs and _keeps_values(*args):
             return func(*args)
         flat, structure = pytree.tree_flatten((args, kwargs or {}))
         arguments = tuple(Ref(self._value(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in flat)
@@ -316,8 +316,8 @@ class _Recorder(TorchDispatchMode):
         return value
 
 
-def _keeps_numbers(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
-    """Return whether a tensor keeps its shape and numbers under other strides.
+def _keeps_values(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    """Return whether a tensor keeps its shape and values under other strides.
 
     AdaptiveAvgPool2d(1) changes the strides of the axes of length 1 if its input is in the layout channels_last.
     """

@@ -84,7 +84,7 @@ def task_entries(
     length: int,
     model: int,
 ) -> Tensor:
-    """Return [length] int64: as :func:`shared_entries`, for a tensor that each task keeps for itself.
+    """Return [length] int64: like :func:`shared_entries`, for a tensor that each task keeps.
 
     Axes of nodes that the shared tensors have are merged. Axes of other nodes keep their order, except for groups that
     are tied to groups of a shared node.
@@ -92,7 +92,7 @@ def task_entries(
     partner = {n: other for bundle in spec.bundles for n in bundle for other in bundle if other in merged_nodes}
 
     def units_of(segment: Segment) -> tuple[Tensor, int] | None:
-        assert segment.axis is not None  # of every segment that is asked about
+        assert segment.axis is not None  # segments without a node are not asked about
         node = segment.axis.node
         if node in merged_nodes:
             return matching[node].cluster_of_unit[model].cpu(), matching[node].num_clusters
