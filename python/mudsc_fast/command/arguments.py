@@ -73,7 +73,7 @@ examples:
 class _Parser(argparse.ArgumentParser):
     """Shows errors in one line that names the subcommand, without the fifteen lines of its usage."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse the arguments, and refuse unknown ones here, where the subcommand is known."""
         given, unknown = super().parse_known_args(args, namespace)
         if unknown:
