@@ -24,6 +24,8 @@ import mudsc_fast
 from architectures import randomize
 from conftest import TORCH_VERSION
 from mudsc_fast import cli
+from mudsc_fast._tensors import same_values
+from mudsc_fast.checkpoints.safetensors_file import NAME_OF_DTYPE, SafetensorsFile
 from mudsc_fast.io import CheckpointError, align_checkpoints, merge_checkpoints, open_checkpoint
 from mudsc_fast.spec import PermutationSpec
 from mudsc_fast.spec.join import join_specs
@@ -384,6 +386,30 @@ def test_metadata_of_safetensors_is_kept(tmp_path: Path) -> None:
     run("merge", *inputs, "--output", tmp_path / "out.safetensors", *MLP)
     with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "title": "x"}
+
+
+def test_tensors_of_safetensors_are_mapped_in_any_dtype_and_place(tmp_path: Path) -> None:
+    expected = {f"{dtype}"[6:]: torch.arange(-3, 3).to(dtype).view(2, 3) for dtype in NAME_OF_DTYPE}
+    expected |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(7, dtype=torch.int64)}
+    safetensors.torch.save_file(expected, tmp_path / "all.safetensors")
+    file = SafetensorsFile(tmp_path / "all.safetensors")
+    assert set(file) == set(expected)
+    for name, tensor in expected.items():
+        found = file[name]
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert same_values(found, tensor)
+        assert file[name] is found
+    # The entries of `odd` begin at an odd position, where torch cannot view them.
+    text = json.dumps(
+        {
+            "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "odd": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        }
+    ).encode()
+    values = torch.tensor([1.5, -2.0])
+    content = len(text).to_bytes(8, "little") + text + b"\0" + values.numpy().tobytes()
+    (tmp_path / "odd.safetensors").write_bytes(content)
+    assert torch.equal(SafetensorsFile(tmp_path / "odd.safetensors")["odd"], values)
 
 
 def store_head(path: Path, head: Tensor | None) -> None:

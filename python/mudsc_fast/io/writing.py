@@ -29,6 +29,7 @@ from mudsc_fast._files import atomic_write
 from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.distributed.ranks import Ranks
+from mudsc_fast.checkpoints.safetensors_file import NAME_OF_DTYPE
 
 try:
     import fcntl
@@ -40,24 +41,6 @@ _LOGGER = logging.getLogger(__name__)
 #: A file in the directory of an unfinished output that the process which writes it keeps locked.
 _LOCK_NAME = "lock"
 
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-}
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -386,7 +369,7 @@ def _write_safetensors(
     tensor_of: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the format of https://huggingface.co/docs/safetensors: length and text of a JSON header, then the entries.
+    """Write a safetensors file, tensor by tensor.
 
     The header has the offset of each tensor. These follow from the sizes alone, so tensors are written one by one.
     """
@@ -396,14 +379,14 @@ def _write_safetensors(
     begin = 0
     for name in order:
         size = sizes[name]
-        if size.dtype not in _SAFETENSORS_NAMES:
+        if size.dtype not in NAME_OF_DTYPE:
             raise CheckpointError(
                 f"{name!r} has dtype {size.dtype}, which safetensors files cannot hold: write a .pt file, or a "
                 "directory with --format torch"
             )
         end = begin + size.num_bytes
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[size.dtype],
+            "dtype": NAME_OF_DTYPE[size.dtype],
             "shape": list(size.shape),
             "data_offsets": [begin, end],
         }
