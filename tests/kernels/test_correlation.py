@@ -17,6 +17,7 @@ from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.reference import correlation as reference
 from mudsc_fast.ops import _centered_products
 from mudsc_fast.ops._dispatch import use_backend
+from mudsc_fast.ops._moments import Moments
 from mudsc_fast.ops.correlation import Blocks, CorrelationAccumulator, Workspace
 from mudsc_fast.ops.permute import UnitMap, permute_merge
 
@@ -387,6 +388,15 @@ def test_chunks_do_not_change_result(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(_centered_products, "_CHUNK_NUMBERS", 1)
             torch.testing.assert_close(accumulated(features, axis=axis), whole, rtol=0, atol=1e-6)
         monkeypatch.undo()
+
+
+def test_first_samples_are_not_added_to_cleared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, sums = features_of(2, 30, 6), CorrelationAccumulator(2, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(Moments, "accumulate", None)
+        sums.update(*features)
+    expected = correlate_directly(units_first(features))[:6, 6:]
+    torch.testing.assert_close(sums.finalize()[0].double(), expected, rtol=0, atol=2e-6)
 
 
 def test_threads_do_not_change_sums() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mudsc_fast import _memory
 from mudsc_fast.kernels import _triton
 from mudsc_fast.kernels._samples import Centered
 from mudsc_fast.kernels.cpu import correlation as cpu
@@ -50,7 +51,7 @@ class Workspace:
         memory = self._memory.get(name)
         if memory is None or memory.numel() < size or memory.device != device:
             self._memory.pop(name, None)  # free the old memory first
-            memory = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=device)
+            memory = self._memory[name] = _memory.empty((size,), torch.uint8, device)
         return memory[:size].view(dtype)
 
 
@@ -211,8 +212,8 @@ def _products_in(precision: Precision) -> Iterator[None]:
 
 
 def _product_memory(moments: Moments, workspace: Workspace, dtype: torch.dtype) -> Tensor:
-    shape = moments.comoments[0, moments.rows].shape
-    return workspace.empty("product", shape.numel(), dtype, moments.device).view(shape)
+    shape = len(range(moments.units)[moments.rows]), moments.units
+    return workspace.empty("product", math.prod(shape), dtype, moments.device).view(shape)
 
 
 def _product(rows: Tensor, columns: Tensor, out: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mudsc_fast import _memory
 from mudsc_fast.kernels.cpu import correlation as cpu
 from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import correlation as cuda
@@ -65,7 +66,7 @@ class Moments:
         return result
 
     def _empty(self) -> Tensor:
-        return self.mean.new_empty(len(self.pairs), self.units, self.units)
+        return _memory.empty((len(self.pairs), self.units, self.units), self.mean.dtype, self.device)
 
     @property
     def comoments(self) -> Tensor:
