@@ -122,6 +122,9 @@ CASES: dict[str, Merge] = {
 #: Cases that also run in a group of one process, which must behave as if there were no group.
 CASES_OF_ONE_PROCESS = ("mlp zip", "mlp dual", "mlp search")
 
+#: Alignments whose work is shared by samples, as on GPUs, instead of by rows.
+CASES_BY_SAMPLES = ("resnet align", "llama of three models")
+
 
 def results_to_compare(result: mudsc_fast.MergeResult) -> dict[str, Any]:
     """Return what must not depend on the number of processes."""
@@ -158,8 +161,7 @@ def merge_in_groups(rank: int, folder: Path) -> None:
         for name, merge in CASES.items():
             if size == 1 and name not in CASES_OF_ONE_PROCESS:
                 continue
-            # On GPUs and for zip, ranks share samples instead of rows.
-            setattr(WeightSimilarity, "divides_rows", False if name == "llama of three models" else by_rows)  # noqa: B010
+            setattr(WeightSimilarity, "divides_rows", False if name in CASES_BY_SAMPLES else by_rows)  # noqa: B010
             result = merge(SHARES[size][rank], group=group)
             results[f"{name} {size}"] = results_to_compare(result)
             distribution = result.matching.distribution

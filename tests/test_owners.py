@@ -110,27 +110,31 @@ def test_bundle_visited_twice_is_in_two_waves() -> None:
 
 
 def test_idle_ranks_get_shares() -> None:
-    works, holder = {"a": 90.0, "b": 10.0}, {"a": 0, "b": 1}
+    works, holder, none = {"a": 90.0, "b": 10.0}, {"a": 0, "b": 1}, {"a": 0.0, "b": 0.0}
     fractions = {}
 
     def always(task: str, fraction: float) -> bool:
         fractions[task] = fraction
         return True
 
-    shares = share_out(works, holder, [0.0, 0.0], always)
+    shares = share_out(works, holder, [0.0, 0.0], none, always)
     assert fractions == pytest.approx({"a": 40 / 90})
     assert list(shares) == ["a"]
     parts = sorted(shares["a"], key=lambda share: share[1])
     assert [rank for rank, _, _ in parts] == [0, 1]
     assert [parts[0][1], parts[1][2]] == [0.0, 1.0]
     assert parts[0][2] == parts[1][1] == pytest.approx(50 / 90)
-    assert share_out(works, holder, [0.0, 0.0], lambda *_: False) == {}
-    assert share_out(works, holder, [0.0, 80.0], always) == {}
+    assert share_out(works, holder, [0.0, 0.0], none, lambda *_: False) == {}
+    assert share_out(works, holder, [0.0, 80.0], none, always) == {}
+    # What the holder does at the end counts only if it need not wait for the others before.
+    shares = share_out({"a": 90.0}, {"a": 0}, [0.0, 0.0], {"a": 10.0}, always)
+    assert sorted(shares["a"]) == [(0, 0.0, 0.5), (1, 0.5, 1.0)]
+    assert share_out({"a": 90.0}, {"a": 0}, [0.0, 95.0], {"a": 10.0}, always) == {}
 
 
 def test_shares_of_several_ranks_leave_no_gap() -> None:
     works = {"a": 1 / 3, "b": 1 / 7}
-    shares = share_out(works, {"a": 0, "b": 0}, [0.0] * 7, lambda *_: True)
+    shares = share_out(works, {"a": 0, "b": 0}, [0.0] * 7, dict.fromkeys(works, 0.0), lambda *_: True)
     for parts in shares.values():
         parts.sort(key=lambda share: share[1])
         assert parts[0][1] == 0

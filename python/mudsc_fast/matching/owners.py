@@ -187,6 +187,7 @@ def share_out(
     works: Mapping[Task, float],
     holder: Mapping[Task, int],
     loads: Sequence[float],
+    after: Mapping[Task, float],
     is_worth_moving: Callable[[Task, float], bool],
 ) -> dict[Task, list[Share]]:
     """Return the tasks of a wave that several ranks should compute so that all finish together.
@@ -199,6 +200,9 @@ def share_out(
         The rank that has it.
     loads
         For each rank the work that cannot be shared.
+    after
+        The work that the holder does once a task is complete. If the task is shared, the holder does it at the end,
+        after the other ranks have finished.
     is_worth_moving
         Tells whether it is worth moving some fraction of a task to another rank.
 
@@ -209,18 +213,21 @@ def share_out(
     """
     load = list(loads)
     for task, work in works.items():
-        load[holder[task]] += work
-    share = sum(load) / len(load)
+        load[holder[task]] += work + after[task]
     shares: dict[Task, list[Share]] = {}
     left = dict(works)
     edge = dict.fromkeys(works, 1.0)  # where the part that the holder still has ends
     while True:
         most, least = load.index(max(load)), load.index(min(load))
-        excess = min(load[most] - share, share - load[least])
         whole = [task for task in works if holder[task] == most and left[task] > 0]
-        if excess <= _TOLERANCE * share or not whole:
+        if not whole:
             break
         task = max(whole, key=lambda item: left[item])
+        later = 0.0 if task in shares else after[task]
+        share = (sum(load) - later) / len(load)
+        excess = min(load[most] - later - share, share - load[least])
+        if excess <= _TOLERANCE * share:
+            break
         moved = min(excess, left[task])
         if not is_worth_moving(task, moved / works[task]):
             break
@@ -228,7 +235,7 @@ def share_out(
         shares.setdefault(task, []).append((least, begin, edge[task]))
         edge[task] = begin
         left[task] -= moved
-        load[most] -= moved
+        load[most] -= moved + later
         load[least] += moved
     for task, moved_shares in shares.items():
         if left[task] > 0:

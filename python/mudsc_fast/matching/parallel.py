@@ -196,23 +196,25 @@ class ParallelSolver:
     def _shares(self, tasks: Sequence[Task], updates: Mapping[Task, Mapping[str, Update]]) -> dict[Task, list[Share]]:
         """Return the tasks that several ranks should compute together, so that no rank waits long for others."""
         loads = [0.0] * self._ranks.size
-        works, samples = {}, {}
+        works, samples, after = {}, {}, {}
         for task in tasks:
             update = updates.get(task)
             of_nodes = {
                 node: update[node].work if update else sum(part.samples for part in self._slices_of(task, node))
                 for node in task.bundle
             }
-            if task.holder == self._owners.owner[task.bundle]:
-                loads[task.holder] += self._work(dict.fromkeys(task.bundle, _MATCHING_SAMPLES))
+            # The owner of a spread bundle matches it while all others wait.
+            is_matched = task.bundle not in self._owners.spread
+            matching = self._work(dict.fromkeys(task.bundle, _MATCHING_SAMPLES)) if is_matched else 0.0
             if update is None or all(of_node.is_divisible for of_node in update.values()):
-                works[task], samples[task] = self._work(of_nodes), sum(of_nodes.values())
+                works[task], samples[task], after[task] = self._work(of_nodes), sum(of_nodes.values()), matching
             else:
-                loads[task.holder] += self._work(of_nodes)
+                loads[task.holder] += self._work(of_nodes) + matching
         return share_out(
             works,
             {task: task.holder for task in works},
             loads,
+            after,
             lambda task, fraction: self._sharing.is_worth_moving(samples[task], fraction),
         )
 
