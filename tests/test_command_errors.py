@@ -21,7 +21,7 @@ import mudsc_fast
 from mudsc_fast import cli
 from mudsc_fast._forward import FORWARD_HINT
 from mudsc_fast.command.terminal import as_options
-from mudsc_fast.io import CheckpointError, atomic_path, merge_checkpoints, open_checkpoint
+from mudsc_fast.io import CheckpointError, atomic_path, merge_checkpoints, open_checkpoint, writing
 from mudsc_fast.io.writing import parse_size
 from networks import MLP_SPEC, make_mlp
 from test_command_files import HUGGING_FACE, failure, gpt2_model, llama_model, run, save_mlps, save_pair, vit_model
@@ -292,6 +292,27 @@ def test_file_size_limit(output: str, tmp_path: Path) -> None:
     assert f"cannot write {tmp_path / output}: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("has_call", [True, False])
+def test_all_is_flushed_before_the_output_appears(
+    has_call: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = save_pair(tmp_path, HUGGING_FACE["bert"])
+    flushed: list[str] = []
+
+    def flush(descriptor: int, fsync: Any = os.fsync) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert (path == tmp_path) == (tmp_path / "out").exists()
+        flushed.append(path.name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(writing, "_FLUSHED_BYTES", 1000)
+    if not has_call:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    merge_checkpoints([a, b], tmp_path / "out")
+    assert sorted(flushed) == sorted([*os.listdir(tmp_path / "out"), "out", tmp_path.name])
 
 
 @pytest.mark.parametrize("when", ["copying", "flushing"])

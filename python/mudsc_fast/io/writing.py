@@ -17,6 +17,7 @@ import struct
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ from torch import Tensor
 from mudsc_fast._files import atomic_write
 from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
 from mudsc_fast.checkpoints.errors import CheckpointError
-from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.checkpoints.safetensors_file import NAME_OF_DTYPE
+from mudsc_fast.distributed.ranks import Ranks
 
 try:
     import fcntl
@@ -41,6 +42,8 @@ _LOGGER = logging.getLogger(__name__)
 #: A file in the directory of an unfinished output that the process which writes it keeps locked.
 _LOCK_NAME = "lock"
 
+#: Maximum number of files that are flushed at once, and number of bytes after which the disk begins to write a file.
+_MAX_FLUSHED, _FLUSHED_BYTES = 16, 2**23
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -118,11 +121,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _try_lock(lock)
         written = temporary / target.name
         yield written
-        for path in [*written.rglob("*"), written] if written.is_dir() else [written]:
-            _flush(path)
+        _flush([*written.rglob("*"), written] if written.is_dir() else [written])
         check_free(target)
         written.rename(target)
-        _flush(target.parent)
+        _flush([target.parent])
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -275,16 +277,17 @@ def write_checkpoint(
     shards = _shards(sizes, shard_bytes, rank_of)
     stem, suffix = _name_in_format(weights_name, kind)
     shard_of: dict[str, str] = {}
-    files = []
+    files, own = [], []
     with ranks.step("writing the output"):
         for number, (rank, names) in enumerate(shards, start=1):
             file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
             if rank % ranks.size == ranks.rank:
                 write(path / file, names)
-                if not ranks.alone:
-                    _flush(path / file)  # here, so that the ranks wait for the disk at the same time
+                own.append(path / file)
             shard_of.update(dict.fromkeys(names, file))
             files.append(file)
+        if not ranks.alone:
+            _flush(own)  # here, so that the ranks wait for the disk at the same time
         if len(shards) > 1 and ranks.rank == 0:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
             write_json(path / f"{stem}{suffix}.index.json", index)
@@ -395,8 +398,12 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        begin = end = file.tell()
         for part in _contents(order, sizes, tensor_of):
-            file.write(part)
+            end += file.write(part)
+            if end - begin >= _FLUSHED_BYTES:
+                _start_flush(file, begin, end)
+                begin = end
 
 
 def _write_torch(
@@ -441,10 +448,22 @@ def _contents(
         yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _flush(path: Path) -> None:
-    """Flush a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _start_flush(file: IO[bytes], begin: int, end: int) -> None:
+    """Let the disk begin to write a part of a file, if the system has a call for it, without waiting for it."""
+    file.flush()
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    """Flush files and directories to disk, at once, because the file system then commits many in one step."""
+
+    def flush(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    with ThreadPoolExecutor(_MAX_FLUSHED) as pool:
+        list(pool.map(flush, paths))
