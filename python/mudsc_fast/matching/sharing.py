@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mudsc_fast import _memory
 from mudsc_fast.distributed.ranks import Message, OtherRankFailed, Ranks
 from mudsc_fast.distributed.reduction import receive_difference, receive_sums, send_difference, send_sums
 from mudsc_fast.matching.node import NodeMatching
@@ -201,10 +202,10 @@ class SharingRows(Sharing):
         for task in plan.shares:
             for rank in plan.helpers(task):
                 for node in task.bundle:
-                    messages = self._messages(task, node, rank, None) if self._ranks.rank == task.holder else []
-                    if messages:
+                    memory = self._message_memory(task, node, rank) if self._ranks.rank == task.holder else []
+                    if memory:
                         self._incoming[task, node, rank] = [
-                            self._ranks.start_receiving(tensor, rank, MATCHING) for tensor in messages
+                            self._ranks.start_receiving(tensor, rank, MATCHING) for tensor in memory
                         ]
 
     def compute(self, task: Task) -> Sums:
@@ -267,31 +268,31 @@ class SharingRows(Sharing):
         begin, end = next(((begin, end) for other, begin, end in shares if other == rank), (0.0, 0.0))
         return round(begin * self._units[node]), round(end * self._units[node])
 
-    def _messages(self, task: Task, node: str, rank: int, sums: CorrelationAccumulator | None) -> list[Tensor]:
-        """Return what a rank sends of a task's node: co-moments and, unless they are a difference, other moments.
+    def _message_memory(self, task: Task, node: str, rank: int) -> list[Tensor]:
+        """Return memory for what a rank sends of a task's node: co-moments and, unless they are a difference, moments.
 
-        Without the sums, because the rank has failed, return tensors of NaN with the same shapes. A share that is too
-        small for one row sends nothing.
+        A share that is too small for one row sends nothing.
         """
         first, last = self._rows(task, node, rank)
         if first == last:
             return []
-        if sums is None:
-            mean = self._weights.empty_mean(node).fill_(torch.nan)
-            comoments, squares = mean[1:, None].expand(-1, last - first, -1), mean
-        else:
-            moments = sums._moments
-            mean, squares, comoments = moments.mean, moments.squares, moments.comoments[:, first:last]
-        sent = [comoments.to(self.wire_dtype).contiguous()]
-        return sent if task in self._plan.updates else [*sent, torch.stack([mean, squares])]
+        mean = self._weights.empty_mean(node)
+        models, units = mean.shape
+        comoments = _memory.empty((models - 1, last - first, units), self.wire_dtype, mean.device)
+        return [comoments] if task in self._plan.updates else [comoments, mean.new_empty(2, models, units)]
 
     def _send(self, task: Task, sums: Sums | None) -> None:
-        """Begin to send the rows that this process computed, or rows of NaN."""
-        self._outgoing[task] = [
-            self._ranks.start_sending(tensor, task.holder, MATCHING)
-            for node in task.bundle
-            for tensor in self._messages(task, node, self._ranks.rank, None if sums is None else sums[node])
-        ]
+        """Begin to send the rows that this process computed. Without them, because it has failed, send NaN."""
+        messages = self._outgoing[task] = []
+        for node in task.bundle:
+            memory = self._message_memory(task, node, self._ranks.rank)
+            if sums is None:
+                contents: list[Tensor] = [tensor.fill_(torch.nan) for tensor in memory]
+            else:
+                moments, rows = sums[node]._moments, slice(*self._rows(task, node, self._ranks.rank))
+                contents = [moments.comoments[:, rows], torch.stack([moments.mean, moments.squares])]
+            for tensor, content in zip(memory, contents, strict=False):
+                messages.append(self._ranks.start_sending(tensor.copy_(content), task.holder, MATCHING))
 
     def _complete(self) -> None:
         for messages in (*self._incoming.values(), *self._outgoing.values()):
