@@ -126,10 +126,12 @@ def test_idle_ranks_get_shares() -> None:
     assert parts[0][2] == parts[1][1] == pytest.approx(50 / 90)
     assert share_out(works, holder, [0.0, 0.0], none, lambda *_: False) == {}
     assert share_out(works, holder, [0.0, 80.0], none, always) == {}
-    # What the holder does at the end counts only if it need not wait for the others before.
-    shares = share_out({"a": 90.0}, {"a": 0}, [0.0, 0.0], {"a": 10.0}, always)
+    # The holder completes the task when the helper has finished, while this rank does its own work, if it has any.
+    after = {"a": 10.0, "b": 10.0}
+    shares = share_out({"a": 90.0}, holder, [0.0, 0.0], after, always)
     assert sorted(shares["a"]) == [(0, 0.0, 0.5), (1, 0.5, 1.0)]
-    assert share_out({"a": 90.0}, {"a": 0}, [0.0, 95.0], {"a": 10.0}, always) == {}
+    shares = share_out({"a": 90.0, "b": 50.0}, holder, [0.0, 0.0], after, always)
+    assert sorted(shares["a"]) == [(0, 0.0, pytest.approx(7 / 9)), (1, pytest.approx(7 / 9), 1.0)]
 
 
 def test_shares_of_several_ranks_leave_no_gap() -> None:

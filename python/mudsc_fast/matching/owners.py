@@ -201,8 +201,7 @@ def share_out(
     loads
         For each rank the work that cannot be shared.
     after
-        The work that the holder does once a task is complete. If the task is shared, the holder does it at the end,
-        after the other ranks have finished.
+        For each task the work that the holder does when it is complete.
     is_worth_moving
         Tells whether it is worth moving some fraction of a task to another rank.
 
@@ -214,6 +213,8 @@ def share_out(
     load = list(loads)
     for task, work in works.items():
         load[holder[task]] += work + after[task]
+    share = sum(load) / len(load)
+    helped = [0.0] * len(load)
     shares: dict[Task, list[Share]] = {}
     left = dict(works)
     edge = dict.fromkeys(works, 1.0)  # where the part that the holder still has ends
@@ -223,9 +224,9 @@ def share_out(
         if not whole:
             break
         task = max(whole, key=lambda item: left[item])
-        later = 0.0 if task in shares else after[task]
-        share = (sum(load) - later) / len(load)
-        excess = min(load[most] - later - share, share - load[least])
+        # Ranks help before they do their own work. Then the holder completes the task.
+        in_time = (load[most] - helped[least] - after[task]) / 2
+        excess = min(load[most] - share, share - load[least], in_time)
         if excess <= _TOLERANCE * share:
             break
         moved = min(excess, left[task])
@@ -235,8 +236,9 @@ def share_out(
         shares.setdefault(task, []).append((least, begin, edge[task]))
         edge[task] = begin
         left[task] -= moved
-        load[most] -= moved + later
+        load[most] -= moved
         load[least] += moved
+        helped[least] += moved
     for task, moved_shares in shares.items():
         if left[task] > 0:
             moved_shares.append((holder[task], 0.0, edge[task]))
