@@ -52,7 +52,7 @@ def test_data_is_not_read_without_batch_norm() -> None:
     [
         ([], ValueError, "data must yield at least one batch, got none"),
         ([torch.randn(2, 3, 8, 8), "x"], TypeError, "data must yield tensors, dicts .* got str"),
-        ([torch.randn(2, 5, 8, 8)], RuntimeError, "channels"),
+        ([torch.randn(2, 5, 8, 8)], ValueError, "channels"),
     ],
 )
 def test_error_leaves_model_unchanged(data: list[object], error: type[Exception], message: str) -> None:
