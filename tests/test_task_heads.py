@@ -149,7 +149,7 @@ def test_merged_backbones_are_repaired() -> None:
 def test_refit_error_explains_how_to_refit_backbone() -> None:
     models = permuted_pair()
     result = mudsc_fast.merge(models, batches(), task_heads=HEADS)
-    with pytest.raises(ValueError, match=r"models\[1\].*'classifier\.bias'.*lacks.*forward that runs no more"):
+    with pytest.raises(ValueError, match=r"models\[1\].*'classifier\.bias'.*lacks.*that runs only the backbone"):
         mudsc_fast.refit(result, models, batches())
 
 
