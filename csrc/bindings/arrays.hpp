@@ -53,11 +53,16 @@ inline bool read_matrix(const py::detail::npy_api& numpy, PyObject* object, Matr
   const bool is_double = descriptor->type_num == Numpy::NPY_DOUBLE_;
   if ((!is_double && descriptor->type_num != Numpy::NPY_FLOAT_) || descriptor->byteorder != '=') return false;
   const ScalarType type = is_double ? ScalarType::float64 : ScalarType::float32;
-  const std::int64_t bytes = is_double ? 8 : 4;
+  const int log2_bytes = is_double ? 3 : 2;  // two divisions would take a fiftieth of a small call
   const std::int64_t row_bytes = array->strides[0], column_bytes = array->strides[1];
-  matrix = MatrixView{array->data,         type, array->dimensions[0], array->dimensions[1], row_bytes / bytes,
-                      column_bytes / bytes};
-  return row_bytes % bytes == 0 && column_bytes % bytes == 0 && fit_matrix(matrix);
+  matrix = MatrixView{array->data,
+                      type,
+                      array->dimensions[0],
+                      array->dimensions[1],
+                      row_bytes >> log2_bytes,
+                      column_bytes >> log2_bytes};
+  const std::int64_t partial_bytes = (row_bytes | column_bytes) & ((1 << log2_bytes) - 1);
+  return partial_bytes == 0 && fit_matrix(matrix);
 }
 
 // A new array with one axis of `count` entries, or a single number for a count of -1.

@@ -33,7 +33,8 @@ void run_unlocked(std::int64_t entries, const Work& work) {
 bool read_small_matrix(const NumpyApi& numpy, PyObject* object, MatrixView& matrix) {
   constexpr std::int64_t kMaxEntries = 1 << 20;
   const bool is_read = read_matrix(numpy, object, matrix) || read_tensor_matrix(object, matrix);
-  return is_read && matrix.rows <= kMaxEntries / matrix.columns;
+  return is_read && matrix.rows <= kMaxEntries && matrix.columns <= kMaxEntries &&
+         matrix.rows * matrix.columns <= kMaxEntries;
 }
 
 // Reads a finite number of Python.
@@ -84,7 +85,7 @@ PyObject* with_errors(const Make& make) {
   return nullptr;
 }
 
-// assign_array(cost_matrix, maximize) -> (row indices, column indices) or None: the whole of
+// assign_array(cost_matrix, maximize) -> (row indices, column indices), tensors for a tensor, or None: the whole of
 // mudsc_fast.linear_sum_assignment.
 PyObject* assign_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_errors([&](const NumpyApi& numpy) -> PyObject* {
@@ -97,13 +98,16 @@ PyObject* assign_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     Scratch<std::int64_t, 128> column_of_row(tall ? matrix.rows : 0);
     AssignmentResult result{tall ? column_of_row.data() : columns.data, nullptr, nullptr, 0.0, 0.0};
     if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
-    for (std::int64_t i = 0, k = 0; i < matrix.rows; ++i) {
+    for (std::int64_t i = 0; i < pairs; ++i) rows.data[i] = i;
+    for (std::int64_t i = 0, k = 0; tall && i < matrix.rows; ++i) {
       const std::int64_t column = result.column_of_row[i];
       if (column < 0) continue;
       rows.data[k] = i;
       columns.data[k++] = column;
     }
-    return PyTuple_Pack(2, rows.ptr(), columns.ptr());
+    if (Py_TYPE(arguments[0]) == numpy.PyArray_Type_) return PyTuple_Pack(2, rows.ptr(), columns.ptr());
+    const py::object row_tensor = tensor_of_array(rows.ptr()), column_tensor = tensor_of_array(columns.ptr());
+    return PyTuple_Pack(2, row_tensor.ptr(), column_tensor.ptr());
   });
 }
 
@@ -143,7 +147,7 @@ PyObject* make_result(PyObject* type, PyObject* arrays, const AssignmentOptions&
 }
 
 // solve_array(similarity, maximize, threshold, result_type) -> an object of that type with the attribute `_arrays`:
-// columns and numbers; for None instead of a type, only the columns; or None: mudsc_fast.linear_assignment.
+// columns and numbers; for None instead of a type, a tensor of the columns; or None: mudsc_fast.linear_assignment.
 PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_errors([&](const NumpyApi& numpy) -> PyObject* {
     MatrixView matrix;
@@ -156,8 +160,7 @@ PyObject* solve_array(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     AssignmentResult result{columns.data, nullptr, nullptr, 0.0, 0.0};
     if (arguments[3] == Py_None) {
       if (!solve_small(matrix, options, result)) Py_RETURN_NONE;
-      Py_INCREF(columns.ptr());
-      return columns.ptr();
+      return tensor_of_array(columns.ptr()).release().ptr();
     }
     const Numbers numbers(numpy, matrix);
     numbers.point(result, matrix.rows);

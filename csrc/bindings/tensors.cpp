@@ -10,9 +10,9 @@ constexpr const char* kTypeNames[] = {"float16", "bfloat16", "float32", "float64
 
 bool by_attributes = false;
 
-// Torch objects needed to read tensors. Looked up once and kept, since modules cannot be unloaded.
+// Torch objects needed to read and make tensors. Looked up once and kept, since modules cannot be unloaded.
 struct Torch {
-  py::object tensor_type, parameter_type;
+  py::object tensor_type, parameter_type, from_numpy;
   py::str is_neg{"is_neg"};
   const DlpackFunctions* functions;
   py::object types[6];  // in the order of EntryType
@@ -24,6 +24,7 @@ const Torch& torch() {
     auto* const torch = new Torch{};
     torch->tensor_type = module.attr("Tensor");
     torch->parameter_type = module.attr("nn").attr("Parameter");
+    torch->from_numpy = module.attr("from_numpy");
     torch->functions = dlpack_functions(torch->tensor_type);
     for (int type = 0; type < 6; ++type) torch->types[type] = module.attr(kTypeNames[type]);
     return torch;
@@ -63,6 +64,8 @@ std::string shape_text(const std::int64_t* lengths, std::size_t count) {
 }  // namespace
 
 void read_tensors_by_attributes(bool enabled) { by_attributes = enabled; }
+
+py::object tensor_of_array(py::handle array) { return torch().from_numpy(array); }
 
 const DlpackFunctions* dlpack_functions(const py::object& tensor_type) {
   constexpr std::uint32_t kMajorVersion = 1;

@@ -123,6 +123,9 @@ T* optional_contiguous(py::handle object, const char* name, std::initializer_lis
   return object.is_none() ? nullptr : TensorView(object, name).contiguous<T>(shape);
 }
 
+// A tensor that shares the memory of a NumPy array.
+py::object tensor_of_array(py::handle array);
+
 // Lets tests read tensors by attributes, as in older versions of torch.
 void read_tensors_by_attributes(bool enabled);
 
