@@ -115,7 +115,8 @@ class DenseSolver : private DenseSearch<T, Number> {
     return true;
   }
 
-  void order_equal_items(const AssignmentProblem& problem, std::int64_t index) {
+  // Out of line: otherwise every small problem would set up a frame for the buffers of this.
+  __attribute__((noinline)) void order_equal_items(const AssignmentProblem& problem, std::int64_t index) {
     EqualItemsInOrder<T>(problem, index, row_of_column_);
     for (std::int64_t j = 0; j < columns_; ++j) {
       if (row_of_column_[j] >= 0) column_of_row_[row_of_column_[j]] = j;

@@ -63,7 +63,7 @@ class DenseProblem {
   static constexpr std::int64_t kInlineBytes = 8192;
   static constexpr std::int64_t kWord = 64;
 
-  static std::int64_t block_bytes(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  static std::int64_t block_bytes(std::int64_t bytes) { return (bytes + 63) & ~std::int64_t{63}; }
   template <class Item>
   static void place(Item*& array, unsigned char* at) {
     array = reinterpret_cast<Item*>(at);
@@ -109,12 +109,18 @@ class DenseProblem {
     }
   }
 
+  // The word of a set of columns that has the bit of this column. Without a sign, a division is a single shift.
+  static std::uint64_t& word_of(std::uint64_t* set, std::int64_t column) {
+    return set[static_cast<std::uint64_t>(column) / kWord];
+  }
+  static std::uint64_t bit_of(std::int64_t column) { return std::uint64_t{1} << (column % kWord); }
+
   bool is_free(std::int64_t column) const { return row_of_column_[column] < 0; }
 
   void assign(std::int64_t row, std::int64_t column) {
     row_of_column_[column] = row;
     column_of_row_[row] = column;
-    is_free_[column / kWord] &= ~(std::uint64_t{1} << (column % kWord));
+    word_of(is_free_, column) &= ~bit_of(column);
   }
 
   double cost(std::int64_t row, std::int64_t column) const {
@@ -172,17 +178,18 @@ class DenseProblem {
     using Memory = typename VectorOf<Number>::Unaligned;
     constexpr std::int64_t kVectorLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(Number));
     constexpr Number kInfinite = static_cast<Number>(kInfinity);
+    const std::int64_t width = width_;  // not loaded again after each vector that is written
     Number* const minima = reinterpret_cast<Number*>(distance_);
-    for (std::int64_t j = 0; j < width_; ++j) minima[j] = kInfinite;
+    for (std::int64_t j = 0; j < width; ++j) minima[j] = kInfinite;
     Vector most{}, bad{};
     for (std::int64_t i = 0; i < rows_; ++i) {
-      Number* const row = copied_ ? costs_ + i * width_ : costs_;
+      Number* const row = copied_ ? costs_ + i * width : costs_;
       write_costs(i, row);
       if constexpr (kNarrows) {
         if (!is_exact(i, row)) return false;
       }
       Vector sum{};
-      for (std::int64_t j = 0; j < width_; j += kVectorLanes) {
+      for (std::int64_t j = 0; j < width; j += kVectorLanes) {
         const Vector costs = *reinterpret_cast<const Memory*>(row + j);
         Memory& least = *reinterpret_cast<Memory*>(minima + j);
         least = costs < least ? costs : least;
@@ -206,7 +213,7 @@ class DenseProblem {
     detect_zeros(minima);
     const bool start_at_minima =
         rows_ == columns_ && initial_prices_ == nullptr && columns_ > kMaxAlwaysInOrder && !has_zeros_ && !background_;
-    for (std::int64_t j = width_; j-- > 0;) {
+    for (std::int64_t j = width; j-- > 0;) {
       const double least = static_cast<double>(minima[j]);
       v_[j] = start_at_minima && least < kInfinity ? least : 0.0;
     }

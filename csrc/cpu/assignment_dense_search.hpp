@@ -12,6 +12,7 @@ class DenseSearch : protected DenseProblem<T, Number> {
 
  protected:
   using Problem::assign;
+  using Problem::bit_of;
   using Problem::class_seen_;
   using Problem::classes_;
   using Problem::clear_assignment;
@@ -38,6 +39,7 @@ class DenseSearch : protected DenseProblem<T, Number> {
   using Problem::u_;
   using Problem::v_;
   using Problem::width_;
+  using Problem::word_of;
   using typename Problem::Closed;
   typedef std::int64_t Indices __attribute__((vector_size(kLanes * sizeof(std::int64_t)), may_alias));
 
@@ -192,48 +194,63 @@ class DenseSearch : protected DenseProblem<T, Number> {
   // The first free column at `reduced`, the row's smallest reduced cost; -1 if there is none.
   std::int64_t free_column_at(const Number* costs, double reduced) const {
     for (std::int64_t j = 0; j < width_; j += kLanes) {
-      const std::uint64_t free = is_free_[j / kWord] >> (j % kWord);
+      const std::uint64_t free = word_of(is_free_, j) >> (j % kWord);
       const std::uint64_t tied = lanes_at_most(widened(costs + j) - widened(v_ + j), reduced) & free;
       if (tied != 0) return j + __builtin_ctzll(tied);
     }
     return -1;
   }
 
+  // Arrays over columns, for loops that write vectors: these may be any object, so members would be loaded again after
+  // each.
+  struct Columns {
+    std::int64_t width;
+    const double* duals;
+    double* distances;
+    std::int64_t* parents;
+
+    Indices& parents_at(std::int64_t j) const { return *reinterpret_cast<Indices*>(parents + j); }
+    Lanes& distances_at(std::int64_t j) const { return *reinterpret_cast<Lanes*>(distances + j); }
+  };
+  Columns column_arrays() const { return {width_, v_, distance_, parent_}; }
+
   // Lowers the distances of open columns to through(costs, duals) where that is smaller, with `row` as parent. Returns
   // the smallest distance. Closed columns have a dual of -inf, so no path goes through them.
   template <class Through>
   double relax(std::int64_t row, const Through& through) {
     const Number* const costs = row_costs(row);
+    const Columns columns = column_arrays();
     const Indices parent = row - Indices{};
     // Two accumulators, for instruction-level parallelism.
     Lanes least[2] = {kInfinity - Lanes{}, kInfinity - Lanes{}};
     const auto take = [&](std::int64_t j, int part) {
-      const Lanes candidate = through(widened(costs + j), widened(v_ + j));
-      const Lanes known = widened(distance_ + j);
-      Indices& parents = *reinterpret_cast<Indices*>(parent_ + j);
+      const Lanes candidate = through(widened(costs + j), widened(columns.duals + j));
+      const Lanes known = columns.distances_at(j);
+      Indices& parents = columns.parents_at(j);
       parents = candidate < known ? parent : parents;
       const Lanes updated = minimum(candidate, known);
-      *reinterpret_cast<Lanes*>(distance_ + j) = updated;
+      columns.distances_at(j) = updated;
       least[part] = minimum(updated, least[part]);
     };
     std::int64_t j = 0;
-    for (; j + 2 * kLanes <= width_; j += 2 * kLanes) {
+    for (; j + 2 * kLanes <= columns.width; j += 2 * kLanes) {
       take(j, 0);
       take(j + kLanes, 1);
     }
-    if (j < width_) take(j, 0);
+    if (j < columns.width) take(j, 0);
     return broadcast_min(minimum(least[0], least[1]))[0];
   }
 
   // Sets the distances of all columns from the root of a search, and returns the smallest.
   double init_distances(std::int64_t root) {
     const Number* const costs = row_costs(root);
+    const Columns columns = column_arrays();
     const Indices parent = root - Indices{};
     Lanes least = kInfinity - Lanes{};
-    for (std::int64_t j = 0; j < width_; j += kLanes) {
-      const Lanes reduced = widened(costs + j) - widened(v_ + j);
-      *reinterpret_cast<Lanes*>(distance_ + j) = reduced;
-      *reinterpret_cast<Indices*>(parent_ + j) = parent;
+    for (std::int64_t j = 0; j < columns.width; j += kLanes) {
+      const Lanes reduced = widened(costs + j) - widened(columns.duals + j);
+      columns.distances_at(j) = reduced;
+      columns.parents_at(j) = parent;
       least = minimum(reduced, least);
     }
     return broadcast_min(least)[0];
@@ -323,7 +340,7 @@ class DenseSearch : protected DenseProblem<T, Number> {
   std::int64_t nearest_column(double least) const {
     std::int64_t found = -1;
     for_each_column_within(least, [&](std::uint64_t bits, std::int64_t begin) {
-      const std::uint64_t free = bits & is_free_[begin / kWord];
+      const std::uint64_t free = bits & word_of(is_free_, begin);
       if (found < 0 || free != 0) found = begin + __builtin_ctzll(free != 0 ? free : bits);
       return free == 0;
     });
@@ -359,7 +376,7 @@ class DenseSearch : protected DenseProblem<T, Number> {
     const std::int64_t last = open_[columns_ - 1 - count], place = places_[column];
     open_[place] = last;
     places_[last] = place;
-    moved_[last / kWord] |= std::uint64_t{1} << (last % kWord);
+    word_of(moved_, last) |= bit_of(last);
     closed_[count].place = place;
     closed_[count].successor = last;
     close(column, distance, count);
@@ -370,7 +387,7 @@ class DenseSearch : protected DenseProblem<T, Number> {
       const std::int64_t place = closed_[k].place, successor = closed_[k].successor;
       open_[place] = columns_ - 1 - place;
       places_[successor] = columns_ - 1 - successor;
-      moved_[successor / kWord] = 0;
+      word_of(moved_, successor) = 0;
     }
   }
 
@@ -384,7 +401,7 @@ class DenseSearch : protected DenseProblem<T, Number> {
       found = better ? j : found;
     };
     for_each_column_within(least, [&](std::uint64_t bits, std::int64_t begin) {
-      const std::uint64_t moved = moved_[begin / kWord], unmatched = is_free_[begin / kWord];
+      const std::uint64_t moved = word_of(moved_, begin), unmatched = word_of(is_free_, begin);
       const std::uint64_t free = bits & ~moved & unmatched, taken = bits & ~moved & ~unmatched;
       if (free != 0 && first_free < 0) first_free = begin + __builtin_ctzll(free);
       if (taken != 0) last_taken = begin + kWord - 1 - __builtin_clzll(taken);

@@ -86,8 +86,9 @@ inline void set_entry(double* array, std::int64_t index, double value) {
   typedef std::int64_t Order __attribute__((vector_size(kLanes * sizeof(std::int64_t))));
   Order order;
   for (std::int64_t k = 0; k < kLanes; ++k) order[k] = k;
-  Lanes& lanes = *reinterpret_cast<Lanes*>(array + index / kLanes * kLanes);
-  lanes = order == index % kLanes ? value - Lanes{} : lanes;
+  const std::int64_t lane = index & (kLanes - 1);
+  Lanes& lanes = *reinterpret_cast<Lanes*>(array + index - lane);
+  lanes = order == lane ? value - Lanes{} : lanes;
 }
 
 }  // namespace
