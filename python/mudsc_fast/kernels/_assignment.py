@@ -1,11 +1,19 @@
-"""What every assignment kernel returns."""
+"""What assignment kernels return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # takes a millisecond to import
+
+#: What the compiled solver returns of one matrix of a list: the columns [n], and in one array of float64 the objective,
+#: the gap, row duals [n] and column duals [m].
+Arrays: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
 
 #: Values of `Solution.status` (mudsc::AssignmentStatus in csrc/include/mudsc/assignment.hpp).
 OPTIMAL, INVALID, INFEASIBLE = 0, 1, 2

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray  # takes a millisecond to import
-
-#: Columns [n], and in one array of float64 the objective, the gap, row duals [n] and column duals [m].
-Arrays: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
+from mudsc_fast.kernels._assignment import Arrays
 
 _TENSORS = ("columns", "objective", "row_duals", "column_duals", "gap")
 

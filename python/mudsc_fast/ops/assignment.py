@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mudsc_fast import _arrays, _checks, _core
-from mudsc_fast.kernels._assignment import INVALID, OPTIMAL, Solution
+from mudsc_fast.kernels._assignment import INVALID, OPTIMAL, Arrays, Solution
 from mudsc_fast.kernels.cpu import assignment as cpu
 from mudsc_fast.kernels.cuda import _device
 from mudsc_fast.kernels.cuda import assignment as cuda
@@ -384,7 +384,7 @@ def _solve_list_on_cpu(
         _check_status(f"similarity[{index}]", status, maximize)
     if not return_duals:
         return [torch.from_numpy(columns).to(device) for columns in cast("list[Any]", solved)]
-    found = [assignment_of_arrays(arrays, threshold) for arrays in cast("list[cpu.Arrays]", solved)]
+    found = [assignment_of_arrays(arrays, threshold) for arrays in cast("list[Arrays]", solved)]
     if device.type == "cpu":
         return found
     return [

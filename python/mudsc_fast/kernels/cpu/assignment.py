@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mudsc_fast import _core
-from mudsc_fast.kernels._assignment import OPTIMAL, Solution
+from mudsc_fast.kernels._assignment import OPTIMAL, Arrays, Solution
 from mudsc_fast.kernels._scalar_types import SCALAR_TYPES
 from mudsc_fast.kernels.cpu import _runtime
 
@@ -24,9 +24,6 @@ MAX_ORDERED_COLUMNS = 128
 
 #: Rows that the duals of columns are computed over at a time, so that intermediate results fit a cache.
 BLOCK = 64
-
-#: Of one problem the columns [n], and in one array the objective, the gap, row duals [n] and column duals [m].
-Arrays: TypeAlias = "tuple[NDArray[Any], NDArray[Any]]"
 
 
 def solve(similarity: Tensor, maximize: bool, prices: Tensor | None, tolerance: float) -> Solution:
