@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional
 
 import mudsc_fast
 from paper.resnets import ClassDecoder, PixelDecoder, TaskonomyEncoder
-from paper.taskonomy import FULL_SIZE, FULL_WIDTH, Part
+from paper.taskonomy import BATCH_SIZE, FULL_SIZE, FULL_WIDTH, Part
 
 #: Number of classes or of output channels of each task, in the order of their names.
 TASKS = {"class_object": 100, "depth": 1, "normal": 3}
@@ -24,25 +26,29 @@ def taskonomy(folder: Path, width: int, size: int, count: int) -> None:
     """Write random networks for three tasks, and `count` training and test images whose targets are their outputs.
 
     The files are those that ``python -m paper taskonomy --data FOLDER --networks FOLDER`` reads. Each network's own
-    loss is 0, up to rounding and to the BatchNorm statistics of the training images.
+    loss is 0 up to rounding, if the BatchNorm statistics are of the same batches (of 32 images, the default).
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2 * count, size, size, 3), generator=generator, dtype=torch.uint8)
-    batches = list(Part(pixels, {}).batches(None, count, torch.device("cpu")))
+    # Large areas of color, so that pooled features differ from image to image.
+    areas = torch.rand(2 * count, 3, 4, 4, generator=generator)
+    pixels = (256 * functional.interpolate(areas, size=(size, size))).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    batches = [list(Part(part, {}).batches(None, BATCH_SIZE, torch.device("cpu"))) for part in pixels.split(count)]
     arrays: dict[str, Any] = {"rgb": pixels.numpy()}
     for seed, (task, channels) in enumerate(TASKS.items()):
         torch.manual_seed(seed)
         encoder = TaskonomyEncoder(width)
-        mudsc_fast.reset_batch_norm(encoder, batches[:1], progress=False)
+        mudsc_fast.reset_batch_norm(encoder, batches[0], progress=False)
         encoder.eval()
         decoder = ClassDecoder(channels, width) if task == "class_object" else PixelDecoder(channels, width)
         with torch.no_grad():
-            maps = torch.cat([encoder(batch) for batch in batches])
+            maps = torch.cat([encoder(batch) for batch in chain(*batches)])
             if isinstance(decoder, ClassDecoder):
-                # Logits far apart, and different from image to image.
-                decoder.fc2.weight.mul_(1000)
-                decoder.fc2.bias.sub_(decoder(maps[:count]).mean(0))
+                # Logits with a mean of 0 and a deviation of 10 over the training images.
+                logits = decoder(maps[:count])
+                scale = 10 / logits.std(0)
+                decoder.fc2.weight.mul_(scale[:, None])
+                decoder.fc2.bias.sub_(logits.mean(0)).mul_(scale)
             outputs = torch.cat([decoder(part) for part in maps.split(8)])
         arrays[task] = (outputs.argmax(1) if outputs.ndim == 2 else outputs).numpy()
         save_file(nn.ModuleDict({"encoder": encoder, "decoder": decoder}).state_dict(), folder / f"{task}.safetensors")

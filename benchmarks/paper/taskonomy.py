@@ -25,6 +25,7 @@ TITLE = "Taskonomy, encoders in pairs"
 #: Published scaled scores, means over 66 pairs of encoders.
 PUBLISHED = {"activation align": 76.6, "activation zip": 83.9, "dual align": 77.4, "dual zip": 84.8}
 FULL_WIDTH, FULL_SIZE, FULL_TASKS = 64, 256, 12
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     if options.data is None:
         raise SystemExit("--data is required: a folder with train.npz and test.npz")
     device = torch.device(options.device)
-    width, size = options.width or FULL_WIDTH, options.batch_size or 32
+    width, size = options.width or FULL_WIDTH, options.batch_size or BATCH_SIZE
     train, test = (load_part(options.data / f"{name}.npz") for name in ("train", "test"))
     merging = Inputs(train, options.samples, size, device)
     networks = [_load(task, options.networks, width, train, merging) for task in train.targets]
