@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import distributed
+
+from mudsc_fast.distributed.ranks import Ranks
 
 #: Modules that the fork server imports once, so that the processes forked from it need not.
 _PRELOADED = [
@@ -74,6 +77,9 @@ def _in_group(function: Callable[..., None], rank: int, count: int, folder: Path
     )
     function(rank, folder, *arguments)
     sys.stdout.flush()
+    gc.collect()
+    # Threads of a group that something refers to can abort Python when it exits.
+    assert Ranks.latest is None or Ranks.latest() is None
     distributed.destroy_process_group()
 
 

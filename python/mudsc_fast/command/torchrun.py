@@ -105,9 +105,10 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
         yield distributed.group.WORLD
     except Terminated as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it was heard
-        if Ranks.latest is None:
+        ranks = None if Ranks.latest is None else Ranks.latest()
+        if ranks is None:
             raise
-        raise Ranks.latest.explain(error) from None
+        raise ranks.explain(error) from None
     finally:
         distributed.destroy_process_group()
 

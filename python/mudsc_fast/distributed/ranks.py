@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,8 +95,9 @@ class Ranks:
         If torch.distributed is not initialized.
     """
 
-    #: The most recent instance with more than one process.
-    latest: ClassVar[Ranks | None] = None
+    #: The most recent instance with more than one process. A weak reference, because the group's threads must have
+    #: ended before Python exits, which takes until the last reference to the group is gone.
+    latest: ClassVar[weakref.ref[Ranks] | None] = None
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.bytes_sent = 0
@@ -119,7 +121,7 @@ class Ranks:
         self._direct = _devices_sent_from(distributed.get_backend_config(group))
         if self.size > 1:
             self._hosts = self.gather_objects((socket.gethostname(), os.getpid()), "starting")
-            Ranks.latest = self
+            Ranks.latest = weakref.ref(self)
 
     @property
     def has_group(self) -> bool:
