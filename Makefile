@@ -69,8 +69,8 @@ compiled: $(VENV)/test.stamp
 paper: $(VENV)/test.stamp
 	cd benchmarks && ../$(BIN)/python -m paper mnist --data "$(MNIST)" --pairs 3 --samples 5000 --search-samples 2000
 	cd benchmarks && ../$(BIN)/python -m paper cifar10 --data "$(CIFAR10)" --class-vectors "$(VECTORS)" \
-		--width 1 --epochs 12 --batch-size 250 --learning-rate 0.2 --pairs 3 --samples 2000 --search-samples 2000 \
-		--landscape-steps 9 --bfloat16
+		--width 1 --epochs 20 --batch-size 125 --learning-rate 0.1 --pairs 3 --samples 2000 --search-samples 5000 \
+		--landscape-steps 11 --landscape-samples 500 --bfloat16
 
 # The extra `test` includes `docs`.
 DOCS_STAMP := $(if $(wildcard $(VENV)/test.stamp),$(VENV)/test.stamp,$(VENV)/docs.stamp)
