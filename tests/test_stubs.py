@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import mudsc_fast
+
 PACKAGE = Path(__file__).parent.parent / "python" / "mudsc_fast"
 STUBS = sorted(path.stem for path in PACKAGE.glob("_*.pyi"))
 
@@ -41,6 +43,13 @@ def test_installed_package_is_typed() -> None:
     assert {f"mudsc_fast/{module}.pyi" for module in STUBS} <= installed
 
 
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    # Importing the module would replace the function.
+    functions = [name for name in mudsc_fast.__all__ if callable(getattr(mudsc_fast, name))]
+    assert {"match", "merge", "permute_"} <= set(functions)
+    assert not [name for name in functions if _is_module(f"mudsc_fast.{name}")]
+
+
 def test_public_functions_do_not_look_like_modules_to_mypy() -> None:
     # mypy may take the module, and then reports "Module not callable" in the code of users.
     imports = [
@@ -49,7 +58,7 @@ def test_public_functions_do_not_look_like_modules_to_mypy() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mudsc_fast.")
         for alias in node.names
     ]
-    assert ("mudsc_fast.merge", "merge") in imports
+    assert ("mudsc_fast.merge_models", "merge") in imports
     modules = [f"{module}.{name}" for module, name in imports if _is_module(f"{module}.{name}")]
     assert not modules
 

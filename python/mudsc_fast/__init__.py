@@ -5,16 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mudsc_fast import evaluate, ops, spec
-from mudsc_fast.batch_norm import reset_batch_norm
-from mudsc_fast.match import match
-from mudsc_fast.matching.activation import collect_statistics
-from mudsc_fast.matching.apply import permute_state_dict
-from mudsc_fast.matching.node import Mode, NodeMatching
-from mudsc_fast.matching.statistics import MatchingStatistics
-from mudsc_fast.matching_result import Matching
-from mudsc_fast.merge import merge, search_balance
-from mudsc_fast.merge_result import MergeResult
+from mudsc_fast import ops
 from mudsc_fast.ops import (
     Assignment,
     CorrelationAccumulator,
@@ -29,14 +20,23 @@ from mudsc_fast.ops import (
     use_backend,
     zip_units,
 )
-from mudsc_fast.options import Space
-from mudsc_fast.repair import repair
-from mudsc_fast.spec import Observation, PermutationSpec
 
 if TYPE_CHECKING:
-    from mudsc_fast import compat, plot
+    from mudsc_fast import compat, evaluate, plot, spec
+    from mudsc_fast.batch_norm import reset_batch_norm
     from mudsc_fast.compat import patch
+    from mudsc_fast.match_models import match
+    from mudsc_fast.matching.activation import collect_statistics
+    from mudsc_fast.matching.apply import permute_state_dict
+    from mudsc_fast.matching.node import Mode, NodeMatching
+    from mudsc_fast.matching.statistics import MatchingStatistics
+    from mudsc_fast.matching_result import Matching
+    from mudsc_fast.merge_models import merge, search_balance
+    from mudsc_fast.merge_result import MergeResult
+    from mudsc_fast.options import Space
     from mudsc_fast.refitting.refit import refit  # not from the package: mypy would take the module of that name
+    from mudsc_fast.repairing import repair
+    from mudsc_fast.spec import Observation, PermutationSpec
 
 __version__ = "0.1.0"
 
@@ -79,14 +79,37 @@ __all__ = [
 ]
 
 
+# What not every program needs is loaded at first use, so that programs that only solve assignments start fast. A module
+# must not have the name of a function: importing the module would replace the function.
+_MODULES = ("compat", "evaluate", "plot", "spec")
+_DEFINED_IN = {
+    "Matching": "matching_result",
+    "MatchingStatistics": "matching.statistics",
+    "MergeResult": "merge_result",
+    "Mode": "matching.node",
+    "NodeMatching": "matching.node",
+    "Observation": "spec",
+    "PermutationSpec": "spec",
+    "Space": "options",
+    "collect_statistics": "matching.activation",
+    "match": "match_models",
+    "merge": "merge_models",
+    "patch": "compat",
+    "permute_state_dict": "matching.apply",
+    "refit": "refitting",
+    "repair": "repairing",
+    "reset_batch_norm": "batch_norm",
+    "search_balance": "merge_models",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # What not every program needs is loaded at first use, so that it does not slow down the import.
-    if name in ("compat", "plot"):
+    if name in _MODULES:
         return import_module(f"mudsc_fast.{name}")
-    if name == "patch":
-        return import_module("mudsc_fast.compat").patch
-    if name == "refit":
-        return import_module("mudsc_fast.refitting").refit
+    if name in _DEFINED_IN:
+        value = getattr(import_module(f"mudsc_fast.{_DEFINED_IN[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,7 +18,7 @@ from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.checkpoints.networks import NetworkFiles, PathLike
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
-from mudsc_fast.match import PreparedMatching
+from mudsc_fast.match_models import PreparedMatching
 from mudsc_fast.matching.activation import collect
 from mudsc_fast.matching.apply import merge_state_dicts, reindex, task_tensors
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, effective_weights

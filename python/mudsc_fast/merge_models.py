@@ -12,7 +12,7 @@ from mudsc_fast._checks import check_number, check_share
 from mudsc_fast._forward import Forward
 from mudsc_fast._models import Models
 from mudsc_fast.distributed.ranks import Ranks
-from mudsc_fast.match import PreparedMatching
+from mudsc_fast.match_models import PreparedMatching
 from mudsc_fast.matching.node import Mode
 from mudsc_fast.matching.partial import Division
 from mudsc_fast.matching.statistics import MatchingStatistics
