@@ -399,6 +399,8 @@ def test_tensors_of_safetensors_are_mapped_in_any_dtype_and_place(tmp_path: Path
         assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
         assert same_values(found, tensor)
         assert file[name] is found
+        # copy.deepcopy and torch.save copy the storage of a tensor, so it must not be that of the whole file.
+        assert found.untyped_storage().nbytes() == tensor.nbytes
     # The entries of `odd` begin at an odd position, where torch cannot view them.
     text = json.dumps(
         {

@@ -93,9 +93,11 @@ class SafetensorsFile(Mapping[str, Tensor]):
             file: Any = safetensors.safe_open(self._path, "pt")
             tensor: Tensor = file.get_tensor(name)
             return tensor
-        # Not by safetensors, which reads the header again for each tensor: that takes six times as long.
+        # Not by safetensors, which reads the header again for each tensor: that takes six times as long. The storage
+        # holds this tensor alone, since a deep copy or torch.save copies the whole storage.
         begin, end = (self._begin + offset for offset in data_offsets)
-        entries = torch.from_file(str(self._path), shared=False, size=end, dtype=torch.uint8)[begin:]
+        storage = torch.UntypedStorage.from_file(str(self._path), False, end)[begin:end]
+        entries = torch.empty(0, dtype=torch.uint8).set_(storage)
         if begin % known.itemsize:
-            entries = entries.clone()  # torch cannot view entries that are not aligned
+            entries = entries.clone()  # most operators need aligned entries
         return entries.view(known).view(shape)
