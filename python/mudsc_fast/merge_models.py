@@ -268,7 +268,8 @@ def search_balance(
         As for :func:`mudsc_fast.merge`.
     score
         How good a merge is; the higher, the better. Called once for each balance. Use data that the networks were
-        trained on, not the data that the result is judged by.
+        trained on, not the data that the result is judged by; several thousand samples, since accuracies of 1,000
+        vary by more than good balances differ.
     balances
         The shares of the weight similarity to try: one number in [0, 1] or more.
     spec, mode, weights, shrink, budget, expand, stop_at, task_heads, random_state, max_sweeps, patience, forward,
