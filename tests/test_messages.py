@@ -157,6 +157,14 @@ def test_batch_that_forward_cannot_use() -> None:
         mudsc_fast.match(pair(), [batch], spec=MLP_SPEC, forward=lambda model, batch: model(batch["pixels"]))
 
 
+def test_forward_may_raise_anything() -> None:
+    def forward(_model: nn.Module, _batch: Any) -> Any:
+        raise ZeroDivisionError("no pixels")
+
+    with pytest.raises(ValueError, match=r"on batch 0 \(float32 \[40, 20\]\): ZeroDivisionError: no pixels\. Change"):
+        mudsc_fast.match(pair(), data(), spec=MLP_SPEC, forward=forward)
+
+
 def test_transformers_with_a_broken_dependency() -> None:
     class Transformers:
         def __getattr__(self, name: str) -> None:

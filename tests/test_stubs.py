@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_no_module_has_the_name_of_a_public_function() -> None:
 def test_public_functions_do_not_look_like_modules_to_mypy() -> None:
     # mypy may take the module, and then reports "Module not callable" in the code of users.
     imports = [
-        (node.module, alias.name)
+        (node.module or "", alias.name)
         for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mudsc_fast.")
         for alias in node.names
@@ -61,6 +62,9 @@ def test_public_functions_do_not_look_like_modules_to_mypy() -> None:
     assert ("mudsc_fast.merge_models", "merge") in imports
     modules = [f"{module}.{name}" for module, name in imports if _is_module(f"{module}.{name}")]
     assert not modules
+    # What type checkers see is what is loaded at first use.
+    for module, name in imports:
+        assert getattr(mudsc_fast, name) is getattr(import_module(module), name)
 
 
 def _is_module(name: str) -> bool:

@@ -229,7 +229,7 @@ _CIFAR100 = replace(
     _CIFAR10,
     title="CIFAR-100, 50 + 50 classes, ResNet20",
     num_classes=100,
-    pairs=_halves(100),
+    pairs=_halves(100),  # not the halves of _CIFAR10, if the data is CIFAR-10
     merging_batch=500,
     published={},
     notes=(

@@ -53,7 +53,7 @@ def explain_failure(model: nn.Module, batch: Any, index: int, forward: Callable[
         yield
     except (HookError, torch.cuda.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except Exception as error:  # the user's code may raise anything
         if forward is None and isinstance(error, RuntimeError):
             _check_dtype(model, batch, error)
         kind = TypeError if isinstance(error, TypeError) else ValueError
