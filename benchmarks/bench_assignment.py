@@ -2,8 +2,9 @@
 
 Every result is a permutation whose objective, in float64, is that of scipy (unless scipy is skipped at that size) and
 is proven by its own duals, checked entry for entry. A table for each size gives the shortest times in milliseconds, the
-ratios to scipy and to the fastest peer, and `reads`: the time divided by that of streaming the matrix once. The extra
-information of each benchmark holds the times of all peers by name and version.
+ratios to scipy and to the fastest peer, and `reads`: the time divided by that of streaming the matrix once. Peers that
+miss the optimum are named and left out. The extra information of each benchmark holds the times of all peers by name
+and version.
 
     pip install -e '.[test,benchmark]'
     MUDSC_BENCHMARK_SIZES=512,1024,2048 pytest benchmarks/bench_assignment.py --benchmark-only -s
@@ -227,7 +228,10 @@ def within_limit(peer: peers.Peer, cost: peers.Cost, budget: float = 0.05) -> tu
 
 
 def measure_peers(similarity: Tensor, own: Assignment) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the peers' times and versions. Their objectives are compared with ours."""
+    """Return the peers' times and versions; the time of a peer whose result is not optimal is infinite.
+
+    Solvers that compute in float32 miss the optimum of some matrices. None may find a better one than ours.
+    """
     cost = (-similarity).numpy()
     expected = float(objective(similarity, own.columns))
     allowed = ROUNDING * magnitude(similarity, own.columns)
@@ -237,7 +241,10 @@ def measure_peers(similarity: Tensor, own: Assignment) -> tuple[dict[str, float]
         versions[peer.name] = peer.version
         if columns is not None:
             found = float(objective(similarity, torch.from_numpy(columns.astype(np.int64))))
-            assert abs(found - expected) <= allowed, f"{peer.name}: objective {found}, ours {expected}"
+            assert found - expected <= allowed, f"{peer.name}: objective {found}, ours {expected}"
+            if expected - found > allowed:
+                print(f"\n{peer.name} {peer.version} is left out: its objective is {found}, the optimum {expected}")
+                times[peer.name] = math.inf
     return times, versions
 
 

@@ -103,9 +103,9 @@ def _distribution(module: ModuleType, distributions: Mapping[str, list[str]]) ->
     """Return name and version of the distribution of a module: of several, the one whose version the module bears."""
     package = module.__name__.partition(".")[0]
     versions = {name: metadata.version(name) for name in distributions.get(package, [])}
-    if not versions:  # built from source beside the installed packages
-        return package, "unknown version"
     own_version = getattr(module, "__version__", None)
+    if not versions:  # built from source beside the installed packages
+        return package, own_version or "unknown version"
     return next((item for item in versions.items() if item[1] == own_version), next(iter(versions.items())))
 
 
