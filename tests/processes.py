@@ -131,7 +131,9 @@ def _command(arguments: list[str]) -> None:
     from mudsc_fast.cli import main
 
     torch.set_num_threads(1)
+    gc.disable()
     code = main(arguments)
+    assert Ranks.latest is None or Ranks.latest() is None, "the command left the process group in a reference cycle"
     sys.stdout.flush()
     if code:
         sys.exit(code)

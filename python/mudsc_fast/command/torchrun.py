@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -95,7 +96,8 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
         return
     from torch import distributed
 
-    if threading.current_thread() is threading.main_thread():
+    takes_signals = threading.current_thread() is threading.main_thread()
+    if takes_signals:
         signal.signal(signal.SIGTERM, _terminate)
     limit = None if timeout is None else timedelta(seconds=timeout)
     if device.type == "cuda":
@@ -103,12 +105,19 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     try:
         yield distributed.group.WORLD
+        # The group's threads must end before Python does, or they may abort it. They end with the last reference to the
+        # group, which can be in a reference cycle, such as those that the first import of torch.export leaves.
+        gc.collect()
     except Terminated as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it was heard
         ranks = None if Ranks.latest is None else Ranks.latest()
         if ranks is None:
             raise
         raise ranks.explain(error) from None
+    except Exception:
+        if takes_signals:  # do not let torchrun, which ends all processes, interrupt this one before it shows the error
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     finally:
         distributed.destroy_process_group()
 

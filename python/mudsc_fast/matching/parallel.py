@@ -14,7 +14,6 @@ from mudsc_fast.matching.exchange import Exchange
 from mudsc_fast.matching.node import Matcher, NodeMatching
 from mudsc_fast.matching.owners import Owners, Share, share_out
 from mudsc_fast.matching.sharing import MATCHING, Plan, Sharing, SharingRows, SharingSamples, Sums, Task
-from mudsc_fast.matching.slices import TensorSlice, tensor_slices
 from mudsc_fast.matching.sweep import Bundle
 from mudsc_fast.matching.weight import Update, WeightSimilarity
 from mudsc_fast.ops.correlation import CorrelationAccumulator
@@ -75,12 +74,11 @@ class ParallelSolver:
         self._spec, self._ranks, self._owners = spec, ranks, owners
         self._weights, self._finish, self._match = weights, finish, match
         self._units = spec.units(state_dict)
-        self._slices = tensor_slices(spec, state_dict)
         self._shares_tasks = shares_tasks and not ranks.alone
         self._exchange, self._timed = exchange, timed
         by_rows = weights.divides_rows and ranks.sends_from_host
         self._sharing: Sharing = (SharingRows if by_rows else SharingSamples)(
-            ranks, weights, state_dict, self._units, self._slices_of
+            ranks, weights, state_dict, self._units, owners.slices
         )
         #: For each node the matchings of its neighbors when its sums were last computed, by whichever process.
         self._before: dict[str, dict[str, NodeMatching]] = {}
@@ -168,9 +166,6 @@ class ParallelSolver:
         ranks = sorted({*ranks, self._owners.owner[bundle]})
         return ranks if len(ranks) <= 2 or (len(ranks) < self._ranks.size and len(ranks) <= _MAX_SENDERS) else []
 
-    def _slices_of(self, task: Task, node: str) -> Sequence[TensorSlice]:
-        return self._owners.slices[task.holder][node] if task.bundle in self._owners.spread else self._slices[node]
-
     def _plan(self, tasks: Sequence[Task], current: Mapping[str, NodeMatching]) -> Plan:
         if not self._shares_tasks:
             return Plan({}, {}, current)
@@ -186,7 +181,7 @@ class ParallelSolver:
                 before = self._before.get(node)
                 update = None
                 if before is not None:
-                    update = self._weights.update_of(node, before, current, self._slices_of(task, node))
+                    update = self._weights.update_of(node, before, current, self._owners.slices[task.holder][node])
                 if update is not None:
                     found[node] = update
             if len(found) == len(task.bundle):
@@ -198,9 +193,9 @@ class ParallelSolver:
         loads = [0.0] * self._ranks.size
         works, samples, after = {}, {}, {}
         for task in tasks:
-            update = updates.get(task)
+            update, slices = updates.get(task), self._owners.slices[task.holder]
             of_nodes = {
-                node: update[node].work if update else sum(part.samples for part in self._slices_of(task, node))
+                node: update[node].work if update else sum(part.samples for part in slices[node])
                 for node in task.bundle
             }
             # The owner of a spread bundle matches it while all others wait.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -77,8 +77,8 @@ class Sharing(ABC):
         The first network's tensors, of which only the shapes and dtypes are read.
     units
         The number of units of every node.
-    slices_of
-        Returns the slices of tensors of a task's node.
+    slices
+        For each rank and each node, the slices of tensors that the rank compares.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Sharing(ABC):
         weights: WeightSimilarity,
         state_dict: Mapping[str, Tensor],
         units: Mapping[str, int],
-        slices_of: Callable[[Task, str], Sequence[TensorSlice]],
+        slices: Sequence[Mapping[str, Sequence[TensorSlice]]],
     ) -> None:
         self._ranks, self._weights, self._state_dict, self._units = ranks, weights, state_dict, units
-        self._slices_of = slices_of
+        self._slices = slices
         wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in state_dict.values())
         #: Where features are multiplied in float32, float32 can hold sums as exactly as they are known.
         self.wire_dtype = torch.float64 if wide else torch.float32
@@ -177,7 +177,7 @@ class SharingSamples(Sharing):
             part
             for other, begin, end in self._plan.shares[task]
             if other == rank
-            for part in cut_all(self._slices_of(task, node), begin, end, self._state_dict, self._units)
+            for part in cut_all(self._slices[task.holder][node], begin, end, self._state_dict, self._units)
         ]
 
 
@@ -213,7 +213,7 @@ class SharingRows(Sharing):
         plan, rank = self._plan, self._ranks.rank
         rows = {node: self._rows(task, node, rank) for node in task.bundle}
         if task not in plan.updates:
-            slices = {node: self._slices_of(task, node) for node in task.bundle}
+            slices = self._slices[task.holder]
             sums = {node: self._weights.sums_of(node, plan.current, slices[node], rows[node]) for node in task.bundle}
         elif rank == task.holder:
             return {
@@ -258,7 +258,7 @@ class SharingRows(Sharing):
                     moments.accumulate(comoment[part], added, none[part], none)
                 continue
             moments.comoments[:, part] = received[0]
-            moments.num_samples = sum(piece.samples for piece in self._slices_of(task, node))
+            moments.num_samples = sum(piece.samples for piece in self._slices[task.holder][node])
             for own, values in zip((moments.mean, moments.squares), received[1], strict=True):
                 own[0, part], own[1:] = values[0, part], values[1:]
 
