@@ -1,8 +1,8 @@
 // Finds the smallest entries of `cost - price` in a row, reading the row once.
 //
 // The entries are divided into groups. A group holds one lane's entries in a run of blocks, so its minimum needs no
-// shuffles, and only these minima are stored. Bisection finds a bound that as many minima pass as entries are wanted,
-// and only runs with a minimum below the bound are read again, in vectors.
+// shuffles, and only these minima are stored, and those of parts of four entries. Bisection finds a bound that as many
+// groups' minima pass as entries are wanted, and only parts with a minimum below the bound are read again.
 // Memory traffic: the row, and the prices, which stay in cache. Blocks are 64 bytes at every instruction level, so that
 // all levels list the same entries.
 #pragma once
@@ -94,9 +94,10 @@ class RowScanner {
   explicit RowScanner(std::int64_t columns)
       : columns_(columns),
         minima_(columns + 2 * kBlock),
+        part_minima_(columns + kBlock),
         keys_(columns + kBlock),
-        hits_(columns),
-        blocks_(columns / kBlock + 1),
+        hits_(columns + kBlock),
+        parts_(columns / kBlock + 1),
         bits_(columns / kBlock + 1) {}
 
   // From now on, rows have so many entries, at most as many as the scanner was made for.
@@ -110,13 +111,14 @@ class RowScanner {
     sign_ = sign;
     prices_ = prices;
     const std::int64_t blocks = columns_ / kBlock;
-    run_ = columns_ / groups > 1 ? columns_ / groups : 1;
-    group_count_ = 0;
+    const std::int64_t run = columns_ / groups > 1 ? columns_ / groups : 1;
+    part_ = run < kMostPartBlocks ? run : kMostPartBlocks;
+    run_ = run / part_ * part_;
+    group_count_ = part_count_ = 0;
     // Kept in registers: vectors in memory may be any other object, so members would be loaded and stored for each.
     Bits largest[kVectorsPerBlock] = {};
     for (std::int64_t begin = 0; begin < blocks; begin += run_) {
       read_run(begin, begin + run_ < blocks ? begin + run_ : blocks, largest);
-      group_count_ += kBlock;
     }
     for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) largest_[part] = largest[part];
     if (columns_ % kBlock != 0) {
@@ -263,30 +265,31 @@ class RowScanner {
   // Writes the entries that are at most `bound` to keys_ and hits_ and returns their number.
   std::int64_t collect(Number bound, double start) {
     const std::int64_t blocks = columns_ / kBlock, runs = (blocks + run_ - 1) / run_;
-    const std::int64_t first = static_cast<std::int64_t>(start * static_cast<double>(runs));
-    // First collects the blocks with hits, without a branch, which would be unpredictable.
+    const std::int64_t first = static_cast<std::int64_t>(start * static_cast<double>(runs)) * (run_ / part_);
+    // Appends without branches, which would be unpredictable. First collects the parts with hits.
     std::int64_t noted = 0;
-    for (std::int64_t turn = 0; turn < runs; ++turn) {
-      const std::int64_t at = first + turn < runs ? first + turn : first + turn - runs;
-      if (at_most(minima_.data() + at * kBlock, bound) == 0) continue;
-      const std::int64_t end = (at + 1) * run_ < blocks ? (at + 1) * run_ : blocks;
-      for (std::int64_t block = at * run_; block < end; ++block) {
-        Number keys[kBlock];
-        for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-          *reinterpret_cast<Unaligned*>(keys + part * kVectorLanes) = keys_of(block * kBlock + part * kVectorLanes);
-        }
-        const std::uint32_t bits = at_most(keys, bound);
-        blocks_[noted] = static_cast<std::int32_t>(block);
+    const auto note = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t part = begin; part < end; ++part) {
+        const std::uint32_t bits = at_most(part_minima_.data() + part * kBlock, bound);
+        parts_[noted] = static_cast<std::int32_t>(part);
         bits_[noted] = bits;
         noted += bits != 0;
       }
-    }
+    };
+    note(first, part_count_);
+    note(0, first < part_count_ ? first : part_count_);
     std::int64_t hit_count = 0;
     for (std::int64_t k = 0; k < noted; ++k) {
+      const std::int64_t begin = parts_[k] * part_, end = begin + part_ < blocks ? begin + part_ : blocks;
       for (std::uint32_t bits = bits_[k]; bits != 0; bits &= bits - 1) {
-        const std::int64_t column = blocks_[k] * kBlock + __builtin_ctz(bits);
-        hits_[hit_count] = static_cast<std::int32_t>(column);
-        keys_[hit_count++] = key(column);
+        const std::int64_t lane = __builtin_ctz(bits);
+        for (std::int64_t block = begin; block < end; ++block) {
+          const std::int64_t column = block * kBlock + lane;
+          const Number found = key(column);
+          hits_[hit_count] = static_cast<std::int32_t>(column);
+          keys_[hit_count] = found;
+          hit_count += found <= bound;
+        }
       }
     }
     for (std::int64_t j = blocks * kBlock; j < columns_; ++j) {
@@ -303,12 +306,6 @@ class RowScanner {
     return bits & VectorOf<Number>::kMagnitudeBits;
   }
 
-  // Reduced costs of a vector of columns.
-  Vector keys_of(std::int64_t column) const {
-    return *reinterpret_cast<const Unaligned*>(values_ + column) * sign_ -
-           *reinterpret_cast<const Unaligned*>(prices_ + column);
-  }
-
   Number key(std::int64_t column) const { return sign_ * values_[column] - prices_[column]; }
 
   void read_run(std::int64_t begin, std::int64_t end, Bits (&largest)[kVectorsPerBlock]) {
@@ -316,21 +313,36 @@ class RowScanner {
     const Number* const prices = prices_;
     const Number sign = sign_;
     const char* const next_row = next_row_;
+    const std::int64_t part_blocks = part_;
     Vector least[kVectorsPerBlock];
-    for (Vector& part : least) part = kInfinite - Vector{};
-    for (std::int64_t block = begin; block < end; ++block) {
-      __builtin_prefetch(next_row + block * 64, 0, 2);  // into L2: L1 has no room for two rows
-      for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-        const std::int64_t j = block * kBlock + part * kVectorLanes;
-        const Vector entries = *reinterpret_cast<const Unaligned*>(values + j);
-        const Bits magnitudes = reinterpret_cast<Bits>(entries) & VectorOf<Number>::kMagnitudeBits;
-        largest[part] = magnitudes > largest[part] ? magnitudes : largest[part];
-        const Vector keys = entries * sign - *reinterpret_cast<const Unaligned*>(prices + j);
-        least[part] = keys < least[part] ? keys : least[part];
+    for (Vector& lanes : least) lanes = kInfinite - Vector{};
+    while (begin < end) {
+      const std::int64_t part_end = begin + part_blocks < end ? begin + part_blocks : end;
+      Vector least_of_part[kVectorsPerBlock];
+      for (Vector& lanes : least_of_part) lanes = kInfinite - Vector{};
+      for (; begin < part_end; ++begin) {
+        __builtin_prefetch(next_row + begin * 64, 0, 2);  // into L2: L1 has no room for two rows
+        for (std::int64_t k = 0; k < kVectorsPerBlock; ++k) {
+          const std::int64_t j = begin * kBlock + k * kVectorLanes;
+          const Vector entries = *reinterpret_cast<const Unaligned*>(values + j);
+          const Bits magnitudes = reinterpret_cast<Bits>(entries) & VectorOf<Number>::kMagnitudeBits;
+          largest[k] = magnitudes > largest[k] ? magnitudes : largest[k];
+          const Vector keys = entries * sign - *reinterpret_cast<const Unaligned*>(prices + j);
+          least_of_part[k] = keys < least_of_part[k] ? keys : least_of_part[k];
+        }
+      }
+      store(least_of_part, part_minima_.data() + part_count_++ * kBlock);
+      for (std::int64_t k = 0; k < kVectorsPerBlock; ++k) {
+        least[k] = least_of_part[k] < least[k] ? least_of_part[k] : least[k];
       }
     }
-    for (std::int64_t part = 0; part < kVectorsPerBlock; ++part) {
-      *reinterpret_cast<Unaligned*>(minima_.data() + group_count_ + part * kVectorLanes) = least[part];
+    store(least, minima_.data() + group_count_);
+    group_count_ += kBlock;
+  }
+
+  static void store(const Vector (&block)[kVectorsPerBlock], Number* out) {
+    for (std::int64_t k = 0; k < kVectorsPerBlock; ++k) {
+      *reinterpret_cast<Unaligned*>(out + k * kVectorLanes) = block[k];
     }
   }
 
@@ -376,14 +388,18 @@ class RowScanner {
     return unseen < floor ? unseen : floor;
   }
 
-  std::int64_t columns_ = 0, run_ = 1, group_count_ = 0;
+  // Blocks in a part of a run, at most: entries of a part of a group.
+  static constexpr std::int64_t kMostPartBlocks = 4;
+
+  // Blocks in a run and in a part of it; minima of groups; parts.
+  std::int64_t columns_ = 0, run_ = 1, part_ = 1, group_count_ = 0, part_count_ = 0;
   const char* next_row_ = nullptr;
   const Number* values_ = nullptr;
   const Number* prices_ = nullptr;
   Number sign_ = 1;
   Bits largest_[kVectorsPerBlock] = {};
-  Buffer<Number> minima_, keys_;
-  Buffer<std::int32_t> hits_, blocks_;
+  Buffer<Number> minima_, part_minima_, keys_;
+  Buffer<std::int32_t> hits_, parts_;
   Buffer<std::uint32_t> bits_;
 };
 
