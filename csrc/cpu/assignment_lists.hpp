@@ -203,8 +203,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
       if (Rows::is_pruned() && lists_[row].capacity < columns_) return list_near(row, wanted, scratch);
     }
     const Scan* const values = row_values(row, scratch.row);
-    const void* const next = Rows::address_of(next_row);
-    return list_values(row, values, wanted, scratch, next == nullptr ? values : next);
+    return list_values(row, values, wanted, scratch, next_row == row ? nullptr : Rows::address_of(next_row));
   }
 
   // The same where only some entries of the row are computed.
@@ -213,7 +212,8 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     const auto near = Rows::gather_near(row, scan_duals(), wanted, scratch.row);
     const Scan* const values = scratch.row.row.data();
     scratch.scanner.set_columns(near.count);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scratch.row.prices.data(), kGroupsPerEntry * wanted, values);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scratch.row.prices.data(), kGroupsPerEntry * wanted,
+                         nullptr);
     list.size = 0;
     const Scan floor = scratch.scanner.list_smallest(
         wanted, list.capacity, start_of(row), [&](std::int64_t k) { append(list, scratch.row.columns[k], values[k]); });
@@ -222,7 +222,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     return Rows::largest_magnitude(row);
   }
 
-  // The same for a row of these values; prefetches another at `next`.
+  // The same for a row of these values; prefetches another at `next`, if that is not null.
   Scan list_values(std::int64_t row, const Scan* values, std::int64_t wanted, Scratch& scratch, const void* next) {
     List& list = lists_[row];
     scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kGroupsPerEntry * wanted, next);
@@ -251,7 +251,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     double* const costs = scratch.wide_costs.data();
     const Scan* const values = row_values(row, scratch.row);
     for (std::int64_t j = 0; j < columns_; ++j) costs[j] = sign_ * static_cast<double>(values[j]);
-    scratch.wide_scanner.read(costs, 1.0, v_.data(), kGroupsPerEntry * wanted, costs);
+    scratch.wide_scanner.read(costs, 1.0, v_.data(), kGroupsPerEntry * wanted, nullptr);
     list.size = 0;
     list.floor = kInfinity;
     const auto add = [&](std::int64_t column) { append(list, column, values[column]); };
@@ -287,7 +287,7 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
       }
     }
     const Scan* const values = row_values(row, scratch.row);
-    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, values);
+    scratch.scanner.read(values, static_cast<Scan>(sign_), scan_duals(), kCertificateGroups, nullptr);
     scratch.scanner.visit(bound, 0.0, [&](std::int64_t column) {
       const double cost = sign_ * static_cast<double>(values[column]) - v_[column];
       least = cost < least ? cost : least;

@@ -103,14 +103,16 @@ class RowScanner {
   // From now on, rows have so many entries, at most as many as the scanner was made for.
   void set_columns(std::int64_t columns) { columns_ = columns; }
 
-  // Reads a row: cost = sign * value. There are about `groups` groups, at most one per entry. `next_row` is prefetched:
-  // the row to be read next, or any readable memory of that length.
+  // Reads a row: cost = sign * value. There are about `groups` groups, at most one per entry. The row to be read next is
+  // prefetched; if it is not known (null), the row itself, some lines ahead.
   void read(const Number* values, Number sign, const Number* prices, std::int64_t groups, const void* next_row) {
     values_ = values;
-    next_row_ = static_cast<const char*>(next_row);
     sign_ = sign;
     prices_ = prices;
     const std::int64_t blocks = columns_ / kBlock;
+    const std::int64_t lead = next_row != nullptr ? 0 : blocks / 4 < kMostLead ? blocks / 4 : kMostLead;
+    ahead_ = static_cast<const char*>(next_row != nullptr ? next_row : values) + lead * 64;
+    ahead_blocks_ = blocks - lead;
     const std::int64_t run = columns_ / groups > 1 ? columns_ / groups : 1;
     part_ = run < kMostPartBlocks ? run : kMostPartBlocks;
     run_ = run / part_ * part_;
@@ -312,7 +314,8 @@ class RowScanner {
     const Number* const values = values_;
     const Number* const prices = prices_;
     const Number sign = sign_;
-    const char* const next_row = next_row_;
+    const char* const ahead = ahead_;
+    const std::int64_t ahead_blocks = ahead_blocks_;
     const std::int64_t part_blocks = part_;
     Vector least[kVectorsPerBlock];
     for (Vector& lanes : least) lanes = kInfinite - Vector{};
@@ -320,15 +323,17 @@ class RowScanner {
       const std::int64_t part_end = begin + part_blocks < end ? begin + part_blocks : end;
       Vector least_of_part[kVectorsPerBlock];
       for (Vector& lanes : least_of_part) lanes = kInfinite - Vector{};
-      for (; begin < part_end; ++begin) {
-        __builtin_prefetch(next_row + begin * 64, 0, 2);  // into L2: L1 has no room for two rows
-        for (std::int64_t k = 0; k < kVectorsPerBlock; ++k) {
-          const std::int64_t j = begin * kBlock + k * kVectorLanes;
+      // Into L2: L1 has no room for two rows. Where nothing is left, the first lines again, which costs nothing.
+      const char* const lines = ahead + (begin < ahead_blocks ? begin : 0) * 64;
+      for (std::int64_t k = 0; begin < part_end; ++begin, ++k) {
+        __builtin_prefetch(lines + k * 64, 0, 2);
+        for (std::int64_t at = 0; at < kVectorsPerBlock; ++at) {
+          const std::int64_t j = begin * kBlock + at * kVectorLanes;
           const Vector entries = *reinterpret_cast<const Unaligned*>(values + j);
           const Bits magnitudes = reinterpret_cast<Bits>(entries) & VectorOf<Number>::kMagnitudeBits;
-          largest[k] = magnitudes > largest[k] ? magnitudes : largest[k];
+          largest[at] = magnitudes > largest[at] ? magnitudes : largest[at];
           const Vector keys = entries * sign - *reinterpret_cast<const Unaligned*>(prices + j);
-          least_of_part[k] = keys < least_of_part[k] ? keys : least_of_part[k];
+          least_of_part[at] = keys < least_of_part[at] ? keys : least_of_part[at];
         }
       }
       store(least_of_part, part_minima_.data() + part_count_++ * kBlock);
@@ -388,12 +393,17 @@ class RowScanner {
     return unseen < floor ? unseen : floor;
   }
 
+  // By how many cache lines at most prefetching runs ahead in a row. The processor does not look beyond a page.
+  static constexpr std::int64_t kMostLead = 64;
+
   // Blocks in a part of a run, at most: entries of a part of a group.
   static constexpr std::int64_t kMostPartBlocks = 4;
 
   // Blocks in a run and in a part of it; minima of groups; parts.
   std::int64_t columns_ = 0, run_ = 1, part_ = 1, group_count_ = 0, part_count_ = 0;
-  const char* next_row_ = nullptr;
+  // What is prefetched while the row is read, and how many blocks of it.
+  const char* ahead_ = nullptr;
+  std::int64_t ahead_blocks_ = 0;
   const Number* values_ = nullptr;
   const Number* prices_ = nullptr;
   Number sign_ = 1;
