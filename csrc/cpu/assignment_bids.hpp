@@ -1,8 +1,10 @@
 // Bids on lists: matching rows to their best columns, an auction, and augmenting row reduction.
 //
-// The bids of a block of rows are found at the same duals and made one after another. The size of a block does not
-// depend on the number of threads, so results do not either. Where lists are requested instead of scanned, rows without
-// a sufficient list are put off, and a function that returns false continues when it is called again with new lists.
+// The bids of a block of rows are found at the same duals and made one after another. In an auction, rows without a
+// sufficient list are put off until many are, or no other row is left; then all threads list them again together. None
+// of this depends on the number of threads, so results do not either. Where lists are requested instead of scanned, rows
+// without a sufficient list are put off, and a function that returns false continues when it is called again with new
+// lists.
 // Sources: D. P. Bertsekas, "The auction algorithm", Annals of Operations Research 14 (1988); R. Jonker and A.
 // Volgenant, Computing 38 (1987).
 #pragma once
@@ -22,12 +24,12 @@ class ListBids : protected Lists {
   using Lists::class_size_;
   using Lists::column_of_row_;
   using Lists::columns_;
-  using Lists::find_bids;
   using Lists::free_column_at;
   using Lists::kScansNow;
   using Lists::list_for_bid;
   using Lists::lists_;
   using Lists::look_up;
+  using Lists::look_up_bids;
   using Lists::row_of_column_;
   using Lists::rows_;
   using Lists::set_v;
@@ -45,8 +47,11 @@ class ListBids : protected Lists {
   static constexpr std::int64_t kTiedEntries = 4;
   static constexpr int kReductionPasses = 2;
   static constexpr std::int64_t kStepsPerRow = 4;
-  // Rows whose bids are found together. About one bid in a hundred is stale when its turn comes.
+  // Rows whose lists are looked up together. About one bid in a hundred is stale when its turn comes.
   static constexpr std::int64_t kBlock = 64;
+  // An auction lists rows again together once one row in this many is put off: enough to share among threads. In row
+  // reduction this would leave more rows unmatched.
+  static constexpr std::int64_t kPutOffShare = 32;
   // Classes of this many equal rows take their steps of row reduction together; so many class steps per pass.
   static constexpr std::int64_t kLargeClass = 16;
   static constexpr std::int64_t kClassSteps = 64;
@@ -63,39 +68,43 @@ class ListBids : protected Lists {
         class_waits_(rows_),
         stack_(rows_),
         waiting_classes_(rows_),
-        put_off_rows_(kScansNow ? 0 : rows_),
+        put_off_rows_(rows_),
         put_off_classes_(kScansNow ? 0 : rows_),
         columns_of_class_(rows_),
         reduced_(columns_),
         gaps_(columns_) {}
 
-  // Moves a few rows from the end of stack_ to block_, in the order in which they are popped, and finds their bids.
-  std::int64_t take_block(std::int64_t& free_count) {
-    const std::int64_t count = free_count < kBlock ? free_count : kBlock;
-    for (std::int64_t k = 0; k < count; ++k) block_[k] = stack_[--free_count];
-    find_bids(block_, count, Known::both);
+  // Finds the bids of several rows at the current duals.
+  void find_bids(const std::int64_t* rows, std::int64_t count, Known known) {
+    look_up_bids(rows, count, known);
+    if constexpr (kScansNow) Lists::list_exhausted(rows, count, known);
+  }
+
+  // Moves a few rows from the end of stack_ to block_, in the order in which they are popped. Returns their number.
+  std::int64_t take_block() {
+    const std::int64_t count = free_count_ < kBlock ? free_count_ : kBlock;
+    for (std::int64_t k = 0; k < count; ++k) block_[k] = stack_[--free_count_];
     return count;
   }
 
-  // Calls bid(row, best) for the rows of a block, one after another. Rows whose lists have become insufficient return
-  // to stack_, or are put off if their lists must be requested.
+  // Calls bid(row, best) for rows whose bids were looked up, one after another. Rows without a bid are put off. Rows
+  // whose lists have become insufficient return to stack_.
   template <class Bid>
-  void take_bids(std::int64_t& free_count, const Bid& bid) {
-    const std::int64_t size = take_block(free_count);
-    for (std::int64_t k = 0; k < size; ++k) {
-      if (!kScansNow && bids_[k].column < 0) {
-        put_off_rows_[put_off_row_count_++] = block_[k];
-      } else if (update(block_[k], bids_[k])) {
-        bid(block_[k], bids_[k]);
+  void make_bids(const std::int64_t* rows, std::int64_t count, const Bid& bid) {
+    for (std::int64_t k = 0; k < count; ++k) {
+      if (bids_[k].column < 0) {
+        put_off_rows_[put_off_row_count_++] = rows[k];
+      } else if (update(rows[k], bids_[k])) {
+        bid(rows[k], bids_[k]);
       } else {
-        stack_[free_count++] = block_[k];
+        stack_[free_count_++] = rows[k];
       }
     }
   }
 
   // Returns rows that were put off to stack_, as their lists have come.
-  void resume_rows(std::int64_t& free_count) {
-    while (put_off_row_count_ > 0) stack_[free_count++] = put_off_rows_[--put_off_row_count_];
+  void resume_rows() {
+    while (put_off_row_count_ > 0) stack_[free_count_++] = put_off_rows_[--put_off_row_count_];
   }
 
   // Updates a bid after other bids. Costs only rise, so the best column is still the best unless its dual has moved. If
@@ -208,7 +217,8 @@ class ListBids : protected Lists {
     unassign_all();
     begin_bids(kEpsilonShare * select_rank(gaps_.data(), gap_count, gap_count / 2), bidders);
     run_bids();
-    return all_bid_ && bidders == rows_ && free_count_ == 0 ? AuctionResult::complete : AuctionResult::partial;
+    const bool complete = all_bid_ && bidders == rows_ && free_count_ + put_off_row_count_ == 0;
+    return complete ? AuctionResult::complete : AuctionResult::partial;
   }
 
   // Begins the bids of `free_count` rows in stack_.
@@ -216,27 +226,41 @@ class ListBids : protected Lists {
     epsilon_ = epsilon;
     free_count_ = free_count;
     bids_left_ = kBidsPerRow * rows_;
+    put_off_row_count_ = 0;
     all_bid_ = true;
   }
 
   // False if rows wait for lists. The first bid of a block is never stale, so every block makes a bid or puts rows off.
   bool run_bids() {
-    resume_rows(free_count_);
-    while (free_count_ > 0 && bids_left_ > 0) {
-      take_bids(free_count_, [&](std::int64_t row, const BestTwo& best) {
-        --bids_left_;
-        if (best.first >= lists_[list_for_bid(row)].floor) {
-          all_bid_ = false;  // it would take one of many columns that are as good
-          return;
-        }
-        set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon_);
-        const std::int64_t displaced = row_of_column_[best.column];
-        Lists::assign(row, best.column);
-        if (displaced >= 0) {
-          column_of_row_[displaced] = -1;
-          stack_[free_count_++] = displaced;
-        }
-      });
+    resume_rows();
+    const auto bid = [&](std::int64_t row, const BestTwo& best) {
+      --bids_left_;
+      if (best.first >= lists_[list_for_bid(row)].floor) {
+        all_bid_ = false;  // it would take one of many columns that are as good
+        return;
+      }
+      set_v(best.column, v_[best.column] - (best.second - best.first) - epsilon_);
+      const std::int64_t displaced = row_of_column_[best.column];
+      Lists::assign(row, best.column);
+      if (displaced >= 0) {
+        column_of_row_[displaced] = -1;
+        stack_[free_count_++] = displaced;
+      }
+    };
+    while (bids_left_ > 0) {
+      if (free_count_ > 0 && (!kScansNow || put_off_row_count_ < rows_ / kPutOffShare)) {
+        const std::int64_t count = take_block();
+        look_up_bids(block_, count, Known::both);
+        make_bids(block_, count, bid);
+      } else if (kScansNow && put_off_row_count_ > 0) {
+        const std::int64_t count = put_off_row_count_;
+        put_off_row_count_ = 0;
+        for (std::int64_t k = 0; k < count; ++k) bids_[k].column = -1;
+        if constexpr (kScansNow) Lists::list_exhausted(put_off_rows_.data(), count, Known::both);
+        make_bids(put_off_rows_.data(), count, bid);
+      } else {
+        break;
+      }
     }
     return put_off_row_count_ == 0 || bids_left_ <= 0;
   }
@@ -316,15 +340,27 @@ class ListBids : protected Lists {
     class_steps_left_ = kClassSteps;
     class_waits_.fill(false);
     waiting_class_count_ = 0;
-    free_count_ = 0;
+    free_count_ = put_off_row_count_ = put_off_class_count_ = 0;
     for (std::int64_t k = 0; k < free_count; ++k) release(stack_[k]);
   }
 
   // Single rows first: a step of a class affects many others. False if rows or classes wait for lists.
   bool run_reduction() {
-    resume_rows(free_count_);
+    resume_rows();
     while (put_off_class_count_ > 0)
       waiting_classes_[waiting_class_count_++] = put_off_classes_[--put_off_class_count_];
+    const auto bid = [&](std::int64_t row, const BestTwo& best) {
+      const bool lowers = best.first < best.second;
+      std::int64_t column = best.column;
+      if (!lowers && row_of_column_[column] >= 0) column = free_column_at(list_for_bid(row), best.first);
+      if (column < 0 || --steps_left_ < 0) return;
+      if (lowers) set_v(column, v_[column] - (best.second - best.first));
+      const std::int64_t displaced = row_of_column_[column];
+      Lists::assign(row, column);
+      // Computed from the pair, so that the pair is tight to the last bit.
+      u_[row] = Lists::cost_of(row, column) - v_[column];
+      if (displaced >= 0) release(displaced);
+    };
     while (free_count_ > 0 || waiting_class_count_ > 0) {
       if (free_count_ == 0) {
         const std::int64_t first = waiting_classes_[--waiting_class_count_];
@@ -332,18 +368,9 @@ class ListBids : protected Lists {
         if (--class_steps_left_ >= 0) reduce_class(first);
         continue;
       }
-      take_bids(free_count_, [&](std::int64_t row, const BestTwo& best) {
-        const bool lowers = best.first < best.second;
-        std::int64_t column = best.column;
-        if (!lowers && row_of_column_[column] >= 0) column = free_column_at(list_for_bid(row), best.first);
-        if (column < 0 || --steps_left_ < 0) return;
-        if (lowers) set_v(column, v_[column] - (best.second - best.first));
-        const std::int64_t displaced = row_of_column_[column];
-        Lists::assign(row, column);
-        // Computed from the pair, so that the pair is tight to the last bit.
-        u_[row] = Lists::cost_of(row, column) - v_[column];
-        if (displaced >= 0) release(displaced);
-      });
+      const std::int64_t count = take_block();
+      find_bids(block_, count, Known::both);
+      make_bids(block_, count, bid);
     }
     return put_off_row_count_ == 0 && put_off_class_count_ == 0;
   }
@@ -361,7 +388,7 @@ class ListBids : protected Lists {
   Buffer<std::int64_t> stack_, waiting_classes_;
   std::int64_t free_count_ = 0,
                waiting_class_count_ = 0;  // of stack_ and of waiting_classes_
-  // Rows and classes whose lists are requested.
+  // Rows and classes that wait for new lists.
   Buffer<std::int64_t> put_off_rows_, put_off_classes_;
   std::int64_t put_off_row_count_ = 0, put_off_class_count_ = 0;
   double epsilon_ = 0.0;

@@ -8,14 +8,15 @@
 // The derived class defines:
 //   kScansNow                         whether rows are listed again at once
 //   list_for_bid(row)                 the row whose list holds the bids of `row`
-//   find_bids(rows, count, known)     writes bids_; column -1 for a row whose list is requested
+//   look_up_bids(rows, count, known)  writes bids_; column -1 for a row whose list is not sufficient
 //   min_reduced_cost_or_floor(row)    the smallest reduced cost, or the floor if the list does not hold it
 //   cost_of(row, column)              the cost of a listed entry
 //   price_class(first, rank, out)     reduced costs of a row, more than `rank` of the smallest; returns their number, or
 //                                     0 if the list does not hold them
 //   priced_column(first, k), priced_cost(first, k)    column and cost of the k-th of these
 //   set_v(column, value)              lowers a column dual
-// and relist(row, wanted) if kScansNow, else request(row, needed) and request_longer(row).
+// and, if kScansNow, relist(row, wanted) and list_exhausted(rows, count, known), which writes the bids of rows with column
+// -1; otherwise request(row, needed) and request_longer(row).
 #pragma once
 
 #include "assignment_sorting.hpp"
@@ -99,7 +100,7 @@ class ListState : protected State {
   // Equal rows: the first row of each row's class (-1 for a row without equals), its size, and each row's successor in
   // the class (-1 for the last).
   Buffer<std::int64_t> class_of_row_, class_size_, class_next_;
-  Buffer<BestTwo> bids_;  // what find_bids found
+  Buffer<BestTwo> bids_;  // of the rows that were looked up last
 };
 
 }  // namespace

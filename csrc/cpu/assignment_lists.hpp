@@ -46,9 +46,10 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
   // Groups of a row for the certificate, which reads one or two of them.
   static constexpr std::int64_t kCertificateGroups = 128;
   static constexpr int kMaxThreads = 64;
-  // Rows that a thread takes at a time to list all rows, and to look up lists.
+  // Rows that a thread takes at a time to list all rows, and to look up lists. A few lists are looked up sooner than
+  // another thread can be told to.
   static constexpr std::int64_t kListGrain = 32;
-  static constexpr std::int64_t kLookGrain = 8;
+  static constexpr std::int64_t kLookGrain = 256;
   // Bound on the relative rounding error of a reduced cost of type Scan: two roundings.
   static constexpr Scan kRounding = sizeof(Scan) == 4 ? Scan(1.2e-7) : Scan(2.3e-16);
   static constexpr Scan kMaxMagnitude = sizeof(Scan) == 4 ? Scan(1e35) : Scan(1e300);
@@ -377,14 +378,18 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
     });
   }
 
-  // Finds the bids of several rows at the current duals. Rows whose lists are exhausted are listed again together, by
-  // all threads, each prefetching the row that its thread will most likely take next.
-  void find_bids(const std::int64_t* rows, std::int64_t count, Known known) {
+  // Looks up the bids of several rows in their lists, at the current duals.
+  void look_up_bids(const std::int64_t* rows, std::int64_t count, Known known) {
     in_parallel(count, kLookGrain, [&](std::int64_t k, Scratch&) {
       __builtin_prefetch(&lists_[rows[k + 4 < count ? k + 4 : k]]);
       fetch_list(rows[k + 2 < count ? k + 2 : k]);
       if (!look_up(rows[k], known, bids_[k])) bids_[k].column = -1;
     });
+  }
+
+  // Lists rows without a bid again and finds their bids. Each thread prefetches the row that it will most likely take
+  // next.
+  void list_exhausted(const std::int64_t* rows, std::int64_t count, Known known) {
     before_rereading();
     std::int64_t exhausted = 0;
     for (std::int64_t k = 0; k < count; ++k) {

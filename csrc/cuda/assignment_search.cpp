@@ -66,7 +66,7 @@ class RequestedLists : protected ListState<SearchState, float> {
   std::int64_t list_for_bid(std::int64_t row) const { return list_of(row); }
 
   // A matching of tight pairs (Known::first) leaves out rows without a sufficient list instead of requesting it.
-  void find_bids(const std::int64_t* rows, std::int64_t count, Known known) {
+  void look_up_bids(const std::int64_t* rows, std::int64_t count, Known known) {
     for (std::int64_t k = 0; k < count; ++k) {
       fetch_list(list_of(rows[k + 2 < count ? k + 2 : k]));
       if (look_up(list_of(rows[k]), known, bids_[k])) continue;
@@ -264,7 +264,6 @@ class ListSearch::Steps : public MUDSC_ISA::ListPaths<MUDSC_ISA::RequestedLists>
 
   void match() {
     clear_requests();
-    put_off_row_count_ = 0;
     requests_left_ = kMaxRequests;
     passes_left_ = kReductionPasses;
     begin_pass(match_tight());
@@ -288,7 +287,6 @@ class ListSearch::Steps : public MUDSC_ISA::ListPaths<MUDSC_ISA::RequestedLists>
   void reduce() {
     if (!run_reduction() && requests_left_-- > 0) return request_exhausted();
     clear_requests();
-    put_off_row_count_ = put_off_class_count_ = 0;
     begin_pass(list_free_rows());
   }
 
