@@ -5,7 +5,8 @@
 Each case draws a family of values, a shape, a dtype, a memory layout, the sense, and one of the ways to call: a single
 matrix, a threshold, a warm start from a similar problem, a batch, a list of matrices, columns only, or points without
 their matrix; on one thread or several. A difference ends the run with the seed of its case, which `--first` repeats.
-`--way pairwise` draws only that way.
+`--way pairwise` draws only that way, and `--sizes 768 1300` only problems that the list search solves, which are rare
+otherwise.
 """
 
 from __future__ import annotations
@@ -122,14 +123,14 @@ FAMILIES: Mapping[str, Callable[[Generator, tuple[int, int]], Matrix]] = {
 class Case:
     """One random case, drawn from its seed."""
 
-    def __init__(self, seed: int, way: str | None = None) -> None:
+    def __init__(self, seed: int, way: str | None = None, sizes: tuple[int, int] | None = None) -> None:
         self.random = np.random.default_rng(seed)
         self.family = str(self.random.choice(list(FAMILIES)))
         self.dtype = _DTYPES[self.random.choice(3, p=[0.45, 0.45, 0.1])]
         self.maximize = bool(self.random.random() < 0.5)
         self.way = way or str(self.random.choice(list(WAYS)))
-        sizes = self.random.choice(len(_SIZES), p=[share for share, _, _ in _SIZES])
-        self._low, self._high = _SIZES[sizes][1:]
+        drawn = self.random.choice(len(_SIZES), p=[share for share, _, _ in _SIZES])
+        self._low, self._high = sizes or _SIZES[drawn][1:]
         self.solves = 0
 
     def shape(self, square: bool = False) -> tuple[int, int]:
@@ -291,11 +292,15 @@ WAYS: Mapping[str, Callable[[Case], None]] = {
 
 
 def run(
-    solves: int, first: int = 0, report: Callable[[int], None] | None = None, way: str | None = None
+    solves: int,
+    first: int = 0,
+    report: Callable[[int], None] | None = None,
+    way: str | None = None,
+    sizes: tuple[int, int] | None = None,
 ) -> Counter[str]:
     """Run cases from seed `first` on until `solves` problems are solved. Return how often each function was used.
 
-    All cases are of the given way, if any.
+    All cases are of the given way and range of sizes, if any.
 
     Raises
     ------
@@ -305,7 +310,7 @@ def run(
     counts: Counter[str] = Counter()
     seed, total = first, 0
     while total < solves:
-        case = Case(seed, way)
+        case = Case(seed, way, sizes)
         try:
             WAYS[case.way](case)
         except Exception as error:
@@ -325,6 +330,9 @@ def main() -> None:
     parser.add_argument("--solves", type=int, default=100_000, help="number of problems to solve")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--way", choices=WAYS, help="draw only cases of this way")
+    parser.add_argument(
+        "--sizes", type=int, nargs=2, metavar=("LOW", "HIGH"), help="range of the numbers of rows and of columns"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of every call")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -336,7 +344,8 @@ def main() -> None:
             shown = total // 10_000
             print(f"{total} solves without a difference, {time.monotonic() - started:.0f} s", flush=True)
 
-    counts = run(arguments.solves, arguments.first, report, arguments.way)
+    sizes = None if arguments.sizes is None else (arguments.sizes[0], arguments.sizes[1])
+    counts = run(arguments.solves, arguments.first, report, arguments.way, sizes)
     print(f"{sum(counts.values())} solves without a difference: {dict(counts)}")
 
 
