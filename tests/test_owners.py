@@ -202,7 +202,7 @@ def test_share_without_rows_sends_nothing() -> None:
     weights = WeightSimilarity(states, MLP_SPEC, "cross", [0.5, 0.5])
     ranks = Ranks()
     rows = SharingRows(ranks, weights, states[0], MLP_SPEC.units(states[0]), [slices])
-    plan = Plan({task: [(1, 0.0, 0.01), (0, 0.01, 1.0)]}, {}, {})
+    plan = Plan({task: [(1, 0.0, 0.01), (0, 0.01, 1.0)]}, [task], {}, {})
     rows.begin(plan)
     sums = rows.compute(task)
     with rows.exchanging():

@@ -22,6 +22,10 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 #: Up to this many ranks send their parts of a node to its owner. More ranks reduce the sums together.
 _MAX_SENDERS = 6
 
+#: A task with more samples than this for each unit is shared by samples. If rows were shared, every helper would center
+#: all samples of the other models' units, which would take longer than sending all rows of the sums.
+_MANY_SAMPLES = 3
+
 #: The similarity and the assignment of a node take about as long as adding this many samples.
 _MATCHING_SAMPLES = 300
 
@@ -76,10 +80,9 @@ class ParallelSolver:
         self._units = spec.units(state_dict)
         self._shares_tasks = shares_tasks and not ranks.alone
         self._exchange, self._timed = exchange, timed
-        by_rows = weights.divides_rows and ranks.sends_from_host
-        self._sharing: Sharing = (SharingRows if by_rows else SharingSamples)(
-            ranks, weights, state_dict, self._units, owners.slices
-        )
+        self._divides_rows = weights.divides_rows and ranks.sends_from_host
+        self._rows = SharingRows(ranks, weights, state_dict, self._units, owners.slices)
+        self._samples = SharingSamples(ranks, weights, state_dict, self._units, owners.slices)
         #: For each node the matchings of its neighbors when its sums were last computed, by whichever process.
         self._before: dict[str, dict[str, NodeMatching]] = {}
 
@@ -87,12 +90,12 @@ class ParallelSolver:
         """Return the matching of the nodes of bundles that are not neighbors of each other."""
         tasks = self._tasks(bundles)
         plan = self._plan(tasks, current)
-        sharing, rank = self._sharing, self._ranks.rank
-        shared = [task for task in plan.shares if task.holder == rank]
-        sharing.begin(plan)
+        rank = self._ranks.rank
+        self._rows.begin(plan)
+        self._samples.begin(plan)
         matching: dict[str, NodeMatching] = {}
         sums: dict[Task, Sums] = {}
-        with self._ranks.step(MATCHING), sharing.exchanging():
+        with self._ranks.step(MATCHING), self._rows.exchanging():
             for task in plan.shares:  # first, because others wait for these, and in the order in which they do
                 if rank in plan.helpers(task):
                     sums[task] = self._computed(task, plan)
@@ -104,16 +107,16 @@ class ParallelSolver:
                     sums[task] = found
                 else:
                     matching.update(self._matched(task.bundle, found))
-            if sharing.joins_early:
-                for task in shared:
-                    sharing.join(task, sums[task])
+            for task in plan.by_rows:
+                if task.holder == rank:
+                    self._rows.join(task, sums[task])
                     matching.update(self._completed(task, sums, current))
-        if not sharing.joins_early:
-            for task in plan.shares:
-                sharing.join(task, sums.get(task, {}))
-            if plan.shares:
-                with self._ranks.step(MATCHING):
-                    for task in shared:
+        for task in plan.by_samples:
+            self._samples.join(task, sums.get(task, {}))
+        if plan.by_samples:
+            with self._ranks.step(MATCHING):
+                for task in plan.by_samples:
+                    if task.holder == rank:
                         matching.update(self._completed(task, sums, current))
         spread = [bundle for bundle in bundles if bundle in self._owners.spread]
         joined = self._join_spread(spread, sums)
@@ -132,7 +135,7 @@ class ParallelSolver:
         """Return the sums of a task, or of this process's share of it."""
         with self._timed():
             if task in plan.shares:
-                sums = self._sharing.compute(task)
+                sums = (self._rows if task in plan.by_rows else self._samples).compute(task)
             else:
                 sums = {node: self._weights.sums(node, plan.current) for node in task.bundle}
         for accumulator in sums.values():
@@ -168,9 +171,20 @@ class ParallelSolver:
 
     def _plan(self, tasks: Sequence[Task], current: Mapping[str, NodeMatching]) -> Plan:
         if not self._shares_tasks:
-            return Plan({}, {}, current)
+            return Plan({}, [], {}, current)
         updates = self._updates(tasks, current)
-        return Plan(self._shares(tasks, updates), updates, current)
+        shares = self._shares(tasks, updates)
+        return Plan(shares, [task for task in shares if self._sharing(task, updates) is self._rows], updates, current)
+
+    def _sharing(self, task: Task, updates: Mapping[Task, object]) -> Sharing:
+        """Return the way in which a task is shared, if it is."""
+        if not self._divides_rows:
+            return self._samples
+        many = all(
+            sum(part.samples for part in self._owners.slices[task.holder][node]) > _MANY_SAMPLES * self._units[node]
+            for node in task.bundle
+        )
+        return self._samples if many and task not in updates else self._rows
 
     def _updates(self, tasks: Sequence[Task], current: Mapping[str, NodeMatching]) -> dict[Task, dict[str, Update]]:
         """Return the updates of each node for the tasks whose holder updates the sums that it kept."""
@@ -210,7 +224,7 @@ class ParallelSolver:
             {task: task.holder for task in works},
             loads,
             after,
-            lambda task, fraction: self._sharing.is_worth_moving(samples[task], fraction),
+            lambda task, fraction: self._sharing(task, updates).is_worth_moving(samples[task], fraction),
         )
 
     def _work(self, samples: Mapping[str, float]) -> float:
@@ -240,10 +254,10 @@ class ParallelSolver:
                     if sender == owner:
                         continue
                     if rank == sender:
-                        send_sums(own[node], owner, self._sharing.wire_dtype, self._ranks, MATCHING)
+                        send_sums(own[node], owner, self._samples.wire_dtype, self._ranks, MATCHING)
                     elif rank == owner:
                         samples = sum(part.samples for part in self._owners.slices[sender][node])
-                        receive_sums(joined[node], samples, sender, self._sharing.wire_dtype, self._ranks, MATCHING)
+                        receive_sums(joined[node], samples, sender, self._samples.wire_dtype, self._ranks, MATCHING)
         roots = {node: self._owners.owner[bundle] for bundle in spread for node in bundle}
         joined.update(reduce_sums(reduced, self._owners.samples, roots, self._ranks, MATCHING))
         return joined

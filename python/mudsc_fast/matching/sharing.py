@@ -49,6 +49,9 @@ class Plan:
     ----------
     shares
         The tasks that several ranks compute, with the share of each rank.
+    by_rows
+        The shared tasks of which each rank computes some rows, over all samples. Of the others, it computes all rows
+        over some of the samples.
     updates
         The tasks whose sums the holder has kept, with the update of each node.
     current
@@ -56,8 +59,14 @@ class Plan:
     """
 
     shares: Mapping[Task, Sequence[Share]]
+    by_rows: Sequence[Task]
     updates: Mapping[Task, Mapping[str, Update]]
     current: Mapping[str, NodeMatching]
+
+    @property
+    def by_samples(self) -> list[Task]:
+        """The other shared tasks."""
+        return [task for task in self.shares if task not in self.by_rows]
 
     def helpers(self, task: Task) -> list[int]:
         """Return the ranks other than the holder that compute a share of a task."""
@@ -65,7 +74,7 @@ class Plan:
 
 
 class Sharing(ABC):
-    """Computes the shares of this process in shared tasks, and puts those of all processes together.
+    """Computes the shares of this process in tasks that are divided in one way, and puts those of all together.
 
     Parameters
     ----------
@@ -107,15 +116,6 @@ class Sharing(ABC):
     def compute(self, task: Task) -> Sums:
         """Return the sums of the share of a task that this process computes."""
 
-    @contextmanager
-    def exchanging(self) -> Iterator[None]:
-        """Context manager for code that computes shares, which may send and receive at the same time."""
-        yield
-
-    #: Whether shares are joined in :meth:`exchanging`, by :meth:`join` in the holder alone. Otherwise helpers call it,
-    #: too, after all processes have computed their shares.
-    joins_early: bool
-
     @abstractmethod
     def join(self, task: Task, sums: Sums) -> None:
         """Add the shares of other ranks to those of the holder."""
@@ -123,8 +123,6 @@ class Sharing(ABC):
 
 class SharingSamples(Sharing):
     """Ranks compute all rows of the sums, each over some of the samples."""
-
-    joins_early = False
 
     def is_worth_moving(self, samples: float, fraction: float) -> bool:
         """Return whether the part that is moved has enough samples."""
@@ -134,7 +132,7 @@ class SharingSamples(Sharing):
         """Send the means of the sums that are updated to the ranks that help."""
         self._plan = plan
         self._means: dict[Task, dict[str, Tensor]] = {}
-        for task in plan.shares:
+        for task in plan.by_samples:
             if task not in plan.updates:
                 continue
             for rank in plan.helpers(task):
@@ -159,7 +157,7 @@ class SharingSamples(Sharing):
         return {node: self._weights.difference(node, part, self._means[task][node]) for node, part in parts.items()}
 
     def join(self, task: Task, sums: Sums) -> None:
-        """Send the sums to the holder, which adds them to its own."""
+        """Send the sums to the holder, which adds them to its own. Helpers call this, too, when all have computed."""
         is_update, wire = task in self._plan.updates, (self.wire_dtype, self._ranks, MATCHING)
         for node in task.bundle:
             for rank in self._plan.helpers(task):
@@ -188,8 +186,6 @@ class SharingRows(Sharing):
     what is sent.
     """
 
-    joins_early = True
-
     def is_worth_moving(self, samples: float, fraction: float) -> bool:  # noqa: ARG002
         """Return whether the whole task has enough samples: a part has as many, in fewer rows."""
         return samples >= _MIN_SAMPLES_OF_ROWS
@@ -199,7 +195,7 @@ class SharingRows(Sharing):
         self._plan = plan
         self._incoming: dict[tuple[Task, str, int], list[Message]] = {}
         self._outgoing: dict[Task, list[Message]] = {}
-        for task in plan.shares:
+        for task in plan.by_rows:
             for rank in plan.helpers(task):
                 for node in task.bundle:
                     memory = self._message_memory(task, node, rank) if self._ranks.rank == task.holder else []
@@ -231,11 +227,14 @@ class SharingRows(Sharing):
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Complete all messages. After an error others still get what they wait for, before they learn of it."""
+        """Context manager for code that computes and joins shares while messages are sent and received.
+
+        After an error the others still get what they wait for, before they learn of it.
+        """
         try:
             yield
         except Exception:
-            for task in self._plan.shares:
+            for task in self._plan.by_rows:
                 if self._ranks.rank in self._plan.helpers(task) and task not in self._outgoing:
                     self._send(task, None)
             self._complete()
@@ -243,7 +242,7 @@ class SharingRows(Sharing):
         self._complete()
 
     def join(self, task: Task, sums: Sums) -> None:
-        """Wait for the rows of the helpers, and put them into the sums."""
+        """Wait for the rows of the helpers, and put them into the sums. Only the holder calls this."""
         is_update = task in self._plan.updates
         for (other, node, rank), messages in self._incoming.items():
             if other != task:
