@@ -22,6 +22,10 @@ def test_random_problems_match_scipy(fuzz: dict[str, Any]) -> None:
     assert set(counts) == set(fuzz["WAYS"])
 
 
+def test_random_problems_for_the_list_search_match_scipy(fuzz: dict[str, Any]) -> None:
+    assert sum(fuzz["run"](30, sizes=(768, 1000)).values()) >= 30
+
+
 def test_wrong_result_is_reported_with_seed(fuzz: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     solve = fuzz["linear_assignment"]
 

@@ -43,6 +43,25 @@ def run(folder: Path, *more: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cifar10", "--data", "missing.npz"],
+        ["mnist", "--class-vectors", "missing.npz"],
+        ["mnist", "--trained", str(Path(__file__)), "missing.npz"],
+        ["taskonomy", "--data", str(Path(__file__).parent), "--networks", "missing.npz"],
+    ],
+)
+def test_missing_inputs_are_named(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "missing.npz does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_mnist_runs_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,16 @@ from paper.methods import METHODS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train or load the networks, merge them by every method, and write CSV, table and pictures."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    inputs = ["data", "class_vectors", "pretrained", "trained"]
+    if options.experiment == "taskonomy" and options.data is not None:  # elsewhere the folder is created
+        inputs.append("networks")
+    for name in inputs:
+        given = getattr(options, name)
+        for path in given if isinstance(given, list) else [given]:
+            if path is not None and not path.exists():
+                parser.error(f"--{name.replace('_', '-')}: {path} does not exist")
     options.output.mkdir(parents=True, exist_ok=True)
     if options.experiment == "taskonomy":
         taskonomy.run(options)
