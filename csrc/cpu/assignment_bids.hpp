@@ -1,7 +1,7 @@
 // Bids on lists: matching rows to their best columns, an auction, and augmenting row reduction.
 //
-// The bids of a block of rows are found at the same duals and made one after another. In an auction, rows without a
-// sufficient list are put off until many are, or no other row is left; then all threads list them again together. None
+// The bids of a block of rows are found at the same duals and made one after another. In an auction, rows with exhausted
+// lists are put off. When there are enough of them, or no other rows are left, all threads list them again together. None
 // of this depends on the number of threads, so results do not either. Where lists are requested instead of scanned, rows
 // without a sufficient list are put off, and a function that returns false continues when it is called again with new
 // lists.
@@ -49,8 +49,8 @@ class ListBids : protected Lists {
   static constexpr std::int64_t kStepsPerRow = 4;
   // Rows whose lists are looked up together. About one bid in a hundred is stale when its turn comes.
   static constexpr std::int64_t kBlock = 64;
-  // An auction lists rows again together once one row in this many is put off: enough to share among threads. In row
-  // reduction this would leave more rows unmatched.
+  // An auction lists its exhausted rows again when this fraction of all rows has been put off: 1 / kPutOffShare, enough
+  // to share among threads. In row reduction, putting rows off would leave more of them unmatched.
   static constexpr std::int64_t kPutOffShare = 32;
   // Classes of this many equal rows take their steps of row reduction together; so many class steps per pass.
   static constexpr std::int64_t kLargeClass = 16;

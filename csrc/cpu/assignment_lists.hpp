@@ -46,8 +46,8 @@ class RowLists : protected ListState<Rows, typename Rows::Scan> {
   // Groups of a row for the certificate, which reads one or two of them.
   static constexpr std::int64_t kCertificateGroups = 128;
   static constexpr int kMaxThreads = 64;
-  // Rows that a thread takes at a time to list all rows, and to look up lists. A few lists are looked up sooner than
-  // another thread can be told to.
+  // Rows that a thread takes at a time to list all rows, and to look up lists. Looking up fewer lists takes less time than
+  // waking another thread.
   static constexpr std::int64_t kListGrain = 32;
   static constexpr std::int64_t kLookGrain = 256;
   // Bound on the relative rounding error of a reduced cost of type Scan: two roundings.

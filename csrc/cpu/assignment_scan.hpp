@@ -110,11 +110,11 @@ class RowScanner {
     sign_ = sign;
     prices_ = prices;
     const std::int64_t blocks = columns_ / kBlock;
-    const std::int64_t lead = next_row != nullptr ? 0 : blocks / 4 < kMostLead ? blocks / 4 : kMostLead;
+    const std::int64_t lead = next_row != nullptr ? 0 : blocks / 4 < kMaxLead ? blocks / 4 : kMaxLead;
     ahead_ = static_cast<const char*>(next_row != nullptr ? next_row : values) + lead * 64;
     ahead_blocks_ = blocks - lead;
     const std::int64_t run = columns_ / groups > 1 ? columns_ / groups : 1;
-    part_ = run < kMostPartBlocks ? run : kMostPartBlocks;
+    part_ = run < kMaxPartBlocks ? run : kMaxPartBlocks;
     run_ = run / part_ * part_;
     group_count_ = part_count_ = 0;
     // Kept in registers: vectors in memory may be any other object, so members would be loaded and stored for each.
@@ -394,10 +394,10 @@ class RowScanner {
   }
 
   // By how many cache lines at most prefetching runs ahead in a row. The processor does not look beyond a page.
-  static constexpr std::int64_t kMostLead = 64;
+  static constexpr std::int64_t kMaxLead = 64;
 
   // Blocks in a part of a run, at most: entries of a part of a group.
-  static constexpr std::int64_t kMostPartBlocks = 4;
+  static constexpr std::int64_t kMaxPartBlocks = 4;
 
   // Blocks in a run and in a part of it; minima of groups; parts.
   std::int64_t columns_ = 0, run_ = 1, part_ = 1, group_count_ = 0, part_count_ = 0;
