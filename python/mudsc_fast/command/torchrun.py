@@ -105,8 +105,8 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     try:
         yield distributed.group.WORLD
-        # The group's threads must end before Python does, or they may abort it. They end with the last reference to the
-        # group, which can be in a reference cycle, such as those that the first import of torch.export leaves.
+        # The group's threads must end before Python exits, or they may abort it. They end when the group is freed.
+        # Reference cycles delay that, such as those that the first import of torch.export leaves behind.
         gc.collect()
     except Terminated as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it was heard
@@ -115,7 +115,7 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
             raise
         raise ranks.explain(error) from None
     except Exception:
-        if takes_signals:  # do not let torchrun, which ends all processes, interrupt this one before it shows the error
+        if takes_signals:  # torchrun terminates all processes: show the error first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     finally:

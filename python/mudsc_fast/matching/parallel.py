@@ -22,8 +22,8 @@ from mudsc_fast.spec.permutation_spec import PermutationSpec
 #: Up to this many ranks send their parts of a node to its owner. More ranks reduce the sums together.
 _MAX_SENDERS = 6
 
-#: A task with more samples than this for each unit is shared by samples. If rows were shared, every helper would center
-#: all samples of the other models' units, which would take longer than sending all rows of the sums.
+#: Number of samples per unit above which a task is shared by samples. A helper that computes rows centers all samples
+#: of the other models' units. With many samples, that takes longer than sending all rows of the sums.
 _MANY_SAMPLES = 3
 
 #: The similarity and the assignment of a node take about as long as adding this many samples.
