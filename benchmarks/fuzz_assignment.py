@@ -5,7 +5,7 @@
 Each case draws a family of values, a shape, a dtype, a memory layout, the sense, and one of the ways to call: a single
 matrix, a threshold, a warm start from a similar problem, a batch, a list of matrices, columns only, or points without
 their matrix; on one thread or several. A difference ends the run with the seed of its case, which `--first` repeats.
-`--way pairwise` draws only that way, and `--sizes 768 1300` only problems that the list search solves, which are rare
+`--way pairwise` draws only that way. `--sizes 768 1300` draws sizes that the list search solves, which are rare
 otherwise.
 """
 
@@ -330,11 +330,11 @@ def main() -> None:
     parser.add_argument("--solves", type=int, default=100_000, help="number of problems to solve")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--way", choices=WAYS, help="draw only cases of this way")
-    parser.add_argument(
-        "--sizes", type=int, nargs=2, metavar=("LOW", "HIGH"), help="range of the numbers of rows and of columns"
-    )
+    parser.add_argument("--sizes", type=int, nargs=2, metavar=("LOW", "HIGH"), help="draw LOW <= rows, columns < HIGH")
     parser.add_argument("--threads", type=int, default=2, help="threads of every call")
     arguments = parser.parse_args()
+    if arguments.sizes is not None and not 1 <= arguments.sizes[0] < arguments.sizes[1]:
+        parser.error(f"--sizes: expected 1 <= LOW < HIGH, got {arguments.sizes[0]} and {arguments.sizes[1]}")
     torch.set_num_threads(arguments.threads)
     started, shown = time.monotonic(), 0
 

@@ -26,6 +26,15 @@ def test_random_problems_for_the_list_search_match_scipy(fuzz: dict[str, Any]) -
     assert sum(fuzz["run"](30, sizes=(768, 1000)).values()) >= 30
 
 
+def test_sizes_out_of_order_are_refused(
+    fuzz: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [SCRIPT, "--sizes", "9", "9"])
+    with pytest.raises(SystemExit):
+        fuzz["main"]()
+    assert "--sizes: expected 1 <= LOW < HIGH, got 9 and 9" in capsys.readouterr().err
+
+
 def test_wrong_result_is_reported_with_seed(fuzz: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     solve = fuzz["linear_assignment"]
 
