@@ -166,12 +166,16 @@ class Ranks:
         self._agree(doing, failure)
 
     def _agree(self, doing: str, failure: Exception | None) -> None:
+        reported = failure is not None and not isinstance(failure, OtherRankFailed)
+        if reported:  # in case that another process waits for this one inside of the step
+            self._leave_note(f"failed while {doing}: {type(failure).__name__}: {failure}")
         failed = torch.tensor([failure is not None], dtype=torch.int32, device=self._wire_device("cpu"))
         with self._communicating(doing):
             distributed.all_reduce(failed, op=distributed.ReduceOp.MAX, group=self._group)
         if not int(failed):
             return
-        reported = failure is not None and not isinstance(failure, OtherRankFailed)
+        if reported:
+            self._remove_note()
         own = (type(failure).__name__, str(failure)) if reported else None
         reports = self.gather_objects(own, doing)
         if failure is not None and own is not None and all(report == own for report in reports):
@@ -346,7 +350,7 @@ class Ranks:
             if not missing:
                 causes = f"the processes cannot reach each other ({_first_line(error)})"
             message = f"{causes}; noticed while {doing}"
-            found = store.compare_set("verdict", "", f"{min(left)} {message}").decode()
+            found = store.compare_set("verdict", "", f"{min(left, default=self.rank)} {message}").decode()
             reporter, _, message = found.partition(" ")
             return DistributedError(message, int(reporter))
         except RuntimeError:  # the store is gone: it is in the process of rank 0, unless torchrun keeps it
@@ -368,7 +372,7 @@ class Ranks:
         others = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + _SEARCH_SECONDS
         while True:
-            notes = {rank: store.get(f"note {rank}").decode() for rank in others if store.check([f"note {rank}"])}
+            notes = {rank: store.get(_note(rank)).decode() for rank in range(self.size) if store.check([_note(rank)])}
             dead = {rank: "was killed, or exited without an error" for rank in others if self._has_died(rank)}
             notes = {**dead, **notes}
             silent = [rank for rank in others if rank not in notes and not store.check([f"waiting {rank}"])]
@@ -398,7 +402,13 @@ class Ranks:
     def _leave_note(self, text: str) -> None:
         """Tell the other processes why this one exits."""
         try:
-            self._store().set(f"note {self.rank}", text)
+            self._store().set(_note(self.rank), text)
+        except RuntimeError:
+            return  # the store is gone
+
+    def _remove_note(self) -> None:
+        try:
+            self._store().delete_key(_note(self.rank))
         except RuntimeError:
             return  # the store is gone
 
@@ -416,6 +426,11 @@ class Message:
                 self._work.wait()
             self._work = None
         return self._tensor
+
+
+def _note(rank: int) -> str:
+    """Return the name of the entry of the store in which a rank says why it does not continue."""
+    return f"note {rank}"
 
 
 def _devices_sent_from(backends: str) -> set[str]:
