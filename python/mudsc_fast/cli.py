@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -31,13 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     given.command_line = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(parser.prog, given)
+    finally:
+        torchrun.free_group()
+
+
+def _run(program: str, given: argparse.Namespace) -> int:
+    """Run the command with parsed arguments and return its exit status."""
     rank = torchrun.rank()
-    messages = Messages(f"{parser.prog} {given.command}", quiet=rank > 0 or getattr(given, "quiet", False))
+    messages = Messages(f"{program} {given.command}", quiet=rank > 0 or getattr(given, "quiet", False))
     try:
         with messages:
             text = given.run(given)
     except KeyboardInterrupt:
-        messages.error("interrupted")
+        if rank == 0:
+            messages.error("interrupted")
         return 130
     except Terminated:
         return 143
@@ -46,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if is_reported_elsewhere(error, rank):
             return 2
-        messages.error(str(error) if isinstance(error, _PLAIN) else f"{type(error).__name__}: {error}")
+        text = str(error) if isinstance(error, _PLAIN) else f"{type(error).__name__}: {error}"
+        messages.error(f"rank {rank}: {text}" if rank > 0 and not isinstance(error, DistributedError) else text)
         if not isinstance(error, (*_PLAIN, TypeError)):
             messages.hint("this may be a fault of mudsc_fast; --debug shows where the error arose")
         return 2

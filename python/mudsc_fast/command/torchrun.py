@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mudsc_fast.distributed.ranks import Ranks, Terminated, same_on_all
+from mudsc_fast.distributed.ranks import DistributedError, Ranks, Terminated, same_on_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,18 +96,21 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
         return
     from torch import distributed
 
-    takes_signals = threading.current_thread() is threading.main_thread()
-    if takes_signals:
-        signal.signal(signal.SIGTERM, _terminate)
     limit = None if timeout is None else timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise DistributedError(f"rank {rank()} cannot reach the other processes: {reason}", rank()) from error
+    # Not before: while processes wait for each other to start, Python does not call handlers of signals.
+    takes_signals = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if takes_signals else None
     try:
         yield distributed.group.WORLD
-        # The group's threads must end before Python exits, or they may abort it. They end when the group is freed.
-        # Reference cycles delay that, such as those that the first import of torch.export leaves behind.
-        gc.collect()
+        if takes_signals:
+            signal.signal(signal.SIGTERM, before)
     except Terminated as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it was heard
         ranks = None if Ranks.latest is None else Ranks.latest()
@@ -120,6 +123,16 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
         raise
     finally:
         distributed.destroy_process_group()
+
+
+def free_group() -> None:
+    """Free the process group after the command, also if it failed.
+
+    The threads of the group must end before Python exits, or they may abort it. They end when the group is freed.
+    Reference cycles delay that, such as those of errors, or those that the first import of torch.export leaves behind.
+    """
+    if _num_processes() > 1:
+        gc.collect()
 
 
 def refuse(command: str) -> None:
