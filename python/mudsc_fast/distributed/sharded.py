@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast.distributed.ranks import Ranks
+from mudsc_fast.distributed.ranks import Ranks, same_on_all
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sharded:
         TypeError
             If they hold DTensors, but no process group was given.
         ValueError
-            If only some processes have DTensors.
+            If only some processes have DTensors, or a tensor of the first model is whole and another model's is not.
         """
         same = {"number of models": str(len(state_dicts))}
         for index, tensors in enumerate(state_dicts):
@@ -53,6 +53,15 @@ class Sharded:
         sharded = [tensor for tensors in state_dicts for tensor in tensors.values() if is_sharded(tensor)]
         if not sharded:
             return None
+        for index, tensors in enumerate(state_dicts[1:], start=1):
+            for name in tensors.keys() & state_dicts[0].keys():
+                if is_sharded(tensors[name]) and not is_sharded(state_dicts[0][name]):
+                    raise same_on_all(
+                        ValueError(
+                            f"{name!r} of models[{index}] is a DTensor, but that of models[0] is not: the result is "
+                            "sharded like models[0]. Put a sharded model first, or shard all models"
+                        )
+                    )
         if not ranks.has_group:
             raise TypeError(
                 "models hold DTensors, which are sharded over processes: call mudsc_fast.merge or another function "
