@@ -178,7 +178,7 @@ def zip_within_budget(similarity: Tensor, num_models: int, remaining: int, budge
         raise ValueError(
             f"no legal merge is left at {units - len(values)} clusters, {remaining} were requested: "
             f"budget allows {budget} merges inside each of num_models={num_models} models, shrink={shrink}; "
-            "lower ratio, raise budget or make shrink positive and at most 1"
+            "raise budget, keep more clusters, or make shrink positive and at most 1"
         )
     return ZipResult(
         cluster_of_unit=cluster_of_unit,
