@@ -192,6 +192,7 @@ def several_failures(rank: int, folder: Path) -> None:
     attempt("no data", modules, [])
     attempt("batch of the wrong shape", modules, [torch.randn(4, 20), torch.randn(4, 19 if rank else 20)])
     attempt("data on one rank", modules, None if rank else [torch.randn(4, 20)])
+    attempt("checkpoint on one rank", states, checkpoint=None if rank else folder / "checkpoint")
     attempt("no error", modules, [torch.randn(4, 20)] if rank else [])
     compute, sharing._MIN_SAMPLES_OF_ROWS = sharing.SharingRows.compute, 1
     for role in ("helper", "holder"):
@@ -223,6 +224,7 @@ def test_all_ranks_report_the_failure_of_one(tmp_path: Path) -> None:
         "different numbers of models": (both[0], both[1] + "number of models: got 2 on rank 0, but 3 on rank 1"),
         "no data": ("ValueError", "data must yield at least one batch, got none on any rank"),
         "data on one rank": (both[0], both[1] + "kind of data: got batches on rank 0, but None on rank 1"),
+        "checkpoint on one rank": (both[0], both[1] + "checkpoint: got "),
         "no error": ("none",),
         "failure of a helper": ("DistributedError", out_of_memory),
         "failure of a holder": ("DistributedError", out_of_memory),
@@ -285,6 +287,13 @@ def test_torchrun_writes_the_same_directory_as_one_process(tmp_path: Path) -> No
     again = run_command(["merge", "a", "b", "--spec", "spec.json", "--output", "merged"], 2, tmp_path)
     assert again.returncode != 0
     assert again.stderr.count("already exists") == 1
+    tensors = make_mlp(seed=1).state_dict()
+    tensors["fc2.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    failed = run_command(["merge", "a", "b", "--spec", "spec.json", "--output", "other"], 2, tmp_path)
+    assert failed.returncode != 0
+    assert failed.stderr.count("'fc2.weight' of models[1] must be finite") == 1
+    assert "reference cycle" not in failed.stderr
 
 
 DATA = """

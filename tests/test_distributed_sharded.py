@@ -100,6 +100,14 @@ def merge_sharded(rank: int, folder: Path) -> None:
     results["tied"] = [gathered(merged.state_dict)]
     with pytest.raises(TypeError, match=r"models hold DTensors, .* that takes group="):
         mudsc_fast.merge(states, spec=tied_spec())
+    order: list[Any] = [tied_llama(0), states[1]]
+    with pytest.raises(ValueError, match=r"of models\[1\] is a DTensor, but that of models\[0\] is not"):
+        mudsc_fast.merge(order, spec=tied_spec(), group=group)
+    kept: dict[str, Any] = {"spec": tied_spec(), "group": group, "checkpoint": folder / "state"}
+    results["resumed whole"] = [gathered(mudsc_fast.merge(states, **kept).state_dict)]
+    mudsc_fast.merge([tied_llama(0), tied_llama(1)], **kept)  # the same tensors, whole
+    with pytest.raises(ValueError, match=r"belongs to a run with another models\[1\]"):
+        mudsc_fast.merge([states[0], states[0]], **kept)
     mixed = [states[0] if rank else tied_llama(0), tied_llama(1)]
     with pytest.raises(
         ValueError, match=r"same kind of models\[0\]: got whole tensors on rank 0, but DTensors on rank 1"
@@ -117,7 +125,7 @@ def test_sharded_networks_merge_like_unsharded_ones(tmp_path: Path) -> None:
     states = [llama_tensors(seed) for seed in (0, 1)]
     expected["llama"] = [mudsc_fast.merge(states, spec=llama_spec()).state_dict]
     states = [tied_llama(seed) for seed in (0, 1)]
-    expected["tied"] = [mudsc_fast.merge(states, spec=tied_spec()).state_dict]
+    expected["tied"] = expected["resumed whole"] = [mudsc_fast.merge(states, spec=tied_spec()).state_dict]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         if storage is not None:

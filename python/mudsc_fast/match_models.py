@@ -19,10 +19,10 @@ from mudsc_fast._tensors import without_entries
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.report import Distribution
 from mudsc_fast.matching.activation import check_varied, collect
-from mudsc_fast.matching.checkpoint import Checkpoint
+from mudsc_fast.matching.checkpoint import Checkpoint, checkpoint_directory
 from mudsc_fast.matching.checks import check_compatible, check_entries, warn_of_unnamed
 from mudsc_fast.matching.exchange import Exchange, solve_on_owners
-from mudsc_fast.matching.inputs import input_parts
+from mudsc_fast.matching.inputs import input_parts, tensor_checksums, whole_models
 from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_units, zip_all_units
 from mudsc_fast.matching.observer import observed_nodes
 from mudsc_fast.matching.owners import pack
@@ -159,8 +159,8 @@ class PreparedMatching:
             if not ranks.alone or checkpoint is not None:
                 inputs = input_parts(networks.state_dicts, spec, options, self._weights, self._task_heads)
             del opened
-        ranks.check_same(inputs)
-        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, inputs, ranks)
+            directory = None if checkpoint is None else checkpoint_directory(checkpoint)
+        ranks.check_same({**inputs, "checkpoint": repr(None if directory is None else str(directory))})
         given = next(iter(networks.state_dicts[0].values())).device if sharded is None else sharded.device
         self._device = given if device is None else device
         self.owners = pack(comparable, self._shapes, ranks.size)
@@ -173,6 +173,13 @@ class PreparedMatching:
             own = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
             check_entries(self.state_dicts, spec, own)
             warn_of_unnamed(self.state_dicts[0], spec, self._division)
+            checksums = [] if directory is None else tensor_checksums(self.state_dicts, own)
+        self._checkpoint = None
+        if directory is not None:
+            inputs.update(whole_models(ranks.gather_objects(checksums, "opening the checkpoint")))
+            if isinstance(prepared.data, MatchingStatistics):
+                inputs["statistics as data"] = prepared.data.checksum()
+            self._checkpoint = Checkpoint(directory, inputs, ranks)
         self._solutions: dict[str, Assignment] = {}
         self._activations: MatchingStatistics | None = None
         self._start: dict[str, NodeMatching] = {}
@@ -338,6 +345,12 @@ class PreparedMatching:
         if statistics is None:
             statistics = self._collected(data)
             self._checkpoint.save_statistics(statistics)
+        elif self._ranks.rank == 0 and not isinstance(data, MatchingStatistics):
+            _log.warning(
+                "%s has the statistics of all batches of an earlier run, so the batches are not read again. If they "
+                "have changed, remove the directory and start again",
+                self._checkpoint,
+            )
         return statistics
 
     def _collected(self, data: Activations) -> MatchingStatistics:

@@ -140,8 +140,9 @@ def merge(
         tensors of the result are then sharded like those of the first model, and `model` is None.
     checkpoint
         A directory for the statistics of the activations and the state after every sweep. If a run is interrupted, the
-        same call with the same directory continues it, also with another number of processes. The directory can be
-        removed afterwards.
+        same call with the same directory continues it, also with another number of processes. Other models or options
+        are an error. The batches are not compared: if their statistics are complete, they are not read again. The
+        directory can be removed afterwards.
 
     Returns
     -------

@@ -12,13 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast._files import atomic_write
+from mudsc_fast._files import atomic_write, save
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.sweep import SweepState, Visit
 
 _FORMAT = "mudsc_fast checkpoint 1"
+_INPUTS = "inputs.json"
+
+
+def checkpoint_directory(checkpoint: object) -> Path:
+    """Return the argument `checkpoint` as a path.
+
+    Raises
+    ------
+    TypeError
+        If it is not a path.
+    NotADirectoryError
+        If it is a file.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint must be the path of a directory, got {type(checkpoint).__name__}")
+    path = Path(checkpoint)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"checkpoint {path} must be a directory, got a file: give another path")
+    return path
 
 
 class Checkpoint:
@@ -38,29 +57,35 @@ class Checkpoint:
     OSError
         If the directory cannot be written.
     ValueError
-        If it was written by a run with other inputs.
+        If it was written by a run with other inputs, or some process cannot see what another writes in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], inputs: Mapping[str, str], ranks: Ranks) -> None:
-        self._path, self._ranks = Path(path), ranks
+    def __init__(self, path: Path, inputs: Mapping[str, str], ranks: Ranks) -> None:
+        self._path, self._inputs, self._ranks = path, path / _INPUTS, ranks
         with ranks.step("opening the checkpoint"):
             if ranks.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
                 for left in self._path.glob(".*.partial"):  # by a run that was killed while it wrote
                     left.unlink(missing_ok=True)
-                self._check_inputs({"format": _FORMAT, **inputs})
+                if not self._inputs.exists():
+                    with atomic_write(self._inputs) as temporary:
+                        temporary.write_text(
+                            json.dumps({"format": _FORMAT, **inputs}, indent=2) + "\n", encoding="utf-8"
+                        )
+        with ranks.step("opening the checkpoint"):
+            self._check_inputs({"format": _FORMAT, **inputs})
+
+    def __str__(self) -> str:
+        return f"checkpoint {self._path}"
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
-        file = self._path / "inputs.json"
-        if not file.exists():
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
-            return
+        if not self._inputs.exists():
+            raise ValueError(f"checkpoint {self._path} must be on a file system that all processes share")
         try:
-            earlier = json.loads(file.read_text(encoding="utf-8"))
+            earlier = json.loads(self._inputs.read_text(encoding="utf-8"))
             changed = [name for name in inputs if earlier.get(name) != inputs[name]]
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"checkpoint {self._path} is not one of mudsc_fast: {file.name}: {error}") from error
+            raise ValueError(f"checkpoint {self._path} is not one of mudsc_fast: {_INPUTS}: {error}") from error
         if changed:
             name = changed[0]
             raise ValueError(
@@ -88,15 +113,16 @@ class Checkpoint:
                 return None
             try:
                 return _unpacked(torch.load(file, map_location="cpu", weights_only=True), device)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
+                if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+                    raise
                 raise ValueError(f"{file} is damaged: {error}. Remove it to sweep from the start") from error
 
     def save_state(self, state: SweepState) -> None:
         """Keep the state after a sweep."""
         with self._ranks.step("writing the checkpoint"):
             if self._ranks.rank == 0:
-                with atomic_write(self._path / "sweeps.pt") as temporary:
-                    torch.save(_packed(state), temporary)
+                save(_packed(state), self._path / "sweeps.pt")
 
 
 def _packed(state: SweepState) -> dict[str, Any]:

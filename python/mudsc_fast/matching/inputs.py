@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from mudsc_fast._tensors import as_integers
 from mudsc_fast.options import MatchOptions
 from mudsc_fast.spec.permutation_spec import PermutationSpec
 
-#: Number of entries at the beginning, middle and end of each tensor by which different weights are detected.
+#: Number of entries at the beginning, middle and end of each tensor by which processes with other weights are detected.
 _ENTRIES = 64
 
 #: Options that change the display but not the result.
@@ -40,15 +40,48 @@ def input_parts(
     return parts
 
 
+def tensor_checksums(state_dicts: Sequence[Mapping[str, Tensor]], names: Collection[str]) -> list[dict[str, str]]:
+    """Return for each network the checksums of all entries of the tensors with some names."""
+    return [
+        {
+            name: _checksum(_described(name, tensor), _bytes_of(tensor))
+            for name, tensor in tensors.items()
+            if name in names
+        }
+        for tensors in state_dicts
+    ]
+
+
+def whole_models(checksums: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, str]:
+    """Return the text of each network, given the results of :func:`tensor_checksums` of all processes."""
+    parts = {}
+    for index, of_ranks in enumerate(zip(*checksums, strict=True)):
+        of_model = sorted(item for of_rank in of_ranks for item in of_rank.items())
+        parts[f"models[{index}]"] = "tensors with checksum " + _checksum(repr(of_model).encode())
+    return parts
+
+
+def _described(name: str, tensor: Tensor) -> bytes:
+    return f"{name} {list(tensor.shape)} {tensor.dtype} ".encode()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return as_integers(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _content(name: str, tensor: Tensor) -> bytes:
-    described = f"{name} {list(tensor.shape)} {tensor.dtype} ".encode()
+    """Return what is compared of a tensor before work begins."""
+    described = _described(name, tensor)
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
         return described  # each process has another part of a sharded tensor
     flat = tensor.detach().reshape(-1)
     middle = len(flat) // 2
     chosen = torch.cat([flat[:_ENTRIES], flat[middle : middle + _ENTRIES], flat[-_ENTRIES:]])
-    return described + as_integers(chosen).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return described + _bytes_of(chosen)
 
 
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _checksum(*contents: bytes | memoryview) -> str:
+    checksum = hashlib.sha256()
+    for content in contents:
+        checksum.update(content)
+    return checksum.hexdigest()[:16]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mudsc_fast._files import atomic_write
+from mudsc_fast._files import save
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.reduction import all_reduce_sums, reduce_to_roots
 from mudsc_fast.matching.node import with_first
@@ -194,8 +194,7 @@ class MatchingStatistics:
             "blocks": self.blocks,
             "sums": {node: sums.state_dict() for node, sums in self._sums.items()},
         }
-        with atomic_write(path) as temporary:
-            torch.save(state, temporary)
+        save(state, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> MatchingStatistics:
@@ -210,7 +209,9 @@ class MatchingStatistics:
         """
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+                raise
             raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {error}") from None
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save in the format {_FORMAT!r}")
