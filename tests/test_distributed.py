@@ -104,9 +104,18 @@ def mlps() -> list[nn.Module]:
     return [make_mlp(seed=seed) for seed in (0, 1)]
 
 
+def huge_row(seed: int) -> dict[str, Tensor]:
+    """Return an MLP with a row whose sums of squares are too large for float32."""
+    tensors = make_mlp((20, 33, 32, 10), seed=seed).state_dict()
+    tensors["fc1.weight"][seed] *= 1e30
+    return tensors
+
+
 CASES: dict[str, Merge] = {
     "mlp align": merge_states(lambda seed: make_mlp(seed=seed).state_dict(), spec=MLP_SPEC),
     "mlp zip": merge_states(lambda seed: make_mlp(seed=seed).state_dict(), spec=MLP_SPEC, mode="zip"),
+    "huge row align": merge_states(huge_row, spec=MLP_SPEC),
+    "huge row zip": merge_states(huge_row, spec=MLP_SPEC, mode="zip"),
     "mlp dual": merge_modules(mlps, (20,), spec=MLP_SPEC, balance=0.4),
     "mlp search": search_mlps,
     "mlp partial": merge_modules(mlps, (20,), spec=MLP_SPEC, stop_at="fc1", mode="zip", budget=0.5),

@@ -201,7 +201,7 @@ def test_share_without_rows_sends_nothing() -> None:
     slices = tensor_slices(MLP_SPEC, states[0])
     weights = WeightSimilarity(states, MLP_SPEC, "cross", [0.5, 0.5])
     ranks = Ranks()
-    rows = SharingRows(ranks, weights, states[0], MLP_SPEC.units(states[0]), [slices])
+    rows = SharingRows(ranks, weights, states[0], MLP_SPEC.units(states[0]), [slices], torch.float32)
     plan = Plan({task: [(1, 0.0, 0.01), (0, 0.01, 1.0)]}, [task], {}, {})
     rows.begin(plan)
     sums = rows.compute(task)

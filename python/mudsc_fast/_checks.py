@@ -32,21 +32,30 @@ def check_float(argument: str, value: Tensor) -> None:
         raise TypeError(f"{argument} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
 
 
+def _extremes(value: Tensor) -> list[float]:
+    """Return the least and the greatest number of a real tensor, NaN if any is; nothing if it is empty."""
+    # Both go to the host together, so that it waits for a device only once.
+    return torch.stack(value.aminmax()).tolist() if value.numel() else []
+
+
 def is_finite(value: Tensor) -> bool:
     """Return whether all numbers of a real tensor are finite."""
-    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size. Both go to the host
-    # together, so that it waits for a device only once.
-    return value.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.stack(value.aminmax()).tolist())
+    # NaN and inf show in the extremes: one read, without a mask or a copy of the tensor's size.
+    return all(map(math.isfinite, _extremes(value)))
 
 
-def check_finite(argument: str, value: Tensor) -> None:
-    """Raise ValueError naming the first entry that is NaN or infinite."""
+def check_finite(argument: str, value: Tensor) -> float:
+    """Return the largest magnitude, or raise ValueError naming the first entry that is NaN or infinite.
+
+    Integers and booleans are not read, and 0 is returned.
+    """
     if value.is_complex():
         value = torch.view_as_real(value)
     if not value.is_floating_point():
-        return
-    if is_finite(value):
-        return
+        return 0.0
+    extremes = _extremes(value)
+    if all(map(math.isfinite, extremes)):
+        return max(map(abs, extremes), default=0.0)
     bad = (~torch.isfinite(value)).nonzero()
     index = tuple(bad[0].tolist())
     raise ValueError(f"{argument} must be finite, got {value[index].item()} at {index}")

@@ -27,6 +27,7 @@ from mudsc_fast.matching.node import BLOCKS_OF_MODE, Mode, NodeMatching, align_u
 from mudsc_fast.matching.observer import observed_nodes
 from mudsc_fast.matching.owners import pack
 from mudsc_fast.matching.parallel import ParallelSolver
+from mudsc_fast.matching.sharing import wire_dtype
 from mudsc_fast.matching.statistics import MatchingStatistics
 from mudsc_fast.matching.sweep import Solver, SweepResult, SweepState, sweep, waves
 from mudsc_fast.matching.weight import WeightSimilarity
@@ -171,12 +172,14 @@ class PreparedMatching:
             self.state_dicts = sharded.gathered(held | self.owners.needed(ranks.rank))
         with ranks.step("checking the tensors"):
             own = {name for name, rank in self.owners.holder.items() if rank == ranks.rank}
-            check_entries(self.state_dicts, spec, own)
+            largest = check_entries(self.state_dicts, spec, own)
             warn_of_unnamed(self.state_dicts[0], spec, self._division)
             checksums = [] if directory is None else tensor_checksums(self.state_dicts, own)
+        of_ranks = ranks.gather_objects((largest, checksums), "checking the tensors")
+        self._wire_dtype = wire_dtype(self._shapes, max(largest for largest, _ in of_ranks))
         self._checkpoint = None
         if directory is not None:
-            inputs.update(whole_models(ranks.gather_objects(checksums, "opening the checkpoint")))
+            inputs.update(whole_models([checksums for _, checksums in of_ranks]))
             if isinstance(prepared.data, MatchingStatistics):
                 inputs["statistics as data"] = prepared.data.checksum()
             self._checkpoint = Checkpoint(directory, inputs, ranks)
@@ -220,6 +223,7 @@ class PreparedMatching:
             functools.partial(self._similarity, balance),
             self._match_nodes,
             self._exchange,
+            self._wire_dtype,
             functools.partial(self.phases.timed, "weight similarity"),
             shares_tasks=self._sharded is None,
         )

@@ -37,19 +37,23 @@ def check_compatible(state_dicts: Sequence[Mapping[str, Tensor]], spec: Permutat
     check_dtypes(state_dicts, spec, division)
 
 
-def check_entries(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, names: Container[str]) -> None:
-    """Check that all entries of the tensors with some names are finite: of several processes each checks some tensors.
+def check_entries(state_dicts: Sequence[Mapping[str, Tensor]], spec: PermutationSpec, names: Container[str]) -> float:
+    """Check that all entries of the tensors with some names are finite, and return their largest magnitude.
+
+    Of several processes each checks some tensors.
 
     Raises
     ------
     ValueError
         If an entry is not finite.
     """
+    largest = 0.0
     for index, state_dict in enumerate(state_dicts):
         for name in spec.layouts:
             if name in names:
                 described = f"{name!r} of models[{index}]"
-                check_finite(described, check_tensor(described, state_dict[name]))
+                largest = max(largest, check_finite(described, check_tensor(described, state_dict[name])))
+    return largest
 
 
 def warn_of_unnamed(state_dict: Mapping[str, Tensor], spec: PermutationSpec, division: Division) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from mudsc_fast.distributed.ranks import Ranks
@@ -55,6 +56,8 @@ class ParallelSolver:
         Matches the units of a bundle.
     exchange
         Sends matchings to all processes.
+    dtype
+        The dtype in which sums are sent.
     timed
         Measures the time of the similarities.
     shares_tasks
@@ -71,6 +74,7 @@ class ParallelSolver:
         finish: Finish,
         match: Matcher,
         exchange: Exchange,
+        dtype: torch.dtype,
         timed: Callable[[], AbstractContextManager[None]] = nullcontext,
         *,
         shares_tasks: bool = True,
@@ -81,8 +85,8 @@ class ParallelSolver:
         self._shares_tasks = shares_tasks and not ranks.alone
         self._exchange, self._timed = exchange, timed
         self._divides_rows = weights.divides_rows and ranks.sends_from_host
-        self._rows = SharingRows(ranks, weights, state_dict, self._units, owners.slices)
-        self._samples = SharingSamples(ranks, weights, state_dict, self._units, owners.slices)
+        self._rows = SharingRows(ranks, weights, state_dict, self._units, owners.slices, dtype)
+        self._samples = SharingSamples(ranks, weights, state_dict, self._units, owners.slices, dtype)
         #: For each node the matchings of its neighbors when its sums were last computed, by whichever process.
         self._before: dict[str, dict[str, NodeMatching]] = {}
 

@@ -29,8 +29,20 @@ _MIN_MOVED_SAMPLES = {"cpu": 768, "cuda": 8192}
 #: Minimum number of samples of a task of which rows are worth moving.
 _MIN_SAMPLES_OF_ROWS = 512
 
+#: Entries up to this size have sums of products that float32 can hold, whatever the size of the network.
+_MAX_IN_FLOAT32 = 1e10
+
 #: The sums of the nodes of a bundle.
 Sums = dict[str, CorrelationAccumulator]
+
+
+def wire_dtype(state_dict: Mapping[str, Tensor], largest: float) -> torch.dtype:
+    """Return the dtype in which sums over tensors are sent, given the largest magnitude of an entry of any network.
+
+    Where features are multiplied in float32, float32 can hold sums as exactly as they are known, if they are in range.
+    """
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in state_dict.values())
+    return torch.float64 if wide or largest > _MAX_IN_FLOAT32 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ class Sharing(ABC):
         The number of units of every node.
     slices
         For each rank and each node, the slices of tensors that the rank compares.
+    dtype
+        The dtype in which sums are sent, of :func:`wire_dtype`.
     """
 
     def __init__(
@@ -97,12 +111,11 @@ class Sharing(ABC):
         state_dict: Mapping[str, Tensor],
         units: Mapping[str, int],
         slices: Sequence[Mapping[str, Sequence[TensorSlice]]],
+        dtype: torch.dtype,
     ) -> None:
         self._ranks, self._weights, self._state_dict, self._units = ranks, weights, state_dict, units
         self._slices = slices
-        wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in state_dict.values())
-        #: Where features are multiplied in float32, float32 can hold sums as exactly as they are known.
-        self.wire_dtype = torch.float64 if wide else torch.float32
+        self.wire_dtype = dtype
 
     @abstractmethod
     def is_worth_moving(self, samples: float, fraction: float) -> bool:
