@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import mudsc_fast
+from mudsc_fast.distributed.ranks import Ranks
+from mudsc_fast.matching.checkpoint import Checkpoint
 from networks import MLP_SPEC, make_mlp
 
 
@@ -59,6 +61,13 @@ def test_paths_that_are_no_directories_are_refused(tmp_path: Path) -> None:
         match(tmp_path, models())
     with pytest.raises(TypeError, match="checkpoint must be the path of a directory, got int"):
         mudsc_fast.match(models(), spec=MLP_SPEC, checkpoint=3)  # type: ignore[arg-type]
+
+
+def test_directory_that_only_other_ranks_see_is_refused(tmp_path: Path) -> None:
+    ranks = Ranks()
+    ranks.rank = 1  # which writes nothing
+    with pytest.raises(ValueError, match="state must be on a file system that all processes share"):
+        Checkpoint(tmp_path / "state", {}, ranks)
 
 
 @pytest.mark.parametrize(

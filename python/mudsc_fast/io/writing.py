@@ -26,7 +26,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from mudsc_fast._files import atomic_write
+from mudsc_fast._files import atomic_write, torch_save
 from mudsc_fast.checkpoints.directory import FORMAT_OF_SUFFIX, WEIGHTS_NAME, Format
 from mudsc_fast.checkpoints.errors import CheckpointError
 from mudsc_fast.checkpoints.safetensors_file import NAME_OF_DTYPE
@@ -433,10 +433,7 @@ def _write_torch(
         if versions:
             mapped._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # as of Module.state_dict
         with path.open("wb") as output:
-            try:
-                torch.save(mapped, output)
-            except RuntimeError as error:  # torch raises it when a write to the file fails
-                raise OSError(0, str(error).splitlines()[0]) from error
+            torch_save(mapped, output)
 
 
 def _contents(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mudsc_fast._files import atomic_write, save
+from mudsc_fast._files import atomic_write, load, save
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.matching.node import NodeMatching
 from mudsc_fast.matching.statistics import MatchingStatistics
@@ -62,6 +61,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, inputs: Mapping[str, str], ranks: Ranks) -> None:
         self._path, self._inputs, self._ranks = path, path / _INPUTS, ranks
+        inputs = {"format": _FORMAT, **inputs}
         with ranks.step("opening the checkpoint"):
             if ranks.rank == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
@@ -69,27 +69,25 @@ class Checkpoint:
                     left.unlink(missing_ok=True)
                 if not self._inputs.exists():
                     with atomic_write(self._inputs) as temporary:
-                        temporary.write_text(
-                            json.dumps({"format": _FORMAT, **inputs}, indent=2) + "\n", encoding="utf-8"
-                        )
+                        temporary.write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
         with ranks.step("opening the checkpoint"):
-            self._check_inputs({"format": _FORMAT, **inputs})
+            self._check_inputs(inputs)
 
     def __str__(self) -> str:
         return f"checkpoint {self._path}"
 
     def _check_inputs(self, inputs: Mapping[str, str]) -> None:
         if not self._inputs.exists():
-            raise ValueError(f"checkpoint {self._path} must be on a file system that all processes share")
+            raise ValueError(f"{self} must be on a file system that all processes share")
         try:
             earlier = json.loads(self._inputs.read_text(encoding="utf-8"))
             changed = [name for name in inputs if earlier.get(name) != inputs[name]]
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"checkpoint {self._path} is not one of mudsc_fast: {_INPUTS}: {error}") from error
+            raise ValueError(f"{self} is not one of mudsc_fast: {_INPUTS}: {error}") from error
         if changed:
             name = changed[0]
             raise ValueError(
-                f"checkpoint {self._path} belongs to a run with another {name}: {earlier.get(name)} there, "
+                f"{self} belongs to a run with another {name}: {earlier.get(name)} there, "
                 f"{inputs[name]} here. Give the same inputs, or another directory to start again"
             )
 
@@ -112,10 +110,8 @@ class Checkpoint:
             if not file.exists():
                 return None
             try:
-                return _unpacked(torch.load(file, map_location="cpu", weights_only=True), device)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
-                if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
-                    raise
+                return _unpacked(load(file, "cpu"), device)
+            except (ValueError, RuntimeError, KeyError, TypeError) as error:
                 raise ValueError(f"{file} is damaged: {error}. Remove it to sweep from the start") from error
 
     def save_state(self, state: SweepState) -> None:

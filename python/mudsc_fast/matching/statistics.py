@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mudsc_fast._files import save
+from mudsc_fast._files import load, save
 from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.distributed.reduction import all_reduce_sums, reduce_to_roots
 from mudsc_fast.matching.node import with_first
@@ -208,10 +207,8 @@ class MatchingStatistics:
             If it holds no such statistics.
         """
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
-                raise
+            state = load(path, device)
+        except ValueError as error:
             raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save: {error}") from None
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ValueError(f"{os.fspath(path)} must be a file of MatchingStatistics.save in the format {_FORMAT!r}")
