@@ -53,15 +53,16 @@ class Sharded:
         sharded = [tensor for tensors in state_dicts for tensor in tensors.values() if is_sharded(tensor)]
         if not sharded:
             return None
-        for index, tensors in enumerate(state_dicts[1:], start=1):
-            for name in tensors.keys() & state_dicts[0].keys():
-                if is_sharded(tensors[name]) and not is_sharded(state_dicts[0][name]):
-                    raise same_on_all(
-                        ValueError(
-                            f"{name!r} of models[{index}] is a DTensor, but that of models[0] is not: the result is "
-                            "sharded like models[0]. Put a sharded model first, or shard all models"
-                        )
+        whole = {name for name, tensor in state_dicts[0].items() if not is_sharded(tensor)}
+        for index, tensors in enumerate(state_dicts):
+            mixed = [name for name, tensor in tensors.items() if name in whole and is_sharded(tensor)]
+            if mixed:
+                raise same_on_all(
+                    ValueError(
+                        f"{mixed[0]!r} of models[{index}] is a DTensor, but that of models[0] is not: the result is "
+                        "sharded like models[0]. Put a sharded model first, or shard all models"
                     )
+                )
         if not ranks.has_group:
             raise TypeError(
                 "models hold DTensors, which are sharded over processes: call mudsc_fast.merge or another function "

@@ -43,12 +43,7 @@ def input_parts(
 def tensor_checksums(state_dicts: Sequence[Mapping[str, Tensor]], names: Collection[str]) -> list[dict[str, str]]:
     """Return for each network the checksums of all entries of the tensors with some names."""
     return [
-        {
-            name: _checksum(_described(name, tensor), _bytes_of(tensor))
-            for name, tensor in tensors.items()
-            if name in names
-        }
-        for tensors in state_dicts
+        {name: _tensor_checksum(name, tensors[name]) for name in tensors if name in names} for tensors in state_dicts
     ]
 
 
@@ -59,6 +54,10 @@ def whole_models(checksums: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, 
         of_model = sorted(item for of_rank in of_ranks for item in of_rank.items())
         parts[f"models[{index}]"] = "tensors with checksum " + _checksum(repr(of_model).encode())
     return parts
+
+
+def _tensor_checksum(name: str, tensor: Tensor) -> str:
+    return _checksum(_described(name, tensor), _bytes_of(tensor))
 
 
 def _described(name: str, tensor: Tensor) -> bytes:
