@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 import mudsc_fast
+from mudsc_fast.cli import main
+from mudsc_fast.command.torchrun import process_group
 from mudsc_fast.distributed import DistributedError
+from mudsc_fast.distributed.ranks import Ranks
 from mudsc_fast.io import CheckpointError, merge_checkpoints, writing
 from mudsc_fast.matching import sharing, sweep
 from networks import MLP_SPEC, make_mlp
@@ -240,6 +244,68 @@ def test_all_ranks_report_the_failure_of_one(tmp_path: Path) -> None:
         kind, text = report["batch of the wrong shape"]
         assert kind == "DistributedError"
         assert text.startswith("rank 1 failed while running the models on the data: ")
+
+
+def failure_that_others_wait_for(rank: int, folder: Path) -> None:
+    """Fail in a step in which the other process waits for this one, as with FSDP2, and write what both report."""
+    ranks = Ranks(distributed.new_group([0, 1], timeout=timedelta(seconds=3)))
+    try:
+        with ranks.step("running the models"):
+            if rank == 1:
+                raise ValueError("batch 2 has the wrong shape")
+            ranks.receive([torch.empty(1)], 1, "running the models")
+    except DistributedError as error:
+        (folder / f"{rank}.txt").write_text(str(error), encoding="utf-8")
+
+
+def test_failure_that_others_wait_for_is_named(tmp_path: Path) -> None:
+    run_processes(failure_that_others_wait_for, 2, tmp_path)
+    for rank in (0, 1):
+        report = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
+        assert report.startswith("rank 1 failed while running the models: ValueError: batch 2 has the wrong shape")
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process look like the second of two that torchrun started."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_processes_that_cannot_start_together_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("connection refused\nbacktrace")
+
+    monkeypatch.setattr(distributed, "init_process_group", fail)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(DistributedError, match=r"rank 1 cannot reach the other processes: connection refused\. Check"),
+        process_group(None, torch.device("cpu")),
+    ):
+        raise AssertionError("there is no group")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.usefixtures("second_of_two")
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [(KeyboardInterrupt(), 130, ""), (PermissionError("no access"), 2, "mudsc-fast merge: error: rank 1: no access\n")],
+)
+def test_errors_before_there_is_a_group_name_their_rank(
+    error: BaseException,
+    code: int,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mudsc_fast.command.torchrun.device", fail)
+    assert main(["merge", "a", "b", "--output", str(tmp_path / "merged")]) == code
+    assert capsys.readouterr().err == text
 
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mudsc_fast.distributed.ranks import DistributedError, Ranks, Terminated, same_on_all
+from mudsc_fast.distributed.ranks import DistributedError, Ranks, Terminated, first_line, same_on_all
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,6 +90,11 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
         Seconds after which a process that does not respond counts as failed; that of torch by default.
     device
         Where this process computes. Tensors on a GPU are sent by NCCL, and all else by gloo.
+
+    Raises
+    ------
+    DistributedError
+        If the processes cannot reach each other, or one of them has died.
     """
     if _num_processes() == 1:
         yield None
@@ -102,8 +107,11 @@ def process_group(timeout: float | None, device: torch.device) -> Iterator[Proce
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise DistributedError(f"rank {rank()} cannot reach the other processes: {reason}", rank()) from error
+        raise DistributedError(
+            f"rank {rank()} cannot reach the other processes: {first_line(error)}. Check that torchrun was started on "
+            "all machines with the same --nnodes and --rdzv-endpoint",
+            rank(),
+        ) from error
     # Not before: while processes wait for each other to start, Python does not call handlers of signals.
     takes_signals = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if takes_signals else None

@@ -167,7 +167,7 @@ class Ranks:
 
     def _agree(self, doing: str, failure: Exception | None) -> None:
         reported = failure is not None and not isinstance(failure, OtherRankFailed)
-        if reported:  # in case that another process waits for this one inside of the step
+        if reported:  # another process may be waiting for this one in the step
             self._leave_note(f"failed while {doing}: {type(failure).__name__}: {failure}")
         failed = torch.tensor([failure is not None], dtype=torch.int32, device=self._wire_device("cpu"))
         with self._communicating(doing):
@@ -348,7 +348,7 @@ class Ranks:
             left = [rank for rank in range(self.size) if rank not in missing]
             causes = "; ".join(f"rank {rank} {notes.get(rank, 'is gone')}" for rank in missing)
             if not missing:
-                causes = f"the processes cannot reach each other ({_first_line(error)})"
+                causes = f"the processes cannot reach each other ({first_line(error)})"
             message = f"{causes}; noticed while {doing}"
             found = store.compare_set("verdict", "", f"{min(left, default=self.rank)} {message}").decode()
             reporter, _, message = found.partition(" ")
@@ -400,7 +400,7 @@ class Ranks:
         return state in ("Z", "X")
 
     def _leave_note(self, text: str) -> None:
-        """Tell the other processes why this one exits."""
+        """Tell the other processes why this one exits or has failed."""
         try:
             self._store().set(_note(self.rank), text)
         except RuntimeError:
@@ -470,5 +470,6 @@ def _shortened(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of the text of an error, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
