@@ -113,11 +113,10 @@ def merge_here(folder: Path, processes: int, sweeps: int) -> None:
     torch.set_num_threads(1)
     rank = 0
     group = None
+    warm_memory()
     if processes > 1:
         distributed.init_process_group("gloo")
         rank, group = distributed.get_rank(), distributed.group.WORLD
-    warm_memory()
-    if processes > 1:
         distributed.barrier()
     reset_peak()
     began, computing = time.perf_counter(), time.process_time()
@@ -151,8 +150,8 @@ def peak(entry: str) -> int:
 def warm_memory() -> None:
     """Write to as much memory as a merge needs, and free it.
 
-    On some virtual machines the host takes free memory back. The first access then takes up to ten times as long as
-    clearing the memory does, and the benchmark would mostly measure that.
+    On some virtual machines the host takes free memory back. The first access then takes much longer than clearing the
+    memory, and would be a large part of what the benchmark measures.
     """
     numpy.ones(WARM_BYTES, numpy.uint8)
 
